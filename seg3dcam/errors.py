@@ -1,0 +1,80 @@
+"""Every error that seg3dcam raises on purpose, in one tree.
+
+    Seg3dcamError
+    ├── InputError (ValueError)          something given cannot be used
+    │   ├── ScanError                    a scan: file, shape, affine, voxel values
+    │   ├── ModelError                   a network: factory, weights, output
+    │   ├── LayerError                   a target layer: unknown, ambiguous, unused, run twice
+    │   ├── TargetError                  what is to be explained: class, mask, box
+    │   │   └── EmptyRegionError         the region to explain holds no voxel
+    │   └── ConfigError                  a setting: unknown key, illegal value
+    ├── OutputError (OSError)            a result cannot be written
+    └── MissingExtraError (ImportError)  an optional package is not installed
+
+A message says what was given, what is legal and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Seg3dcamError(Exception):
+    """Base class: catches everything that seg3dcam raises on purpose."""
+
+
+class InputError(Seg3dcamError, ValueError):
+    """Something given cannot be used."""
+
+
+class ScanError(InputError):
+    """A scan cannot be read, or its shape, affine or voxel values cannot be used."""
+
+
+class ModelError(InputError):
+    """A network cannot be built, loaded or run, or its output cannot be understood."""
+
+
+class LayerError(InputError):
+    """A target layer is unknown, ambiguous, unused by the score, or runs several times."""
+
+
+class TargetError(InputError):
+    """The target does not fit the network's output."""
+
+
+class EmptyRegionError(TargetError):
+    """The region to explain holds no voxel, so there is nothing to explain."""
+
+
+class ConfigError(InputError):
+    """A setting is unknown or has an illegal value."""
+
+
+class OutputError(Seg3dcamError, OSError):
+    """A result cannot be written; nothing half-written is left behind."""
+
+
+class MissingExtraError(Seg3dcamError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class Seg3dcamWarning(UserWarning):
+    """A result is usable, but there is something that its reader must know."""
+
+
+def nearest(name: str, legal: Iterable[str], count: int = 3) -> str:
+    """Name the legal values that look most like `name`, ready to end a message.
+
+    >>> nearest("encodr", ["encoder", "decoder", "head"])
+    "did you mean 'encoder' or 'decoder'?"
+    >>> nearest("q", ["a", "b"])
+    "legal: 'a', 'b'"
+    """
+    choices = [str(choice) for choice in legal]
+    close = difflib.get_close_matches(name, choices, n=count)
+    if close:
+        return "did you mean " + " or ".join(map(repr, close)) + "?"
+    shown = ", ".join(map(repr, choices[:12]))
+    return f"legal: {shown}" + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
