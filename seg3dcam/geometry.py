@@ -1,0 +1,200 @@
+"""Where things are: voxel grids, affines, and moving values between grids.
+
+A *feature grid* is described in voxels of the network's input: feature voxel `u` lies at input
+voxel `stride * u + offset` along each axis. An *affine* is a 4x4 matrix from voxel indices to
+RAS millimetres. This is the only file that knows RAS from LPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+
+from seg3dcam.errors import InputError
+
+#: Voxels resampled at a time: bounds the memory of a resampling beyond its output.
+SLAB_VOXELS = 4_000_000
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class FeatureGrid:
+    """The voxel grid of a layer, in voxels of the network's input.
+
+    Attributes:
+        shape: feature voxels along each spatial axis.
+        stride: input voxels from one feature voxel to the next.
+        offset: input voxel at which feature voxel 0 has its centre.
+        measured: False where the offset could not be measured and is the usual convention
+            `(stride - 1) / 2`.
+
+    >>> grid = FeatureGrid(shape=(3,), stride=(8.0,), offset=(3.5,))
+    >>> grid.positions(0).tolist()
+    [3.5, 11.5, 19.5]
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[float, ...]
+    offset: tuple[float, ...]
+    measured: bool = field(default=True, compare=False)
+
+    @classmethod
+    def of_voxels(cls, shape: Sequence[int]) -> FeatureGrid:
+        """Return the input's own grid: stride 1, offset 0."""
+        return cls(tuple(shape), (1.0,) * len(shape), (0.0,) * len(shape))
+
+    def positions(self, axis: int) -> torch.Tensor:
+        """Return the centres of the feature voxels along `axis`, in input voxels (float64)."""
+        index = torch.arange(self.shape[axis], dtype=torch.float64)
+        return index * self.stride[axis] + self.offset[axis]
+
+    def affine(self, input_affine: np.ndarray) -> np.ndarray:
+        """Return the affine of this grid, given the (4, 4) affine of the network's input."""
+        return np.asarray(input_affine, dtype=np.float64) @ _scale_and_shift(
+            self.stride, self.offset
+        )
+
+
+def interpolate(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) -> torch.Tensor:
+    """Interpolate linearly from one feature grid to another of the same input.
+
+    Outside the outermost source voxels the value of the nearest one is held.
+
+    Args:
+        values: (..., *source.shape).
+
+    Returns:
+        (..., *target.shape), same dtype and device.
+
+    >>> coarse = FeatureGrid((2,), (2.0,), (0.5,))
+    >>> interpolate(torch.tensor([0.0, 2.0]), coarse, FeatureGrid.of_voxels((4,))).tolist()
+    [0.0, 0.5, 1.5, 2.0]
+    """
+    if source == target:
+        return values
+    first_axis = values.ndim - len(source.shape)
+    for axis in range(len(source.shape)):
+        index = (target.positions(axis) - source.offset[axis]) / source.stride[axis]
+        values = _interpolate_axis(values, first_axis + axis, index)
+    return values
+
+
+def _interpolate_axis(values: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    last = values.shape[dim] - 1
+    index = index.clamp(0, last)
+    low = index.floor()
+    weight = (index - low).to(values.device, values.dtype)
+    low = low.long().to(values.device)
+    below = values.index_select(dim, low)
+    if not weight.any():
+        return below
+    above = values.index_select(dim, (low + 1).clamp(max=last))
+    return below.lerp_(above, weight.view(-1, *[1] * (values.ndim - dim - 1)))
+
+
+def resample(
+    volume: torch.Tensor,
+    affine: np.ndarray,
+    to_affine: np.ndarray,
+    to_shape: Sequence[int],
+    *,
+    seen_affine: np.ndarray | None = None,
+    seen_shape: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Interpolate a 3-D volume linearly onto another grid in patient space.
+
+    The work is done in slabs, so memory stays near that of the result.
+
+    Args:
+        volume: (X, Y, Z) on the grid of `affine`.
+        affine: (4, 4) voxel -> mm of `volume`.
+        to_affine, to_shape: the grid of the result.
+        seen_affine, seen_shape: the grid that the network saw. Inside its outermost voxels' faces
+            the nearest value is held where `volume`, being coarser, ends earlier; outside the
+            result is 0. Default: the grid of `volume` itself.
+
+    Returns:
+        (X', Y', Z') on the CPU, in the dtype of `volume`.
+    """
+    check_affine(affine, "the affine of the map")
+    check_affine(to_affine, "the affine to resample to")
+    seen_affine = affine if seen_affine is None else seen_affine
+    seen_shape = volume.shape if seen_shape is None else seen_shape
+    to_shape = tuple(int(n) for n in to_shape)
+    source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
+    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
+
+    result = torch.empty(to_shape, dtype=volume.dtype)
+    thickness = max(1, SLAB_VOXELS // max(1, to_shape[1] * to_shape[2]))
+    for start in range(0, to_shape[0], thickness):
+        slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
+        slab_affine = to_affine @ _scale_and_shift((1, 1, 1), (start, 0, 0))
+        moved = resampler(source, dst_affine=torch.as_tensor(slab_affine), spatial_size=slab)
+        moved = moved.as_tensor()[0].to(volume.dtype)
+        seen = _inside(slab_affine, slab, seen_affine, seen_shape)
+        result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
+    return result
+
+
+def _inside(
+    affine: np.ndarray, shape: Sequence[int], seen_affine: np.ndarray, seen_shape: Sequence[int]
+) -> torch.Tensor:
+    """Tell which voxels of one grid have their centre inside the box of another grid."""
+    to_seen = torch.as_tensor(np.linalg.inv(seen_affine) @ affine)
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    tolerance = 1e-6
+    for row, size in zip(to_seen[:3], seen_shape, strict=True):
+        where = row[3] + (
+            (row[0] * axes[0])[:, None, None]
+            + (row[1] * axes[1])[None, :, None]
+            + (row[2] * axes[2])[None, None, :]
+        )
+        inside &= (where >= -0.5 - tolerance) & (where <= size - 0.5 + tolerance)
+    return inside
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
+    """Return the voxel size in mm along each axis.
+
+    >>> spacing_of(np.diag([0.8, 0.8, 5.0, 1.0]))
+    (0.8, 0.8, 5.0)
+    """
+    columns = np.asarray(affine, dtype=np.float64)[:3, :3]
+    return tuple(float(size) for size in np.linalg.norm(columns, axis=0))
+
+
+def to_world(affine: np.ndarray, voxel: Sequence[float]) -> tuple[float, ...]:
+    """Return the RAS position in mm of a voxel index.
+
+    >>> to_world(np.diag([2.0, 2.0, 2.0, 1.0]), (1, 0, 3))
+    (2.0, 0.0, 6.0)
+    """
+    return tuple(float(x) for x in (np.asarray(affine) @ [*voxel, 1.0])[:3])
+
+
+def ras_affine(affine: np.ndarray, space: str | None) -> np.ndarray:
+    """Return `affine` in RAS, given the space it is written in ("RAS", "LPS" or None for RAS)."""
+    affine = np.asarray(affine, dtype=np.float64)
+    return LPS_TO_RAS @ affine if str(space).upper() == "LPS" else affine
+
+
+def check_affine(affine: np.ndarray, what: str) -> None:
+    """Raise InputError unless `affine` is a finite, invertible (4, 4) matrix."""
+    affine = np.asarray(affine)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise InputError(f"{what} must be a finite 4x4 matrix, voxel -> mm; got\n{affine}")
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise InputError(f"{what} cannot be inverted (two axes coincide or one is zero):\n{affine}")
+
+
+def _scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+    matrix = np.diag([*scale, 1.0]).astype(np.float64)
+    matrix[:3, 3] = shift
+    return matrix

@@ -1,0 +1,197 @@
+"""Where a layer's feature voxels lie in the input, measured on the network itself.
+
+A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling on `2u + 0.5`;
+through several levels the difference reaches several voxels, and interpolation that assumes one
+of them shifts the map. So it is measured: with every kernel reduced to its central taps and
+normalisation switched off, the network passes a linear ramp on, and what a feature voxel shows of
+it is the input position that it looks at. The ramp runs both ways, since max pooling picks the
+larger end of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from seg3dcam.capture import Capture, capturing
+from seg3dcam.errors import ModelError
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.layers import LayerRef, unwrap
+
+# Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
+_LOW, _HIGH = 10.0, 20.0
+
+_known: WeakKeyDictionary[nn.Module, dict[tuple, FeatureGrid]] = WeakKeyDictionary()
+
+
+def measure_grids(
+    model: nn.Module, x: torch.Tensor, feature_shapes: Mapping[LayerRef, Sequence[int]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
+
+    Costs one small forward pass per axis up to the layers, once for each layer and input shape:
+    what was measured is remembered as long as the layer lives. A layer whose grid is no regular
+    image of the input (attention over all tokens, say) gets the usual convention,
+    `measured=False`.
+
+    Args:
+        x: (B, C, *S); its shape, dtype and device count, its values do not.
+        feature_shapes: layer -> its spatial shape for this input.
+    """
+    shape = tuple(x.shape[1:])
+    missing = {
+        layer: tuple(sizes)
+        for layer, sizes in feature_shapes.items()
+        if (layer.element, shape) not in _known.get(layer.module, {})
+    }
+    if missing:
+        for layer, grid in _measure(unwrap(model), x, missing).items():
+            _known.setdefault(layer.module, {})[layer.element, shape] = grid
+    return {layer: _known[layer.module][layer.element, shape] for layer in feature_shapes}
+
+
+def _measure(
+    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    weights = _central_taps(model)
+    with capturing(model, list(shapes)) as capture, _no_normalisation(model):
+        by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
+    grids = {}
+    for layer, shape in shapes.items():
+        found = [fits[layer] for fits in by_axis]
+        if all(found):
+            strides, offsets = zip(*found, strict=True)
+            grids[layer] = FeatureGrid(shape, strides, offsets)
+        else:
+            grids[layer] = _convention(shape, x.shape[2:])
+    return grids
+
+
+def _measure_axis(
+    capture: Capture,
+    weights: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    axis: int,
+    shapes: Mapping[LayerRef, tuple[int, ...]],
+) -> dict[LayerRef, tuple[float, float] | None]:
+    """Return (stride, offset) of each layer along one axis, None where the ramp is not passed on.
+
+    A small input is tried first; networks of fixed input size get their own.
+    """
+    full = tuple(x.shape[2:])
+    fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
+    for shape in dict.fromkeys((_small(full, axis), full)):
+        try:
+            seen = capture.observe_layers(_ramps(x, shape, axis), weights)
+        except ModelError:
+            continue
+        for layer, activations in seen.items():
+            fit = _fit(activations, axis, shape[axis])
+            if fit and _agrees(
+                fit[0], activations.shape[2 + axis], shape[axis], shapes[layer][axis], full[axis]
+            ):
+                fits[layer] = fits[layer] or fit
+        if all(fits.values()):
+            break
+    return fits
+
+
+def _small(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Shorten an input shape by multiples of 32, to 64-95 voxels along `axis`, 32-63 elsewhere."""
+    floors = [64 if a == axis else 32 for a in range(len(shape))]
+    return tuple(
+        n - 32 * ((n - low) // 32) if n >= low else n for n, low in zip(shape, floors, strict=True)
+    )
+
+
+def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
+    """Return a batch of three inputs: constant, rising and falling along `axis`."""
+    rising = torch.linspace(_LOW, _HIGH, shape[axis], dtype=x.dtype, device=x.device)
+    lines = torch.stack([torch.full_like(rising, _LOW), rising, rising.flip(0)])
+    view = [1] * (2 + len(shape))
+    view[0], view[2 + axis] = 3, -1
+    return lines.view(view).expand(3, x.shape[1], *shape).contiguous()
+
+
+def _fit(activations: torch.Tensor, axis: int, length: int) -> tuple[float, float] | None:
+    """Fit position = stride * u + offset to what a layer showed of the three ramps."""
+    flat, rising, falling = activations.double().cpu().mean(1)
+    others = [a for a in range(flat.ndim) if a != axis]
+    line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
+    if others:
+        line = line.mean(others)
+    position = (line + 1) * (length - 1) / 2
+    if not torch.isfinite(position).all():
+        return None
+    size = len(position)
+    index = torch.arange(size, dtype=torch.float64)
+    trim = size // 4  # transposed convolutions see less at the ends
+    position, index = position[trim : size - trim], index[trim : size - trim]
+    stride = _slope(index, position) if len(index) > 1 else length / size
+    if abs(stride - round(stride)) < 0.05 * stride:
+        stride = float(round(stride))
+    offset = round(float((position - stride * index).mean()), 3) + 0.0
+    return (stride, offset) if stride > 0 and -stride <= offset <= 2 * stride else None
+
+
+def _agrees(stride: float, size: int, length: int, full_size: int, full_length: int) -> bool:
+    """Tell whether a stride explains the layer's size, also for the full-sized input."""
+    covers = abs(stride * size - length) < max(stride, 0.15 * length)
+    return covers and abs(full_size - size - (full_length - length) / stride) < 0.01 * full_size
+
+
+def _slope(index: torch.Tensor, position: torch.Tensor) -> float:
+    centred = index - index.mean()
+    return float((centred * position).sum() / (centred * centred).sum())
+
+
+def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
+    strides = tuple(float(length / size) for size, length in zip(shape, input_shape, strict=True))
+    offsets = tuple((stride - 1) / 2 for stride in strides)
+    return FeatureGrid(tuple(shape), strides, offsets, measured=False)
+
+
+def _central_taps(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return weights that average over input channels and look straight ahead in space."""
+    weights: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, _ConvNd) and name == "weight":
+                weights[key] = _kernel(parameter, transposed=isinstance(module, _ConvTransposeNd))
+            elif isinstance(module, nn.Linear) and name == "weight":
+                weights[key] = torch.full_like(parameter, 1 / parameter.shape[1])
+            elif isinstance(module, _ConvNd | nn.Linear) and name == "bias":
+                weights[key] = torch.zeros_like(parameter)
+    return weights
+
+
+def _kernel(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    # A transposed kernel keeps all its taps: with the central one alone it would leave gaps.
+    kernel = torch.zeros_like(weight)
+    taps: list[Any] = [slice(None), slice(None)]
+    if not transposed:
+        taps += [slice((size - 1) // 2, size // 2 + 1) for size in weight.shape[2:]]
+    kernel[tuple(taps)] = 1
+    return kernel / kernel[0].sum()
+
+
+@contextmanager
+def _no_normalisation(model: nn.Module) -> Iterator[None]:
+    def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
+        same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
+        return args[0] if same else None
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
+            if is_norm and not any(module.children()):
+                stack.callback(module.register_forward_hook(pass_on).remove)
+        yield

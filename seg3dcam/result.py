@@ -1,0 +1,247 @@
+"""What a CAM returns: raw signed maps on every grid, and the views that are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from seg3dcam.errors import InputError
+from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
+
+Status = Literal["ok", "zero", "nonfinite", "degenerate"]
+Scale = Literal["max", "minmax", "raw"]
+
+#: A map whose maximum is below this fraction of the evidence behind it is rounding noise.
+CANCELLED = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The raw, signed map of one layer.
+
+    Attributes:
+        values: (B, *grid.shape), before ReLU and scaling, at least float32.
+        grid: where its voxels lie in the input: the layer's grid, or the input's own voxels where
+            windows do not fit on one layer grid.
+        window_grid: the layer's grid within one window.
+        status: "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding
+            noise; "nonfinite": NaN or infinity; "degenerate": the same value everywhere.
+        magnitude: (B,) mean over voxels of sum over channels of |gradient x activation|.
+    """
+
+    values: torch.Tensor
+    grid: FeatureGrid
+    window_grid: FeatureGrid
+    status: Status
+    magnitude: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CamResult:
+    """The maps of one target, for a batch of inputs.
+
+    Attributes:
+        layers: layer name -> `LayerMap`.
+        shape: voxels of the input, (*S).
+        logits: (B, K, *S), stitched from the windows if there were several.
+        score: (B,) what was explained.
+        target, method: their names.
+        activation: "softmax" or "sigmoid": how logits become a prediction.
+        affine: (4, 4) voxel -> RAS mm of the input, None if unknown.
+        windows: how many windows the input was cut into.
+        region_voxels: (B,) voxels of the target's region, None for a target of your own.
+    """
+
+    layers: Mapping[str, LayerMap]
+    shape: tuple[int, ...]
+    logits: torch.Tensor
+    score: torch.Tensor
+    target: str
+    method: str
+    activation: str = "softmax"
+    affine: np.ndarray | None = None
+    windows: int = 1
+    region_voxels: torch.Tensor | None = None
+
+    @cached_property
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Layer -> raw signed map on the input's grid, (B, *S)."""
+        voxels = FeatureGrid.of_voxels(self.shape)
+        return {name: interpolate(m.values, m.grid, voxels) for name, m in self.layers.items()}
+
+    @property
+    def native(self) -> dict[str, torch.Tensor]:
+        """Layer -> raw signed map on the layer's own grid, (B, *s); one window only."""
+        if self.windows > 1:
+            raise InputError(
+                f"the input was cut into {self.windows} windows, each with a grid of its own: "
+                "use .maps"
+            )
+        return {name: layer.values for name, layer in self.layers.items()}
+
+    @property
+    def status(self) -> dict[str, Status]:
+        """Layer -> "ok", "zero", "nonfinite" or "degenerate"."""
+        return {name: layer.status for name, layer in self.layers.items()}
+
+    @property
+    def native_spacing(self) -> dict[str, tuple[float, ...]]:
+        """Layer -> size of its voxels: in mm where the affine is known, else in input voxels."""
+        sizes = {}
+        for name, layer in self.layers.items():
+            voxel = (1.0,) * len(layer.window_grid.stride)
+            spacing = voxel if self.affine is None else spacing_of(self.affine)
+            strides = zip(layer.window_grid.stride, spacing, strict=False)
+            sizes[name] = tuple(stride * size for stride, size in strides)
+        return sizes
+
+    @property
+    def prediction(self) -> torch.Tensor:
+        """The predicted labels (B, *S); for sigmoid outputs one mask per class (B, K, *S)."""
+        if self.activation == "sigmoid" or self.logits.shape[1] == 1:
+            return self.logits > 0
+        return self.logits.argmax(1)
+
+    def volume(
+        self,
+        layer: str | None = None,
+        *,
+        scale: Scale = "max",
+        per_layer: bool = False,
+    ) -> torch.Tensor:
+        """Return what is drawn, (B, *S): negative evidence cut, layers averaged, scaled.
+
+        Args:
+            layer: one layer's name; None fuses all.
+            scale: "max" divides by each item's maximum, so that zero stays zero; "minmax" maps
+                minimum to 0 and maximum to 1, which lifts a map whose minimum is positive; "raw"
+                leaves the values.
+            per_layer: scale every layer before they are averaged, and cut and scale it on its own
+                grid before resizing: the original recipe.
+
+        A map that is zero, constant or not finite gives zeros; see `status`.
+        """
+        names = [layer] if layer is not None else list(self.layers)
+        voxels = FeatureGrid.of_voxels(self.shape)
+        views = []
+        for name in names:
+            if self._layer(name).status == "nonfinite":
+                return torch.zeros_like(self.maps[name])
+            if per_layer:
+                native = self._layer(name)
+                resized = interpolate(native.values.clamp(min=0), native.grid, voxels)
+                views.append(scaled(resized, scale))
+            else:
+                views.append(self.maps[name].clamp(min=0))
+        if all(self._layer(name).status != "ok" for name in names):
+            return torch.zeros_like(views[0])
+        return scaled(torch.stack(views).mean(0), scale)
+
+    def slice(self, index: int, axis: int = 0, **view: object) -> torch.Tensor:
+        """Return one slice of `volume`, (B, H, W): index Z along `axis` 0, 1 or 2.
+
+        Args:
+            index: slice number, 0 <= index < number of slices.
+            axis: spatial axis that is cut, 0 being Z of (B, C, Z, Y, X).
+            view: passed on to `volume`.
+        """
+        if not 0 <= axis < len(self.shape):
+            raise InputError(f"axis {axis}: legal are 0 to {len(self.shape) - 1}")
+        if not 0 <= index < self.shape[axis]:
+            raise InputError(
+                f"slice {index} along axis {axis}: legal are 0 to {self.shape[axis] - 1}"
+            )
+        return self.volume(**view).select(1 + axis, index)  # type: ignore[arg-type]
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        affine: np.ndarray | None = None,
+        item: int = 0,
+        layer: str | None = None,
+        scale: Scale = "max",
+    ) -> Path:
+        """Write one item's volume as NIfTI, in patient space.
+
+        Args:
+            path: ends in .nii or .nii.gz.
+            affine: (4, 4) voxel -> RAS mm; default the input's, if it was a MetaTensor.
+            item: which item of the batch.
+            layer, scale: as in `volume`.
+
+        Raises:
+            InputError: no affine is known, or the map is not 3-D.
+            OutputError: the file cannot be written.
+        """
+        from seg3dcam.export.nifti import write_nifti
+
+        affine = self.affine if affine is None else np.asarray(affine, dtype=np.float64)
+        if affine is None:
+            raise InputError(
+                "where is this volume in the patient? Its input was no MetaTensor with an affine: "
+                "give save(..., affine=<4x4 voxel -> RAS mm>), numpy.eye(4) for plain voxels"
+            )
+        if not 0 <= item < len(self.score):
+            raise InputError(f"item {item}: the batch has items 0 to {len(self.score) - 1}")
+        if len(self.shape) != 3:
+            raise InputError(f"NIfTI volumes are 3-D; this map has {len(self.shape)} axes")
+        return write_nifti(
+            path,
+            self.volume(layer, scale=scale)[item],
+            affine,
+            intent_name=self.method,
+            description=f"{self.method} {self.target}",
+            display_range=None if scale == "raw" else (0, 1),
+        )
+
+    def _layer(self, name: str) -> LayerMap:
+        if name not in self.layers:
+            raise InputError(f"no map of layer {name!r}: there are {list(self.layers)}")
+        return self.layers[name]
+
+
+def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Scale each item (B, *S) on its own; a constant or zero one becomes zeros.
+
+    >>> scaled(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "minmax").tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
+    """
+    if scale == "raw":
+        return maps
+    if scale not in ("max", "minmax"):
+        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
+    flat = maps.flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    bottom = low if scale == "minmax" else torch.zeros_like(low)
+    constant = high == low
+    height = torch.where(constant, 1, high - bottom)
+    shape = (-1, *[1] * (maps.ndim - 1))
+    view = (maps - bottom.view(shape)) / height.view(shape)
+    return view.masked_fill(constant.view(shape), 0)
+
+
+def status_of(values: torch.Tensor, magnitude: torch.Tensor) -> Status:
+    """Judge the raw map of a batch (B, *s); the worst item counts.
+
+    Args:
+        magnitude: (B,) the evidence behind each item, see `LayerMap`.
+    """
+    found = {_item_status(v, float(m)) for v, m in zip(values, magnitude, strict=True)}
+    order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "ok")
+    return next(status for status in order if status in found)
+
+
+def _item_status(values: torch.Tensor, magnitude: float) -> Status:
+    if not torch.isfinite(values).all():
+        return "nonfinite"
+    low, high = float(values.min()), float(values.max())
+    if high <= CANCELLED * magnitude or high <= 0:
+        return "zero"
+    return "degenerate" if low == high and values.numel() > 1 else "ok"

@@ -1,0 +1,288 @@
+"""Sliding windows: where they lie, how much each counts at a voxel, and how maps are blended.
+
+The windows and their importance are MONAI's, so the prediction is the one that
+`monai.inferers.sliding_window_inference` gives. At a voxel the *share* of a window is its
+importance divided by the sum over all windows there; shares sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.utils import fall_back_tuple
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from seg3dcam.errors import ConfigError
+from seg3dcam.geometry import FeatureGrid, interpolate
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How a volume is cut into windows, as in MONAI's sliding window inference.
+
+    Attributes:
+        roi_size: voxels of a window, one number or one for each axis (-1: the whole axis).
+        overlap: fraction of a window that it shares with the next, 0 <= overlap < 1.
+        mode: "gaussian" counts a window's centre more than its rim, "constant" does not.
+        sw_batch_size: windows that go through the network at once.
+        sigma_scale: the gaussian's standard deviation as a fraction of the window.
+        padding_mode, cval: how a volume smaller than a window is filled up.
+        cache_gb: how many GB of activations may be kept between the first and the second pass;
+            what does not fit is computed again.
+
+    >>> WindowPlan(96, overlap=0.5).mode
+    'gaussian'
+    """
+
+    roi_size: int | Sequence[int]
+    overlap: float | Sequence[float] = 0.25
+    mode: Literal["gaussian", "constant"] = "gaussian"
+    sw_batch_size: int = 1
+    sigma_scale: float = 0.125
+    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
+    cval: float = 0.0
+    cache_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("gaussian", "constant"):
+            raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
+        if not all(0 <= overlap < 1 for overlap in _as_tuple(self.overlap)):
+            raise ConfigError(f"overlap {self.overlap}: a fraction, 0 <= overlap < 1")
+        if self.sw_batch_size < 1:
+            raise ConfigError(f"sw_batch_size {self.sw_batch_size}: a whole number from 1 up")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one volume.
+
+    Attributes:
+        shape: voxels of the volume.
+        roi: voxels of a window.
+        before: voxels of padding in front of the volume, where it is smaller than a window.
+        starts: first voxel of each window, in the padded volume.
+        plan: the plan that they follow; None for one window, the volume itself.
+    """
+
+    shape: tuple[int, ...]
+    roi: tuple[int, ...]
+    before: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    plan: WindowPlan | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        """Voxels of the padded volume."""
+        return tuple(map(max, self.shape, self.roi))
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., *shape) filled up to the padded shape as the plan says."""
+        return self._pad(x, self.plan.padding_mode, self.plan.cval) if self.plan else x
+
+    def crop(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return the volume (..., *shape) inside the padded one."""
+        if self.padded_shape == self.shape:
+            return padded
+        return padded[(..., *(slice(b, b + n) for b, n in zip(self.before, self.shape)))]
+
+    def pad_with_zeros(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., *shape) filled up to the padded shape with zeros."""
+        return self._pad(x, "constant", 0.0)
+
+    def _pad(self, x: torch.Tensor, mode: str, value: float) -> torch.Tensor:
+        after = [p - s - b for p, s, b in zip(self.padded_shape, self.shape, self.before)]
+        sizes = [n for pair in zip(reversed(self.before), reversed(after)) for n in pair]
+        if not any(sizes):
+            return x
+        return F.pad(x, sizes, mode=mode, value=value if mode == "constant" else None)
+
+    def cut(self, padded: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        """Return some windows of a padded volume (1, C, *padded_shape) as a batch (n, C, *roi)."""
+        return torch.cat([padded[self._index(window)] for window in which])
+
+    def _index(self, window: int) -> tuple:
+        return (..., *map(slice, self.starts[window], map(sum, zip(self.starts[window], self.roi))))
+
+    @cached_property
+    def importance(self) -> torch.Tensor:
+        """How much a window counts at each of its voxels: (*roi) float32, positive."""
+        if self.plan is None:
+            return torch.ones(self.roi)
+        return compute_importance_map(self.roi, self.plan.mode, self.plan.sigma_scale)
+
+    def total_importance(self) -> torch.Tensor:
+        """Return the sum of importance over all windows at each voxel of the padded volume."""
+        total = torch.zeros(self.padded_shape)
+        for window in range(len(self)):
+            total[self._index(window)] += self.importance
+        return total
+
+    def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:
+        """Group the windows that differ only in where they lie along `whole_axes`."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for window, start in enumerate(self.starts):
+            key = tuple(s for axis, s in enumerate(start) if axis not in whole_axes)
+            groups.setdefault(key, []).append(window)
+        return list(groups.values())
+
+    def lengths(self, axes: Sequence[int]) -> float:
+        """Return how many windows' lengths the padded volume measures along `axes`, multiplied."""
+        return float(np.prod([self.padded_shape[axis] / self.roi[axis] for axis in axes]))
+
+    def batches(self, which: Iterable[int]) -> Iterator[list[int]]:
+        """Yield `which` windows in batches of sw_batch_size."""
+        which = list(which)
+        size = self.plan.sw_batch_size if self.plan else 1
+        for start in range(0, len(which), size):
+            yield which[start : start + size]
+
+
+def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
+    """Lay out the windows of a volume: MONAI's places, in MONAI's order.
+
+    Args:
+        plan: None for one window, the volume itself.
+        shape: voxels of the volume.
+
+    >>> plan_windows(WindowPlan(4, overlap=0.5), (7,)).starts
+    ((0,), (2,), (3,))
+    """
+    shape = tuple(int(n) for n in shape)
+    if plan is None:
+        return Windows(shape, shape, (0,) * len(shape), ((0,) * len(shape),))
+    roi = fall_back_tuple(_for_each_axis(plan.roi_size, len(shape), "roi_size"), shape)
+    overlap = _for_each_axis(plan.overlap, len(shape), "overlap")
+    padded = tuple(map(max, shape, roi))
+    interval = [
+        size if size == length else max(1, int(size * (1 - part)))
+        for size, length, part in zip(roi, padded, overlap, strict=True)
+    ]
+    places = dense_patch_slices(padded, roi, interval, return_slice=True)
+    starts = tuple(tuple(int(axis.start) for axis in place) for place in places)
+    before = tuple((p - s) // 2 for p, s in zip(padded, shape, strict=True))
+    return Windows(shape, tuple(roi), before, starts, plan)
+
+
+class Blend:
+    """Blends windows' maps into one map of the volume.
+
+    The result lies on the layer's own grid continued over the volume where every window starts on
+    it, so that nothing is interpolated yet, and on the volume's voxels otherwise.
+
+    Args:
+        windows: the windows.
+        grid: the layer's grid in one window.
+        like: batch size, dtype and device of the result.
+
+    Attributes:
+        grid: the grid of the result, in voxels of the volume.
+        total: the result so far, (B, *grid.shape).
+    """
+
+    def __init__(self, windows: Windows, grid: FeatureGrid, like: torch.Tensor) -> None:
+        self._windows = windows
+        self.window_grid = grid
+        self._aligned = _starts_on(grid, windows)
+        self.grid = (
+            _continued(grid, windows) if self._aligned else FeatureGrid.of_voxels(windows.shape)
+        )
+        self.total = torch.zeros(len(like), *self.grid.shape, dtype=like.dtype, device=like.device)
+
+    def group(self) -> GroupBlend:
+        """Start a group of windows that are blended by their shares within the group."""
+        return GroupBlend(self)
+
+    def add_alone(self, window: int, values: torch.Tensor) -> None:
+        """Add one window that is a group of its own: its share is 1."""
+        place, target = self.place(window)
+        self.total[place] += interpolate(values.to(self.total), self.window_grid, target)
+
+    def place(self, window: int) -> tuple[tuple, FeatureGrid]:
+        """Return where a window lies in the result, and the result's grid in window voxels."""
+        start = self._windows.starts[window]
+        grid = self.window_grid
+        if self._aligned:
+            first = [round(s / stride) for s, stride in zip(start, grid.stride, strict=True)]
+            stop = [f + n for f, n in zip(first, grid.shape, strict=True)]
+            return (..., *map(slice, first, stop)), grid
+        first = [s - b for s, b in zip(start, self._windows.before, strict=True)]
+        inside = [max(0, f) for f in first]
+        stop = [
+            min(f + roi, size)
+            for f, roi, size in zip(first, self._windows.roi, self._windows.shape, strict=True)
+        ]
+        target = FeatureGrid(
+            tuple(b - a for a, b in zip(inside, stop, strict=True)),
+            (1.0,) * len(start),
+            tuple(float(a - f) for a, f in zip(inside, first, strict=True)),
+        )
+        return (..., *map(slice, inside, stop)), target
+
+    def importance(self, target: FeatureGrid) -> torch.Tensor:
+        importance = self._windows.importance.to(self.total)
+        return interpolate(importance, FeatureGrid.of_voxels(self._windows.roi), target)
+
+
+class GroupBlend:
+    """Blends a group of windows by their shares within the group; `finish` adds it to the blend."""
+
+    def __init__(self, blend: Blend) -> None:
+        self._blend = blend
+        self._sums = torch.zeros_like(blend.total)
+        self._importances = torch.zeros_like(blend.total[0])
+
+    def add(self, window: int, values: torch.Tensor) -> None:
+        """Add the map (B, *grid.shape) of one window."""
+        place, target = self._blend.place(window)
+        importance = self._blend.importance(target)
+        values = interpolate(values.to(self._sums), self._blend.window_grid, target)
+        self._sums[place] += values * importance
+        self._importances[place] += importance
+
+    def finish(self) -> None:
+        """Divide by the importance there is, and add to the blend."""
+        nowhere = self._importances == 0
+        self._blend.total += self._sums.div_(self._importances.masked_fill_(nowhere, 1))
+
+
+def _starts_on(grid: FeatureGrid, windows: Windows) -> bool:
+    return all(
+        start % stride == 0
+        for starts in windows.starts
+        for start, stride in zip(starts, grid.stride, strict=True)
+    )
+
+
+def _continued(grid: FeatureGrid, windows: Windows) -> FeatureGrid:
+    last = [max(start[axis] for start in windows.starts) for axis in range(len(windows.roi))]
+    return FeatureGrid(
+        tuple(
+            round(start / stride) + size
+            for start, stride, size in zip(last, grid.stride, grid.shape, strict=True)
+        ),
+        grid.stride,
+        tuple(o - b for o, b in zip(grid.offset, windows.before, strict=True)),
+        grid.measured,
+    )
+
+
+def _for_each_axis(value: int | float | Sequence, ndim: int, what: str) -> tuple:
+    values = _as_tuple(value)
+    if len(values) == 1:
+        return values * ndim
+    if len(values) != ndim:
+        raise ConfigError(f"{what} {values} has {len(values)} numbers; the volume has {ndim} axes")
+    return values
+
+
+def _as_tuple(value: int | float | Sequence) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
