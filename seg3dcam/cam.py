@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,9 @@ from seg3dcam.result import CamResult, LayerMap, status_of
 from seg3dcam.suggest import auto_layer
 from seg3dcam.targets import Activation, as_target, name_of, score_and_seed
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
+
+#: A class index, a target, or None for the original recipe.
+TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class BaseCAM:
@@ -71,12 +75,9 @@ class BaseCAM:
         self.output = output
         self.activation = activation
         self.progress = progress or _silent
-        self._layer_spec = target_layers
         self._layers = None if _is_auto(target_layers) else resolve_layers(model, target_layers)
 
-    def __call__(
-        self, x: torch.Tensor, target: int | Callable[..., torch.Tensor] | None = None
-    ) -> CamResult:
+    def __call__(self, x: torch.Tensor, target: TargetLike = None) -> CamResult:
         """Explain one target.
 
         Args:
@@ -90,30 +91,32 @@ class BaseCAM:
         return self.each(x, [target])[0]
 
     def each(
-        self, x: torch.Tensor, targets: Sequence[int | Callable[..., torch.Tensor] | None]
+        self,
+        x: torch.Tensor,
+        targets: Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]],
     ) -> list[CamResult]:
-        """Explain several targets; the prediction is made once."""
+        """Explain several targets; the prediction is made once.
+
+        Args:
+            x: as for a call.
+            targets: a list, or a function of the logits (B, K, *S) that returns one, for targets
+                that depend on what is predicted.
+        """
         x, affine = _as_input(x)
         windows = plan_windows(self.sliding_window, x.shape[2:])
         layers = self._resolved_layers(x, windows)
         method = self._method()
+        pooled = len(windows.groups(method.whole_axes(x.ndim - 2))) < len(windows)
         with capturing(self.model, layers, self.output) as capture:
-            groups = windows.groups(method.whole_axes(x.ndim - 2))
-            pooled = len(groups) < len(windows)
             first = predict(capture, x, windows, keep=pooled, progress=self.progress)
             example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
             grids = measure_grids(self.model, example, first.shapes)
+            chosen = targets(first.logits) if callable(targets) else targets
             results = []
-            for number, target in enumerate(as_target(t, self.activation) for t in targets):
+            for number, target in enumerate(as_target(t, self.activation) for t in chosen):
                 score, seed = score_and_seed(target, first.logits)
-                found = attribute(
-                    first,
-                    seed,
-                    method,
-                    grids,
-                    last=number == len(targets) - 1,
-                    progress=self.progress,
-                )
+                last = number == len(chosen) - 1
+                found = attribute(first, seed, method, grids, last=last, progress=self.progress)
                 results.append(self._result(first, target, score, found, affine))
         return results
 
@@ -153,6 +156,7 @@ class BaseCAM:
             affine,
             len(first.windows),
             regions(first.logits).flatten(1).sum(1) if regions else None,
+            asdict(self._method()),
         )
 
 
@@ -268,3 +272,9 @@ class XResCAM(BaseCAM):
 
     def _method(self) -> PooledGradient:
         return self._pooling
+
+
+#: Method key -> class.
+CAMS: dict[str, type[BaseCAM]] = {
+    cam.method: cam for cam in (GradCAM, SliceGradCAM, HiResCAM, XResCAM)
+}

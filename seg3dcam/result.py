@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,7 @@ class CamResult:
         affine: (4, 4) voxel -> RAS mm of the input, None if unknown.
         windows: how many windows the input was cut into.
         region_voxels: (B,) voxels of the target's region, None for a target of your own.
+        settings: the method's parameters.
     """
 
     layers: Mapping[str, LayerMap]
@@ -68,6 +69,7 @@ class CamResult:
     affine: np.ndarray | None = None
     windows: int = 1
     region_voxels: torch.Tensor | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def maps(self) -> dict[str, torch.Tensor]:

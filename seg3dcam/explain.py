@@ -1,0 +1,394 @@
+"""A scan in, an explanation on the scan's own grid out.
+
+scan = load_scan("ct.nii.gz")
+model = load_model("model.yaml")
+explain(scan, model, "tumour").save("cam.nii.gz")
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from seg3dcam.cam import CAMS
+from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, nearest
+from seg3dcam.geometry import resample, spacing_of, to_world
+from seg3dcam.layers import LayerSpec
+from seg3dcam.models.base import SegModel
+from seg3dcam.passes import Progress
+from seg3dcam.result import CamResult, Scale, Status, scaled
+from seg3dcam.scan import Scan, load_scan
+from seg3dcam.targets import ClassLogOdds
+
+Axis = Literal["axial", "coronal", "sagittal"]
+
+#: What may be given as a target: a class name or index, or a target.
+Target = Callable[[torch.Tensor], torch.Tensor]
+TargetSpec = str | int | Target
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One target's maps on the scan's own grid.
+
+    Attributes:
+        scan: the scan, with its affine and header.
+        maps: layer -> raw signed map (X, Y, Z), at least float32; 0 where the network saw nothing.
+        status: layer -> "ok", "zero", "nonfinite" or "degenerate".
+        prediction: (K, X, Y, Z) bool, one mask per class of the network.
+        class_names: one for each of the K classes.
+        target, method: their names.
+        class_index: the class that the target is about, None for a target of your own.
+        score: what was explained.
+        native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
+            resolution.
+        provenance: everything needed to make the map again, ready for JSON.
+    """
+
+    scan: Scan
+    maps: Mapping[str, torch.Tensor]
+    status: Mapping[str, Status]
+    prediction: torch.Tensor
+    class_names: Sequence[str]
+    target: str
+    method: str
+    class_index: int | None
+    score: float
+    native_spacing: Mapping[str, tuple[float, ...]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def affine(self) -> np.ndarray:
+        """The scan's affine, (4, 4) voxel -> RAS mm."""
+        return self.scan.affine
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class that the target is about, or of the target."""
+        return self.target if self.class_index is None else self.class_names[self.class_index]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the target's class is predicted, (X, Y, Z) bool; None for a target of your own."""
+        return None if self.class_index is None else self.prediction[self.class_index]
+
+    def volume(self, layer: str | None = None, *, scale: Scale = "max") -> torch.Tensor:
+        """Return what is drawn, (X, Y, Z) in [0, 1]: negative evidence cut, layers averaged, scaled.
+
+        Args:
+            layer: one layer's name; None averages all.
+            scale: "max", "minmax" or "raw", see `CamResult.volume`.
+        """
+        names = list(self.maps) if layer is None else [layer]
+        for name in names:
+            if name not in self.maps:
+                raise InputError(f"no map of layer {name!r}: there are {list(self.maps)}")
+        views = [self.maps[name].clamp(min=0) for name in names if self.status[name] == "ok"]
+        if not views or any(self.status[name] == "nonfinite" for name in names):
+            return torch.zeros_like(self.maps[names[0]])
+        return scaled(torch.stack(views).sum(0)[None] / len(names), scale)[0]
+
+    def slice(self, index: int, axis: Axis = "axial") -> torch.Tensor:
+        """Return one slice of `volume` along the scan's axis nearest to an anatomical one.
+
+        Args:
+            index: voxel index along that axis of the scan's own array.
+        """
+        dim = anatomical_axis(self.affine, axis)
+        if not 0 <= index < self.scan.shape[dim]:
+            raise InputError(
+                f"{axis} slice {index}: legal are 0 to {self.scan.shape[dim] - 1} for this scan"
+            )
+        return self.volume().select(dim, index)
+
+    def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the voxel and the RAS position in mm of the map's maximum."""
+        volume = self.volume()
+        voxel = tuple(int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape))
+        return voxel, to_world(self.affine, voxel)
+
+    def save(self, path: str | Path, *, layer: str | None = None, scale: Scale = "max") -> Path:
+        """Write the volume as NIfTI with the scan's own geometry.
+
+        Args:
+            path: ends in .nii or .nii.gz.
+            scale: "max" writes [0, 1]; "raw" writes positive evidence in its own units.
+        """
+        return self._write(path, self.volume(layer, scale=scale), scale != "raw")
+
+    def save_raw(self, path: str | Path, layer: str) -> Path:
+        """Write a layer's raw signed map as NIfTI with the scan's own geometry."""
+        return self._write(path, self.maps[layer], False)
+
+    def _write(self, path: str | Path, volume: torch.Tensor, unit_range: bool) -> Path:
+        from seg3dcam.export.nifti import write_nifti
+
+        return write_nifti(
+            path,
+            volume,
+            self.affine,
+            reference=self.scan.header,
+            intent_name=self.class_name,
+            description=f"{self.method} {self.target}",
+            display_range=(0, 1) if unit_range else None,
+        )
+
+
+def explain(
+    scan: Scan | str | Path | Sequence[str | Path] | torch.Tensor,
+    model: SegModel,
+    target: TargetSpec,
+    *,
+    layers: LayerSpec = "auto",
+    method: str = "hires_cam",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Explanation:
+    """Explain one target of a whole scan, on the scan's own grid.
+
+    Args:
+        scan: what `load_scan` takes.
+        model: what `load_model` returns, or a `SegModel` around your own network.
+        target: a class name or index (its log-odds over the predicted mask), or a target.
+        layers: target layers, see `BaseCAM`.
+        method: a key of `METHODS`.
+        progress: called with (step, done, total).
+        settings: more arguments of the method's class, such as `window=` of `XResCAM`.
+
+    Raises:
+        ScanError, ModelError, LayerError, TargetError: see `seg3dcam.errors`.
+
+    Example:
+        >>> network = torch.nn.Sequential(
+        ...     torch.nn.Conv3d(1, 2, 3, stride=2, padding=1), torch.nn.ReLU(),
+        ...     torch.nn.Upsample(scale_factor=2))
+        >>> scan = load_scan(np.random.default_rng(0).random((8, 8, 8)), affine=np.eye(4))
+        >>> explain(scan, SegModel(network), targets.ClassLogit(0, "volume"), layers="0").maps["0"].shape
+        torch.Size([8, 8, 8])
+    """
+    return explain_each(
+        scan, model, [target], layers=layers, method=method, progress=progress, **settings
+    )[0]
+
+
+def explain_each(
+    scan: Scan | str | Path | Sequence[str | Path] | torch.Tensor,
+    model: SegModel,
+    targets: Sequence[TargetSpec] | None = None,
+    *,
+    layers: LayerSpec = "auto",
+    method: str = "hires_cam",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[Explanation]:
+    """Explain several targets of a scan; the prediction is made once.
+
+    Args:
+        targets: class names, indices or targets; None is every predicted foreground class.
+
+    The other arguments are those of `explain`.
+    """
+    if method not in CAMS:
+        raise ConfigError(f"method {method!r}: {nearest(method, CAMS)}")
+    scan = load_scan(scan)
+    model.check_scan(scan)
+    prepared = model.prepare(scan)
+    x = prepared.as_tensor()[None].contiguous()
+    cam = CAMS[method](
+        model.module,
+        layers,
+        sliding_window=model.window,
+        output=model.output,
+        activation=model.activation,
+        progress=progress,
+        **settings,
+    )
+    chosen: list[tuple[int | None, Target]] = []
+
+    def choose(logits: torch.Tensor) -> list[Target]:
+        model.check_logits(logits)
+        chosen.extend(_chosen(model, targets, logits))
+        return [target for _, target in chosen]
+
+    results = cam.each(x, choose)
+    prediction = _prediction_on(scan, prepared, results[0])
+    fingerprint = model.fingerprint()
+    return [
+        _explanation(scan, prepared, model, prediction, index, result, fingerprint)
+        for (index, _), result in zip(chosen, results, strict=True)
+    ]
+
+
+def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
+    """Return the array axis nearest to the one that a plane cuts: axial cuts along S.
+
+    >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
+    2
+    """
+    world = {"sagittal": 0, "coronal": 1, "axial": 2}
+    if axis not in world:
+        raise InputError(f"axis {axis!r}: {nearest(axis, world)}")
+    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == world[axis])[0])
+
+
+def _chosen(
+    model: SegModel, targets: Sequence[TargetSpec] | None, logits: torch.Tensor
+) -> list[tuple[int | None, Target]]:
+    """Return (class index or None, target) for everything that is to be explained."""
+    if targets is None:
+        targets = _predicted_classes(model, logits)
+    chosen: list[tuple[int | None, Target]] = []
+    for target in targets:
+        if isinstance(target, str | int):
+            index = model.class_index(target)
+            chosen.append((index, ClassLogOdds(index, activation=model.activation)))
+        else:
+            chosen.append((getattr(target, "index", None), target))
+    return chosen
+
+
+def _predicted_classes(model: SegModel, logits: torch.Tensor) -> list[TargetSpec]:
+    """Return every predicted class but the background: channel 0 of a softmax."""
+    if model.activation == "sigmoid" or logits.shape[1] == 1:
+        found: list[TargetSpec] = [c for c in range(logits.shape[1]) if (logits[:, c] > 0).any()]
+    else:
+        found = [int(c) for c in logits.argmax(1).unique() if c != 0]
+    if not found:
+        raise EmptyRegionError(
+            "the network predicts no foreground class anywhere in this scan, so there is nothing "
+            "to explain. Do orientation, spacing and intensity of the model fit the scan? To "
+            "explain why a class was missed, name it and give a region"
+        )
+    return found
+
+
+def _prediction_on(scan: Scan, prepared: MetaTensor, result: CamResult) -> torch.Tensor:
+    """Return the masks of all classes on the scan's grid: logits are moved, then compared."""
+    affine = prepared.affine.numpy()
+    masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool)
+    best = None
+    for index, logits in enumerate(result.logits[0].cpu().float()):
+        moved = resample(logits, affine, scan.affine, scan.shape)
+        if result.activation == "sigmoid" or len(masks) == 1:
+            masks[index] = moved > 0
+        elif best is None:
+            best, masks[0] = moved, True
+        else:
+            wins = moved > best
+            masks[:index] &= ~wins
+            masks[index] = wins
+            best = torch.maximum(best, moved)
+    return masks
+
+
+def _explanation(
+    scan: Scan,
+    prepared: MetaTensor,
+    model: SegModel,
+    prediction: torch.Tensor,
+    class_index: int | None,
+    result: CamResult,
+    fingerprint: str,
+) -> Explanation:
+    affine = prepared.affine.numpy().astype(np.float64)
+    result = replace(result, affine=affine)
+    maps = {
+        name: resample(
+            layer.values[0].cpu(),
+            layer.grid.affine(affine),
+            scan.affine,
+            scan.shape,
+            seen_affine=affine,
+            seen_shape=tuple(prepared.shape[1:]),
+        )
+        for name, layer in result.layers.items()
+    }
+    return Explanation(
+        scan=scan,
+        maps=maps,
+        status=result.status,
+        prediction=prediction,
+        class_names=[model.class_name(index) for index in range(len(prediction))],
+        target=result.target,
+        method=result.method,
+        class_index=class_index,
+        score=float(result.score[0]),
+        native_spacing=result.native_spacing,
+        provenance=_provenance(scan, prepared, model, class_index, result, fingerprint),
+    )
+
+
+def _provenance(
+    scan: Scan,
+    prepared: MetaTensor,
+    model: SegModel,
+    class_index: int | None,
+    result: CamResult,
+    fingerprint: str,
+) -> dict[str, Any]:
+    plan = model.window
+    return {
+        "scan": {
+            "name": scan.name,
+            "shape": scan.shape,
+            "spacing_mm": spacing_of(scan.affine),
+            "affine": scan.affine,
+        },
+        "prepared": {
+            "shape": tuple(prepared.shape[1:]),
+            "affine": prepared.affine.numpy(),
+        },
+        "model": {
+            "name": model.name,
+            "weights_sha256": fingerprint,
+            "classes": list(model.class_names),
+            "activation": model.activation,
+            "windows": result.windows,
+            "window": None
+            if plan is None
+            else {
+                "roi_size": plan.roi_size,
+                "overlap": plan.overlap,
+                "mode": plan.mode,
+                "sw_batch_size": plan.sw_batch_size,
+            },
+        },
+        "target": {
+            "name": result.target,
+            "class": None if class_index is None else model.class_name(class_index),
+            "class_index": class_index,
+            "region_voxels": None if result.region_voxels is None else int(result.region_voxels[0]),
+            "reduction": "sum",
+            "score": float(result.score[0]),
+        },
+        "method": {"name": result.method, "settings": result.settings},
+        "layers": {
+            name: {
+                "status": layer.status,
+                "shape": layer.window_grid.shape,
+                "stride": layer.window_grid.stride,
+                "offset": layer.window_grid.offset,
+                "offset_measured": layer.window_grid.measured,
+                "spacing_mm": result.native_spacing[name],
+                "raw_min": float(layer.values.min()),
+                "raw_max": float(layer.values.max()),
+                "positive_fraction": float((layer.values > 0).float().mean()),
+                "magnitude": float(layer.magnitude[0]),
+                "dtype": str(layer.values.dtype).removeprefix("torch."),
+            }
+            for name, layer in result.layers.items()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("seg3dcam", "torch", "monai", "nibabel")},
+        },
+    }

@@ -1,0 +1,170 @@
+"""Files that are either complete or not there.
+
+Everything is written under a temporary name in the same folder and renamed when it is complete and
+on the disk. Whatever fails in between, no half file carries a final name, and the file that was
+there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seg3dcam.errors import OutputError
+
+__all__ = ["atomic", "check_writable", "write_json"]
+
+_PREFIX = ".seg3dcam-"
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to; it becomes `path` when the block ends without error.
+
+    The temporary file lies in the same folder, which is created if it is missing, starts with a
+    dot, and keeps the suffix, since many writers choose the format by it. After any exception,
+    Ctrl-C included, it is removed and `path` is as it was before.
+
+    Raises `OutputError`, which names `path`, for every `OSError`: also those raised in the block.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic(Path(folder) / "note.txt") as temporary:
+    ...         _ = temporary.write_text("complete")
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['note.txt']
+    """
+    final = Path(path)
+    temporary = _temporary(final.parent, "".join(final.suffixes[-2:]))
+    try:
+        if final.is_dir():
+            raise OutputError(f"{final} is a folder. Give the name of a file in it.")
+        _create(temporary)
+        yield temporary
+        _onto_disk(temporary)
+        temporary.replace(final)
+        _folder_onto_disk(final.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _explained(error, final) from error
+    finally:
+        with suppress(OSError):  # renamed already, or the disk is gone: the first error counts
+            temporary.unlink()
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
+    """Write `obj` as indented UTF-8 JSON, atomically.
+
+    numpy numbers and arrays become numbers and lists, paths become text. NaN and infinity, which
+    JSON does not know, become the texts "nan", "inf" and "-inf": Python's `float` reads them back.
+
+    Raises `OutputError` if the file cannot be written, `TypeError` for what JSON cannot hold.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(write_json(Path(folder) / "a.json", {"peak": float("nan")}).read_text(), end="")
+    {
+      "peak": "nan"
+    }
+    """
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` and prove that a file can be written in it, before hours of work.
+
+    Raises `OutputError` if not. The file written for the proof is removed again.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     list(check_writable(Path(folder) / "results").iterdir())
+    []
+    """
+    folder = Path(folder)
+    probe = _temporary(folder, ".probe")
+    try:
+        _create(probe)
+        probe.write_bytes(b"\0" * 4096)
+        _onto_disk(probe)
+    except OSError as error:
+        raise _explained(error, folder) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return folder
+
+
+def _temporary(folder: Path, suffix: str) -> Path:
+    return folder / f"{_PREFIX}{secrets.token_hex(8)}{suffix[-32:]}"
+
+
+def _create(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    # 0o666 less the umask, as any program's new file; tempfile's 0o600 would lock colleagues out.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _onto_disk(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _folder_onto_disk(folder: Path) -> None:
+    # Makes the new name survive a power cut. Not every system lets a folder be opened.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+_ADVICE = {
+    errno.EACCES: "Nothing may be written there: choose another folder, or change its permissions.",
+    errno.EPERM: "Nothing may be written there: choose another folder, or change its permissions.",
+    errno.EROFS: "The disk is read-only: choose another folder.",
+    errno.ENOSPC: "The disk is full: free some space, or choose a folder on another disk.",
+    errno.EDQUOT: "Your disk quota is used up: free some space, or choose another disk.",
+    errno.ENOTDIR: "A part of this path is a file, not a folder: choose another folder.",
+    errno.EEXIST: "A part of this path is a file, not a folder: choose another folder.",
+    errno.ENAMETOOLONG: "The name is too long: choose a shorter one.",
+}
+
+
+def _explained(error: OSError, path: Path) -> OutputError:
+    advice = _ADVICE.get(error.errno or 0, "Check the folder and the disk.")
+    explained = OutputError(
+        f"{path} cannot be written ({error.strerror or error}). {advice} "
+        "Nothing half-written was left behind."
+    )
+    explained.errno = error.errno
+    return explained
+
+
+def _plain(obj: Any) -> Any:
+    """The same in types that JSON knows."""
+    if isinstance(obj, dict):
+        return {key: _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, np.ndarray):
+        return _plain(obj.tolist())
+    if isinstance(obj, np.generic):
+        return _plain(obj.item())
+    if isinstance(obj, float) and not np.isfinite(obj):
+        return str(float(obj))
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    return obj

@@ -1,0 +1,98 @@
+"""A segmentation network together with how it is used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from seg3dcam.errors import ModelError, TargetError, nearest
+from seg3dcam.outputs import OutputSelection
+from seg3dcam.scan import Scan
+from seg3dcam.targets import Activation
+from seg3dcam.windows import WindowPlan
+
+
+def as_is(scan: Scan) -> MetaTensor:
+    """Return the scan's voxels with their affine, unchanged: (C, *S)."""
+    return MetaTensor(scan.data, affine=torch.as_tensor(scan.affine))
+
+
+@dataclass(frozen=True)
+class SegModel:
+    """A network, how scans are prepared for it, and what its channels mean.
+
+    Attributes:
+        module: channel-first input (B, C, *S), logits (B, K, *S).
+        class_names: one for each of the K channels; empty if unknown.
+        activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
+        prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
+        window: the sliding window, None for the whole scan at once.
+        output: which of several outputs are the logits.
+        in_channels: channels that the network takes, None if unknown.
+        name: for provenance.
+
+    >>> model = SegModel(nn.Conv3d(1, 2, 1), class_names=("background", "liver"))
+    >>> model.class_index("liver")
+    1
+    """
+
+    module: nn.Module
+    class_names: Sequence[str] = ()
+    activation: Activation = "softmax"
+    prepare: Callable[[Scan], MetaTensor] = field(default=as_is)
+    window: WindowPlan | None = None
+    output: OutputSelection = None
+    in_channels: int | None = None
+    name: str = "model"
+
+    def class_index(self, name: str | int) -> int:
+        """Return the channel of a class given by name or index.
+
+        Raises:
+            TargetError: no such class; the legal ones are named.
+        """
+        if isinstance(name, int) or (name.isdigit() and name not in self.class_names):
+            index = int(name)
+            if self.class_names and not 0 <= index < len(self.class_names):
+                listed = ", ".join(f"{i} {n}" for i, n in enumerate(self.class_names))
+                raise TargetError(f"class {index} does not exist; the classes are {listed}")
+            return index
+        if name in self.class_names:
+            return list(self.class_names).index(name)
+        raise TargetError(f"class {name!r} does not exist: {nearest(name, self.class_names)}")
+
+    def class_name(self, index: int) -> str:
+        """Return the name of a channel."""
+        return self.class_names[index] if self.class_names else f"class {index}"
+
+    def check_scan(self, scan: Scan) -> None:
+        """Raise ModelError unless the scan has as many channels as the network takes."""
+        channels = len(scan.data)
+        if self.in_channels is not None and channels != self.in_channels:
+            raise ModelError(
+                f"scan {scan.name} has {channels} channel{'s' * (channels > 1)}, the model takes "
+                f"{self.in_channels}. Channels are the 4th axis of one NIfTI file, or one file "
+                "each, in the order of the training"
+            )
+
+    def check_logits(self, logits: torch.Tensor) -> None:
+        """Raise ModelError unless there is one channel for each class name."""
+        if self.class_names and logits.shape[1] != len(self.class_names):
+            raise ModelError(
+                f"the network's output has {logits.shape[1]} channels, but "
+                f"{len(self.class_names)} classes are named: {', '.join(self.class_names)}"
+            )
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights: the same weights, the same hash."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(key.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,397 @@
+"""From a volume and its affine to flat pictures as a radiologist expects them.
+
+Nothing here draws. `plan_view` looks at the affine once and says how to cut a volume; `cut`
+applies that to any array on the same grid; the rest chooses the grey window and the slices.
+
+Radiological display: the patient's right is on the picture's left; axial pictures have anterior
+up; coronal and sagittal pictures have superior up; sagittal pictures have anterior on the left.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seg3dcam.errors import ConfigError, InputError, nearest
+
+# CT windows in Hounsfield units: name -> (width, level).
+WINDOWS: dict[str, tuple[float, float]] = {
+    "brain": (80, 40),
+    "lung": (1500, -600),
+    "soft tissue": (400, 40),
+    "abdomen": (350, 40),
+    "bone": (2000, 500),
+}
+
+# Without a window: these percentiles of the voxels that are not zero, over the whole volume.
+AUTO_PERCENTILES = (0.5, 99.5)
+# More voxels than this are thinned out before the percentiles: no visible difference.
+AUTO_SAMPLE = 8_000_000
+
+# "relevant" shows at most this many slices.
+MAX_RELEVANT = 20
+
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
+
+
+class Plane(NamedTuple):
+    """Towards which side of the patient the slices, columns and rows of a picture go."""
+
+    across: str
+    columns: str
+    rows: str
+
+
+PLANES = {
+    "axial": Plane(across="S", columns="L", rows="P"),
+    "coronal": Plane(across="A", columns="L", rows="I"),
+    "sagittal": Plane(across="R", columns="P", rows="I"),
+}
+
+
+class Letters(NamedTuple):
+    """The side of the patient at each edge of a picture."""
+
+    left: str
+    right: str
+    top: str
+    bottom: str
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels, and how many of them make a millimetre."""
+
+    height: int
+    width: int
+    pixels_per_mm: float
+
+
+class Window(NamedTuple):
+    """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
+
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """How to cut volumes of one grid into pictures of one plane; made by `plan_view`."""
+
+    axis: str
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    slice_axis: int
+    row_axis: int
+    column_axis: int
+    flip_rows: bool
+    flip_columns: bool
+
+    @property
+    def slice_count(self) -> int:
+        """Number of slices along the scan's own array axis."""
+        return self.shape[self.slice_axis]
+
+    @property
+    def index_name(self) -> str:
+        """The usual letter of the array axis that counts the slices: i, j or k."""
+        return "ijk"[self.slice_axis]
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
+    """Plan how to cut volumes of `shape` into pictures of one anatomical plane.
+
+    The slices run along the array axis that is closest to the anatomical one, so nothing is
+    resampled between slices; an oblique scan is shown along its own axes.
+
+    Args:
+        shape: (X, Y, Z) of the volumes.
+        affine: (4, 4), voxel index -> RAS mm.
+        axis: "axial", "coronal" or "sagittal".
+
+    Raises:
+        ConfigError: an unknown axis.
+        InputError: an affine that is not (4, 4), not finite or cannot be inverted.
+
+    Example:
+        >>> view = plan_view((4, 5, 6), np.eye(4), "coronal")
+        >>> view.slice_axis, view.slice_count
+        (1, 5)
+        >>> edge_letters(view)
+        Letters(left='R', right='L', top='S', bottom='I')
+    """
+    if axis not in PLANES:
+        raise ConfigError(f"unknown axis {axis!r}; {nearest(str(axis), PLANES)}")
+    matrix = check_affine(affine)
+    plane = PLANES[axis]
+    codes = nibabel.aff2axcodes(matrix)
+    slice_axis, _ = _find_axis(codes, plane.across)
+    row_axis, flip_rows = _find_axis(codes, plane.rows)
+    column_axis, flip_columns = _find_axis(codes, plane.columns)
+    x, y, z = (int(n) for n in shape)
+    return View(
+        axis=axis,
+        shape=(x, y, z),
+        affine=matrix,
+        slice_axis=slice_axis,
+        row_axis=row_axis,
+        column_axis=column_axis,
+        flip_rows=flip_rows,
+        flip_columns=flip_columns,
+    )
+
+
+def check_affine(affine: ArrayLike) -> NDArray[np.float64]:
+    """Return the affine as a (4, 4) float64 array, or say why it is not one."""
+    matrix = np.asarray(affine, dtype=np.float64)
+    if matrix.shape != (4, 4):
+        raise InputError(f"the affine must have shape (4, 4), not {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise InputError("the affine holds NaN or infinite numbers")
+    if not np.allclose(matrix[3], (0, 0, 0, 1)):
+        raise InputError(f"the affine's last row must be 0 0 0 1, not {matrix[3].tolist()}")
+    sizes = np.linalg.norm(matrix[:3, :3], axis=0)
+    if sizes.min() == 0 or abs(np.linalg.det(matrix[:3, :3] / sizes)) < 1e-6:
+        raise InputError("the affine cannot be inverted: two voxel axes have one direction")
+    return matrix
+
+
+def _find_axis(codes: Sequence[str], towards: str) -> tuple[int, bool]:
+    """Find the array axis along a direction, and whether it runs the other way."""
+    if towards in codes:
+        return codes.index(towards), False
+    return codes.index(OPPOSITE[towards]), True
+
+
+def edge_letters(view: View) -> Letters:
+    """Say which side of the patient is at each edge of the view's pictures.
+
+    The letters come from the affine (nearest axis codes) and the view's own flips.
+    """
+    codes = nibabel.aff2axcodes(view.affine)
+    right, bottom = codes[view.column_axis], codes[view.row_axis]
+    if view.flip_columns:
+        right = OPPOSITE[right]
+    if view.flip_rows:
+        bottom = OPPOSITE[bottom]
+    return Letters(left=OPPOSITE[right], right=right, top=OPPOSITE[bottom], bottom=bottom)
+
+
+def cut(view: View, volume: NDArray[Any], index: int) -> NDArray[Any]:
+    """Cut slice `index` (0 .. N-1 along the array's own axis) as a (rows, columns) view.
+
+    >>> volume = np.arange(8).reshape(2, 2, 2)
+    >>> cut(plan_view((2, 2, 2), np.eye(4), "axial"), volume, 0)  # x to the right, y up: flip both
+    array([[6, 2],
+           [4, 0]])
+    """
+    plane = np.moveaxis(volume, (view.slice_axis, view.row_axis, view.column_axis), (0, 1, 2))[
+        index
+    ]
+    if view.flip_rows:
+        plane = plane[::-1]
+    if view.flip_columns:
+        plane = plane[:, ::-1]
+    return plane
+
+
+def spacing_mm(view: View) -> tuple[float, float]:
+    """Height and width of one voxel of the view's pictures, in mm."""
+    sizes = np.linalg.norm(view.affine[:3, :3], axis=0)
+    return float(sizes[view.row_axis]), float(sizes[view.column_axis])
+
+
+def obliquity_degrees(affine: ArrayLike) -> float:
+    """Largest angle between a voxel axis and the anatomical axis that it is taken for.
+
+    >>> obliquity_degrees(np.diag([-1, -1, 2, 1]))
+    0.0
+    """
+    matrix = np.asarray(affine, dtype=np.float64)[:3, :3]
+    world = nibabel.io_orientation(affine)[:, 0].astype(int)
+    along = np.abs(matrix[world, range(3)]) / np.linalg.norm(matrix, axis=0)
+    return float(np.degrees(np.arccos(np.clip(along, 0, 1))).max())
+
+
+def position_text(view: View, index: int) -> str:
+    """Say where slice `index` lies: mm from the origin of the patient's space, at its centre.
+
+    >>> position_text(plan_view((9, 9, 9), np.diag([1, 1, 2, 1]), "axial"), 3)
+    'S 6.0 mm'
+    """
+    centre = (np.array(view.shape) - 1) / 2
+    centre[view.slice_axis] = index
+    world = "RAS".index(PLANES[view.axis].across)
+    mm = float(view.affine[world, :3] @ centre + view.affine[world, 3])
+    return f"{'RAS'[world] if mm >= 0 else 'LPI'[world]} {abs(mm):.1f} mm"
+
+
+def picture_size(view: View, short_side: int, *, long_side: int, keep_detail: bool = True) -> Size:
+    """Choose the size of the view's pictures, with square pixels.
+
+    Args:
+        view: the plan of the cut.
+        short_side: smallest height and width in pixels.
+        long_side: largest height and width in pixels; wins over `short_side`.
+        keep_detail: give every voxel at least one pixel, up to `long_side`; False: exactly
+            `short_side`.
+    """
+    row_mm, column_mm = spacing_mm(view)
+    height_mm = row_mm * view.shape[view.row_axis]
+    width_mm = column_mm * view.shape[view.column_axis]
+    zoom = short_side / min(height_mm, width_mm)
+    if keep_detail:
+        zoom = max(zoom, 1 / min(row_mm, column_mm))
+    zoom = min(zoom, long_side / max(height_mm, width_mm))
+    return Size(max(1, round(height_mm * zoom)), max(1, round(width_mm * zoom)), zoom)
+
+
+# ---------------------------------------------------------------- grey window
+
+
+def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
+    """Turn a preset's name, (width, level) or None into the values drawn black and white.
+
+    None takes the 0.5 and 99.5 percentiles of the voxels that are finite and not zero, over the
+    whole volume, so all slices look alike.
+
+    Raises:
+        ConfigError: an unknown preset, or a width that is not above 0.
+
+    >>> choose_window(np.zeros((2, 2, 2)), "brain")
+    Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
+    """
+    if window is None:
+        low, high = _auto_range(scan)
+        text = f"{_width_level(low, high)} (0.5–99.5 % of the volume)"
+        return Window(low, high, text)
+    if isinstance(window, str):
+        preset = window.lower().replace("_", " ").replace("-", " ")
+        if preset not in WINDOWS:
+            raise ConfigError(f"unknown window {window!r}; {_nearest_window(preset)}")
+        width, level = WINDOWS[preset]
+        suffix = f" ({preset})"
+    else:
+        width, level = _check_width_level(window)
+        suffix = ""
+    low, high = level - width / 2, level + width / 2
+    return Window(low, high, _width_level(low, high) + suffix)
+
+
+def _nearest_window(preset: str) -> str:
+    return f"{nearest(preset, WINDOWS)}; or (width, level), or None for 0.5–99.5 percentiles"
+
+
+def _check_width_level(window: Sequence[float]) -> tuple[float, float]:
+    try:
+        width, level = (float(number) for number in window)
+    except (TypeError, ValueError):
+        raise ConfigError(f"window must be (width, level), not {window!r}") from None
+    if not (math.isfinite(width) and math.isfinite(level) and width > 0):
+        raise ConfigError(f"window must be a finite (width, level), width > 0, not {window!r}")
+    return width, level
+
+
+def _auto_range(scan: NDArray[Any]) -> tuple[float, float]:
+    values = scan.ravel(order="K")  # no copy, whatever the memory order
+    step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: not in step with a row
+    values = values[::step].astype(np.float32, copy=False)
+    values = values[np.isfinite(values) & (values != 0)]
+    if values.size == 0:
+        return 0.0, 1.0
+    low, high = (float(number) for number in np.percentile(values, AUTO_PERCENTILES))
+    if low == high:  # nearly constant: the few other values may be what matters
+        low, high = float(values.min()), float(values.max())
+    if low == high:  # constant: mid grey
+        half = max(0.5, abs(low) / 100)
+        low, high = low - half, high + half
+    return low, high
+
+
+def _width_level(low: float, high: float) -> str:
+    return f"W {high - low:.4g} L {(high + low) / 2:.4g}"
+
+
+# ---------------------------------------------------------------- slices
+
+
+def slice_profile(view: View, volume: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Largest value and sum of every slice, each (N,)."""
+    others = (view.row_axis, view.column_axis)
+    with np.errstate(invalid="ignore"):  # inf - inf: the caller looks for what is not finite
+        return volume.max(axis=others), volume.sum(axis=others, dtype=np.float64)
+
+
+def peak_slice(largest: NDArray[Any], total: NDArray[np.float64]) -> int:
+    """Index of the slice with the highest value; of several, the one with the largest sum."""
+    return int(np.lexsort((total, largest))[-1])
+
+
+def choose_slices(
+    slices: str | int | Sequence[int],
+    relevant: NDArray[np.bool_],
+    peak: int | None,
+    limit: int = MAX_RELEVANT,
+) -> list[int]:
+    """Turn the `slices` setting into slice indices.
+
+    Args:
+        slices: "relevant", "all", one index or several.
+        relevant: (N,), the slices worth looking at.
+        peak: a slice that "relevant" must contain, or None.
+        limit: "relevant" gives at most this many, evenly spread; where no slice is relevant,
+            they are spread over the whole volume.
+
+    Raises:
+        ConfigError: an unknown word.
+        InputError: an index outside 0 .. N-1, or no index at all.
+
+    >>> choose_slices("relevant", np.array([0, 1, 1, 1, 0], dtype=bool), peak=2, limit=2)
+    [2, 3]
+    """
+    count = len(relevant)
+    if isinstance(slices, str):
+        if slices == "all":
+            return list(range(count))
+        if slices == "relevant":
+            return _spread(relevant, peak, limit)
+        hint = nearest(slices, ("relevant", "all"))
+        raise ConfigError(f"unknown slices {slices!r}; {hint}; or one index, or a list of them")
+    wanted: list[Any] = [slices] if np.ndim(slices) == 0 else list(slices)  # type: ignore[arg-type]
+    if not wanted:
+        raise InputError("slices is empty: give at least one index, 'relevant' or 'all'")
+    return list(dict.fromkeys(_check_index(index, count) for index in wanted))
+
+
+def _check_index(index: Any, count: int) -> int:
+    try:
+        number = operator.index(index)
+    except TypeError:
+        raise InputError(f"a slice index must be a whole number, not {index!r}") from None
+    if isinstance(index, (bool, np.bool_)) or not 0 <= number < count:
+        raise InputError(f"slice index {index} is outside 0..{count - 1} (the scan's own axis)")
+    return number
+
+
+def _spread(relevant: NDArray[np.bool_], peak: int | None, limit: int) -> list[int]:
+    candidates = relevant.copy()
+    if peak is not None:
+        candidates[peak] = True
+    if not candidates.any():
+        candidates[:] = True
+    chosen = np.flatnonzero(candidates)
+    if len(chosen) > limit:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
+        if peak is not None and peak not in chosen:
+            chosen[np.abs(chosen - peak).argmin()] = peak
+    return [int(index) for index in chosen]
