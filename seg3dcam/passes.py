@@ -16,6 +16,7 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from seg3dcam.capture import Capture
+from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef
 from seg3dcam.methods import PooledGradient
@@ -54,7 +55,7 @@ class FirstPass:
 
     @cached_property
     def total_importance(self) -> torch.Tensor:
-        return self.windows.total_importance().to(self.x)
+        return self.windows.total_importance(self.x)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def predict(
     def predictor(batch: torch.Tensor) -> torch.Tensor:
         nonlocal done, room
         logits = capture.observe(batch, copy=room > 0)
+        if tuple(logits.shape[2:]) != windows.roi:
+            raise ModelError(
+                f"the network gave logits of shape {tuple(logits.shape)} for a window of "
+                f"{windows.roi} voxels: windows can be stitched only at full resolution"
+            )
         if room > 0:
             for offset, activations in enumerate(_split(capture.activations, len(batch))):
                 room -= sum(a.numel() * a.element_size() for a in activations.values())

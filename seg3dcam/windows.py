@@ -119,11 +119,11 @@ class Windows:
             return torch.ones(self.roi)
         return compute_importance_map(self.roi, self.plan.mode, self.plan.sigma_scale)
 
-    def total_importance(self) -> torch.Tensor:
+    def total_importance(self, like: torch.Tensor) -> torch.Tensor:
         """Return the sum of importance over all windows at each voxel of the padded volume."""
-        total = torch.zeros(self.padded_shape)
+        total = torch.zeros(self.padded_shape, dtype=like.dtype, device=like.device)
         for window in range(len(self)):
-            total[self._index(window)] += self.importance
+            total[self._index(window)] += self.importance.to(total)
         return total
 
     def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:

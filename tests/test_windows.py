@@ -1,0 +1,325 @@
+"""Windows: MONAI's prediction, exact gradients through the stitching, blending, memory limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import UNet
+from torch import nn
+
+from seg3dcam import GradCAM, HiResCAM, SliceGradCAM, WindowPlan, XResCAM, targets
+from seg3dcam.errors import ConfigError, ModelError
+from seg3dcam.geometry import FeatureGrid, interpolate
+from seg3dcam.windows import Blend, Windows, plan_windows
+
+LAYER = "model.1.submodule"
+
+
+def unet(norm: str = "batch") -> nn.Module:
+    torch.manual_seed(0)
+    network = UNet(3, 1, 3, (4, 8, 12), (2, 2), num_res_units=1, norm=norm)
+    for module in network.modules():  # statistics as after training, so that no feature is empty
+        if isinstance(module, nn.BatchNorm3d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.double().eval()
+
+
+def volume(*shape: int) -> torch.Tensor:
+    return torch.rand(1, 1, *shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+
+
+PLANS = {
+    "gaussian, misaligned": (WindowPlan(16, overlap=0.4), (21, 27, 18)),
+    "constant, aligned": (WindowPlan(16, overlap=0.5, mode="constant"), (24, 32, 16)),
+    "batches of 3": (WindowPlan(16, overlap=0.25, sw_batch_size=3), (20, 24, 33)),
+    "smaller than the window": (WindowPlan(24, overlap=0.5), (13, 30, 24)),
+    "another size on each axis": (WindowPlan((16, 12, 8), overlap=(0.5, 0.25, 0)), (18, 22, 20)),
+    "reflected padding": (WindowPlan(24, overlap=0.5, padding_mode="reflect"), (15, 24, 29)),
+    "one axis whole": (WindowPlan((16, -1, 16), overlap=0.5), (20, 16, 20)),
+}
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS)
+def case(request: pytest.FixtureRequest) -> tuple[WindowPlan, torch.Tensor]:
+    plan, shape = request.param
+    return plan, volume(*shape)
+
+
+def through_monai(
+    network: nn.Module, x: torch.Tensor, plan: WindowPlan, activations: list | None = None
+) -> torch.Tensor:
+    """Predict with MONAI, in one autograd graph if `activations` collects the layer's tensors."""
+    places: list = []
+
+    def predictor(batch: torch.Tensor, coordinates: list) -> torch.Tensor:
+        places.extend(coordinates)
+        return network(batch).clone()
+
+    def collect(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        leaf = output.detach().requires_grad_()
+        activations.append(leaf)
+        return leaf.clone()
+
+    hook = (
+        network.get_submodule(LAYER).register_forward_hook(collect)
+        if activations is not None
+        else None
+    )
+    logits = sliding_window_inference(
+        x,
+        plan.roi_size,
+        plan.sw_batch_size,
+        predictor,
+        overlap=plan.overlap,
+        mode=plan.mode,
+        padding_mode=plan.padding_mode,
+        with_coord=True,
+    )
+    if hook is not None:
+        hook.remove()
+    return logits
+
+
+def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None:
+    plan, x = case
+    network = unet()
+    result = HiResCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
+    assert torch.equal(result.logits, through_monai(network, x, plan).detach())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        targets.ClassLogOdds(1),
+        targets.ClassProbability(2, region="volume"),
+        targets.MaskOutput(),
+        lambda logits: (logits.softmax(1)[:, 1] ** 2).flatten(1).mean(1).sqrt(),
+    ],
+    ids=["log-odds", "probability", "mask output", "a nonlinear function"],
+)
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_hires_cam_is_the_gradient_of_one_giant_graph(
+    case: tuple[WindowPlan, torch.Tensor], target, norm: str
+) -> None:
+    """Sum over windows of gradient x activation, all taken from one graph through MONAI."""
+    plan, x = case
+    network = unet(norm)
+    result = HiResCAM(network, LAYER, sliding_window=plan)(x, target)
+
+    batches: list[torch.Tensor] = []
+    logits = through_monai(network, x, plan, batches)
+    gradients = torch.autograd.grad(target(logits).sum(), batches)
+    windows = plan_windows(plan, x.shape[2:])
+    maps = torch.cat([(a * g).sum(1) for a, g in zip(batches, gradients, strict=True)]).detach()
+    expected = place_by_hand(maps, windows)
+
+    found = result.maps[LAYER][0]
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def place_by_hand(
+    maps: torch.Tensor, windows: Windows, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Add windows' maps of a stride-2 layer (feature u at voxel 2u) and interpolate to voxels.
+
+    Where every window starts on the layer's grid the maps are added there, otherwise at voxels.
+    With `weights` (*roi), the weighted mean is taken instead of the sum.
+    """
+    aligned = all(start % 2 == 0 for starts in windows.starts for start in starts)
+    step = 2 if aligned else 1
+    if not aligned:
+        grid = FeatureGrid(tuple(maps.shape[1:]), (2.0,) * 3, (0.0,) * 3)
+        maps = interpolate(maps, grid, FeatureGrid.of_voxels(windows.roi))
+    importance = torch.ones(maps.shape[1:]) if weights is None else weights[::step, ::step, ::step]
+    total = torch.zeros([n // step for n in windows.padded_shape], dtype=maps.dtype)
+    norm = torch.zeros_like(total)
+    for values, start in zip(maps, windows.starts, strict=True):
+        place = tuple(
+            slice(s // step, s // step + n) for s, n in zip(start, values.shape, strict=True)
+        )
+        total[place] += values * importance
+        norm[place] += importance
+    if weights is not None:
+        total /= norm
+    before = tuple(float(-b) for b in windows.before)
+    grid = FeatureGrid(tuple(total.shape), (float(step),) * 3, before)
+    return interpolate(total, grid, FeatureGrid.of_voxels(windows.shape))
+
+
+@pytest.mark.parametrize("region", ["box", "volume"])
+def test_grad_cam_pools_its_weights_over_all_windows(
+    case: tuple[WindowPlan, torch.Tensor], region: str
+) -> None:
+    """Weights: gradients of the giant graph over all windows; maps: blended by MONAI's shares."""
+    plan, x = case
+    where = targets.Box((2, 3, 1), (7, 8, 6)) if region == "box" else "volume"
+    target = targets.ClassLogit(1, region=where)
+    network = unet()
+    result = GradCAM(network, LAYER, sliding_window=plan)(x, target)
+
+    batches: list[torch.Tensor] = []
+    logits = through_monai(network, x, plan, batches)
+    gradients = torch.cat(torch.autograd.grad(target(logits).sum(), batches))
+    windows = plan_windows(plan, x.shape[2:])
+    activations = torch.cat(batches).detach()
+    voxels = 1.0
+    for padded, roi, size in zip(
+        windows.padded_shape, windows.roi, activations.shape[2:], strict=True
+    ):
+        voxels *= padded / roi * size
+    weights = gradients.sum((0, 2, 3, 4)) / voxels
+    maps = (weights[:, None, None, None] * activations).sum(1)
+
+    expected = place_by_hand(maps, windows, windows.importance)
+
+    found = result.maps[LAYER][0]
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("cam", [GradCAM, SliceGradCAM, HiResCAM, XResCAM])
+def test_one_window_and_no_window_give_the_plain_numbers(cam) -> None:
+    network, x = unet(), volume(16, 20, 12)
+    plain = cam(network, LAYER)(x, targets.ClassLogit(1))
+    for plan in (WindowPlan((16, 20, 12)), WindowPlan(-1), WindowPlan((16, 20, 12), overlap=0.9)):
+        windowed = cam(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
+        assert torch.equal(windowed.maps[LAYER], plain.maps[LAYER])
+        assert torch.equal(windowed.native[LAYER], plain.native[LAYER])
+        assert torch.equal(windowed.score, plain.score)
+
+
+def test_slice_weights_of_whole_axes_are_pooled_over_a_row_of_windows() -> None:
+    """Windows side by side in y and x share the weights of a slice: the same as without windows.
+
+    The network looks at each voxel alone, so cutting it into windows changes nothing but how the
+    gradient's mean is taken.
+    """
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 1), nn.Tanh(), nn.Conv3d(4, 2, 1)).double()
+    x = volume(8, 12, 12)
+    target = targets.ClassProbability(1, region="volume")
+    for cam in (SliceGradCAM, GradCAM, HiResCAM):
+        plain = cam(network, "1")(x, target).maps["1"]
+        for plan in (
+            WindowPlan((8, 6, 6), overlap=0, mode="constant"),
+            WindowPlan((4, 6, 6), overlap=0, mode="constant"),
+        ):
+            windowed = cam(network, "1", sliding_window=plan)(x, target).maps["1"]
+            torch.testing.assert_close(windowed, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid_stride", [1, 2, 4])
+def test_a_constant_stays_constant_through_blending(
+    case: tuple[WindowPlan, torch.Tensor], grid_stride: int
+) -> None:
+    plan, x = case
+    windows = plan_windows(plan, x.shape[2:])
+    shape = tuple(-(-r // grid_stride) for r in windows.roi)
+    grid = FeatureGrid(shape, (float(grid_stride),) * 3, ((grid_stride - 1) / 2,) * 3)
+    blend = Blend(windows, grid, torch.zeros(1, dtype=torch.double))
+    group = blend.group()
+    for window in range(len(windows)):
+        group.add(window, torch.full((1, *shape), 7.0, dtype=torch.double))
+    group.finish()
+    voxels = interpolate(blend.total, blend.grid, FeatureGrid.of_voxels(x.shape[2:]))
+    torch.testing.assert_close(voxels, torch.full_like(voxels, 7.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "cache_gb", [0.0, 2e-5, 2.0], ids=["nothing kept", "some kept", "all kept"]
+)
+def test_activations_kept_or_computed_again_give_the_same_map(cache_gb: float) -> None:
+    network, x = unet(), volume(24, 32, 24)
+    target = targets.ClassLogit(1, region=targets.Box((0, 0, 0), (6, 6, 6)))
+    plan = WindowPlan(16, overlap=0.5, sw_batch_size=2)
+    reference = GradCAM(network, LAYER, sliding_window=plan)(x, target).maps[LAYER]
+    limited = WindowPlan(16, overlap=0.5, sw_batch_size=2, cache_gb=cache_gb)
+    found = GradCAM(network, LAYER, sliding_window=limited)(x, target).maps[LAYER]
+    torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-15)
+
+
+def test_a_window_without_a_seed_gets_no_backward_pass() -> None:
+    network, x = unet(), volume(16, 16, 64)
+    runs = []
+    network.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    plan = WindowPlan(16, overlap=0)
+    target = targets.ClassLogit(1, region=targets.Voxel((3, 3, 20)))
+    result = HiResCAM(network, LAYER, sliding_window=plan)(x, target)
+    network._forward_hooks.clear()
+    assert result.windows == 4
+    assert runs.count(False) >= 4, "the first pass runs every window without a graph"
+    assert runs.count(True) == 1, "only the window around the voxel is run with one"
+    outside = torch.cat([result.maps[LAYER][..., :14], result.maps[LAYER][..., 34:]], -1)
+    assert not outside.any()
+    assert result.maps[LAYER][..., 16:32].any()
+
+
+def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
+    network = unet()
+    x = torch.cat([volume(20, 18, 16), 1 - volume(20, 18, 16)])
+    plan = WindowPlan(12, overlap=0.5, sw_batch_size=4)
+    target = targets.ClassLogit(1, region="volume")
+    for cam in (GradCAM, HiResCAM, SliceGradCAM):
+        together = cam(network, LAYER, sliding_window=plan)(x, target)
+        for item in range(2):
+            alone = cam(network, LAYER, sliding_window=plan)(x[item : item + 1], target)
+            torch.testing.assert_close(together.maps[LAYER][item], alone.maps[LAYER][0])
+            torch.testing.assert_close(together.score[item], alone.score[0])
+
+
+def test_several_targets_share_the_prediction_and_give_what_each_gives_alone() -> None:
+    network, x = unet(), volume(20, 18, 16)
+    plan = WindowPlan(12, overlap=0.5)
+    wanted = [targets.ClassLogit(c, region="volume") for c in range(3)]
+    for window in (plan, None):
+        x_fit = x[..., :16, :16, :] if window is None else x
+        cam = GradCAM(network, [LAYER, "model.0"], sliding_window=window)
+        for target, result in zip(wanted, cam.each(x_fit, wanted), strict=True):
+            alone = cam(x_fit, target)
+            for layer in (LAYER, "model.0"):
+                torch.testing.assert_close(result.maps[layer], alone.maps[layer])
+
+
+def test_the_seam_is_no_stronger_than_the_map_elsewhere() -> None:
+    """Weights and scaling of each window's own, as other tools do, leave steps at its borders."""
+    network, x = unet(), volume(16, 16, 48)
+    plan = WindowPlan(16, overlap=0.5)
+    found = GradCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1, "volume"))
+    steps = found.maps[LAYER][0].diff(dim=-1).abs().mean((0, 1))
+    borders = steps[[7, 15, 23, 31, 39]]
+    assert borders.mean() < 2 * steps.mean()
+
+
+def test_native_maps_exist_for_one_window_only() -> None:
+    from seg3dcam.errors import InputError
+
+    result = HiResCAM(unet(), LAYER, sliding_window=WindowPlan(12))(
+        volume(20, 12, 12), targets.ClassLogit(1, "volume")
+    )
+    with pytest.raises(InputError, match=r"cut into 2 windows.*use .maps"):
+        _ = result.native
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"roi_size": 16, "overlap": 1.0}, r"overlap 1.0: a fraction, 0 <= overlap < 1"),
+        ({"roi_size": 16, "mode": "hann"}, r"'hann': legal are 'gaussian' and 'constant'"),
+        ({"roi_size": 16, "sw_batch_size": 0}, r"sw_batch_size 0"),
+    ],
+)
+def test_settings_that_make_no_windows_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WindowPlan(**settings)
+
+
+def test_a_plan_for_another_number_of_axes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"roi_size \(16, 16\) has 2 numbers; the volume has 3"):
+        plan_windows(WindowPlan((16, 16)), (20, 20, 20))
+
+
+def test_windows_of_a_network_that_halves_its_output_are_refused() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 3, 2, 1), nn.Conv3d(2, 2, 1)).double()
+    with pytest.raises(ModelError, match=r"logits of shape .* for a window of \(8, 8, 8\)"):
+        HiResCAM(network, "0", sliding_window=WindowPlan(8))(volume(16, 8, 8), targets.MaskOutput())
