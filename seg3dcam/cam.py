@@ -52,8 +52,9 @@ class BaseCAM:
 
     Example:
         >>> network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1))
-        >>> result = GradCAM(network, "1")(torch.ones(1, 1, 8, 8, 8), target=targets.ClassLogit(
-        ...     1, region="volume"))
+        >>> from seg3dcam.targets import ClassLogit
+        >>> cam = GradCAM(network, target_layers="1")
+        >>> result = cam(torch.rand(1, 1, 8, 8, 8), target=ClassLogit(1, region="volume"))
         >>> result.volume().shape
         torch.Size([1, 8, 8, 8])
     """
@@ -161,11 +162,11 @@ class BaseCAM:
 
 
 def _as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
-    """Return a plain tensor and, of a MetaTensor, the affine in RAS."""
+    """Return a plain tensor and, of a MetaTensor, its affine or the items' affines in RAS."""
     if not isinstance(x, torch.Tensor) or x.ndim < 3:
-        found = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
+        given = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
         raise InputError(
-            f"the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96); got {found}"
+            f"the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96); got {given}"
         )
     if not x.is_floating_point():
         raise InputError(f"the input must be floating point, as the network is; got {x.dtype}")
@@ -173,8 +174,9 @@ def _as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         raise InputError(f"the input is empty: shape {tuple(x.shape)}")
     affine = None
     if isinstance(x, MetaTensor):
-        found = np.asarray(x.affine, dtype=np.float64)
-        affine = ras_affine(found[0] if found.ndim == 3 else found, x.meta.get("space"))
+        affine = ras_affine(x.affine.cpu().numpy(), x.meta.get("space"))
+        if affine.ndim == 3 and (affine == affine[0]).all():  # a batch from one grid
+            affine = affine[0]
         x = x.as_tensor()
     # A tensor made in inference mode cannot enter a graph; its clone, made outside of it, can.
     with torch.inference_mode(False):
@@ -195,8 +197,8 @@ def _silent(step: str, done: int, total: int) -> None:
 
 
 _TROUBLE = {
-    "zero": "no voxel speaks for the target, or contributions cancel; the raw map runs from {low:.3g} "
-    "to {high:.3g}",
+    "zero": "no voxel speaks for the target, or contributions cancel (the raw map runs from "
+    "{low:.3g} to {high:.3g})",
     "nonfinite": "NaN or infinity in the map",
     "degenerate": "the same value everywhere ({high:.3g})",
 }
@@ -214,7 +216,7 @@ def _warn(name: str, layer: LayerMap, target: str) -> None:
 
 
 class SliceGradCAM(BaseCAM):
-    """The original 3D recipe: gradients averaged over axes 3 and 4, one weight per channel and slice.
+    """The original 3D recipe: gradients averaged over axes 3 and 4, a weight per channel and slice.
 
     w_kz = mean over y, x of dS/dA_k(z, y, x); map(z, y, x) = sum_k w_kz A_k(z, y, x). In 2D it is
     Grad-CAM. One forward and one backward pass. With its default target `MaskOutput` the whole

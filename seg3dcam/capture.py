@@ -267,12 +267,12 @@ def _kept_random_state(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """Switch off TF32 and bfloat16 arithmetic on float32 numbers."""
-    b = torch.backends
+    b: Any = torch.backends
     if hasattr(b.cuda.matmul, "fp32_precision"):
         operations = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
         switch, exact = "fp32_precision", "ieee"
     else:  # before torch 2.9
-        operations, switch, exact = [b.cuda.matmul, b.cudnn], "allow_tf32", False
+        operations, switch, exact = [b.cuda.matmul, b.cudnn], "allow_tf32", ""
     before = [getattr(operation, switch) for operation in operations]
     try:
         for operation in operations:

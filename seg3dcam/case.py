@@ -1,16 +1,17 @@
 """A case on disk: everything that one scan's explanation leaves behind, in one folder.
 
-    prediction.nii.gz            predicted labels (sigmoid: one file per class)
-    cam_<class>.nii.gz           what is looked at: 0 to 1, negative evidence cut, layers averaged
-    raw_<class>_<layer>.nii.gz   raw signed map of one layer
-    slices/<class>/axial_*.png   scan beside overlay
-    montage_<class>.png          the slices that matter
-    case.json                    what was done and found; written last
+prediction.nii.gz            predicted labels (sigmoid: one file per class)
+cam_<class>.nii.gz           what is looked at: 0 to 1, negative evidence cut, layers averaged
+raw_<class>_<layer>.nii.gz   raw signed map of one layer
+slices/<class>/axial_*.png   scan beside overlay
+montage_<class>.png          the slices that matter
+case.json                    what was done and found; written last
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,8 @@ _WHERE = {"scan", "model", "out", "device", "trust"}
 
 def case_key(scan: Scan, model: SegModel, job: Job) -> str:
     """Return a hash of scan, weights and settings: same key, same results."""
-    digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()))
-    digest.update(np.ascontiguousarray(scan.affine))
+    digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
+    digest.update(np.ascontiguousarray(scan.affine).data)
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
     use = [model.name, model.fingerprint(), repr(model.window), str(model.output), settings]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
@@ -111,8 +112,8 @@ def unique_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[:60] or "target"
-        count = sum(other == safe or re.fullmatch(f"{safe}_\\d+", other) is not None for other in found)
-        found.append(safe if count == 0 else f"{safe}_{count + 1}")
+        choices = (safe if n == 1 else f"{safe}_{n}" for n in itertools.count(1))
+        found.append(next(choice for choice in choices if choice not in found))
     return found
 
 

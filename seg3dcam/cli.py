@@ -57,11 +57,11 @@ def main() -> None:
     try:
         with _plain_warnings():
             app()
-    except (EmptyRegionError, *_failures()) as error:
+    except EmptyRegionError as error:
         _complain(error, 1)
     except (ConfigError, LayerError, TargetError) as error:
         _complain(error, 2)
-    except Seg3dcamError as error:
+    except (Seg3dcamError, torch.OutOfMemoryError) as error:
         _complain(error, 1)
     except KeyboardInterrupt:
         _complain("interrupted; nothing half-written was left behind", 130)
@@ -87,21 +87,23 @@ def explain(
     method: Annotated[
         str | None, typer.Option(help="default: hires_cam; `seg3dcam methods` lists them")
     ] = None,
-    out: Annotated[
-        str | None, typer.Option(help="output folder; default: seg3dcam_out")
-    ] = None,
+    out: Annotated[str | None, typer.Option(help="output folder; default: seg3dcam_out")] = None,
     config: Annotated[
         Path | None, typer.Option(help="a whole job as YAML; options override it")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = None,
-    axis: Annotated[str | None, typer.Option(help="plane of the PNGs: axial, coronal, sagittal")] = None,
-    slice: Annotated[int | None, typer.Option(help="one slice only: its voxel index")] = None,  # noqa: A002
+    axis: Annotated[
+        str | None, typer.Option(help="plane of the PNGs: axial, coronal, sagittal")
+    ] = None,
+    slice: Annotated[int | None, typer.Option(help="one slice only: its voxel index")] = None,
     pictures: Annotated[bool | None, typer.Option(help="write PNGs")] = None,
     intensity_window: Annotated[
         str | None, typer.Option(help="'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="CAM below is transparent")] = None,
-    colormap: Annotated[str | None, typer.Option(help="any matplotlib name; default inferno")] = None,
+    colormap: Annotated[
+        str | None, typer.Option(help="any matplotlib name; default inferno")
+    ] = None,
     trust: Annotated[
         bool | None, typer.Option("--trust", help="allow the model's own Python code to run")
     ] = None,
@@ -128,7 +130,9 @@ def layers(
     """List the layers worth explaining."""
     loaded = load_model(model, trust=trust)
     voxels = _shape(shape, loaded)
-    table = Table("layer", "level", "channels", "voxels", "stride", "MB", title=f"Layers of {loaded.name}")
+    table = Table(
+        "layer", "level", "channels", "voxels", "stride", "MB", title=f"Layers of {loaded.name}"
+    )
     found = suggest_layers(
         loaded.module, (1, loaded.in_channels or 1, *voxels), output=loaded.output
     )
@@ -192,7 +196,9 @@ def _run(job: Job, *, force: bool, truth: Path | None = None) -> None:
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
-        scan = load_scan(job.scan if isinstance(job.scan, str) or len(job.scan) > 1 else job.scan[0])
+        scan = load_scan(
+            job.scan if isinstance(job.scan, str) or len(job.scan) > 1 else job.scan[0]
+        )
         check_slice(scan, job)
         targets = _targets(job, model)
         key = case_key(scan, model, job)
@@ -261,12 +267,14 @@ def _report_truth(record: Mapping[str, Any], job: Job, truth: Path) -> None:
     true = load_scan(truth).data[0].numpy()
     predicted = load_scan(Path(job.out) / "prediction.nii.gz").data[0].numpy()
     names = record["explanations"][0]["model"]["classes"]
-    dice = [
-        f"{name} {2 * np.sum((true == c) & (predicted == c)) / max(1, np.sum(true == c) + np.sum(predicted == c)):.2f}"
+    dice = {
+        name: 2
+        * np.sum((true == c) & (predicted == c))
+        / max(1, np.sum(true == c) + np.sum(predicted == c))
         for c, name in enumerate(names)
         if c
-    ]
-    out.print("Dice with the truth: " + ", ".join(dice))
+    }
+    out.print("Dice with the truth: " + ", ".join(f"{n} {d:.2f}" for n, d in dice.items()))
 
 
 def _job_of_file(path: Path) -> dict[str, Any]:
@@ -309,7 +317,11 @@ def _device(name: str) -> torch.device:
     Raises:
         ConfigError: unknown, or not in this machine.
     """
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
     kind, _, number = name.partition(":")
@@ -324,7 +336,12 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Give a function (step, done, total) that draws a bar for steps that take long."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", visible=False)
         current, since = "", time.monotonic()
@@ -357,10 +374,6 @@ def _plain_warnings() -> Iterator[None]:
         warnings.simplefilter("always", Seg3dcamWarning)
         warnings.showwarning = show
         yield
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    return (torch.OutOfMemoryError,)
 
 
 def _complain(error: object, code: int) -> None:

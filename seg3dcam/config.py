@@ -79,7 +79,7 @@ class ModelSpec(_Settings):
     weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
     classes: list[str] = Field(min_length=1, description="one name per output channel")
     activation: Literal["softmax", "sigmoid"] = "softmax"
-    prepare: Prepare = Prepare()
+    prepare: Prepare = Field(default_factory=Prepare)
     window: Window | None = None
     output: int | str | None = None
 

@@ -82,7 +82,7 @@ class Explanation:
         return None if self.class_index is None else self.prediction[self.class_index]
 
     def volume(self, layer: str | None = None, *, scale: Scale = "max") -> torch.Tensor:
-        """Return what is drawn, (X, Y, Z) in [0, 1]: negative evidence cut, layers averaged, scaled.
+        """Return what is drawn, (X, Y, Z) in [0, 1]: evidence against it cut, layers averaged.
 
         Args:
             layer: one layer's name; None averages all.
@@ -168,11 +168,13 @@ def explain(
         ScanError, ModelError, LayerError, TargetError: see `seg3dcam.errors`.
 
     Example:
+        >>> from seg3dcam.targets import ClassLogit
         >>> network = torch.nn.Sequential(
         ...     torch.nn.Conv3d(1, 2, 3, stride=2, padding=1), torch.nn.ReLU(),
         ...     torch.nn.Upsample(scale_factor=2))
         >>> scan = load_scan(np.random.default_rng(0).random((8, 8, 8)), affine=np.eye(4))
-        >>> explain(scan, SegModel(network), targets.ClassLogit(0, "volume"), layers="0").maps["0"].shape
+        >>> found = explain(scan, SegModel(network), ClassLogit(0, "volume"), layers="0")
+        >>> found.maps["0"].shape
         torch.Size([8, 8, 8])
     """
     return explain_each(

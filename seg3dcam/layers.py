@@ -68,14 +68,13 @@ def _replaced(output: Any, path: tuple[int | str, ...], tensor: torch.Tensor) ->
         return tensor
     key, rest = path[0], path[1:]
     if isinstance(output, Mapping):
-        copy: Any = dict(output) if type(output) is dict else type(output)(output)
+        kind: Any = type(output)
+        copy = kind(output)
         copy[key] = _replaced(output[key], rest, tensor)
         return copy
     items = list(output)
     items[key] = _replaced(output[key], rest, tensor)  # type: ignore[index]
-    if hasattr(output, "_fields"):  # a namedtuple
-        return type(output)(*items)
-    return type(output)(items)
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)  # namedtuple
 
 
 def unwrap(model: nn.Module) -> nn.Module:

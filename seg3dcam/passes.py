@@ -66,7 +66,7 @@ class Attribution:
         values: (B, *grid.shape), raw and signed.
         grid: in voxels of the input.
         window_grid: the layer's grid within one window.
-        magnitude: (B,) mean over the layer's voxels of sum over channels of |gradient * activation|.
+        magnitude: (B,) mean over the layer's voxels of sum over channels of |gradient x value|.
     """
 
     values: torch.Tensor
@@ -89,7 +89,7 @@ def predict(
         return FirstPass(capture, windows, x, logits, capture.shapes, graph)
 
     kept: dict[tuple[int, int], Activations] = {}
-    room = int(windows.plan.cache_gb * 1e9) if keep and windows.plan else 0
+    room = int(windows.plan.cache_gb * 1e9) if keep else 0
     done = 0
 
     def predictor(batch: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def attribute(
         last: whether the first pass may be let go of.
     """
     if first.graph is not None:  # one window: all items of the batch at once
-        gradients = _of_the_graph(first, seed, last)
+        gradients = _of_the_graph(first, first.graph, seed, last)
         return _attribute(first, 0, gradients, method, grids, len(first.x), progress)
     items = [
         _attribute(
@@ -245,8 +245,9 @@ def _blend_group(
         adder.finish()
 
 
-def _of_the_graph(first: FirstPass, seed: torch.Tensor, last: bool) -> _Gradients:
-    graph = first.graph
+def _of_the_graph(
+    first: FirstPass, graph: torch.Tensor, seed: torch.Tensor, last: bool
+) -> _Gradients:
     if last:
         first.graph = None
     upstream = first.windows.pad_with_zeros(seed).to(graph)

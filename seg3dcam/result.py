@@ -53,7 +53,8 @@ class CamResult:
         score: (B,) what was explained.
         target, method: their names.
         activation: "softmax" or "sigmoid": how logits become a prediction.
-        affine: (4, 4) voxel -> RAS mm of the input, None if unknown.
+        affine: (4, 4) voxel -> RAS mm of the input, (B, 4, 4) if the items lie on different
+            grids, None if unknown.
         windows: how many windows the input was cut into.
         region_voxels: (B,) voxels of the target's region, None for a target of your own.
         settings: the method's parameters.
@@ -98,7 +99,8 @@ class CamResult:
         sizes = {}
         for name, layer in self.layers.items():
             voxel = (1.0,) * len(layer.window_grid.stride)
-            spacing = voxel if self.affine is None else spacing_of(self.affine)
+            affine = self._affine_of(0)
+            spacing = voxel if affine is None else spacing_of(affine)
             strides = zip(layer.window_grid.stride, spacing, strict=False)
             sizes[name] = tuple(stride * size for stride, size in strides)
         return sizes
@@ -184,14 +186,14 @@ class CamResult:
         """
         from seg3dcam.export.nifti import write_nifti
 
-        affine = self.affine if affine is None else np.asarray(affine, dtype=np.float64)
+        if not 0 <= item < len(self.score):
+            raise InputError(f"item {item}: the batch has items 0 to {len(self.score) - 1}")
+        affine = self._affine_of(item) if affine is None else np.asarray(affine, dtype=np.float64)
         if affine is None:
             raise InputError(
                 "where is this volume in the patient? Its input was no MetaTensor with an affine: "
                 "give save(..., affine=<4x4 voxel -> RAS mm>), numpy.eye(4) for plain voxels"
             )
-        if not 0 <= item < len(self.score):
-            raise InputError(f"item {item}: the batch has items 0 to {len(self.score) - 1}")
         if len(self.shape) != 3:
             raise InputError(f"NIfTI volumes are 3-D; this map has {len(self.shape)} axes")
         return write_nifti(
@@ -202,6 +204,10 @@ class CamResult:
             description=f"{self.method} {self.target}",
             display_range=None if scale == "raw" else (0, 1),
         )
+
+    def _affine_of(self, item: int) -> np.ndarray | None:
+        several = self.affine is not None and self.affine.ndim == 3
+        return self.affine[item] if several else self.affine  # type: ignore[index]
 
     def _layer(self, name: str) -> LayerMap:
         if name not in self.layers:

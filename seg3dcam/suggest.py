@@ -194,7 +194,7 @@ def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str
 
 
 def _stride(tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the stride of channel-first activations (B, C, *s), None if they are something else."""
+    """Return the stride of channel-first activations (B, C, *s); None for anything else."""
     if tensor.ndim != x.ndim or tensor.shape[0] != x.shape[0]:
         return None
     stride = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,14 +67,14 @@ class Windows:
         roi: voxels of a window.
         before: voxels of padding in front of the volume, where it is smaller than a window.
         starts: first voxel of each window, in the padded volume.
-        plan: the plan that they follow; None for one window, the volume itself.
+        plan: the plan that they follow.
     """
 
     shape: tuple[int, ...]
     roi: tuple[int, ...]
     before: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
-    plan: WindowPlan | None = None
+    plan: WindowPlan
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -86,44 +86,40 @@ class Windows:
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., *shape) filled up to the padded shape as the plan says."""
-        return self._pad(x, self.plan.padding_mode, self.plan.cval) if self.plan else x
+        return self._pad(x, self.plan.padding_mode, self.plan.cval)
 
     def crop(self, padded: torch.Tensor) -> torch.Tensor:
         """Return the volume (..., *shape) inside the padded one."""
         if self.padded_shape == self.shape:
             return padded
-        return padded[(..., *(slice(b, b + n) for b, n in zip(self.before, self.shape)))]
+        return padded[_box(self.before, self.shape)]
 
     def pad_with_zeros(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., *shape) filled up to the padded shape with zeros."""
         return self._pad(x, "constant", 0.0)
 
     def _pad(self, x: torch.Tensor, mode: str, value: float) -> torch.Tensor:
-        after = [p - s - b for p, s, b in zip(self.padded_shape, self.shape, self.before)]
-        sizes = [n for pair in zip(reversed(self.before), reversed(after)) for n in pair]
-        if not any(sizes):
+        if self.padded_shape == self.shape:
             return x
+        sizes: list[int] = []
+        for padded, size, before in zip(self.padded_shape, self.shape, self.before, strict=True):
+            sizes = [before, padded - size - before, *sizes]  # torch wants the last axis first
         return F.pad(x, sizes, mode=mode, value=value if mode == "constant" else None)
 
     def cut(self, padded: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Return some windows of a padded volume (1, C, *padded_shape) as a batch (n, C, *roi)."""
-        return torch.cat([padded[self._index(window)] for window in which])
-
-    def _index(self, window: int) -> tuple:
-        return (..., *map(slice, self.starts[window], map(sum, zip(self.starts[window], self.roi))))
+        return torch.cat([padded[_box(self.starts[window], self.roi)] for window in which])
 
     @cached_property
     def importance(self) -> torch.Tensor:
         """How much a window counts at each of its voxels: (*roi) float32, positive."""
-        if self.plan is None:
-            return torch.ones(self.roi)
         return compute_importance_map(self.roi, self.plan.mode, self.plan.sigma_scale)
 
     def total_importance(self, like: torch.Tensor) -> torch.Tensor:
         """Return the sum of importance over all windows at each voxel of the padded volume."""
         total = torch.zeros(self.padded_shape, dtype=like.dtype, device=like.device)
         for window in range(len(self)):
-            total[self._index(window)] += self.importance.to(total)
+            total[_box(self.starts[window], self.roi)] += self.importance.to(total)
         return total
 
     def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:
@@ -141,7 +137,7 @@ class Windows:
     def batches(self, which: Iterable[int]) -> Iterator[list[int]]:
         """Yield `which` windows in batches of sw_batch_size."""
         which = list(which)
-        size = self.plan.sw_batch_size if self.plan else 1
+        size = self.plan.sw_batch_size
         for start in range(0, len(which), size):
             yield which[start : start + size]
 
@@ -156,9 +152,8 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
     >>> plan_windows(WindowPlan(4, overlap=0.5), (7,)).starts
     ((0,), (2,), (3,))
     """
+    plan = plan or WindowPlan(-1)
     shape = tuple(int(n) for n in shape)
-    if plan is None:
-        return Windows(shape, shape, (0,) * len(shape), ((0,) * len(shape),))
     roi = fall_back_tuple(_for_each_axis(plan.roi_size, len(shape), "roi_size"), shape)
     overlap = _for_each_axis(plan.overlap, len(shape), "overlap")
     padded = tuple(map(max, shape, roi))
@@ -212,8 +207,7 @@ class Blend:
         grid = self.window_grid
         if self._aligned:
             first = [round(s / stride) for s, stride in zip(start, grid.stride, strict=True)]
-            stop = [f + n for f, n in zip(first, grid.shape, strict=True)]
-            return (..., *map(slice, first, stop)), grid
+            return _box(first, grid.shape), grid
         first = [s - b for s, b in zip(start, self._windows.before, strict=True)]
         inside = [max(0, f) for f in first]
         stop = [
@@ -273,6 +267,11 @@ def _continued(grid: FeatureGrid, windows: Windows) -> FeatureGrid:
         tuple(o - b for o, b in zip(grid.offset, windows.before, strict=True)),
         grid.measured,
     )
+
+
+def _box(start: Sequence[int], size: Sequence[int]) -> Any:
+    """Return the index of a box in the last axes of a tensor."""
+    return (..., *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
 
 
 def _for_each_axis(value: int | float | Sequence, ndim: int, what: str) -> tuple:

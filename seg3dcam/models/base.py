@@ -94,5 +94,7 @@ class SegModel:
         for key, value in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
             if isinstance(value, torch.Tensor):
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(
+                    value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                )
         return digest.hexdigest()[:16]
