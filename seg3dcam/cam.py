@@ -26,7 +26,7 @@ from seg3dcam.methods.pooled import Block, Mode
 from seg3dcam.outputs import OutputSelection
 from seg3dcam.passes import Attribution, FirstPass, Progress, attribute, predict
 from seg3dcam.probe import measure_grids
-from seg3dcam.result import CamResult, LayerMap, status_of
+from seg3dcam.result import CamResult, LayerMap
 from seg3dcam.suggest import auto_layer
 from seg3dcam.targets import Activation, as_target, name_of, score_and_seed
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
@@ -111,7 +111,8 @@ class BaseCAM:
         with capturing(self.model, layers, self.output) as capture:
             first = predict(capture, x, windows, keep=pooled, progress=self.progress)
             example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-            grids = measure_grids(self.model, example, first.shapes)
+            shapes = {layer: first.shapes[layer] for layer in layers}
+            grids = measure_grids(self.model, example, shapes)
             chosen = targets(first.logits) if callable(targets) else targets
             results = []
             for number, target in enumerate(as_target(t, self.activation) for t in chosen):
@@ -138,9 +139,7 @@ class BaseCAM:
         affine: np.ndarray | None,
     ) -> CamResult:
         layers = {
-            str(layer): LayerMap(
-                a.values, a.grid, a.window_grid, status_of(a.values, a.magnitude), a.magnitude
-            )
+            str(layer): LayerMap(a.values, a.grid, a.window_grid, a.magnitude)
             for layer, a in found.items()
         }
         for name, layer in layers.items():

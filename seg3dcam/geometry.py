@@ -179,9 +179,16 @@ def to_world(affine: np.ndarray, voxel: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(x) for x in (np.asarray(affine) @ [*voxel, 1.0])[:3])
 
 
-def ras_affine(affine: np.ndarray, space: str | None) -> np.ndarray:
-    """Return `affine` in RAS, given the space it is written in ("RAS", "LPS" or None for RAS)."""
+def ras_affine(affine: np.ndarray, space: str | Sequence[str] | None) -> np.ndarray:
+    """Return (4, 4) or (B, 4, 4) affines in RAS.
+
+    Args:
+        space: the space that they are written in, "RAS", "LPS" or None for RAS; a list of them,
+            one for each item, as a collated batch has.
+    """
     affine = np.asarray(affine, dtype=np.float64)
+    if isinstance(space, list | tuple):
+        return np.stack([ras_affine(a, s) for a, s in zip(affine, space, strict=True)])
     return LPS_TO_RAS @ affine if str(space).upper() == "LPS" else affine
 
 

@@ -30,16 +30,34 @@ class LayerMap:
         grid: where its voxels lie in the input: the layer's grid, or the input's own voxels where
             windows do not fit on one layer grid.
         window_grid: the layer's grid within one window.
-        status: "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding
-            noise; "nonfinite": NaN or infinity; "degenerate": the same value everywhere.
         magnitude: (B,) mean over voxels of sum over channels of |gradient x activation|.
     """
 
     values: torch.Tensor
     grid: FeatureGrid
     window_grid: FeatureGrid
-    status: Status
     magnitude: torch.Tensor
+
+    @cached_property
+    def item_status(self) -> tuple[Status, ...]:
+        """Each item's status.
+
+        "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
+        "nonfinite": NaN or infinity; "degenerate": the same value everywhere.
+        """
+        pairs = zip(self.values, self.magnitude, strict=True)
+        return tuple(_status_of(values, float(magnitude)) for values, magnitude in pairs)
+
+    @property
+    def status(self) -> Status:
+        """The worst item's status."""
+        order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "ok")
+        return next(status for status in order if status in self.item_status)
+
+    def items_that_are(self, status: Status) -> torch.Tensor:
+        """Return (B, 1, ...) bool, to be used as a mask on a batch of maps."""
+        found = torch.tensor([s == status for s in self.item_status], device=self.values.device)
+        return found.view(-1, *[1] * (self.values.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,15 @@ class CamResult:
 
     @property
     def status(self) -> dict[str, Status]:
-        """Layer -> "ok", "zero", "nonfinite" or "degenerate"."""
+        """Layer -> "ok", "zero", "nonfinite" or "degenerate"; of a batch, the worst item's."""
         return {name: layer.status for name, layer in self.layers.items()}
 
     @property
     def native_spacing(self) -> dict[str, tuple[float, ...]]:
-        """Layer -> size of its voxels: in mm where the affine is known, else in input voxels."""
+        """Layer -> size of its voxels: in mm where the affine is known, else in input voxels.
+
+        For a batch of items of different spacing, the first item's.
+        """
         sizes = {}
         for name, layer in self.layers.items():
             voxel = (1.0,) * len(layer.window_grid.stride)
@@ -129,23 +150,23 @@ class CamResult:
             per_layer: scale every layer before they are averaged, and cut and scale it on its own
                 grid before resizing: the original recipe.
 
-        A map that is zero, constant or not finite gives zeros; see `status`.
+        An item whose map is zero, constant or not finite gives zeros; see `status`.
         """
+        _check_scale(scale)
         names = [layer] if layer is not None else list(self.layers)
         voxels = FeatureGrid.of_voxels(self.shape)
         views = []
         for name in names:
-            if self._layer(name).status == "nonfinite":
-                return torch.zeros_like(self.maps[name])
+            native = self._layer(name)
             if per_layer:
-                native = self._layer(name)
-                resized = interpolate(native.values.clamp(min=0), native.grid, voxels)
-                views.append(scaled(resized, scale))
+                view = interpolate(scaled(native.values.clamp(min=0), scale), native.grid, voxels)
             else:
-                views.append(self.maps[name].clamp(min=0))
-        if all(self._layer(name).status != "ok" for name in names):
-            return torch.zeros_like(views[0])
-        return scaled(torch.stack(views).mean(0), scale)
+                view = self.maps[name].clamp(min=0)
+            views.append(view.masked_fill(~native.items_that_are("ok"), 0))
+        fused = torch.stack(views).mean(0)
+        for name in names:
+            fused = fused.masked_fill(self._layer(name).items_that_are("nonfinite"), 0)
+        return scaled(fused, scale)
 
     def slice(self, index: int, axis: int = 0, **view: object) -> torch.Tensor:
         """Return one slice of `volume`, (B, H, W): index Z along `axis` 0, 1 or 2.
@@ -221,10 +242,9 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     >>> scaled(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "minmax").tolist()
     [[0.0, 1.0], [0.0, 0.0]]
     """
+    _check_scale(scale)
     if scale == "raw":
         return maps
-    if scale not in ("max", "minmax"):
-        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
     flat = maps.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     bottom = low if scale == "minmax" else torch.zeros_like(low)
@@ -235,18 +255,12 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     return view.masked_fill(constant.view(shape), 0)
 
 
-def status_of(values: torch.Tensor, magnitude: torch.Tensor) -> Status:
-    """Judge the raw map of a batch (B, *s); the worst item counts.
-
-    Args:
-        magnitude: (B,) the evidence behind each item, see `LayerMap`.
-    """
-    found = {_item_status(v, float(m)) for v, m in zip(values, magnitude, strict=True)}
-    order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "ok")
-    return next(status for status in order if status in found)
+def _check_scale(scale: str) -> None:
+    if scale not in ("max", "minmax", "raw"):
+        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
 
 
-def _item_status(values: torch.Tensor, magnitude: float) -> Status:
+def _status_of(values: torch.Tensor, magnitude: float) -> Status:
     if not torch.isfinite(values).all():
         return "nonfinite"
     low, high = float(values.min()), float(values.max())

@@ -1,0 +1,185 @@
+"""The package as a whole: what it offers, what it loads, and that imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import seg3dcam
+
+PACKAGE = Path(seg3dcam.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from the levels before its own, and a folder from itself.
+LEVELS = [
+    {"errors"},
+    {"geometry"},
+    {"outputs"},
+    {"layers", "targets", "methods", "windows"},
+    {"capture"},
+    {"probe", "suggest", "passes"},
+    {"result"},
+    {"cam"},
+    {"scan", "demo"},
+    {"models"},
+    {"explain"},
+    {"export", "review", "evaluate"},
+    {"config"},
+    {"case"},
+    {"integrations", "cohort"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+NEVER_LOADED = [
+    "SimpleITK",
+    "captum",
+    "highdicom",
+    "ignite",
+    "lightning",
+    "nilearn",
+    "nnunetv2",
+    "pydicom",
+    "pytorch_grad_cam",
+    "ray",
+    "torchvision",
+]
+# MONAI itself imports matplotlib; of our own modules, only those that draw may.
+NOT_OURS = ["cv2", "matplotlib", "pydantic", "typer", "yaml"]
+
+
+def relative(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+# ------------------------------------------------------------------------------------- public names
+
+
+def test_public_names_are_importable_sorted_and_unique():
+    names = seg3dcam.__all__
+    assert all(hasattr(seg3dcam, name) for name in names)
+    # As ruff sorts: CONSTANTS, Classes, functions.
+    kinds = [0 if name.isupper() else 1 if name[0].isupper() else 2 for name in names]
+    assert list(zip(kinds, names, strict=True)) == sorted(set(zip(kinds, names, strict=True)))
+
+
+def test_every_name_that_the_package_imports_is_public():
+    body = tree(PACKAGE / "__init__.py").body
+    imported = {a.asname or a.name for n in body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert imported == set(seg3dcam.__all__)
+
+
+@pytest.mark.parametrize("name", seg3dcam.__all__)
+def test_every_public_class_and_function_has_a_docstring(name):
+    thing = getattr(seg3dcam, name)
+    if callable(thing) or name == "targets":
+        assert thing.__doc__
+        assert len(thing.__doc__) > 20
+
+
+# ---------------------------------------------------------------------------------- what is loaded
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that `import seg3dcam` loads, with warnings as errors."""
+    code = "import sys, seg3dcam; print(*sorted(sys.modules))"
+    command = [sys.executable, "-W", "error::DeprecationWarning:seg3dcam", "-c", code]
+    done = subprocess.run(
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("package", NEVER_LOADED)
+def test_importing_loads_no_optional_package(package, loaded):
+    assert package not in loaded
+
+
+def test_importing_loads_neither_compiler_nor_command_line(loaded):
+    assert not loaded & {"torch._dynamo", "torch._inductor", "seg3dcam.cli", "typer"}
+
+
+def module_level_imports(path):
+    """Yield the dotted names that a file imports when it is imported itself."""
+    waiting = list(tree(path).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_the_core_imports_no_package_of_the_rims():
+    core = [p for p in FILES if LEVEL.get(room(p), 99) <= LEVEL["cam"]]
+    assert len(core) > 10
+    for path in core:
+        found = {name.partition(".")[0] for name in module_level_imports(path)}
+        assert not found & {*NEVER_LOADED, *NOT_OURS}, relative(path)
+
+
+# ------------------------------------------------------------------------------ imports run one way
+
+
+def room(path):
+    """Return the top-level module or folder of a file."""
+    return relative(path).partition("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_run_one_way(path):
+    own = room(path)
+    if own in ("__init__", "__main__"):
+        return
+    assert own in LEVEL, f"give {own} a place in LEVELS"
+    for name in module_level_imports(path):
+        package, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if package == "seg3dcam" and other != own:
+            assert other in LEVEL, f"{relative(path)} imports {name}"
+            assert LEVEL[other] < LEVEL[own], f"{relative(path)} must not import {name}"
+
+
+# ----------------------------------------------------------------------------------------- habits
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_print_outside_the_command_line(path):
+    calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)]
+    prints = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+    assert room(path) == "cli" or not prints
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_input_is_not_checked_by_assert(path):
+    """An assert vanishes under python -O and says nothing to the user."""
+    assert not [n.lineno for n in ast.walk(tree(path)) if isinstance(n, ast.Assert)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_error_is_swallowed_whole(path):
+    handlers = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ExceptHandler)]
+    assert not [n.lineno for n in handlers if n.type is None], "a bare except"
+    silent = [n.lineno for n in handlers if len(n.body) == 1 and isinstance(n.body[0], ast.Pass)]
+    assert not silent
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_every_file_says_what_it_is(path):
+    assert ast.get_docstring(tree(path))

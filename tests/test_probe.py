@@ -1,0 +1,406 @@
+"""The measured grid is the one that follows from kernel sizes, strides and paddings.
+
+Feature voxel u lies at input voxel stride * u + offset. By hand: a convolution or pooling of size
+k, stride s, padding p takes (stride, offset) to (s * stride, offset + stride * ((k - 1) / 2 - p));
+a transposed one to (stride / s, offset - stride / s * ((k - 1) / 2 - p)).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from monai.networks import nets
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from seg3dcam import GradCAM, WindowPlan, targets
+from seg3dcam.capture import capturing
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.layers import resolve_layers
+from seg3dcam.probe import measure_grids
+
+
+def grids_of(net, shape, names, **like):
+    """Measure some layers of a network for an input of the given spatial shape."""
+    x = torch.zeros(1, 1, *shape, **like)
+    layers = resolve_layers(net, names)
+    with capturing(net, layers) as capture:
+        capture.observe(x, copy=False)
+        shapes = capture.shapes
+    return {str(layer): grid for layer, grid in measure_grids(net, x, shapes).items()}
+
+
+def last_grid(net, shape, **like):
+    name = str(len(net) - 1)
+    return grids_of(net, shape, name, **like)[name]
+
+
+def assert_grid(grid, stride, offset, *, within=1e-3):
+    assert grid.measured
+    assert grid.stride == pytest.approx(stride, abs=within)
+    assert grid.offset == pytest.approx(offset, abs=within)
+
+
+def conv(kernel=3, stride=1, padding=1, **settings):
+    return nn.Conv3d(2, 2, kernel, stride, padding, **settings)
+
+
+def up(kernel, padding=0, output_padding=0):
+    return nn.ConvTranspose3d(2, 2, kernel, 2, padding, output_padding)
+
+
+def stack(*layers):
+    """Random weights of both signs: what is measured must not depend on them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv3d(1, 2, 1), *(layer() for layer in layers))
+
+
+class Functional(nn.Module):
+    """Wraps a function that a network calls without a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def function(call):
+    return lambda: Functional(call)
+
+
+def down():
+    return conv(3, 2, 1)
+
+
+def halve():
+    return nn.MaxPool3d(2)
+
+
+STACKS = {
+    "same convolution": ([conv], 1, 0),
+    "no padding": ([lambda: conv(3, 1, 0)], 1, 1),
+    "no padding twice": ([lambda: conv(3, 1, 0), lambda: conv(5, 1, 0)], 1, 3),
+    "dilated": ([lambda: conv(3, 1, 2, dilation=2)], 1, 0),
+    "k3 s2 p1": ([down], 2, 0),
+    "k3 s2 p1, three times": ([down] * 3, 8, 0),
+    "k1 s2": ([lambda: conv(1, 2, 0)], 2, 0),
+    "k2 s2": ([lambda: conv(2, 2, 0)], 2, 0.5),
+    "k4 s2 p1": ([lambda: conv(4, 2, 1)], 2, 0.5),
+    "k7 s2 p3": ([lambda: conv(7, 2, 3)], 2, 0),
+    "k3 s2 p0": ([lambda: conv(3, 2, 0)], 2, 1),
+    "k3 s2 p0, twice": ([lambda: conv(3, 2, 0)] * 2, 4, 3),
+    "k4 s4": ([lambda: conv(4, 4, 0)], 4, 1.5),
+    "depthwise": ([lambda: conv(3, 2, 1, groups=2)], 2, 0),
+    "max pool": ([halve], 2, 0.5),
+    "max pool, three times": ([halve] * 3, 8, 3.5),
+    "max pool k3 s2 p1": ([lambda: nn.MaxPool3d(3, 2, 1)], 2, 0),
+    "average pool": ([lambda: nn.AvgPool3d(2)], 2, 0.5),
+    "average pool, three times": ([lambda: nn.AvgPool3d(2)] * 3, 8, 3.5),
+    "adaptive pool": ([lambda: nn.AdaptiveAvgPool3d(16)], 2, 0.5),
+    "max pool as a function": ([function(lambda x: F.max_pool3d(x, 2))] * 3, 8, 3.5),
+    "average pool as a function": ([function(lambda x: F.avg_pool3d(x, 2))] * 3, 8, 3.5),
+    "convolution, then pool": ([down, halve], 4, 1),
+    "pool, then convolution": ([halve, down], 4, 0.5),
+    "pool, convolution, pool": ([halve, down, halve], 8, 2.5),
+    "transposed k2 s2": ([down, lambda: up(2)], 1, -0.5),
+    "transposed k2 s2 after pool": ([halve, lambda: up(2)], 1, 0),
+    "transposed k2 s2, twice": ([halve] * 3 + [lambda: up(2)] * 2, 2, 0.5),
+    "transposed k2 s2, twice after convolutions": ([down] * 3 + [lambda: up(2)] * 2, 2, -3),
+    "transposed k3 s2 p1 op1": ([down, lambda: up(3, 1, 1)], 1, 0),
+    "transposed k3 s2 p1 op1 after pool": ([halve, lambda: up(3, 1, 1)], 1, 0.5),
+    "transposed k4 s2 p1": ([down, lambda: up(4, 1)], 1, -0.5),
+    "linear upsampling": (
+        [down, lambda: nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False)],
+        1,
+        -0.5,
+    ),
+    "linear upsampling after pool": (
+        [halve, halve, function(lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"))],
+        2,
+        0.5,
+    ),
+    "nearest upsampling": ([halve, lambda: nn.Upsample(scale_factor=2)], 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_has_the_grid_worked_out_by_hand(name):
+    layers, stride, offset = STACKS[name]
+    assert_grid(last_grid(stack(*layers), (32, 32, 32)), (stride,) * 3, (offset,) * 3)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.ELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Mish,
+        lambda: nn.ReLU(inplace=True),
+        lambda: nn.BatchNorm3d(2),
+        lambda: nn.InstanceNorm3d(2, affine=True),
+        lambda: nn.GroupNorm(2, 2),
+        lambda: nn.Dropout3d(0.5),
+        nn.Identity,
+    ],
+)
+def test_what_stands_between_makes_no_difference(between):
+    net = stack(down, between, halve, between, conv)
+    assert_grid(last_grid(net, (32, 32, 32)), (4,) * 3, (1,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(down, (0, 0, 0)), (halve, (0.5, 0.5, 0.5))], ids=["conv", "pool"]
+)
+@pytest.mark.parametrize("shape", [(9, 16, 31), (33, 34, 35), (65, 32, 97), (70, 12, 20)])
+def test_odd_sizes(make, expected, shape):
+    assert_grid(last_grid(stack(make), shape), (2,) * 3, expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 32, 32), (12, 40, 64), (5, 96, 130)])
+def test_thick_slices(shape):
+    """Stride (1, 2, 2), then (2, 2, 2) by pooling of (1, 2, 2) and (2, 2, 2)."""
+    slices = stack(lambda: conv(3, (1, 2, 2), 1), lambda: conv(3, (1, 2, 2), 1))
+    assert_grid(last_grid(slices, shape), (1, 4, 4), (0, 0, 0))
+    pooled = stack(lambda: nn.MaxPool3d((1, 2, 2)), lambda: nn.MaxPool3d(2))
+    assert_grid(last_grid(pooled, shape), (2, 4, 4), (0.5, 1.5, 1.5))
+    flat = stack(lambda: conv((1, 3, 3), (1, 2, 2), (0, 1, 1)), lambda: conv((1, 3, 3), 1, 0))
+    assert_grid(last_grid(flat, shape), (1, 2, 2), (0, 2, 2))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (64, 96), (200, 72)])
+def test_two_dimensions(shape):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, 2, 1), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, (2, 1), 1))
+    assert_grid(last_grid(net, shape), (8, 4), (1, 1))
+
+
+def test_one_dimension():
+    net = nn.Sequential(nn.Conv1d(1, 3, 3, 2, 1), nn.MaxPool1d(2))
+    assert_grid(last_grid(net, (60,)), (4,), (1,))
+
+
+@pytest.mark.parametrize("length", [40, 96, 100, 257, 400])
+def test_long_inputs_are_measured_on_a_short_one(length):
+    """The grid has the shape of the long input, and the stride and offset of any."""
+    net, seen = stack(down, halve), []
+    (layer,) = resolve_layers(net, "2")
+    shape = (math.ceil(length / 2) // 2, 2, 2)
+    net[0].register_forward_hook(lambda module, args, output: seen.append(output.shape[2]))
+    grid = measure_grids(net, torch.zeros(1, 1, length, 8, 8), {layer: shape})[layer]
+    assert_grid(grid, (4, 4, 4), (1, 1, 1))
+    assert grid.shape == shape
+    assert max(seen) <= min(length, 95)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_mixture_has_the_grid_of_the_formula(layers):
+    """Kernels padded by half their size, rounded up or down."""
+    stride, offset, modules = 1, 0.0, [nn.Conv1d(1, 2, 1)]
+    for k, s, rounded_up, pooled in layers:
+        p = k // 2 if rounded_up else (k - 1) // 2
+        offset += stride * ((k - 1) / 2 - p)
+        stride *= s
+        modules.append(
+            nn.AvgPool1d(k, s, p, count_include_pad=False) if pooled else nn.Conv1d(2, 2, k, s, p)
+        )
+    assume(stride <= 8 and abs(offset) <= stride)
+    assert_grid(last_grid(nn.Sequential(*modules), (64,)), (stride,), (offset,), within=0.02)
+
+
+# ------------------------------------------------------------------------------ real networks
+
+UNET = ["model.1.submodule.1.submodule.1.submodule", "model.1.submodule.1", "model.1"]
+
+
+def unet():
+    return nets.UNet(3, 1, 3, channels=(4, 6, 8, 10), strides=(2, 2, 2), num_res_units=1)
+
+
+def basic_unet():
+    return nets.BasicUNet(3, 1, 3, features=(4, 4, 6, 8, 10, 4))
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 64), (64, 64, 64)])
+def test_monai_unet_has_no_offset(shape):
+    """Every level comes from a strided convolution with k3 p1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        grids = grids_of(unet(), shape, UNET)
+    for name, stride in zip(UNET, (8, 4, 2), strict=True):
+        assert_grid(grids[name], (stride,) * 3, (0,) * 3)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 48, 64), (64, 64, 64)])
+@pytest.mark.parametrize("level", [4, 3, 2, 1])
+def test_monai_basic_unet_has_the_offset_of_max_pooling(level, shape):
+    """(stride - 1) / 2 at every level, on the way down and on the way up."""
+    stride = 2**level
+    up_stride = 2 ** (level - 1)
+    grids = grids_of(basic_unet(), shape, [f"down_{level}", f"upcat_{level}"])
+    assert_grid(grids[f"down_{level}"], (stride,) * 3, ((stride - 1) / 2,) * 3)
+    assert_grid(grids[f"upcat_{level}"], (up_stride,) * 3, ((up_stride - 1) / 2,) * 3)
+
+
+MEASURED = {
+    "SegResNet": (
+        lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=3),
+        (16, 24, 32),
+        {"down_layers.3": 8, "up_layers.0": 4, "up_layers.1": 2, "up_layers.2": 1},
+    ),
+    "VNet": (
+        lambda: nets.VNet(3, 1, 3),
+        (32, 32, 48),
+        {"down_tr256": 16, "up_tr256": 8, "up_tr128": 4},
+    ),
+    "DynUNet": (
+        lambda: nets.DynUNet(
+            3, 1, 3, [3] * 4, [1, 2, 2, 2], [2, 2, 2], filters=[4, 6, 8, 10], res_block=True
+        ),
+        (32, 48, 64),
+        {"bottleneck": 8, "upsamples.0": 4, "upsamples.1": 2, "upsamples.2": 1},
+    ),
+    "AttentionUnet": (
+        lambda: nets.AttentionUnet(3, 1, 3, channels=(4, 6, 8), strides=(2, 2)),
+        (32, 48, 64),
+        {"model.1.submodule.1.submodule": 4, "model.1.submodule": 2, "model.1": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_layers_of_a_regular_network_have_their_strides(name):
+    """Where the size of a level divides that of the input, its stride is their quotient."""
+    make, shape, layers = MEASURED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        grids = grids_of(make(), shape, list(layers))
+    for layer, stride in layers.items():
+        assert grids[layer].stride == (stride,) * 3, layer
+        assert all(abs(offset) < stride for offset in grids[layer].offset), layer
+
+
+# -------------------------------------------------------------------- what cannot be measured
+
+
+class Attention(nn.Module):
+    """Patches that become the mean of all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 2, 4, 4)
+
+    def forward(self, x):
+        grid = self.patches(x)
+        tokens = grid.flatten(2).transpose(1, 2)
+        tokens, _ = self.attention(tokens, tokens, tokens)
+        return self.up(self.out(tokens.transpose(1, 2).reshape(grid.shape)))
+
+
+CANNOT = {
+    "attention over all tokens": (Attention, "out"),
+    "global average": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 4, 4), Functional(lambda x: x.mean((2, 3), keepdim=True) + 0 * x)
+        ),
+        "1",
+    ),
+    "mirrored": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 4, 4), Functional(lambda x: x.flip(2))),
+        "1",
+    ),
+    "not finite": (lambda: nn.Sequential(nn.Conv2d(1, 2, 4, 4), Functional(lambda x: x / 0)), "1"),
+    "Fourier": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 4, 4), Functional(lambda x: torch.fft.fft2(x).real)),
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_cannot_be_measured_has_the_usual_convention(name):
+    make, layer = CANNOT[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make()
+    grid = grids_of(net, (32, 48), layer)[layer]
+    assert not grid.measured
+    assert grid == FeatureGrid((8, 12), (4.0, 4.0), (1.5, 1.5))
+
+
+def test_a_network_of_fixed_input_size_is_measured_at_its_own():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Conv2d(1, 2, 3, 2, 1)
+            self.position = nn.Parameter(torch.zeros(1, 2, 80, 48))
+
+        def forward(self, x):
+            return self.down(x) + self.position
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(Fixed(), nn.Conv2d(2, 2, 1))
+    assert_grid(grids_of(net, (160, 96), "0.down")["0.down"], (2, 2), (0, 0))
+    assert_grid(grids_of(net, (160, 96), "1")["1"], (2, 2), (0, 0))
+
+
+# ----------------------------------------------------------------------- memory and the model
+
+
+def test_measured_once_for_each_shape():
+    net, calls = stack(down, halve), []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+    (layer,) = resolve_layers(net, "2")
+    first = measure_grids(net, torch.zeros(1, 1, 32, 32, 32), {layer: (8, 8, 8)})
+    count = len(calls)
+    assert count == 3  # one for each axis
+    again = measure_grids(net, torch.ones(2, 1, 32, 32, 32), {layer: (8, 8, 8)})
+    assert len(calls) == count
+    assert first == again
+    other = measure_grids(net, torch.zeros(1, 1, 40, 32, 32), {layer: (10, 8, 8)})[layer]
+    assert len(calls) > count
+    assert other == FeatureGrid((10, 8, 8), (4.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_network_and_its_numbers_stay(dtype):
+    net = stack(down, lambda: nn.BatchNorm3d(2), halve).to(dtype).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    rng = torch.get_rng_state()
+    assert_grid(last_grid(net, (32, 32, 32), dtype=dtype), (4,) * 3, (1,) * 3)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize("plan", [None, WindowPlan(16, overlap=0.5)])
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+def test_the_grid_of_one_window_reaches_the_result(plan):
+    net = stack(down, halve, lambda: nn.Upsample(scale_factor=4))
+    x = torch.rand(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
+    result = GradCAM(net, "2", sliding_window=plan)(x, targets.MaskOutput())
+    grid = result.layers["2"].window_grid
+    assert_grid(grid, (4,) * 3, (1,) * 3)
+    assert grid.shape == ((8,) * 3 if plan is None else (4,) * 3)

@@ -1,0 +1,341 @@
+"""The layers that are suggested are the documented ones, and the network stays as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from monai.networks import nets
+from torch import nn
+
+from seg3dcam import GradCAM, suggest_layers, targets
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.layers import resolve_layers
+
+CLASSES = 3
+
+
+def unet(ndim=3, channels=(4, 6, 8, 10), **settings):
+    strides = (2,) * (len(channels) - 1)
+    return nets.UNet(ndim, 1, CLASSES, channels=channels, strides=strides, **settings)
+
+
+def dynunet(**settings):
+    kernels, strides = [[1, 3, 3], 3, 3, 3], [1, [1, 2, 2], 2, 2]
+    return nets.DynUNet(
+        3, 1, CLASSES, kernels, strides, strides[1:], filters=[4, 6, 8, 10], **settings
+    )
+
+
+# name: how to make it, shape, {layer: stride}, the bottleneck first. The strides double, but for
+# DynUNet's first level, which leaves the thick slices alone.
+NETWORKS = {
+    "UNet": (
+        unet,
+        (32, 48, 64),
+        {
+            "model.1.submodule.1.submodule.1.submodule": 8,
+            "model.1.submodule.1": 4,
+            "model.1": 2,
+        },
+    ),
+    "UNet, residual": (
+        lambda: unet(num_res_units=2),
+        (16, 24, 32),
+        {
+            "model.1.submodule.1.submodule.1.submodule": 8,
+            "model.1.submodule.1": 4,
+            "model.1": 2,
+        },
+    ),
+    "UNet, 2D": (
+        lambda: unet(2, (4, 6, 8)),
+        (32, 48),
+        {"model.1.submodule.1.submodule": 4, "model.1": 2},
+    ),
+    "BasicUNet": (
+        lambda: nets.BasicUNet(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
+        (32, 48, 64),
+        {"down_4": 16, "upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
+    ),
+    "DynUNet": (
+        dynunet,
+        (8, 32, 48),
+        {
+            "bottleneck": (4, 8, 8),
+            "upsamples.0": (2, 4, 4),
+            "upsamples.1": (1, 2, 2),
+            "upsamples.2": 1,
+        },
+    ),
+    "DynUNet, deep supervision": (
+        lambda: dynunet(deep_supervision=True, deep_supr_num=2),
+        (8, 32, 48),
+        {
+            "bottleneck": (4, 8, 8),
+            "upsamples.0": (2, 4, 4),
+            "upsamples.1": (1, 2, 2),
+            "upsamples.2": 1,
+        },
+    ),
+    "SegResNet": (
+        lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=CLASSES),
+        (16, 24, 32),
+        {"down_layers.3": 8, "up_layers.0": 4, "up_layers.1": 2, "up_layers.2": 1},
+    ),
+    "SegResNetVAE": (
+        lambda: nets.SegResNetVAE(
+            (16, 16, 16), vae_nz=4, init_filters=8, in_channels=1, out_channels=CLASSES
+        ),
+        (16, 16, 16),
+        {"down_layers.3": 8, "up_layers.0": 4, "up_layers.1": 2, "up_layers.2": 1},
+    ),
+    "AttentionUnet": (
+        lambda: nets.AttentionUnet(3, 1, CLASSES, channels=(4, 6, 8), strides=(2, 2)),
+        (16, 24, 32),
+        {"model.1.submodule.1.submodule": 4, "model.1.submodule": 2, "model.1": 1},
+    ),
+    "VNet": (
+        lambda: nets.VNet(3, 1, CLASSES),
+        (16, 16, 32),
+        {"down_tr256": 16, "up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
+    ),
+}
+
+needs_einops = pytest.mark.skipif(
+    importlib.util.find_spec("einops") is None, reason="MONAI's transformers need einops"
+)
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def as_expected(layers, ndim):
+    return {
+        name: (stride,) * ndim if isinstance(stride, int) else stride
+        for name, stride in layers.items()
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_documented_layers_are_suggested(name):
+    make, shape, layers = NETWORKS[name]
+    net = seeded(make)
+    modes = [module.training for module in net.modules()]
+    numbers = {key: value.clone() for key, value in net.state_dict().items()}
+    rng = torch.get_rng_state()
+
+    found = suggest_layers(net, (2, 1, *shape))
+
+    assert {s.name: s.stride for s in found} == as_expected(layers, len(shape))
+    assert [s.role for s in found] == ["bottleneck"] + ["decoder"] * (len(found) - 1)
+    assert [s.auto for s in found] == [True] + [False] * (len(found) - 1)
+    assert [module.training for module in net.modules()] == modes
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(value, numbers[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["UNet", "BasicUNet", "SegResNet", "UNet, 2D"])
+def test_what_is_said_of_a_suggestion_is_true_of_the_layer(name):
+    """Its shape and size are those of the tensor that the layer gives."""
+    make, shape, _ = NETWORKS[name]
+    net = seeded(make).eval()
+    given = {}
+    for suggestion in suggest_layers(net, (1, 1, *shape)):
+        (layer,) = resolve_layers(net, suggestion.name)
+        handle = layer.module.register_forward_hook(
+            lambda module, args, output, layer=layer: given.update({str(layer): layer.pick(output)})
+        )
+        with torch.no_grad():
+            net(torch.zeros(1, 1, *shape))
+        handle.remove()
+        tensor = given[suggestion.name]
+        assert suggestion.shape == tuple(tensor.shape[1:])
+        assert suggestion.megabytes == pytest.approx(tensor.numel() * 4 / 1e6)
+        assert len(suggestion.reason) > 20
+
+
+@pytest.mark.slow
+@needs_einops
+def test_swin_unetr():
+    net = nets.SwinUNETR(1, CLASSES, feature_size=12, depths=(1,) * 4, num_heads=(3,) * 4)
+    found = {s.name: s.stride[0] for s in suggest_layers(net, (1, 1, 32, 32, 64))}
+    assert found == {
+        "encoder10": 32,
+        **{f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
+    }
+
+
+@needs_einops
+def test_unetr():
+    """The patch embedding has seen nothing but its own patch: it is no bottleneck."""
+    net = nets.UNETR(1, CLASSES, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2)
+    found = suggest_layers(net, (1, 1, 32, 32, 48))
+    assert [s.name for s in found if s.name.startswith("decoder")] == [
+        f"decoder{level}" for level in (5, 4, 3, 2)
+    ]
+    assert not found[0].name.startswith("vit.patch_embedding")
+
+
+# ------------------------------------------------------------------------- what is never suggested
+
+
+def small(*layers):
+    return seeded(lambda: nn.Sequential(*layers))
+
+
+def stem():
+    return [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("end", "never"),
+    [
+        ([nn.Conv2d(4, CLASSES, 1)], "3"),
+        ([nn.Conv2d(4, CLASSES, 1), nn.Softmax(1)], "34"),
+        ([nn.Conv2d(4, CLASSES, 1), nn.Sigmoid()], "34"),
+    ],
+)
+def test_the_logit_head_is_not_suggested(end, never):
+    """Its CAM would be ReLU(logit); softmax after it makes no difference."""
+    found = [s.name for s in suggest_layers(small(*stem(), *end), (1, 1, 16, 16))]
+    assert found == ["0", "2"]
+    assert not set(found) & set(never)
+
+
+@pytest.mark.parametrize("activation", [None, nn.Softmax(1)])
+def test_the_logit_head_is_not_suggested_where_nothing_is_coarser(activation):
+    end = [] if activation is None else [activation]
+    net = small(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 1), *end)
+    assert [s.name for s in suggest_layers(net, (1, 1, 8, 8))] == ["0"]
+
+
+def test_a_classifier_gets_its_last_convolution():
+    net = small(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+    (only,) = suggest_layers(net, (1, 1, 16, 24))
+    assert (only.name, only.role, only.stride) == ("4", "bottleneck", (4, 4))
+
+
+class Odd(nn.Module):
+    """Layers that are coarser than the bottleneck but explain nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.good = nn.Conv2d(1, 4, 3, 2, 1)
+        self.unused = nn.Conv2d(4, 4, 3, 2, 1)
+        self.twice = nn.AvgPool2d(4, 4)
+        self.zeroed = nn.Conv2d(4, 4, 3, 2, 1)
+        self.overwritten = nn.Conv2d(4, 4, 4, 4)
+        self.up = nn.ConvTranspose2d(4, CLASSES, 2, 2)
+
+    def forward(self, x):
+        features = self.good(x)
+        self.unused(features)
+        zero = 0 * self.zeroed(features).mean()
+        pooled = (self.twice(features) - self.twice(-features)).mean()
+        changed = self.overwritten(features).relu_().mean()
+        return self.up(features + zero + pooled + changed)
+
+
+def test_layers_that_explain_nothing_are_not_suggested():
+    """Unused, without gradient, run twice, or changed in place afterwards."""
+    (only,) = suggest_layers(seeded(Odd), (1, 1, 16, 16))
+    assert (only.name, only.stride) == ("good", (2, 2))
+
+
+def test_the_chosen_output_decides():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Sequential(*stem(), nn.Conv2d(4, 2, 1)) for _ in range(2))
+
+        def forward(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    net = seeded(TwoHeads)
+    for head in "ab":
+        found = suggest_layers(net, (1, 1, 16, 16), output=head)
+        assert [s.name for s in found] == [f"{head}.0", f"{head}.2"]
+    with pytest.raises(ModelError, match="output='key'"):
+        suggest_layers(net, (1, 1, 16, 16))
+
+
+def test_an_element_of_a_tuple_is_suggested_with_its_brackets():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, 2, 1)
+
+        def forward(self, x):
+            features = self.conv(x)
+            return [x * 2, features * features]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.up = Encoder(), nn.ConvTranspose2d(4, 2, 2, 2)
+
+        def forward(self, x):
+            return self.up(self.encoder(x)[1])
+
+    net = seeded(Net)
+    assert suggest_layers(net, (1, 1, 16, 16))[0].name == "encoder[1]"
+    result = GradCAM(net, "auto")(torch.rand(1, 1, 16, 16), targets.MaskOutput())
+    assert list(result.maps) == ["encoder[1]"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_wrapped_networks_have_the_names_of_the_inner_one(wrap):
+    net = small(*stem(), nn.Conv2d(4, CLASSES, 1))
+    assert suggest_layers(wrap(net), (1, 1, 16, 16)) == suggest_layers(net, (1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frozen_networks_of_any_precision(frozen, dtype):
+    net = small(*stem(), nn.Conv2d(4, CLASSES, 1)).to(dtype).requires_grad_(not frozen)
+    with torch.no_grad():
+        found = suggest_layers(net, (1, 1, 16, 16))
+    assert [s.name for s in found] == ["0", "2"]
+    assert found[0].megabytes == 4 * 8 * 8 * dtype.itemsize / 1e6
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def test_a_network_without_places_is_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(LayerError, match=r"no layer of Sequential gives channel-first activations"):
+        suggest_layers(net, (1, 1, 8, 8))
+
+
+def test_a_size_that_does_not_fit_is_refused():
+    net = NETWORKS["UNet"][0]()
+    with pytest.raises(
+        ModelError, match=r"shape \(1, 1, 30, 48, 64\).*multiples of their coarsest"
+    ):
+        suggest_layers(net, (1, 1, 30, 48, 64))
+
+
+def test_auto_is_the_suggested_bottleneck():
+    make, shape, layers = NETWORKS["UNet, 2D"]
+    net = seeded(make)
+    result = GradCAM(net)(torch.rand(1, 1, *shape), targets.MaskOutput())
+    assert list(result.layers) == list(layers)[:1]
