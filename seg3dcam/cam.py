@@ -155,7 +155,7 @@ class BaseCAM:
             self.activation,
             affine,
             len(first.windows),
-            regions(first.logits).flatten(1).sum(1) if regions else None,
+            regions(first.logits).reshape(len(score), -1).sum(1) if regions else None,
             asdict(self._method()),
         )
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
-from seg3dcam.layers import LayerRef, unwrap
+from seg3dcam.layers import LayerRef, check_layout, unwrap
 from seg3dcam.outputs import OutputSelection, select_output
 
 
@@ -49,6 +49,7 @@ def capturing(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(_frozen_in_eval_mode(model))
         stack.enter_context(_kept_random_state(model))
         stack.enter_context(_full_precision())
@@ -147,7 +148,7 @@ class Capture:
                 logits, tensors, seed, retain_graph=keep_graph, allow_unused=True
             )
         except RuntimeError as error:
-            if "Checkpointing" not in str(error):
+            if "checkpoint" not in str(error).lower():
                 raise
             raise ModelError(
                 "the network uses reentrant checkpointing, which cannot give gradients of "
@@ -170,8 +171,7 @@ class Capture:
     def _forward(self, x: torch.Tensor, mode: str) -> torch.Tensor:
         self._mode, self._runs, self._tensors = mode, dict.fromkeys(self._layers, 0), {}
         try:
-            with torch.autocast(x.device.type, enabled=False):
-                output = functional_call(self._model, self._weights, (x,))
+            output = functional_call(self._model, self._weights, (x,))
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -186,7 +186,7 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
-        self._check_runs()
+        self._check_layers(x)
         return select_output(output, self._output, tuple(x.shape[2:]))
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
@@ -210,7 +210,7 @@ class Capture:
             self._tensors[layer] = tensor
         return layer.put(output, tensor.clone())
 
-    def _check_runs(self) -> None:
+    def _check_layers(self, x: torch.Tensor) -> None:
         for layer, runs in self._runs.items():
             if runs == 0:
                 raise LayerError(
@@ -221,6 +221,7 @@ class Capture:
                     f"layer '{layer}' ran {runs} times in one forward pass: its activations are "
                     "not one map. Choose a layer that runs once, for example the block around it"
                 )
+            check_layout(layer, self._shapes[layer], x.shape)
 
 
 @contextlib.contextmanager
@@ -233,10 +234,9 @@ def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
         )
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     try:
         # Set directly: a train() or eval() of the network's own may do more than set the mode.
@@ -252,7 +252,7 @@ def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = requires_grad
         for module, name, buffer, before in buffers:
             module._buffers[name] = buffer
-            if not torch.equal(buffer, before):
+            if buffer is not None and before is not None and not torch.equal(buffer, before):
                 with torch.no_grad():
                     buffer.copy_(before)
 

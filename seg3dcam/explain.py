@@ -303,6 +303,9 @@ def _explanation(
 ) -> Explanation:
     affine = prepared.affine.numpy().astype(np.float64)
     result = replace(result, affine=affine)
+    if class_index is not None:
+        name = model.class_name(class_index)
+        result = replace(result, target=result.target.replace(f"class {class_index} ", f"{name} "))
     maps = {
         name: resample(
             layer.values[0].cpu(),

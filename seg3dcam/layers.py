@@ -1,4 +1,4 @@
-"""Target layers: names, selections of an element, and suggestions.
+"""Target layers: names, selections of an element, and the layout of what they give.
 
 A layer is written as its dotted name in the model; where it returns a tuple, list or dict, the
 wanted element follows in brackets: `encoder.layers.3[0]`, `backbone[out]`.
@@ -40,6 +40,8 @@ class LayerRef:
         """Return this layer's tensor among what its module returned."""
         tensor = output
         for key in self.element:
+            if isinstance(tensor, torch.Tensor):
+                raise self._refusal(output, f"there is no element [{key}] in a tensor")
             try:
                 tensor = tensor[key]
             except (KeyError, IndexError, TypeError) as error:
@@ -116,7 +118,13 @@ def resolve_layers(model: nn.Module, spec: LayerSpec) -> list[LayerRef]:
     model = unwrap(model)
     if isinstance(spec, str) and spec == "all":
         spec = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
-    entries = [spec] if isinstance(spec, str | nn.Module) else list(spec)
+    entries = [spec] if isinstance(spec, str | nn.Module) else spec
+    legal = isinstance(entries, Sequence) and all(isinstance(e, str | nn.Module) for e in entries)
+    if not legal:
+        raise LayerError(
+            f"target layers {spec!r}: give a dotted name, a module of the network, a list of "
+            "these, 'auto' or 'all'"
+        )
     if not entries:
         raise LayerError("no target layer given: name one, or use target_layers='auto'")
     found = [_resolve_one(model, entry) for entry in entries]
@@ -128,6 +136,8 @@ def _resolve_one(model: nn.Module, entry: str | nn.Module) -> LayerRef:
     if isinstance(entry, nn.Module):
         inner = unwrap(entry)
         names = [name for name, module in modules.items() if module is inner]
+        if names == [""]:
+            raise LayerError("the target layer is the network itself: name a layer inside of it")
         if not names:
             raise LayerError(
                 f"the target layer {type(entry).__name__} given as a module is no part of the model"
@@ -142,3 +152,41 @@ def _resolve_one(model: nn.Module, entry: str | nn.Module) -> LayerRef:
     keys = re.findall(r"\[([^\[\]]+)\]", match["element"])
     element = tuple(int(key) if re.fullmatch(r"-?\d+", key) else key for key in keys)
     return LayerRef(name, element, modules[name])
+
+
+def check_layout(layer: LayerRef, shape: Sequence[int], input_shape: Sequence[int]) -> None:
+    """Raise LayerError unless activations look channel-first, (B, C, *s).
+
+    Args:
+        shape: of the activations.
+        input_shape: (B, C, *S) of the input.
+    """
+    if len(shape) != len(input_shape):
+        raise LayerError(
+            f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: a map needs "
+            f"channel-first activations (B, C, *s) with {len(input_shape) - 2} spatial axes. "
+            "Tokens and pooled vectors have no place in the image: choose another layer"
+        )
+    ratios = [large / small for small, large in zip(shape[2:], input_shape[2:], strict=True)]
+    uneven = max(ratios) > 1.4 * min(ratios)  # unlike a convolution's without padding
+    first = stride_of(shape[2:], input_shape[2:])
+    if first is None and uneven and stride_of(shape[1:-1], input_shape[2:]):
+        raise LayerError(
+            f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: that is "
+            "channels-last, (B, *s, C). Choose a layer whose activations are channel-first"
+        )
+
+
+def stride_of(size: Sequence[int], input_size: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the whole-number stride of a layer's grid, None where there is none.
+
+    >>> stride_of((12, 13), (96, 99))
+    (8, 8)
+    """
+    stride = []
+    for small, large in zip(size, input_size, strict=True):
+        step = max(1, round(large / small)) if small else 0
+        if not step or not large // step <= small <= -(-large // step):
+            return None
+        stride.append(step)
+    return tuple(stride)

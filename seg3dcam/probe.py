@@ -10,6 +10,7 @@ larger end of each.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,10 @@ from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef, unwrap
 
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
-_LOW, _HIGH = 10.0, 20.0
+_LOW, _HIGH = 1e4, 2e4
+
+# Where an upsampled path meets a skip connection, the skip connection knows the place.
+_UPSAMPLED = 1e-2
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple, FeatureGrid]] = WeakKeyDictionary()
 
@@ -61,7 +65,7 @@ def _measure(
     model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
     weights = _central_taps(model)
-    with capturing(model, list(shapes)) as capture, _no_normalisation(model):
+    with capturing(model, list(shapes)) as capture, _plain_levels(model):
         by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
     grids = {}
     for layer, shape in shapes.items():
@@ -93,11 +97,8 @@ def _measure_axis(
         except ModelError:
             continue
         for layer, activations in seen.items():
-            fit = _fit(activations, axis, shape[axis])
-            if fit and _agrees(
-                fit[0], activations.shape[2 + axis], shape[axis], shapes[layer][axis], full[axis]
-            ):
-                fits[layer] = fits[layer] or fit
+            fit = _fit(activations, axis, shape[axis], shapes[layer][axis], full[axis])
+            fits[layer] = fits[layer] or fit
         if all(fits.values()):
             break
     return fits
@@ -120,36 +121,43 @@ def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
     return lines.view(view).expand(3, x.shape[1], *shape).contiguous()
 
 
-def _fit(activations: torch.Tensor, axis: int, length: int) -> tuple[float, float] | None:
+def _fit(
+    activations: torch.Tensor, axis: int, length: int, full_size: int, full_length: int
+) -> tuple[float, float] | None:
     """Fit position = stride * u + offset to what a layer showed of the three ramps."""
     flat, rising, falling = activations.double().cpu().mean(1)
     others = [a for a in range(flat.ndim) if a != axis]
     line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
-    if others:
-        line = line.mean(others)
-    position = (line + 1) * (length - 1) / 2
+    position = ((line.mean(others) if others else line) + 1) * (length - 1) / 2
+    size = len(position)
     if not torch.isfinite(position).all():
         return None
-    size = len(position)
-    index = torch.arange(size, dtype=torch.float64)
+    stride = _stride(position, full_size, full_length)
+    if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
+        return None  # the small input has another grid than the full-sized one
     trim = size // 4  # transposed convolutions see less at the ends
-    position, index = position[trim : size - trim], index[trim : size - trim]
-    stride = _slope(index, position) if len(index) > 1 else length / size
-    if abs(stride - round(stride)) < 0.05 * stride:
-        stride = float(round(stride))
-    offset = round(float((position - stride * index).mean()), 3) + 0.0
-    return (stride, offset) if stride > 0 and -stride <= offset <= 2 * stride else None
+    index = torch.arange(size, dtype=torch.float64)
+    offset = round(float((position - stride * index)[trim : size - trim].mean()), 3) + 0.0
+    centre = offset + stride * (size - 1) / 2
+    return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
 
 
-def _agrees(stride: float, size: int, length: int, full_size: int, full_length: int) -> bool:
-    """Tell whether a stride explains the layer's size, also for the full-sized input."""
-    covers = abs(stride * size - length) < max(stride, 0.15 * length)
-    return covers and abs(full_size - size - (full_length - length) / stride) < 0.01 * full_size
-
-
-def _slope(index: torch.Tensor, position: torch.Tensor) -> float:
+def _stride(position: torch.Tensor, full_size: int, full_length: int) -> float | None:
+    """Return the stride that the layer's size says, if the positions agree; else theirs."""
+    exact = full_length / full_size
+    if len(position) == 1:
+        return exact
+    index = torch.arange(len(position), dtype=torch.float64)
     centred = index - index.mean()
-    return float((centred * position).sum() / (centred * centred).sum())
+    fitted = float((centred * position).sum() / (centred * centred).sum())
+    # The fit is rough on few voxels and on the staircase of a transposed convolution.
+    choices = [r for r in (math.floor(exact), math.ceil(exact)) if abs(fitted - r) < 0.3 * r]
+    if not exact.is_integer() and abs(fitted - round(fitted)) < 0.05:
+        choices = [round(fitted)]
+    if choices and choices[0]:
+        return float(min(choices, key=lambda r: abs(fitted - r)))
+    covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
+    return fitted if fitted > 0 and covers else None
 
 
 def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
@@ -180,17 +188,24 @@ def _kernel(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     if not transposed:
         taps += [slice((size - 1) // 2, size // 2 + 1) for size in weight.shape[2:]]
     kernel[tuple(taps)] = 1
-    return kernel / kernel[0].sum()
+    return kernel * ((_UPSAMPLED if transposed else 1) / kernel[0].sum())
 
 
 @contextmanager
-def _no_normalisation(model: nn.Module) -> Iterator[None]:
+def _plain_levels(model: nn.Module) -> Iterator[None]:
+    """Switch normalisation off, and let upsampled paths count little."""
+
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
         same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
         return args[0] if same else None
 
+    def fade(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * _UPSAMPLED
+
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, nn.Upsample):
+                stack.callback(module.register_forward_hook(fade).remove)
             is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
             if is_norm and not any(module.children()):
                 stack.callback(module.register_forward_hook(pass_on).remove)

@@ -20,7 +20,7 @@ from torch import nn
 
 from seg3dcam.capture import capturing
 from seg3dcam.errors import LayerError
-from seg3dcam.layers import LayerRef, unwrap
+from seg3dcam.layers import LayerRef, resolve_layers, stride_of, unwrap
 from seg3dcam.outputs import OutputSelection, tensors_in
 
 
@@ -110,9 +110,10 @@ def suggest_layers(
             if s.size == size and s.order > bottleneck.order and s.tensor.shape[1] > classes
         ]
         if level:
+            best = min(level, key=lambda s: s.rank)
             suggestions.append(
                 _suggestion(
-                    min(level, key=lambda s: s.rank),
+                    _producer(best, level, bottleneck),
                     "decoder",
                     "finer, but the closer to the output, the more the map echoes the mask",
                 )
@@ -122,8 +123,6 @@ def suggest_layers(
 
 def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:
     """Return the layer that "auto" means: the bottleneck."""
-    from seg3dcam.layers import resolve_layers
-
     chosen = next(s for s in suggest_layers(model, input_shape, output=output) if s.auto)
     return resolve_layers(model, chosen.name)[0]
 
@@ -141,8 +140,9 @@ def _probe(
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
         for path, tensor in tensors_in(output):
-            stride = _stride(tensor, x)
-            if stride is not None and tensor.requires_grad:
+            fits = tensor.ndim == x.ndim and tensor.requires_grad
+            stride = stride_of(tensor.shape[2:], x.shape[2:]) if fits else None
+            if stride is not None:
                 layer = LayerRef(name, path, module)
                 found.append(_Seen(layer, len(found), tensor, tensor._version, stride))
 
@@ -153,15 +153,16 @@ def _probe(
         logits = capture.forward(x.requires_grad_())
         weights = torch.rand(logits.shape, generator=generator).to(logits)
         kept = [s for s in found if s.tensor._version == s.version and runs[s.layer.name] == 1]
-        gradients = torch.autograd.grad(
-            logits, [s.tensor for s in kept], weights, allow_unused=True
-        )
-    head = logits.grad_fn
-    return [
+        tensors = [s.tensor for s in kept]
+        gradients = torch.autograd.grad(logits, tensors, weights, allow_unused=True) if kept else ()
+    used = [
         s
         for s, gradient in zip(kept, gradients, strict=True)
-        if gradient is not None and gradient.any() and s.tensor.grad_fn is not head
-    ], logits.shape[1]
+        if gradient is not None and gradient.any() and s.tensor.grad_fn is not logits.grad_fn
+    ]
+    # What is shaped like the logits is most likely their head, before a softmax.
+    inner = [s for s in used if s.tensor.shape != logits.shape]
+    return inner or used, logits.shape[1]
 
 
 def _bottleneck(seen: Sequence[_Seen]) -> _Seen:
@@ -180,6 +181,20 @@ def _bottleneck(seen: Sequence[_Seen]) -> _Seen:
     return best
 
 
+def _producer(best: _Seen, level: Sequence[_Seen], bottleneck: _Seen) -> _Seen:
+    """Return the module that made a tensor, where `best` only hands it on from another branch."""
+    inner = bottleneck.layer.module
+    elsewhere = [
+        s
+        for s in level
+        if s.tensor is best.tensor
+        and not s.layer.name.startswith(best.layer.name + ".")
+        and all(module is not inner for module in s.layer.module.modules())
+    ]
+    spans = any(module is inner for module in best.layer.module.modules())
+    return min(elsewhere, key=lambda s: s.rank) if spans and elsewhere else best
+
+
 def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str) -> Suggestion:
     tensor = seen.tensor
     return Suggestion(
@@ -191,19 +206,6 @@ def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str
         role == "bottleneck",
         reason,
     )
-
-
-def _stride(tensor: torch.Tensor, x: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the stride of channel-first activations (B, C, *s); None for anything else."""
-    if tensor.ndim != x.ndim or tensor.shape[0] != x.shape[0]:
-        return None
-    stride = []
-    for size, length in zip(tensor.shape[2:], x.shape[2:], strict=True):
-        step = max(1, round(length / size)) if size else 0
-        if not step or not length // step <= size <= -(-length // step):
-            return None
-        stride.append(step)
-    return tuple(stride)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

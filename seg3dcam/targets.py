@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 
 from seg3dcam.errors import EmptyRegionError, TargetError, nearest
 
@@ -96,6 +97,11 @@ class _RegionTarget:
             raise TargetError(
                 f"region {self.region!r}: {nearest(self.region, ('predicted', 'volume'))} "
                 "A mask, Box or Voxel works too"
+            )
+        if not isinstance(self.region, str | Box | torch.Tensor | np.ndarray):
+            raise TargetError(
+                f"region {self.region!r}: legal are 'predicted', 'volume', a mask as tensor or "
+                "array, Box and Voxel"
             )
 
     @property
@@ -308,23 +314,31 @@ def score_and_seed(
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         score = target(leaf)
+        total = score.sum() if isinstance(score, torch.Tensor) else None
     if not isinstance(score, torch.Tensor) or score.shape != leaf.shape[:1]:
         found = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
         raise TargetError(
             f"target '{name_of(target)}' must return one score per item, shape "
             f"{tuple(leaf.shape[:1])}; it returned {found}"
         )
-    if not score.requires_grad:
+    seed = None
+    if score.requires_grad:
+        (seed,) = torch.autograd.grad(total, leaf, allow_unused=True)
+    if seed is None:
         raise TargetError(
             f"target '{name_of(target)}' does not depend on the logits through a gradient "
             "(a comparison, argmax or detach() cuts it)"
         )
-    (seed,) = torch.autograd.grad(score.sum(), leaf)
-    return score.detach(), seed
+    return score.detach(), seed.contiguous()  # an expanded one cannot be changed in place
 
 
 def _given_mask(mask: torch.Tensor | np.ndarray, batch: int, shape: Sequence[int]) -> torch.Tensor:
-    given = torch.as_tensor(mask).detach().cpu() != 0
+    given = torch.as_tensor(mask).detach().cpu()
+    if isinstance(given, MetaTensor):
+        given = given.as_tensor()
+    if given.is_floating_point() and not torch.isfinite(given).all():
+        raise TargetError("the mask holds values that are NaN or infinite; legal are numbers")
+    given = given != 0
     full = (batch, *shape)
     if given.shape == (batch, 1, *shape):
         given = given[:, 0]

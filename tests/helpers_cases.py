@@ -184,9 +184,8 @@ class Outcome:
 
     @property
     def complaint(self) -> str:
-        """Standard error as one line without frames and colours."""
-        plain = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", "", self.err)
-        return " ".join(plain.split())
+        """Standard error as one line without frames."""
+        return " ".join(re.sub("[╭╮╰╯│─]", "", self.err).split())
 
     @property
     def files(self) -> list[Path]:
@@ -204,7 +203,9 @@ def seg3dcam(*words: object) -> Outcome:
             main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Outcome(code, out.getvalue(), err.getvalue())
+    # Typer colours its own messages also where nobody sees them, as on GitHub.
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", text.getvalue()) for text in (out, err)]
+    return Outcome(code, *plain)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

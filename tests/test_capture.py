@@ -429,7 +429,7 @@ class Aside(Net):
         (Branches, "many[1][count]", r"dtype is torch.int64, which has no gradient"),
         (Branches, "many[0][0]", r"'many\[0\]\[0\]'.*The layer gives 'many\[0\]'"),
         (Net, "stem[0]", r"'stem\[0\]'.*The layer gives 'stem' \(2, 3, 6, 8, 4\)"),
-        (Net, "stem[a]", r"there is no element \[a\]. The layer gives 'stem' \("),
+        (Net, "stem[a]", r"there is no element \[a\] in a tensor. The layer gives 'stem' \("),
     ],
 )
 def test_a_layer_that_gives_no_map_is_refused(network, layer, message, x):

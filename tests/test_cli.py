@@ -128,9 +128,9 @@ def test_one_class_may_be_named_twice(place):
 @pytest.mark.parametrize(
     ("score", "name", "value"),
     [
-        ("log_odds", "log-odds of class 1", lambda z: z[1] - np.logaddexp(z[0], z[2])),
-        ("logit", "logit of class 1", lambda z: z[1]),
-        ("probability", "probability of class 1", lambda z: np.exp(z[1]) / np.exp(z).sum(0)),
+        ("log_odds", "log-odds of", lambda z: z[1] - np.logaddexp(z[0], z[2])),
+        ("logit", "logit of", lambda z: z[1]),
+        ("probability", "probability of", lambda z: np.exp(z[1]) / np.exp(z).sum(0)),
     ],
 )
 def test_score_of_a_class(place, score, name, value):
@@ -471,8 +471,9 @@ def test_a_warning_is_one_line(place):
     write_model(place.folder, weights="random")
     outcome = place.explain("--score", "mask_output")
     assert outcome.code == 0
-    assert outcome.err.count("\n") == 1
-    assert outcome.err.startswith("warning: model.yaml: the network has random weights")
+    first, *more = outcome.err.splitlines()
+    assert first.startswith("warning: model.yaml: the network has random weights, as asked")
+    assert all(line.startswith("warning: ") for line in more)  # of the map, if it is zero
 
 
 def test_class_names_are_no_markup(place):

@@ -169,7 +169,7 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
             {"range": [1, 1]},
             r"lower bound must be below the upper one; got \[1.0, 1.0\]",
         ),
-        (Intensity, {"range": [float("nan"), 1]}, r"lower bound"),
+        (Intensity, {"range": [float("nan"), 1]}, r"range|lower bound"),
         (Intensity, {"percentiles": [-1, 50]}, r"between 0 and 100"),
         (Prepare, {"pad_divisible": 0}, r"pad_divisible: .*equal to 1, got 0"),
         (Prepare, {"crop_foreground": "perhaps"}, r"crop_foreground: .*boolean.*'perhaps'"),
