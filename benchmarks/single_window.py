@@ -103,7 +103,7 @@ def windowed_growth(cam: str, depth: int) -> dict[str, int]:
 
 
 def growth(function: Callable[[], object]) -> tuple[float, object]:
-    """Return by how many MB resident memory grows at its peak while `function` runs, and its result.
+    """Return by how many MB resident memory grows while `function` runs, at most; and its result.
 
     Linux only: the peak is reset first, so earlier work of the process does not hide it.
     """

@@ -22,16 +22,18 @@ from typing import Any, Literal
 import numpy as np
 
 from seg3dcam.config import Job
-from seg3dcam.errors import InputError
+from seg3dcam.errors import ConfigError
 from seg3dcam.explain import Explanation, anatomical_axis
-from seg3dcam.export.files import check_writable, write_json
 from seg3dcam.export.nifti import write_nifti
+from seg3dcam.files import check_writable, write_json
 from seg3dcam.models import SegModel
 from seg3dcam.review import save_montage, save_slices
+from seg3dcam.review.display import choose_window
+from seg3dcam.review.draw import make_palette
 from seg3dcam.scan import Scan
 
 #: Settings that do not change what is written.
-_WHERE = {"scan", "model", "out", "device", "trust"}
+_WHERE = {"scan", "model", "out", "device"}
 
 
 def case_key(scan: Scan, model: SegModel, job: Job) -> str:
@@ -39,7 +41,16 @@ def case_key(scan: Scan, model: SegModel, job: Job) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
     digest.update(np.ascontiguousarray(scan.affine).data)
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
-    use = [model.name, model.fingerprint(), repr(model.window), str(model.output), settings]
+    use = [
+        model.name,
+        model.fingerprint(),
+        list(model.class_names),
+        model.activation,
+        model.preparation,
+        repr(model.window),
+        str(model.output),
+        settings,
+    ]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -113,7 +124,8 @@ def unique_names(names: Sequence[str]) -> list[str]:
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[:60] or "target"
         choices = (safe if n == 1 else f"{safe}_{n}" for n in itertools.count(1))
-        found.append(next(choice for choice in choices if choice not in found))
+        taken = {other.lower() for other in found}  # on some disks A is a
+        found.append(next(choice for choice in choices if choice.lower() not in taken))
     return found
 
 
@@ -175,12 +187,21 @@ def _write_pictures(folder: Path, explanation: Explanation, name: str, job: Job)
 
 
 def check_slice(scan: Scan, job: Job) -> None:
-    """Raise InputError early where the wanted slice lies outside of the scan."""
+    """Raise ConfigError early where the wanted slice lies outside of the scan."""
     if job.slice is None:
         return
     size = scan.shape[anatomical_axis(scan.affine, job.axis)]
     if not 0 <= job.slice < size:
-        raise InputError(f"{job.axis} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}")
+        raise ConfigError(
+            f"{job.axis} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+        )
+
+
+def check_look(job: Job) -> None:
+    """Raise ConfigError early where the pictures' look is illegal."""
+    make_palette(job.colormap, opacity=0.5)
+    if job.intensity_window is not None:
+        choose_window(np.zeros((1, 1, 1)), job.intensity_window)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -193,9 +214,13 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _remove_earlier(folder: Path) -> None:
     """Remove what an earlier case.json lists, and it first: a run that dies leaves none."""
-    listed = [str(name) for name in _record(folder).get("files", [])]
+    files = _record(folder).get("files")
+    listed = [str(name) for name in files] if isinstance(files, list) else []
     (folder / "case.json").unlink(missing_ok=True)
     for name in listed:
         file = folder / name
         if file.resolve().is_relative_to(folder.resolve()) and file.is_file():
             file.unlink()
+            for parent in file.relative_to(folder).parents[:-1]:
+                with suppress(OSError):  # not empty: it holds a file of somebody else's
+                    (folder / parent).rmdir()

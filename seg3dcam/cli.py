@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from seg3dcam.case import case_key, check_slice, is_done, write_case
+from seg3dcam.case import case_key, check_look, check_slice, is_done, write_case
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.errors import (
     ConfigError,
@@ -30,7 +30,7 @@ from seg3dcam.errors import (
     nearest,
 )
 from seg3dcam.explain import TargetSpec, explain_each
-from seg3dcam.export.files import check_writable
+from seg3dcam.files import check_writable
 from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.scan import load_scan
@@ -63,8 +63,6 @@ def main() -> None:
         _complain(error, 2)
     except (Seg3dcamError, torch.OutOfMemoryError) as error:
         _complain(error, 1)
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing half-written was left behind", 130)
 
 
 @app.command()
@@ -80,6 +78,9 @@ def explain(
     ] = None,
     score: Annotated[
         str | None, typer.Option(help="log_odds (default), logit, probability, mask_output")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(help="voxels that count: predicted (default) or volume")
     ] = None,
     layer: Annotated[
         list[str] | None, typer.Option(help="target layer; repeatable; default: auto")
@@ -105,8 +106,8 @@ def explain(
         str | None, typer.Option(help="any matplotlib name; default inferno")
     ] = None,
     trust: Annotated[
-        bool | None, typer.Option("--trust", help="allow the model's own Python code to run")
-    ] = None,
+        bool, typer.Option("--trust", help="allow the model's own Python code to run")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="do again what is done")] = False,
 ) -> None:
     """Explain a scan; leave CAM volumes, PNGs and case.json in a folder."""
@@ -116,7 +117,7 @@ def explain(
     if "intensity_window" in options:
         options["intensity_window"] = _window(options["intensity_window"])
     job = validate({**content, **options}, Job, str(config or "command line"))
-    _run(job, force=force)
+    _run(job, force=force, trust=trust)
 
 
 @app.command()
@@ -130,9 +131,8 @@ def layers(
     """List the layers worth explaining."""
     loaded = load_model(model, trust=trust)
     voxels = _shape(shape, loaded)
-    table = Table(
-        "layer", "level", "channels", "voxels", "stride", "MB", title=f"Layers of {loaded.name}"
-    )
+    columns = ["layer", "level", "channels", "voxels", "stride", "MB"]
+    table = Table(*columns, title=f"Layers of {escape(loaded.name)}")
     found = suggest_layers(
         loaded.module, (1, loaded.in_channels or 1, *voxels), output=loaded.output
     )
@@ -186,13 +186,24 @@ def demo(
     _run(job, force=force, truth=truth)
 
 
-def _run(job: Job, *, force: bool, truth: Path | None = None) -> None:
+def _run(job: Job, *, force: bool, trust: bool = False, truth: Path | None = None) -> None:
     """Explain one scan as a job says."""
+    try:
+        _explain_job(job, force, trust, truth)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing half-written was left behind", 130)
+
+
+def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None:
     started = time.monotonic()
     if job.method not in METHODS:
         raise ConfigError(f"method {job.method!r}: {nearest(job.method, METHODS)}")
+    check_look(job)
+    sources = [job.scan] if isinstance(job.scan, str) else job.scan
+    if any(Path(source).resolve().is_relative_to(Path(job.out).resolve()) for source in sources):
+        raise ConfigError(f"out {job.out}: the scan itself lies in this folder; choose another")
     check_writable(Path(job.out))
-    model = load_model(job.model, trust=job.trust)
+    model = load_model(job.model, trust=trust)
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
@@ -203,10 +214,13 @@ def _run(job: Job, *, force: bool, truth: Path | None = None) -> None:
         targets = _targets(job, model)
         key = case_key(scan, model, job)
         if is_done(job.out, key) and not force:
-            out.print(f"{escape(job.out)} holds this case already, complete; --force does it again")
+            out.print(
+                f"{escape(job.out)} holds this case already, complete; --force does it again",
+                soft_wrap=True,
+            )
             return
         explanations = explain_each(
-            scan, model, targets, layers=job.layer, method=job.method, progress=progress
+            scan, model, targets, layers=job.layers, method=job.method, progress=progress
         )
         progress("writing", 0, 1)
         record = write_case(job.out, explanations, job, key=key)
@@ -216,15 +230,21 @@ def _run(job: Job, *, force: bool, truth: Path | None = None) -> None:
 
 def _targets(job: Job, model: SegModel) -> list[TargetSpec] | None:
     """Return the targets of a job; None is every predicted class."""
+    if job.score == "mask_output" and job.target is not None:
+        raise ConfigError("score mask_output is about no class: leave out the target")
     if job.score == "mask_output":
-        return [MaskOutput(activation=model.activation)]
+        return [MaskOutput(job.region or "volume", activation=model.activation)]
     if job.target is None:
-        if job.score != "log_odds":
-            raise ConfigError(f"score {job.score!r} needs a class: name one with --target")
+        for what, given in (("score", job.score != "log_odds"), ("region", job.region)):
+            if given:
+                value = getattr(job, what)
+                raise ConfigError(f"{what} {value!r} needs a class: name one with --target")
         return None
     names = job.target if isinstance(job.target, list) else [job.target]
     kind = SCORES[job.score]
-    return [kind(model.class_index(name), activation=model.activation) for name in names]
+    classes = dict.fromkeys(model.class_index(name) for name in names)
+    region = job.region or "predicted"
+    return [kind(index, region, activation=model.activation) for index in classes]
 
 
 def _report(record: Mapping[str, Any], job: Job, truth: Path | None) -> None:
@@ -258,7 +278,7 @@ def _report(record: Mapping[str, Any], job: Job, truth: Path | None) -> None:
         else:
             slices[file.parent] = slices.get(file.parent, 0) + 1
     for place, count in slices.items():
-        _print(f"{count} slices", place)
+        _print(f"{count} slice{'s' * (count > 1)}", place)
     _print("record", folder / "case.json")
 
 
@@ -280,7 +300,7 @@ def _report_truth(record: Mapping[str, Any], job: Job, truth: Path) -> None:
 def _job_of_file(path: Path) -> dict[str, Any]:
     """Return a job file's settings, with paths relative to the file."""
     content = read_yaml(path)
-    for key in ("scan", "model"):
+    for key in ("scan", "model", "out"):
         value = content.get(key)
         if isinstance(value, str):
             content[key] = str(path.parent / value)
@@ -326,6 +346,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
     kind, _, number = name.partition(":")
     if kind not in here or (number and not number.isdigit()):
+        raise ConfigError(f"device {name!r}: legal are auto, cpu, cuda, cuda:<number> and mps")
+    if number and kind != "cuda":
         raise ConfigError(f"device {name!r}: legal are auto, cpu, cuda, cuda:<number> and mps")
     if not here[kind] or (number and kind == "cuda" and int(number) >= torch.cuda.device_count()):
         usable = ", ".join(kind for kind, usable in here.items() if usable)

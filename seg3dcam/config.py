@@ -5,11 +5,20 @@ An unknown key is an error that names the nearest legal one. Paths in a file are
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.windows import WindowPlan
@@ -22,7 +31,7 @@ class _Settings(BaseModel):
 class Intensity(_Settings):
     """How intensities are brought to the network's range; exactly one key."""
 
-    range: tuple[float, float] | None = Field(
+    range: tuple[FiniteFloat, FiniteFloat] | None = Field(
         None, description="these two values become 0 and 1, clipped (CT: Hounsfield units)"
     )
     percentiles: tuple[float, float] | None = Field(
@@ -45,14 +54,25 @@ class Intensity(_Settings):
         return self
 
 
+Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Prepare(_Settings):
     """What is done to a scan before the network sees it, in this order."""
 
-    orientation: str | None = Field(None, pattern="^[RLAPSI]{3}$", description="axis codes: RAS")
-    spacing: tuple[float, float, float] | None = Field(None, description="mm per voxel")
+    orientation: str | None = Field(None, description="axis codes: RAS")
+    spacing: tuple[Step, Step, Step] | None = Field(None, description="mm per voxel")
     intensity: Intensity | None = None
     crop_foreground: bool = Field(False, description="crop to the voxels above 0")
     pad_divisible: int | None = Field(None, ge=1, description="pad every axis to a multiple")
+
+    @field_validator("orientation")
+    @classmethod
+    def _three_axes(cls, codes: str | None) -> str | None:
+        axes = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+        if codes is not None and (len(codes) != 3 or {axes.get(c) for c in codes} != {0, 1, 2}):
+            raise ValueError("one letter each of R or L, A or P, S or I, such as RAS")
+        return codes
 
 
 class Window(_Settings):
@@ -65,6 +85,13 @@ class Window(_Settings):
     sigma_scale: float = Field(0.125, gt=0)
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
     cval: float = 0.0
+
+    @field_validator("roi_size")
+    @classmethod
+    def _voxels(cls, size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if any(n < 1 and n != -1 for n in ((size,) if isinstance(size, int) else size)):
+            raise ValueError("voxels from 1 up, or -1 for a whole axis")
+        return size
 
     def plan(self) -> WindowPlan:
         """Return the window plan."""
@@ -83,17 +110,28 @@ class ModelSpec(_Settings):
     window: Window | None = None
     output: int | str | None = None
 
+    @field_validator("classes")
+    @classmethod
+    def _different(cls, classes: list[str]) -> list[str]:
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        if twice:
+            raise ValueError(f"every class needs a name of its own; {twice} is there twice")
+        return classes
+
 
 class Job(_Settings):
     """One run of `seg3dcam explain`; the command line's options override it."""
 
-    scan: str | list[str]
+    scan: str | Annotated[list[str], Field(min_length=1)]
     model: str
     out: str = "seg3dcam_out"
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
     )
     score: Literal["log_odds", "logit", "probability", "mask_output"] = "log_odds"
+    region: Literal["predicted", "volume"] | None = Field(
+        None, description="voxels that the score sums over; none: the score's own"
+    )
     layer: list[str] | str = "auto"
     method: str = "hires_cam"
     device: str = "auto"
@@ -105,7 +143,26 @@ class Job(_Settings):
     )
     threshold: float = Field(0.2, ge=0, lt=1)
     colormap: str = "inferno"
-    trust: bool = False
+
+    @property
+    def layers(self) -> list[str] | str:
+        """Target layers; one alone may be a word such as "auto"."""
+        return (
+            self.layer[0] if isinstance(self.layer, list) and len(self.layer) == 1 else self.layer
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 Settings = TypeVar("Settings", bound=_Settings)
@@ -119,7 +176,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +212,7 @@ def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Sett
 
 
 def _problem(kind: type[_Settings], detail: Any) -> str:
-    place = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
+    place = _place(kind, detail["loc"])
     where = ".".join(map(str, place)) or "settings"
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key, {nearest(str(detail['loc'][-1]), _keys(kind, place[:-1]))}"
@@ -164,6 +221,17 @@ def _problem(kind: type[_Settings], detail: Any) -> str:
     given = detail["input"]
     shown = "" if isinstance(given, dict) else f", got {given!r}"
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
+    """Return a location without pydantic's names for the members of a union."""
+    place: list[Any] = []
+    for number, part in enumerate(location):
+        of_union = re.fullmatch(r"str|int|float|\w+\[.*\]", str(part))
+        unknown_key = number == len(location) - 1 and not of_union
+        if isinstance(part, int) or part in _keys(kind, place) or unknown_key:
+            place.append(part)
+    return place
 
 
 def _keys(kind: type[BaseModel], path: list[Any]) -> list[str]:

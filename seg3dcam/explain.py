@@ -351,6 +351,7 @@ def _provenance(
         "prepared": {
             "shape": tuple(prepared.shape[1:]),
             "affine": prepared.affine.numpy(),
+            "settings": dict(model.preparation),
         },
         "model": {
             "name": model.name,

@@ -104,7 +104,13 @@ class Windows:
         sizes: list[int] = []
         for padded, size, before in zip(self.padded_shape, self.shape, self.before, strict=True):
             sizes = [before, padded - size - before, *sizes]  # torch wants the last axis first
-        return F.pad(x, sizes, mode=mode, value=value if mode == "constant" else None)
+        try:
+            return F.pad(x, sizes, mode=mode, value=value if mode == "constant" else None)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"padding_mode {mode!r} cannot fill {self.shape} voxels up to a window of "
+                f"{self.roi}: take 'constant' or 'replicate', or a smaller roi_size"
+            ) from error
 
     def cut(self, padded: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Return some windows of a padded volume (1, C, *padded_shape) as a batch (n, C, *roi)."""

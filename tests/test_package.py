@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
     {"errors"},
-    {"geometry"},
+    {"files", "geometry"},
     {"outputs"},
     {"layers", "targets", "methods", "windows"},
     {"capture"},

@@ -24,7 +24,7 @@ import torch
 from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
-from seg3dcam.export.files import atomic
+from seg3dcam.files import atomic
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
 __all__ = ["write_nifti"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -35,6 +36,7 @@ class SegModel:
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
         name: for provenance.
+        preparation: the settings that `prepare` was made from, for provenance.
 
     >>> model = SegModel(nn.Conv3d(1, 2, 1), class_names=("background", "liver"))
     >>> model.class_index("liver")
@@ -49,6 +51,7 @@ class SegModel:
     output: OutputSelection = None
     in_channels: int | None = None
     name: str = "model"
+    preparation: Mapping[str, Any] = field(default_factory=dict)
 
     def class_index(self, name: str | int) -> int:
         """Return the channel of a class given by name or index.
@@ -56,7 +59,7 @@ class SegModel:
         Raises:
             TargetError: no such class; the legal ones are named.
         """
-        if isinstance(name, int) or (name.isdigit() and name not in self.class_names):
+        if isinstance(name, int) or (name.isdecimal() and name not in self.class_names):
             index = int(name)
             if self.class_names and not 0 <= index < len(self.class_names):
                 listed = ", ".join(f"{i} {n}" for i, n in enumerate(self.class_names))
@@ -94,6 +97,7 @@ class SegModel:
         for key, value in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
             if isinstance(value, torch.Tensor):
+                digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
                 digest.update(
                     value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
                 )

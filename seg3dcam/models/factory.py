@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -52,6 +51,7 @@ def load_model(path: str | Path, *, trust: bool = False) -> SegModel:
         output=spec.output,
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",
+        preparation=spec.prepare.model_dump(exclude_none=True),
     )
 
 
@@ -121,6 +121,16 @@ def _load_weights(module: nn.Module, spec: ModelSpec, path: Path) -> None:
             f"{file.name}: the weights do not fit {spec.factory} as {path.name} builds it. "
             + "; ".join(problems)
         )
+    broken = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    if broken:
+        raise ModelError(
+            f"{file.name}: the weights hold NaN or infinite values, in {_some(broken)}: did the "
+            "training diverge? Take an earlier checkpoint"
+        )
     module.load_state_dict(state)
 
 
@@ -132,11 +142,16 @@ def _read_state(file: Path) -> Mapping[str, torch.Tensor]:
             content: Any = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+        more = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(
+            error
+        )
+        reason = "it holds more than tensors, and reading that could run code" if more else error
+        first_line = (str(reason).strip().splitlines() or [repr(error)])[0]
         raise ModelError(
-            f"{file.name}: cannot be read as weights ({first_line}). Legal are .safetensors and "
-            "files that torch.load(weights_only=True) reads: a state dict of tensors"
+            f"{file.name}: cannot be read as weights ({first_line}). Legal are "
+            ".safetensors and files that torch.load(weights_only=True) reads: a state dict of "
+            "tensors"
         ) from error
     for key in CHECKPOINT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -42,9 +42,11 @@ def build_preparation(spec: Prepare) -> Callable[[Scan], MetaTensor]:
     if spec.pad_divisible:
         steps.append(DivisiblePad(k=spec.pad_divisible))
     transform = Compose(steps)
+    normalises = spec.intensity is not None and spec.intensity.zscore is not None
 
     def prepare(scan: Scan) -> MetaTensor:
-        prepared = transform(as_is(scan))
+        # MONAI normalises in place: the scan must stay as it was.
+        prepared = transform(as_is(scan).clone() if normalises else as_is(scan))
         if 0 in prepared.shape:
             raise ScanError(
                 f"{scan.name}: nothing is left after preparation (crop_foreground found no voxel "

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import ConfigError, InputError, OutputError
+from seg3dcam.files import atomic
 from seg3dcam.review import display, draw
 
 Axis = Literal["axial", "coronal", "sagittal"]
@@ -487,18 +488,5 @@ def write_png(file: Path, picture: draw.Picture) -> None:
     done, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
         raise OutputError(f"cannot encode {file} as PNG: size {picture.shape[:2]}")
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(file) as temporary:
         temporary.write_bytes(data.tobytes())
-        temporary.replace(file)
-    except OSError as error:
-        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        _remove_quietly(temporary)
-
-
-def _remove_quietly(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:
-        return  # the first error is the one to report

@@ -441,7 +441,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(OutputError, match=r"cannot write .*axial_006\.png: No space left"):
+    with pytest.raises(OutputError, match=r"axial_006\.png cannot be written \(No space left"):
         save_slices(tmp_path, scan, cam, affine, slices=6, window=(1, 0))
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
@@ -463,7 +463,7 @@ def test_files_are_renamed_from_their_own_folder(tmp_path, monkeypatch):
     ((temporary, target),) = moves
     assert target == file
     assert temporary.parent == file.parent
-    assert temporary.suffix == ".tmp"
+    assert temporary.name.startswith(".")
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -475,7 +475,7 @@ def test_a_folder_that_cannot_be_made_or_used(tmp_path):
     with pytest.raises(OutputError, match=r"cannot make the folder .*file"):
         save_montage(tmp_path / "file" / "case.png", scan, cam, affine)
     (tmp_path / "case.png").mkdir()
-    with pytest.raises(OutputError, match=r"cannot write .*case\.png"):
+    with pytest.raises(OutputError, match=r"case\.png is a folder"):
         save_montage(tmp_path / "case.png", scan, cam, affine)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["case.png", "file"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import OutputError
-from seg3dcam.export.files import atomic, check_writable, write_json
+from seg3dcam.files import atomic, check_writable, write_json
 
 
 def names(folder):
