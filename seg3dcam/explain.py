@@ -172,6 +172,7 @@ def explain(
         >>> network = torch.nn.Sequential(
         ...     torch.nn.Conv3d(1, 2, 3, stride=2, padding=1), torch.nn.ReLU(),
         ...     torch.nn.Upsample(scale_factor=2))
+        >>> _ = torch.nn.init.ones_(network[0].weight)
         >>> scan = load_scan(np.random.default_rng(0).random((8, 8, 8)), affine=np.eye(4))
         >>> found = explain(scan, SegModel(network), ClassLogit(0, "volume"), layers="0")
         >>> found.maps["0"].shape

@@ -87,11 +87,11 @@ def _measure_axis(
 ) -> dict[LayerRef, tuple[float, float] | None]:
     """Return (stride, offset) of each layer along one axis, None where the ramp is not passed on.
 
-    A small input is tried first; networks of fixed input size get their own.
+    A handy input is tried first; networks of fixed input size get their own.
     """
     full = tuple(x.shape[2:])
     fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
-    for shape in dict.fromkeys((_small(full, axis), full)):
+    for shape in dict.fromkeys((_handy(full, axis), full)):
         try:
             seen = capture.observe_layers(_ramps(x, shape, axis), weights)
         except ModelError:
@@ -104,12 +104,12 @@ def _measure_axis(
     return fits
 
 
-def _small(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """Shorten an input shape by multiples of 32, to 64-95 voxels along `axis`, 32-63 elsewhere."""
-    floors = [64 if a == axis else 32 for a in range(len(shape))]
-    return tuple(
-        n - 32 * ((n - low) // 32) if n >= low else n for n, low in zip(shape, floors, strict=True)
-    )
+def _handy(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Change an input shape by multiples of 32, to 64-95 voxels along `axis`, at most 63 elsewhere.
+
+    Enough voxels to fit a line to, and no more than needed.
+    """
+    return tuple(64 + n % 32 if a == axis else min(n, 32 + n % 32) for a, n in enumerate(shape))
 
 
 def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
@@ -132,12 +132,13 @@ def _fit(
     size = len(position)
     if not torch.isfinite(position).all():
         return None
-    stride = _stride(position, full_size, full_length)
+    trim = size // 4  # padding and transposed convolutions show at the ends
+    inner = slice(trim, size - trim)
+    stride = _stride(position[inner], full_size, full_length)
     if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
-        return None  # the small input has another grid than the full-sized one
-    trim = size // 4  # transposed convolutions see less at the ends
+        return None  # the handy input has another grid than the full-sized one
     index = torch.arange(size, dtype=torch.float64)
-    offset = round(float((position - stride * index)[trim : size - trim].mean()), 3) + 0.0
+    offset = round(float((position - stride * index)[inner].mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
 
@@ -151,7 +152,7 @@ def _stride(position: torch.Tensor, full_size: int, full_length: int) -> float |
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
     # The fit is rough on few voxels and on the staircase of a transposed convolution.
-    choices = [r for r in (math.floor(exact), math.ceil(exact)) if abs(fitted - r) < 0.3 * r]
+    choices = [r for r in (math.floor(exact), math.ceil(exact)) if abs(fitted - r) < 0.4 * r]
     if not exact.is_integer() and abs(fitted - round(fitted)) < 0.05:
         choices = [round(fitted)]
     if choices and choices[0]:
