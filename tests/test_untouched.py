@@ -314,6 +314,8 @@ def test_a_buffer_that_the_network_fills_is_empty_again(x):
             return self.conv(x * self.cache)
 
     model = Caching()
+    nn.init.ones_(model.conv.weight)
+    nn.init.ones_(model.conv.bias)
     with untouched(model):
         HiResCAM(model, "conv", sliding_window=WindowPlan(4))(x, targets.MaskOutput())
 
