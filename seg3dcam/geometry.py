@@ -189,7 +189,13 @@ def ras_affine(affine: np.ndarray, space: str | Sequence[str] | None) -> np.ndar
     affine = np.asarray(affine, dtype=np.float64)
     if isinstance(space, list | tuple):
         return np.stack([ras_affine(a, s) for a, s in zip(affine, space, strict=True)])
-    return LPS_TO_RAS @ affine if str(space).upper() == "LPS" else affine
+    written = "RAS" if space is None else str(getattr(space, "value", space)).upper()
+    if written not in ("RAS", "LPS"):
+        raise InputError(
+            f"the MetaTensor's meta['space'] is {space!r}. Legal: 'RAS', 'LPS', or none (RAS). "
+            "Set it to the space that the affine maps to."
+        )
+    return LPS_TO_RAS @ affine if written == "LPS" else affine
 
 
 def check_affine(affine: np.ndarray, what: str) -> None:

@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ import numpy.typing as npt
 import torch
 from nibabel.spatialimages import HeaderDataError
 
-from seg3dcam.errors import ScanError, Seg3dcamWarning
+from seg3dcam.errors import InputError, ScanError, Seg3dcamWarning
+from seg3dcam.geometry import ras_affine, spacing_of
 
 __all__ = ["SAME_GRID_MM", "Scan", "corner_gap", "load_scan"]
 
@@ -39,7 +40,6 @@ SAME_GRID_MM = 1e-3
 _SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NNUNET_CHANNEL = re.compile(r"(.+)_\d{4}")
 _SLAB_VOXELS = 2**21
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MM_PER_UNIT = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # NIfTI codes; all others are read as mm
 _GZIP_BEST_RATIO = 1032  # deflate cannot do better
 
@@ -72,7 +72,7 @@ class Scan:
     @property
     def spacing(self) -> tuple[float, ...]:
         """Distance between voxel centres along each spatial axis, in mm."""
-        return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+        return spacing_of(self.affine)
 
     def __repr__(self) -> str:
         spacing = " x ".join(f"{step:.4g}" for step in self.spacing)
@@ -168,21 +168,12 @@ def _from_meta_tensor(tensor: torch.Tensor) -> Scan:
     first = files[0] if isinstance(files, (list, tuple)) else files
     name = _name(Path(str(first)))
     affine = torch.as_tensor(tensor.affine).detach().cpu()  # type: ignore[attr-defined]
-    to_ras = _space_to_ras(meta.get("space"), name)
-    affine_ras = to_ras @ _checked_affine(affine.to(torch.float64).numpy(), name)
+    checked = _checked_affine(affine.to(torch.float64).numpy(), name)
+    try:
+        affine_ras = ras_affine(checked, meta.get("space"))
+    except InputError as error:
+        raise ScanError(f"{name}: {error}") from error
     return _from_memory(tensor.as_subclass(torch.Tensor), affine_ras, name)
-
-
-def _space_to_ras(space: object, name: str) -> npt.NDArray[np.float64]:
-    text = str(getattr(space, "value", space)).upper()
-    if space is None or text == "RAS":
-        return np.eye(4)
-    if text == "LPS":
-        return _LPS_TO_RAS
-    raise ScanError(
-        f"{name}: the MetaTensor's meta['space'] is {space!r}. Legal: 'RAS', 'LPS', or none (RAS). "
-        "Set it to the space that the affine maps to."
-    )
 
 
 def _from_memory(array: torch.Tensor | npt.NDArray, affine: npt.ArrayLike, name: str) -> Scan:
@@ -452,7 +443,7 @@ def _check_same_grid(one: _Plan, other: _Plan) -> None:
     gap = corner_gap(one.affine, other.affine, one.shape[1:])
     if gap > SAME_GRID_MM:
         differences.append(f"the same voxel lies up to {gap:.4g} mm apart")
-        for what, of in (("spacing", _spacing), ("origin", _origin)):
+        for what, of in (("spacing", spacing_of), ("origin", _origin)):
             if not np.allclose(of(one.affine), of(other.affine), rtol=0, atol=SAME_GRID_MM):
                 differences.append(f"{what} {_mm(of(one.affine))} and {_mm(of(other.affine))} mm")
     if differences:
@@ -463,15 +454,11 @@ def _check_same_grid(one: _Plan, other: _Plan) -> None:
         )
 
 
-def _spacing(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return cast("npt.NDArray[np.float64]", np.linalg.norm(affine[:3, :3], axis=0))
-
-
 def _origin(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return affine[:3, 3]
 
 
-def _mm(values: npt.NDArray[np.float64]) -> str:
+def _mm(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
 
 
@@ -524,7 +511,7 @@ def _checked_affine(affine: npt.ArrayLike, name: str) -> npt.NDArray[np.float64]
         raise ScanError(f"{name}: the affine holds NaN or infinite values. {repair}")
     if not np.array_equal(matrix[3], [0, 0, 0, 1]):
         raise ScanError(f"{name}: the affine's last row is {matrix[3].tolist()}. {repair}")
-    steps = _spacing(matrix)
+    steps = np.array(spacing_of(matrix))
     if not steps.any():
         raise ScanError(f"{name}: the affine is all zero. {repair}")
     if not steps.all() or abs(np.linalg.det(matrix[:3, :3] / steps)) < 1e-6:

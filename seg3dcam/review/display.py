@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import ConfigError, InputError, nearest
+from seg3dcam.geometry import spacing_of
 
 # CT windows in Hounsfield units: name -> (width, level).
 WINDOWS: dict[str, tuple[float, float]] = {
@@ -207,8 +208,8 @@ def cut(view: View, volume: NDArray[Any], index: int) -> NDArray[Any]:
 
 def spacing_mm(view: View) -> tuple[float, float]:
     """Height and width of one voxel of the view's pictures, in mm."""
-    sizes = np.linalg.norm(view.affine[:3, :3], axis=0)
-    return float(sizes[view.row_axis]), float(sizes[view.column_axis])
+    sizes = spacing_of(view.affine)
+    return sizes[view.row_axis], sizes[view.column_axis]
 
 
 def obliquity_degrees(affine: ArrayLike) -> float:
