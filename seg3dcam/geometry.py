@@ -128,7 +128,7 @@ def resample(
     seen_shape = volume.shape if seen_shape is None else seen_shape
     to_shape = tuple(int(n) for n in to_shape)
     source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
-    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
+    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=volume.dtype)
 
     result = torch.empty(to_shape, dtype=volume.dtype)
     thickness = max(1, SLAB_VOXELS // max(1, to_shape[1] * to_shape[2]))
