@@ -19,12 +19,12 @@ from torch import nn
 
 from seg3dcam.capture import capturing
 from seg3dcam.errors import InputError, Seg3dcamWarning
-from seg3dcam.geometry import ras_affine
+from seg3dcam.geometry import FeatureGrid, ras_affine
 from seg3dcam.layers import LayerRef, LayerSpec, resolve_layers, unwrap
 from seg3dcam.methods import METHODS, PooledGradient
 from seg3dcam.methods.pooled import Block, Mode
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.passes import Attribution, FirstPass, Progress, attribute, predict
+from seg3dcam.passes import FirstPass, Progress, attribute, predict
 from seg3dcam.probe import measure_grids
 from seg3dcam.result import CamResult, LayerMap
 from seg3dcam.suggest import auto_layer
@@ -76,6 +76,7 @@ class BaseCAM:
         self.output = output
         self.activation = activation
         self.progress = progress or _silent
+        self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
         self._layers = None if _is_auto(target_layers) else resolve_layers(model, target_layers)
 
     def __call__(self, x: torch.Tensor, target: TargetLike = None) -> CamResult:
@@ -109,10 +110,11 @@ class BaseCAM:
         method = self._method()
         pooled = len(windows.groups(method.whole_axes(x.ndim - 2))) < len(windows)
         with capturing(self.model, layers, self.output) as capture:
+            x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
             first = predict(capture, x, windows, keep=pooled, progress=self.progress)
             example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
             shapes = {layer: first.shapes[layer] for layer in layers}
-            grids = measure_grids(self.model, example, shapes)
+            grids = self._measured_grids(example, shapes)
             chosen = targets(first.logits) if callable(targets) else targets
             results = []
             for number, target in enumerate(as_target(t, self.activation) for t in chosen):
@@ -121,6 +123,23 @@ class BaseCAM:
                 found = attribute(first, seed, method, grids, last=last, progress=self.progress)
                 results.append(self._result(first, target, score, found, affine))
         return results
+
+    def _measured_grids(
+        self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
+    ) -> dict[LayerRef, FeatureGrid]:
+        """Measure the layers' grids, once for each shape of input."""
+        key = (tuple(example.shape), tuple(shapes.items()))
+        if key not in self._grids:
+            self._grids[key] = measure_grids(self.model, example, shapes)
+            for layer, grid in self._grids[key].items():
+                if not grid.measured and max(grid.stride) > 1:
+                    warnings.warn(
+                        f"where the voxels of layer '{layer}' lie could not be measured; the map "
+                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels",
+                        Seg3dcamWarning,
+                        stacklevel=4,
+                    )
+        return self._grids[key]
 
     def _method(self) -> PooledGradient:
         return METHODS[self.method]
@@ -135,13 +154,10 @@ class BaseCAM:
         first: FirstPass,
         target: Callable[..., torch.Tensor],
         score: torch.Tensor,
-        found: dict[LayerRef, Attribution],
+        found: dict[LayerRef, LayerMap],
         affine: np.ndarray | None,
     ) -> CamResult:
-        layers = {
-            str(layer): LayerMap(a.values, a.grid, a.window_grid, a.magnitude)
-            for layer, a in found.items()
-        }
+        layers = {str(layer): map_ for layer, map_ in found.items()}
         for name, layer in layers.items():
             _warn(name, layer, name_of(target))
         regions = getattr(target, "regions", None)
@@ -180,6 +196,7 @@ def _as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
     # A tensor made in inference mode cannot enter a graph; its clone, made outside of it, can.
     with torch.inference_mode(False):
         x = x.clone() if x.is_inference() else x.detach()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in half precision overflow
     if not torch.isfinite(x).all():
         raise InputError(
             f"the input has {int((~torch.isfinite(x)).sum())} voxels that are NaN or infinite"
@@ -270,6 +287,23 @@ class XResCAM(BaseCAM):
     ) -> None:
         super().__init__(model, target_layers, **settings)
         self._pooling = PooledGradient(window, mode)
+
+    def _measured_grids(
+        self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
+    ) -> dict[LayerRef, FeatureGrid]:
+        """Measure the layers' grids, once for each shape of input."""
+        key = (tuple(example.shape), tuple(shapes.items()))
+        if key not in self._grids:
+            self._grids[key] = measure_grids(self.model, example, shapes)
+            for layer, grid in self._grids[key].items():
+                if not grid.measured and max(grid.stride) > 1:
+                    warnings.warn(
+                        f"where the voxels of layer '{layer}' lie could not be measured; the map "
+                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels",
+                        Seg3dcamWarning,
+                        stacklevel=4,
+                    )
+        return self._grids[key]
 
     def _method(self) -> PooledGradient:
         return self._pooling

@@ -91,6 +91,11 @@ class Capture:
         """Where the network is (the CPU if it has no parameters)."""
         return torch.device("cpu") if self._example is None else self._example.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's floating dtype (float32 if it has no parameters)."""
+        return torch.float32 if self._example is None else self._example.dtype
+
     def to_model(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` on the device and in the floating dtype of the network."""
         return x if self._example is None else x.to(self._example)
@@ -178,7 +183,7 @@ class Capture:
             hint = (
                 ". Most networks need sizes that are multiples of their coarsest stride: pad the "
                 "input, or explain it in windows (WindowPlan)"
-                if "size" in str(error).lower()
+                if "must match" in str(error)
                 else ""
             )
             raise ModelError(
@@ -250,6 +255,8 @@ def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in parameters:
             parameter.requires_grad = requires_grad
+        for module, _ in modes:
+            module._buffers.clear()  # also of those that the forward pass registered
         for module, name, buffer, before in buffers:
             module._buffers[name] = buffer
             if buffer is not None and before is not None and not torch.equal(buffer, before):

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,8 @@ def case_key(scan: Scan, model: SegModel, job: Job) -> str:
         model.fingerprint(),
         list(model.class_names),
         model.activation,
-        model.preparation,
+        model.spec,
+        version("seg3dcam"),
         repr(model.window),
         str(model.output),
         settings,
@@ -87,6 +89,7 @@ def write_case(
     record = {
         "seg3dcam": cases[0]["versions"]["seg3dcam"],
         "key": key,
+        "job": {k: v for k, v in job.model_dump().items() if k not in _WHERE},
         "files": [str(file.relative_to(folder)) for file in files],
         "explanations": cases,
     }

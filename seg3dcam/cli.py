@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,7 +172,7 @@ def demo(
     from seg3dcam.demo.scan import write_demo_scan
 
     check_writable(Path(out))
-    with err.status("writing the scan", spinner="line") if err.is_terminal else _nothing():
+    with err.status("writing the scan", spinner="line") if err.is_terminal else nullcontext():
         scan, truth = write_demo_scan(out)
     job = Job(
         scan=str(scan),
@@ -377,11 +377,6 @@ def _progress() -> Iterator[Any]:
             bar.update(task, completed=done, total=total if total > 1 else None, visible=slow)
 
         yield report
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

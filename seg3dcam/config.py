@@ -85,6 +85,7 @@ class Window(_Settings):
     sigma_scale: float = Field(0.125, gt=0)
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
     cval: float = 0.0
+    cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
 
     @field_validator("roi_size")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +24,10 @@ from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, nearest
 from seg3dcam.geometry import resample, spacing_of, to_world
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
-from seg3dcam.passes import Progress
+from seg3dcam.passes import Progress, check_resolution
 from seg3dcam.result import CamResult, Scale, Status, scaled
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import ClassLogOdds
+from seg3dcam.targets import ClassLogit, ClassLogOdds, ClassProbability
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
@@ -219,6 +219,7 @@ def explain_each(
 
     def choose(logits: torch.Tensor) -> list[Target]:
         model.check_logits(logits)
+        check_resolution(logits, x.shape[2:])
         chosen.extend(_chosen(model, targets, logits))
         return [target for _, target in chosen]
 
@@ -251,11 +252,12 @@ def _chosen(
         targets = _predicted_classes(model, logits)
     chosen: list[tuple[int | None, Target]] = []
     for target in targets:
-        if isinstance(target, str | int):
-            index = model.class_index(target)
+        if isinstance(target, str | int | np.integer):
+            index = model.class_index(target if isinstance(target, str) else int(target))
             chosen.append((index, ClassLogOdds(index, activation=model.activation)))
         else:
-            chosen.append((getattr(target, "index", None), target))
+            kinds = (ClassLogOdds, ClassLogit, ClassProbability)
+            chosen.append((target.index if isinstance(target, kinds) else None, target))
     return chosen
 
 
@@ -264,7 +266,8 @@ def _predicted_classes(model: SegModel, logits: torch.Tensor) -> list[TargetSpec
     if model.activation == "sigmoid" or logits.shape[1] == 1:
         found: list[TargetSpec] = [c for c in range(logits.shape[1]) if (logits[:, c] > 0).any()]
     else:
-        found = [int(c) for c in logits.argmax(1).unique() if c != 0]
+        labels = logits.argmax(1)
+        found = [c for c in range(1, logits.shape[1]) if (labels == c).any()]
     if not found:
         raise EmptyRegionError(
             "the network predicts no foreground class anywhere in this scan, so there is nothing "
@@ -352,7 +355,6 @@ def _provenance(
         "prepared": {
             "shape": tuple(prepared.shape[1:]),
             "affine": prepared.affine.numpy(),
-            "settings": dict(model.preparation),
         },
         "model": {
             "name": model.name,
@@ -360,14 +362,8 @@ def _provenance(
             "classes": list(model.class_names),
             "activation": model.activation,
             "windows": result.windows,
-            "window": None
-            if plan is None
-            else {
-                "roi_size": plan.roi_size,
-                "overlap": plan.overlap,
-                "mode": plan.mode,
-                "sw_batch_size": plan.sw_batch_size,
-            },
+            "window": None if plan is None else asdict(plan),
+            "spec": dict(model.spec),
         },
         "target": {
             "name": result.target,
@@ -389,7 +385,7 @@ def _provenance(
                 "raw_min": float(layer.values.min()),
                 "raw_max": float(layer.values.max()),
                 "positive_fraction": float((layer.values > 0).float().mean()),
-                "magnitude": float(layer.magnitude[0]),
+                "ceiling": float(layer.ceiling[0]),
                 "dtype": str(layer.values.dtype).removeprefix("torch."),
             }
             for name, layer in result.layers.items()

@@ -85,6 +85,27 @@ def interpolate(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) 
     return values
 
 
+def cropped(
+    values: torch.Tensor, grid: FeatureGrid, shape: Sequence[int]
+) -> tuple[torch.Tensor, FeatureGrid]:
+    """Drop the voxels of a map that no voxel of a volume is interpolated from.
+
+    Args:
+        values: (..., *grid.shape).
+        shape: voxels of the volume, whose first voxel is at 0.
+    """
+    offset = []
+    for axis, size in enumerate(shape):
+        index = (torch.tensor([0.0, size - 1.0]) - grid.offset[axis]) / grid.stride[axis]
+        first, last = (int(i) for i in (index[0].floor(), index[1].ceil()))
+        first = min(max(first, 0), grid.shape[axis] - 1)
+        last = max(min(last, grid.shape[axis] - 1), first)
+        values = values.narrow(values.ndim - len(shape) + axis, first, last - first + 1)
+        offset.append(grid.offset[axis] + grid.stride[axis] * first)
+    inner = tuple(values.shape[values.ndim - len(shape) :])
+    return values, FeatureGrid(inner, grid.stride, tuple(offset), grid.measured)
+
+
 def _interpolate_axis(values: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     last = values.shape[dim] - 1
     index = index.clamp(0, last)
@@ -127,6 +148,9 @@ def resample(
     seen_affine = affine if seen_affine is None else seen_affine
     seen_shape = volume.shape if seen_shape is None else seen_shape
     to_shape = tuple(int(n) for n in to_shape)
+    same = np.array_equal(affine, to_affine) and np.array_equal(affine, seen_affine)
+    if same and to_shape == tuple(volume.shape) == tuple(seen_shape):
+        return volume.detach().cpu().clone()
     source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
     resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=volume.dtype)
 

@@ -17,10 +17,11 @@ from monai.inferers import sliding_window_inference
 
 from seg3dcam.capture import Capture
 from seg3dcam.errors import ModelError
-from seg3dcam.geometry import FeatureGrid
+from seg3dcam.geometry import FeatureGrid, cropped
 from seg3dcam.layers import LayerRef
 from seg3dcam.methods import PooledGradient
 from seg3dcam.methods.pooled import weighted_sum
+from seg3dcam.result import LayerMap, joined
 from seg3dcam.windows import Blend, Windows
 
 #: Called with (step, windows done, windows in all).
@@ -58,23 +59,6 @@ class FirstPass:
         return self.windows.total_importance(self.x)
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """A layer's blended map, the grid that it lies on, and how much evidence went into it.
-
-    Attributes:
-        values: (B, *grid.shape), raw and signed.
-        grid: in voxels of the input.
-        window_grid: the layer's grid within one window.
-        magnitude: (B,) mean over the layer's voxels of sum over channels of |gradient x value|.
-    """
-
-    values: torch.Tensor
-    grid: FeatureGrid
-    window_grid: FeatureGrid
-    magnitude: torch.Tensor
-
-
 def predict(
     capture: Capture, x: torch.Tensor, windows: Windows, *, keep: bool, progress: Progress
 ) -> FirstPass:
@@ -84,8 +68,12 @@ def predict(
         keep: whether the second pass will need the activations of every window.
     """
     if len(windows) == 1:
-        graph = capture.forward(capture.to_model(windows.pad(x)))
-        logits = windows.crop(graph.detach()).to(x.device)
+        # Cloned: a network may work in place on its input, and that is the caller's.
+        graph = capture.forward(capture.to_model(windows.pad(x).clone()))
+        if windows.padded_shape != windows.shape:
+            check_resolution(graph, windows.roi)
+        logits = windows.crop(graph.detach()).to(x)
+        progress("predicting", 1, 1)
         return FirstPass(capture, windows, x, logits, capture.shapes, graph)
 
     kept: dict[tuple[int, int], Activations] = {}
@@ -94,12 +82,8 @@ def predict(
 
     def predictor(batch: torch.Tensor) -> torch.Tensor:
         nonlocal done, room
-        logits = capture.observe(batch, copy=room > 0)
-        if tuple(logits.shape[2:]) != windows.roi:
-            raise ModelError(
-                f"the network gave logits of shape {tuple(logits.shape)} for a window of "
-                f"{windows.roi} voxels: windows can be stitched only at full resolution"
-            )
+        logits = capture.observe(capture.to_model(batch.clone()), copy=room > 0)
+        check_resolution(logits, windows.roi)
         if room > 0:
             for offset, activations in enumerate(_split(capture.activations, len(batch))):
                 room -= sum(a.numel() * a.element_size() for a in activations.values())
@@ -107,7 +91,7 @@ def predict(
                     kept[divmod(done + offset, len(windows))] = _to(activations, x.device)
         done += len(batch)
         progress("predicting", done, len(windows) * len(x))
-        return logits.to(x.dtype)
+        return logits.to(batch)
 
     plan = windows.plan
     logits = sliding_window_inference(
@@ -134,7 +118,7 @@ def attribute(
     *,
     last: bool,
     progress: Progress,
-) -> dict[LayerRef, Attribution]:
+) -> dict[LayerRef, LayerMap]:
     """Run the second pass: the raw map of every layer over the whole volume.
 
     Args:
@@ -145,27 +129,11 @@ def attribute(
     if first.graph is not None:  # one window: all items of the batch at once
         gradients = _of_the_graph(first, first.graph, seed, last)
         return _attribute(first, 0, gradients, method, grids, len(first.x), progress)
-    items = [
-        _attribute(
-            first,
-            item,
-            _of_windows(first, item, seed[item : item + 1], progress),
-            method,
-            grids,
-            1,
-            progress,
-        )
-        for item in range(len(first.x))
-    ]
-    return {
-        layer: Attribution(
-            torch.cat([item[layer].values for item in items]),
-            items[0][layer].grid,
-            grids[layer],
-            torch.cat([item[layer].magnitude for item in items]),
-        )
-        for layer in grids
-    }
+    items = []
+    for item in range(len(first.x)):
+        gradients = _of_windows(first, item, seed[item : item + 1], progress)
+        items.append(_attribute(first, item, gradients, method, grids, 1, progress))
+    return {layer: joined([item[layer] for item in items]) for layer in grids}
 
 
 #: (windows, activations and gradients of these windows as a batch)
@@ -180,69 +148,92 @@ def _attribute(
     grids: dict[LayerRef, FeatureGrid],
     batch: int,
     progress: Progress,
-) -> dict[LayerRef, Attribution]:
+) -> dict[LayerRef, LayerMap]:
     windows = first.windows
-    like = first.x.new_zeros(batch, dtype=torch.promote_types(first.x.dtype, torch.float32))
-    blends = {layer: Blend(windows, grid, like) for layer, grid in grids.items()}
-    magnitudes = {layer: torch.zeros_like(like) for layer in grids}
-    whole_axes = method.whole_axes(first.x.ndim - 2)
-    groups = windows.groups(whole_axes)
-    weights: dict[LayerRef, list[list[torch.Tensor]]] = {
-        layer: [[] for _ in groups] for layer in grids
-    }
-    group_of = {window: g for g, group in enumerate(groups) for window in group}
+    groups = windows.groups(method.whole_axes(first.x.ndim - 2))
+    group_of = {window: number for number, group in enumerate(groups) for window in group}
+    like = first.x.new_zeros(batch)
+    makers = {layer: _MapMaker(windows, grid, method, like) for layer, grid in grids.items()}
 
     for which, activations, gradient in gradients:
-        for layer, blend in blends.items():
-            A, G = _wide(activations[layer]), _wide(gradient[layer])  # noqa: N806
-            for window, a, g in zip(which, A.split(batch), G.split(batch), strict=True):
-                magnitudes[layer] += (a * g).abs().flatten(1).sum(1).to(like)
+        for layer, maker in makers.items():
+            pairs = zip(activations[layer].split(batch), gradient[layer].split(batch), strict=True)
+            for window, (a, g) in zip(which, pairs, strict=True):
                 if len(groups[group_of[window]]) == 1:
-                    blend.add_alone(window, method(a, g))
+                    maker.map_alone(window, _wide(a), _wide(g))
                 else:
-                    weights[layer][group_of[window]].append(method.weights(g))
+                    maker.collect(group_of[window], _wide(g))
 
-    for g, group in enumerate(groups):
-        joined = {
-            layer: method.join(
-                found[g], windows.lengths(whole_axes), missing=len(found[g]) < len(group)
-            )
-            for layer, found in weights.items()
-            if found[g]
-        }
-        if joined:
-            _blend_group(first, item, group, joined, blends, progress)
-
-    voxels = windows.lengths(range(len(windows.roi)))
-    return {
-        layer: Attribution(
-            blend.total,
-            blend.grid,
-            grids[layer],
-            magnitudes[layer] / (voxels * float(torch.Size(grids[layer].shape).numel())),
-        )
-        for layer, blend in blends.items()
-    }
+    for number, group in enumerate(groups):
+        waiting = [maker for maker in makers.values() if maker.start_group(number, len(group))]
+        if not waiting:
+            continue
+        for done, (window, activations) in enumerate(_activations(first, item, group), 1):
+            for layer, maker in makers.items():
+                if maker in waiting:
+                    maker.map_in_group(window, _wide(activations[layer]))
+            progress("mapping", done, len(group))
+        for maker in waiting:
+            maker.finish_group()
+    precision = {layer: a.dtype for layer, a in first.capture.activations.items()}
+    return {layer: maker.result(precision[layer]) for layer, maker in makers.items()}
 
 
-def _blend_group(
-    first: FirstPass,
-    item: int,
-    group: Sequence[int],
-    weights: dict[LayerRef, torch.Tensor],
-    blends: dict[LayerRef, Blend],
-    progress: Progress,
-) -> None:
-    """Weight the activations of every window of a group, and blend."""
-    adders = {layer: blends[layer].group() for layer in weights}
-    for done, (window, activations) in enumerate(_activations(first, item, group), 1):
-        for layer, adder in adders.items():
-            adder.add(
-                window, weighted_sum(_wide(activations[layer]).to(weights[layer]), weights[layer])
-            )
-        progress("mapping", done, len(group))
-    for adder in adders.values():
-        adder.finish()
+class _MapMaker:
+    """Makes one layer's map, window by window, and the map that it would be if nothing cancelled.
+
+    That ceiling, the method applied to absolute values, tells a small map from rounding noise.
+    """
+
+    def __init__(
+        self, windows: Windows, grid: FeatureGrid, method: PooledGradient, like: torch.Tensor
+    ) -> None:
+        self._windows, self._grid, self._method = windows, grid, method
+        self._blend = Blend(windows, grid, like)
+        self._ceiling = torch.zeros_like(like)
+        self._collected: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def map_alone(self, window: int, a: torch.Tensor, g: torch.Tensor) -> None:
+        """Map a window that is pooled with no other."""
+        self._blend.add_alone(window, self._method(a, g))
+        self._raise_ceiling(self._method(a.abs(), g.abs()))
+
+    def collect(self, group: int, g: torch.Tensor) -> None:
+        """Keep the weights of a window until its group is complete."""
+        weights = (self._method.weights(g), self._method.weights(g.abs()))
+        self._collected.setdefault(group, []).append(weights)
+
+    def start_group(self, group: int, size: int) -> bool:
+        """Join the weights of a group of windows; False if none of them has a gradient."""
+        collected = self._collected.pop(group, None)
+        if collected is None:
+            return False
+        lengths = self._windows.lengths(self._method.whole_axes(len(self._grid.shape)))
+        signed, absolute = zip(*collected, strict=True)
+        missing = len(collected) < size
+        self._weights = self._method.join(signed, lengths, missing=missing)
+        self._absolute = self._method.join(absolute, lengths, missing=missing)
+        self._group = self._blend.group()
+        return True
+
+    def map_in_group(self, window: int, a: torch.Tensor) -> None:
+        """Map a window with its group's weights."""
+        a = a.to(self._weights)
+        self._group.add(window, weighted_sum(a, self._weights))
+        self._raise_ceiling(weighted_sum(a.abs(), self._absolute))
+
+    def finish_group(self) -> None:
+        """Blend the group's maps by their shares."""
+        self._group.finish()
+
+    def result(self, precision: torch.dtype) -> LayerMap:
+        """Return the map, without the voxels that lie in padding alone."""
+        values, grid = cropped(self._blend.total, self._blend.grid, self._windows.shape)
+        return LayerMap(values, grid, self._grid, self._ceiling, precision)
+
+    def _raise_ceiling(self, absolute: torch.Tensor) -> None:
+        highest = absolute.flatten(1).amax(1).to(self._ceiling)
+        self._ceiling = torch.maximum(self._ceiling, highest)
 
 
 def _of_the_graph(
@@ -284,6 +275,15 @@ def _activations(
         x = first.capture.to_model(first.windows.cut(image, batch))
         found = first.capture.observe_layers(x)
         yield from zip(batch, _split(found, len(batch)), strict=True)
+
+
+def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise ModelError unless logits have the input's spatial shape."""
+    if tuple(logits.shape[2:]) != tuple(shape):
+        raise ModelError(
+            f"the network gave logits of shape {tuple(logits.shape)} for a window of "
+            f"{tuple(shape)} voxels: whole scans can be explained only at full resolution"
+        )
 
 
 def _split(activations: Activations, count: int) -> Iterator[Activations]:

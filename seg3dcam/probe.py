@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,38 +31,24 @@ _LOW, _HIGH = 1e4, 2e4
 # Where an upsampled path meets a skip connection, the skip connection knows the place.
 _UPSAMPLED = 1e-2
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple, FeatureGrid]] = WeakKeyDictionary()
-
 
 def measure_grids(
-    model: nn.Module, x: torch.Tensor, feature_shapes: Mapping[LayerRef, Sequence[int]]
+    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    Costs one small forward pass per axis up to the layers, once for each layer and input shape:
-    what was measured is remembered as long as the layer lives. A layer whose grid is no regular
-    image of the input (attention over all tokens, say) gets the usual convention,
-    `measured=False`.
+    Costs one small forward pass per axis, up to the layers. A layer whose grid is no regular image
+    of the input (attention over all tokens, say) gets the usual convention, `measured=False`, and
+    so do all layers where a kernel is computed from other parameters (weight normalisation).
 
     Args:
         x: (B, C, *S); its shape, dtype and device count, its values do not.
-        feature_shapes: layer -> its spatial shape for this input.
+        shapes: layer -> its spatial shape for this input.
     """
-    shape = tuple(x.shape[1:])
-    missing = {
-        layer: tuple(sizes)
-        for layer, sizes in feature_shapes.items()
-        if (layer.element, shape) not in _known.get(layer.module, {})
-    }
-    if missing:
-        for layer, grid in _measure(unwrap(model), x, missing).items():
-            _known.setdefault(layer.module, {})[layer.element, shape] = grid
-    return {layer: _known[layer.module][layer.element, shape] for layer in feature_shapes}
-
-
-def _measure(
-    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
-) -> dict[LayerRef, FeatureGrid]:
+    model = unwrap(model)
+    convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    if any("weight" not in module._parameters for module in convolutions):
+        return {layer: _convention(shape, x.shape[2:]) for layer, shape in shapes.items()}
     weights = _central_taps(model)
     with capturing(model, list(shapes)) as capture, _plain_levels(model):
         by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
@@ -125,7 +110,7 @@ def _fit(
     activations: torch.Tensor, axis: int, length: int, full_size: int, full_length: int
 ) -> tuple[float, float] | None:
     """Fit position = stride * u + offset to what a layer showed of the three ramps."""
-    flat, rising, falling = activations.double().cpu().mean(1)
+    flat, rising, falling = activations.cpu().double().mean(1)
     others = [a for a in range(flat.ndim) if a != axis]
     line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
     position = ((line.mean(others) if others else line) + 1) * (length - 1) / 2
@@ -170,9 +155,10 @@ def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid
 def _central_taps(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return weights that average over input channels and look straight ahead in space."""
     weights: dict[str, torch.Tensor] = {}
-    for prefix, module in model.named_modules():
+    keys = {parameter: key for key, parameter in model.named_parameters()}  # tied ones once
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            key = f"{prefix}.{name}" if prefix else name
+            key = keys[parameter]
             if isinstance(module, _ConvNd) and name == "weight":
                 weights[key] = _kernel(parameter, transposed=isinstance(module, _ConvTransposeNd))
             elif isinstance(module, nn.Linear) and name == "weight":

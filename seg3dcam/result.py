@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,12 @@ from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 Status = Literal["ok", "zero", "nonfinite", "degenerate"]
 Scale = Literal["max", "minmax", "raw"]
 
-#: A map whose maximum is below this fraction of the evidence behind it is rounding noise.
+#: Below this fraction of what a map would be without cancellation, it is rounding noise; for
+#: activations of low precision, ten times their machine epsilon.
 CANCELLED = 1e-6
+
+#: A map that varies by less than this fraction of its maximum is the same everywhere.
+CONSTANT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,16 @@ class LayerMap:
         grid: where its voxels lie in the input: the layer's grid, or the input's own voxels where
             windows do not fit on one layer grid.
         window_grid: the layer's grid within one window.
-        magnitude: (B,) mean over voxels of sum over channels of |gradient x activation|.
+        ceiling: (B,) the maximum that the map would have if nothing cancelled: the method applied
+            to absolute values.
+        precision: dtype of the activations.
     """
 
     values: torch.Tensor
     grid: FeatureGrid
     window_grid: FeatureGrid
-    magnitude: torch.Tensor
+    ceiling: torch.Tensor
+    precision: torch.dtype = torch.float32
 
     @cached_property
     def item_status(self) -> tuple[Status, ...]:
@@ -45,8 +52,9 @@ class LayerMap:
         "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
         "nonfinite": NaN or infinity; "degenerate": the same value everywhere.
         """
-        pairs = zip(self.values, self.magnitude, strict=True)
-        return tuple(_status_of(values, float(magnitude)) for values, magnitude in pairs)
+        noise = max(CANCELLED, 10 * torch.finfo(self.precision).eps)
+        pairs = zip(self.values, self.ceiling, strict=True)
+        return tuple(_status_of(values, float(ceiling), noise) for values, ceiling in pairs)
 
     @property
     def status(self) -> Status:
@@ -248,7 +256,7 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     flat = maps.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     bottom = low if scale == "minmax" else torch.zeros_like(low)
-    constant = high == low
+    constant = high - low <= CONSTANT * high.abs()
     height = torch.where(constant, 1, high - bottom)
     shape = (-1, *[1] * (maps.ndim - 1))
     view = (maps - bottom.view(shape)) / height.view(shape)
@@ -260,10 +268,16 @@ def _check_scale(scale: str) -> None:
         raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
 
 
-def _status_of(values: torch.Tensor, magnitude: float) -> Status:
+def _status_of(values: torch.Tensor, ceiling: float, noise: float) -> Status:
     if not torch.isfinite(values).all():
         return "nonfinite"
     low, high = float(values.min()), float(values.max())
-    if high <= CANCELLED * magnitude or high <= 0:
+    if high <= 0 or high <= noise * ceiling:
         return "zero"
-    return "degenerate" if low == high and values.numel() > 1 else "ok"
+    return "degenerate" if high - low <= max(noise, CONSTANT) * high else "ok"
+
+
+def joined(items: Sequence[LayerMap]) -> LayerMap:
+    """Return the maps of a batch, given those of its items."""
+    values = torch.cat([item.values for item in items])
+    return replace(items[0], values=values, ceiling=torch.cat([item.ceiling for item in items]))

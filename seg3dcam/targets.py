@@ -19,13 +19,14 @@ and the regions are
 | `Box(start, stop)` | start <= index < stop along each axis                           |
 | `Voxel(index)`     | one voxel                                                       |
 
-Indices are voxels of the network's input.
+Indices are voxels of the network's input. Whether classes exclude each other (softmax) or may
+overlap (sigmoid) a target takes from the model, unless it is given; on its own it means softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,10 +89,10 @@ class _RegionTarget:
     """A value per voxel, summed over a region."""
 
     region: Region
-    activation: Activation
+    activation: Activation | None
 
     def __post_init__(self) -> None:
-        if self.activation not in ("softmax", "sigmoid"):
+        if self.activation not in ("softmax", "sigmoid", None):
             raise TargetError(f"activation {self.activation!r}: legal are 'softmax' and 'sigmoid'")
         if isinstance(self.region, str) and self.region not in ("predicted", "volume"):
             raise TargetError(
@@ -118,6 +119,8 @@ class _RegionTarget:
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the score (B,) of logits (B, K, *S)."""
+        if isinstance(self.region, str) and self.region == "volume":  # no mask: less memory
+            return torch.stack([self.values(item.reshape(len(item), -1)).sum() for item in logits])
         masks = self.regions(logits)
         return torch.stack(
             [
@@ -171,7 +174,7 @@ class _RegionTarget:
 class _ClassTarget(_RegionTarget):
     index: int
     region: Region = "predicted"
-    activation: Activation = "softmax"
+    activation: Activation | None = None
     title: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -265,7 +268,7 @@ class MaskOutput(_RegionTarget):
     """
 
     region: Region = "volume"
-    activation: Activation = "softmax"
+    activation: Activation | None = None
 
     @property
     def name(self) -> str:
@@ -290,6 +293,8 @@ def as_target(given: Any, activation: Activation = "softmax") -> Callable[..., t
         return MaskOutput(activation=activation)
     if isinstance(given, int | np.integer) and not isinstance(given, bool):
         return ClassLogOdds(int(given), activation=activation)
+    if isinstance(given, _RegionTarget) and given.activation is None:
+        return replace(given, activation=activation)  # type: ignore[type-var]
     if callable(given):
         return given
     raise TargetError(

@@ -50,6 +50,10 @@ class WindowPlan:
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
+        if not all(isinstance(n, int) and (n > 0 or n == -1) for n in _as_tuple(self.roi_size)):
+            raise ConfigError(
+                f"roi_size {self.roi_size!r}: whole numbers of voxels from 1 up, -1: a whole axis"
+            )
         if self.mode not in ("gaussian", "constant"):
             raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
         if not all(0 <= overlap < 1 for overlap in _as_tuple(self.overlap)):
@@ -290,4 +294,4 @@ def _for_each_axis(value: int | float | Sequence, ndim: int, what: str) -> tuple
 
 
 def _as_tuple(value: int | float | Sequence) -> tuple:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -245,3 +245,20 @@ def test_provenance_holds_what_is_needed_to_make_the_map_again() -> None:
     assert (layer["stride"], layer["offset"], layer["status"]) == ((1, 1, 1), (0, 0, 0), "ok")
     assert layer["raw_max"] == float(found.maps["0"].max())
     assert record["model"]["weights_sha256"] == model.fingerprint()
+
+
+def test_logits_below_full_resolution_are_refused() -> None:
+    network = nn.Sequential(nn.AvgPool3d(2), nn.Conv3d(1, 2, 1))
+    scan = load_scan(np.random.default_rng(0).random((8, 8, 8)), np.eye(4))
+    with pytest.raises(ModelError, match="only at full resolution"):
+        explain(scan, SegModel(network), targets.ClassLogit(1, "volume"), layers="0")
+
+
+def test_a_target_takes_its_activation_from_the_model() -> None:
+    model, voxels = two_classes()
+    model.module[1].bias.data = torch.tensor([9.0, 5.0, -1.0])
+    model = SegModel(model.module, ("whole", "much", "core"), activation="sigmoid")
+    scan = load_scan(voxels, np.eye(4))
+    by_name = explain(scan, model, "core", layers="0")
+    by_target = explain(scan, model, targets.ClassLogOdds(2), layers="0")
+    assert by_target.score == by_name.score == pytest.approx(float((voxels[voxels > 1] - 1).sum()))

@@ -8,6 +8,7 @@ a transposed one to (stride / s, offset - stride / s * ((k - 1) / 2 - p)).
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from monai.networks import nets
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from seg3dcam import GradCAM, WindowPlan, targets
+from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.capture import capturing
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
@@ -370,16 +371,44 @@ def test_a_network_of_fixed_input_size_is_measured_at_its_own():
 def test_measured_once_for_each_shape():
     net, calls = stack(down, halve), []
     net[0].register_forward_hook(lambda *_: calls.append(1))
+    cam = HiResCAM(net, "2")
+    target = targets.MaskOutput()
+    cam(torch.ones(1, 1, 32, 32, 32), target)
+    assert len(calls) == 1 + 3  # the pass itself, and one for each axis
+    cam(torch.ones(2, 1, 32, 32, 32), target)
+    assert len(calls) == 1 + 3 + 1
+    other = cam(torch.ones(1, 1, 40, 32, 32), target).layers["2"]
+    assert len(calls) == 1 + 3 + 1 + 4
+    assert other.grid == FeatureGrid((10, 8, 8), (4.0,) * 3, (1.0,) * 3)
+
+
+def test_a_network_that_changed_is_measured_afresh():
+    net = stack(down, halve)
     (layer,) = resolve_layers(net, "2")
-    first = measure_grids(net, torch.zeros(1, 1, 32, 32, 32), {layer: (8, 8, 8)})
-    count = len(calls)
-    assert count == 3  # one for each axis
-    again = measure_grids(net, torch.ones(2, 1, 32, 32, 32), {layer: (8, 8, 8)})
-    assert len(calls) == count
-    assert first == again
-    other = measure_grids(net, torch.zeros(1, 1, 40, 32, 32), {layer: (10, 8, 8)})[layer]
-    assert len(calls) > count
-    assert other == FeatureGrid((10, 8, 8), (4.0,) * 3, (1.0,) * 3)
+    x = torch.zeros(1, 1, 32, 32, 32)
+    assert_grid(measure_grids(net, x, {layer: (8, 8, 8)})[layer], (4,) * 3, (1,) * 3)
+    net[1] = nn.MaxPool3d(2)
+    assert_grid(measure_grids(net, x, {layer: (8, 8, 8)})[layer], (4,) * 3, (1.5,) * 3)
+
+
+def test_tied_kernels_are_measured():
+    net = nn.Sequential(nn.Conv3d(2, 2, 3, 2, 1), nn.Conv3d(2, 2, 3, 2, 1))
+    net[1].weight = net[0].weight
+    (layer,) = resolve_layers(net, "1")
+    grid = measure_grids(net, torch.zeros(1, 2, 32, 32, 32), {layer: (8, 8, 8)})[layer]
+    assert_grid(grid, (4,) * 3, (0,) * 3)
+
+
+@pytest.mark.parametrize("normalise", ["weight_norm", "spectral_norm"])
+def test_computed_kernels_are_not_measured_and_that_is_said(normalise):
+    net = nn.Sequential(*(nn.Conv3d(1, 1, 3, 2, 1) for _ in range(3)))
+    for module in net:
+        getattr(nn.utils.parametrizations, normalise)(module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = HiResCAM(net, "2")(torch.ones(1, 1, 32, 32, 32), targets.MaskOutput())
+    assert not result.layers["2"].grid.measured
+    assert any("could not be measured" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -285,7 +285,7 @@ def test_an_element_of_a_tuple_is_suggested_with_its_brackets():
 
         def forward(self, x):
             features = self.conv(x)
-            return [x * 2, features * features]
+            return [x * 2, features.relu()]
 
     class Net(nn.Module):
         def __init__(self):

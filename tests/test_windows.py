@@ -9,7 +9,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, SliceGradCAM, WindowPlan, XResCAM, targets
-from seg3dcam.errors import ConfigError, ModelError
+from seg3dcam.errors import ConfigError, ModelError, Seg3dcamWarning
 from seg3dcam.geometry import FeatureGrid, interpolate
 from seg3dcam.windows import Blend, Windows, plan_windows
 
@@ -323,3 +323,87 @@ def test_windows_of_a_network_that_halves_its_output_are_refused() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3, 2, 1), nn.Conv3d(2, 2, 1)).double()
     with pytest.raises(ModelError, match=r"logits of shape .* for a window of \(8, 8, 8\)"):
         HiResCAM(network, "0", sliding_window=WindowPlan(8))(volume(16, 8, 8), targets.MaskOutput())
+
+
+@pytest.mark.parametrize("cam", [GradCAM, SliceGradCAM, HiResCAM])
+@pytest.mark.parametrize("overlap", [0.3, 0.5])
+def test_a_constant_map_through_windows_is_degenerate(cam, overlap: float) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 1), nn.Sigmoid(), nn.Conv3d(4, 2, 1))
+    network[2].weight.data.abs_()
+    plan = WindowPlan(8, overlap=overlap)
+    with pytest.warns(Seg3dcamWarning, match="the same value everywhere"):
+        result = cam(network, "1", sliding_window=plan)(
+            torch.ones(1, 1, 20, 17, 12), targets.ClassLogit(1, "volume")
+        )
+    assert result.status["1"] == "degenerate"
+    assert not result.volume().any()
+    assert not result.volume(scale="minmax").any()
+
+
+def cancelling() -> nn.Module:
+    """Two channels whose gradients cancel in the mean, up to rounding."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 2, 1, bias=False), nn.Conv3d(2, 1, 3, padding=1))
+    network[0].weight.data.fill_(1.0)
+    kernel = torch.rand(1, 1, 3, 3, 3)
+    network[1].weight.data = torch.cat([kernel, -kernel], 1)
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("region", ["volume", targets.Box((4, 4, 4), (8, 8, 8))])
+@pytest.mark.parametrize("window", [None, WindowPlan(16, overlap=0.5)])
+def test_rounding_noise_is_no_map(dtype, region, window) -> None:
+    with pytest.warns(Seg3dcamWarning, match="contributions cancel"):
+        result = GradCAM(cancelling().to(dtype), "0", sliding_window=window)(
+            torch.rand(1, 1, 32, 32, 32), targets.ClassLogit(0, region)
+        )
+    assert result.status["0"] == "zero"
+    assert not result.volume().any()
+
+
+def test_one_voxel_of_a_large_volume_is_enough_for_a_map() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Softplus(), nn.Conv3d(4, 1, 1))
+    network[2].weight.data.abs_()
+    result = GradCAM(network, "1")(
+        torch.rand(1, 1, 48, 48, 48), targets.ClassLogit(0, targets.Voxel((3, 4, 5)))
+    )
+    assert result.status["1"] == "ok"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, WindowPlan(8, overlap=0.5)])
+def test_a_model_of_another_precision_than_the_input(dtype, window) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Softplus(), nn.Conv3d(4, 2, 1))
+    network[2].bias.data.fill_(40.0)  # half precision would overflow in the sum
+    x = torch.rand(1, 1, 16, 16, 16)
+    single = HiResCAM(network, "1", sliding_window=window)(x, targets.MaskOutput())
+    other = HiResCAM(network.to(dtype), "1", sliding_window=window)(x, targets.MaskOutput())
+    assert other.maps["1"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(other.score.float(), single.score, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, WindowPlan(8, overlap=0.5), WindowPlan(16)])
+def test_a_network_that_changes_its_input_in_place_does_not_change_the_users(window) -> None:
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
+    x = torch.randn(1, 1, 16, 16, 16)
+    before = x.clone()
+    HiResCAM(network, "1", sliding_window=window)(
+        x, lambda logits: logits.square().sum((1, 2, 3, 4))
+    )
+    assert torch.equal(x, before)
+
+
+def test_evidence_in_padding_alone_is_no_map() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 1, 1, bias=False), nn.Conv3d(1, 1, 1, bias=False))
+    for module in network:
+        module.weight.data.fill_(1.0)
+    plan = WindowPlan(16, padding_mode="constant", cval=5.0)
+    with pytest.warns(Seg3dcamWarning):
+        result = HiResCAM(network, "0", sliding_window=plan)(
+            -torch.rand(1, 1, 8, 8, 8), lambda logits: logits.flatten(1).sum(1)
+        )
+    assert result.status["0"] == "zero"

@@ -36,7 +36,7 @@ class SegModel:
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
         name: for provenance.
-        preparation: the settings that `prepare` was made from, for provenance.
+        spec: the settings that all of this was made from, for provenance.
 
     >>> model = SegModel(nn.Conv3d(1, 2, 1), class_names=("background", "liver"))
     >>> model.class_index("liver")
@@ -51,7 +51,7 @@ class SegModel:
     output: OutputSelection = None
     in_channels: int | None = None
     name: str = "model"
-    preparation: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
     def class_index(self, name: str | int) -> int:
         """Return the channel of a class given by name or index.

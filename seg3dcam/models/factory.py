@@ -51,7 +51,7 @@ def load_model(path: str | Path, *, trust: bool = False) -> SegModel:
         output=spec.output,
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",
-        preparation=spec.prepare.model_dump(exclude_none=True),
+        spec=spec.model_dump(mode="json", exclude={"weights"}, exclude_none=True),
     )
 
 
