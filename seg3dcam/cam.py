@@ -24,7 +24,7 @@ from seg3dcam.layers import LayerRef, LayerSpec, resolve_layers, unwrap
 from seg3dcam.methods import METHODS, PooledGradient
 from seg3dcam.methods.pooled import Block, Mode
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.passes import FirstPass, Progress, attribute, predict
+from seg3dcam.passes import FirstPass, Progress, attribute, predict, silent
 from seg3dcam.probe import measure_grids
 from seg3dcam.result import CamResult, LayerMap
 from seg3dcam.suggest import auto_layer
@@ -75,7 +75,7 @@ class BaseCAM:
         self.sliding_window = sliding_window
         self.output = output
         self.activation = activation
-        self.progress = progress or _silent
+        self.progress = progress or silent
         self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
         self._layers = None if _is_auto(target_layers) else resolve_layers(model, target_layers)
 
@@ -206,10 +206,6 @@ def _as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
 
 def _is_auto(spec: LayerSpec) -> bool:
     return isinstance(spec, str) and spec == "auto"
-
-
-def _silent(step: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 _TROUBLE = {

@@ -24,7 +24,7 @@ from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, nearest
 from seg3dcam.geometry import resample, spacing_of, to_world
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
-from seg3dcam.passes import Progress, check_resolution
+from seg3dcam.passes import Progress, check_resolution, silent
 from seg3dcam.result import CamResult, Scale, Status, scaled
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogit, ClassLogOdds, ClassProbability
@@ -204,6 +204,8 @@ def explain_each(
         raise ConfigError(f"method {method!r}: {nearest(method, CAMS)}")
     scan = load_scan(scan)
     model.check_scan(scan)
+    report = progress or silent
+    report("preparing", 0, 1)
     prepared = model.prepare(scan)
     x = prepared.as_tensor()[None].contiguous()
     cam = CAMS[method](
@@ -224,6 +226,7 @@ def explain_each(
         return [target for _, target in chosen]
 
     results = cam.each(x, choose)
+    report("resampling", 0, 1)
     prediction = _prediction_on(scan, prepared, results[0])
     fingerprint = model.fingerprint()
     return [

@@ -30,6 +30,10 @@ Progress = Callable[[str, int, int], None]
 Activations = dict[LayerRef, torch.Tensor]
 
 
+def silent(step: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
 @dataclass
 class FirstPass:
     """What the first pass leaves behind.
@@ -69,11 +73,11 @@ def predict(
     """
     if len(windows) == 1:
         # Cloned: a network may work in place on its input, and that is the caller's.
+        progress("predicting", 0, 1)
         graph = capture.forward(capture.to_model(windows.pad(x).clone()))
         if windows.padded_shape != windows.shape:
             check_resolution(graph, windows.roi)
         logits = windows.crop(graph.detach()).to(x)
-        progress("predicting", 1, 1)
         return FirstPass(capture, windows, x, logits, capture.shapes, graph)
 
     kept: dict[tuple[int, int], Activations] = {}
