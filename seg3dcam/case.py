@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +65,7 @@ def is_done(folder: str | Path, key: str) -> bool:
 
 
 def write_case(
-    folder: str | Path, explanations: Sequence[Explanation], job: Job, *, key: str = ""
+    folder: str | Path, explanations: Iterable[Explanation], job: Job, *, key: str = ""
 ) -> Mapping[str, Any]:
     """Write a case; what an earlier run of the same folder left is replaced.
 
@@ -78,10 +78,14 @@ def write_case(
     folder = Path(folder)
     check_writable(folder)
     _remove_earlier(folder)
-    files = _write_prediction(folder, explanations[0])
-    names = unique_names([e.class_name for e in explanations])
-    cases = []
-    for explanation, name in zip(explanations, names, strict=True):
+    files: list[Path] = []
+    cases: list[dict[str, Any]] = []
+    names: list[str] = []
+    for explanation in explanations:
+        names.append(explanation.class_name)
+        name = unique_names(names)[-1]
+        if not cases:
+            files += _write_prediction(folder, explanation)
         files += _write_maps(folder, explanation, name)
         if job.pictures:
             files += _write_pictures(folder, explanation, name, job)

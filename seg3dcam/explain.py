@@ -8,7 +8,7 @@ explain(scan, model, "tumour").save("cam.nii.gz")
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -178,9 +178,10 @@ def explain(
         >>> found.maps["0"].shape
         torch.Size([8, 8, 8])
     """
-    return explain_each(
+    found = explain_each(
         scan, model, [target], layers=layers, method=method, progress=progress, **settings
-    )[0]
+    )
+    return next(found)
 
 
 def explain_each(
@@ -192,8 +193,11 @@ def explain_each(
     method: str = "hires_cam",
     progress: Progress | None = None,
     **settings: Any,
-) -> list[Explanation]:
+) -> Iterator[Explanation]:
     """Explain several targets of a scan; the prediction is made once.
+
+    All targets are explained at once; their maps are brought to the scan's grid one by one, as
+    the result is iterated over.
 
     Args:
         targets: class names, indices or targets; None is every predicted foreground class.
@@ -229,10 +233,10 @@ def explain_each(
     report("resampling", 0, 1)
     prediction = _prediction_on(scan, prepared, results[0])
     fingerprint = model.fingerprint()
-    return [
+    return (
         _explanation(scan, prepared, model, prediction, index, result, fingerprint)
         for (index, _), result in zip(chosen, results, strict=True)
-    ]
+    )
 
 
 def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:

@@ -152,10 +152,10 @@ def two_classes() -> tuple[SegModel, np.ndarray]:
 
 def test_without_a_target_every_predicted_class_but_the_background_is_explained() -> None:
     model, voxels = two_classes()
-    found = explain_each(load_scan(voxels, np.eye(4)), model, layers="0")
+    found = list(explain_each(load_scan(voxels, np.eye(4)), model, layers="0"))
     assert [e.class_name for e in found] == ["dark", "bright"]
     voxels[5:7] = 0
-    found = explain_each(load_scan(voxels, np.eye(4)), model, layers="0")
+    found = list(explain_each(load_scan(voxels, np.eye(4)), model, layers="0"))
     assert [e.class_name for e in found] == ["dark"]
     voxels[1:3] = 0.5
     with pytest.raises(EmptyRegionError, match="predicts no foreground class anywhere"):
@@ -191,7 +191,7 @@ def test_overlapping_sigmoid_classes_keep_a_mask_each() -> None:
     model.module[1].weight.data[0, 0] = 0.1
     model.module[1].bias.data = torch.tensor([9.0, 5.0, -1.0])
     model = SegModel(model.module, ("whole", "much", "core"), activation="sigmoid")
-    found = explain_each(load_scan(voxels, np.eye(4)), model, layers="0")
+    found = list(explain_each(load_scan(voxels, np.eye(4)), model, layers="0"))
     assert [e.class_name for e in found] == ["whole", "much", "core"]
     whole, much, core = found[0].prediction
     assert whole.all()
