@@ -284,23 +284,6 @@ class XResCAM(BaseCAM):
         super().__init__(model, target_layers, **settings)
         self._pooling = PooledGradient(window, mode)
 
-    def _measured_grids(
-        self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
-    ) -> dict[LayerRef, FeatureGrid]:
-        """Measure the layers' grids, once for each shape of input."""
-        key = (tuple(example.shape), tuple(shapes.items()))
-        if key not in self._grids:
-            self._grids[key] = measure_grids(self.model, example, shapes)
-            for layer, grid in self._grids[key].items():
-                if not grid.measured and max(grid.stride) > 1:
-                    warnings.warn(
-                        f"where the voxels of layer '{layer}' lie could not be measured; the map "
-                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels",
-                        Seg3dcamWarning,
-                        stacklevel=4,
-                    )
-        return self._grids[key]
-
     def _method(self) -> PooledGradient:
         return self._pooling
 
