@@ -88,11 +88,11 @@ def peak_growth(way: str, layer: str, size: int) -> float:
     return growth(lambda: function(x))[0]
 
 
-def windowed_growth(cam: str, depth: int) -> dict[str, int]:
+def windowed_growth(cam: str, depth: int, overlap: float) -> dict[str, int]:
     """Return peak growth in MB for a scan of `depth` slices cut into windows, and its size."""
     model = network()
     kind = {"GradCAM": GradCAM, "HiResCAM": HiResCAM}[cam]
-    plan = WindowPlan(64, overlap=0.5, cache_gb=0.02)
+    plan = WindowPlan(64, overlap=overlap, cache_gb=0.02)
     explain = kind(model, LAYERS["bottleneck"], sliding_window=plan)
     target = targets.ClassLogit(1, region=targets.Box((0, 0, 0), (64, 64, 64)))
     explain(torch.rand(1, 1, 64, 64, 96), target)
@@ -152,17 +152,17 @@ def main() -> None:
                 f"({min(ratios):.2f}-{max(ratios):.2f}), "
                 f"memory +{statistics.median(memory):.0f} MB ({min(memory):.0f}-{max(memory):.0f})"
             )
-    print("\nwindows of 64^3, overlap 0.5, a scan of 128 x 128 x depth")
+    print("\nwindows of 64^3, a scan of 128 x 128 x depth")
     for cam in ("HiResCAM", "GradCAM"):
-        for depth in (128, 256, 512):
-            found = _in_own_process("windowed", cam, str(depth))
-            print(f"  {cam:9} depth {depth:4}: {json.dumps(found)}")
+        for depth, overlap in ((128, 0.5), (256, 0.5), (512, 0.5), (128, 0.75)):
+            found = _in_own_process("windowed", cam, str(depth), str(overlap))
+            print(f"  {cam:9} depth {depth:4}, overlap {overlap}: {json.dumps(found)}")
 
 
 def _part(part: list[str]) -> object:
     if part[0] == "memory":
         return peak_growth(part[1], part[2], int(part[3]))
-    return windowed_growth(part[1], int(part[2]))
+    return windowed_growth(part[1], int(part[2]), float(part[3]))
 
 
 if __name__ == "__main__":
