@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from captum.attr import LayerGradCam
+from measure import growth, machine, summary, take_turns
 from monai.networks.nets import UNet
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
@@ -70,14 +68,7 @@ def compare_times(layer: str, size: int, rounds: int) -> dict[str, list[float]]:
     """Time the three ways in turn; the first round is not counted."""
     x = torch.rand(1, 1, size, size, size)
     functions = ways(network(), layer)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for counted in [False] + [True] * rounds:
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(x)
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return take_turns({name: partial(way, x) for name, way in functions.items()}, rounds)
 
 
 def peak_growth(way: str, layer: str, size: int) -> float:
@@ -102,22 +93,6 @@ def windowed_growth(cam: str, depth: int, overlap: float) -> dict[str, int]:
     return {"windows": result.windows, "growth_mb": round(megabytes), "logits_mb": round(logits)}
 
 
-def growth(function: Callable[[], object]) -> tuple[float, object]:
-    """Return by how many MB resident memory grows while `function` runs, at most; and its result.
-
-    Linux only: the peak is reset first, so earlier work of the process does not hide it.
-    """
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    result = function()
-    return _status("VmHWM") - before, result
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":"))
-
-
 def _in_own_process(*arguments: str) -> object:
     command = [sys.executable, __file__, "--part", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -134,8 +109,7 @@ def main() -> None:
         print(json.dumps(_part(options.part)))
         return
 
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(machine())
     for level, layer in LAYERS.items():
         seconds = compare_times(layer, options.size, options.rounds)
         print(f"\n{level} ({layer}), {options.size}^3, {options.rounds} rounds")
@@ -146,11 +120,8 @@ def main() -> None:
                 for _ in range(3)
             ]
             print(
-                f"  {name:9} {statistics.median(values):6.3f} s "
-                f"({min(values):.3f}-{max(values):.3f}), "
-                f"{statistics.median(ratios):5.2f} x baseline "
-                f"({min(ratios):.2f}-{max(ratios):.2f}), "
-                f"memory +{statistics.median(memory):.0f} MB ({min(memory):.0f}-{max(memory):.0f})"
+                f"  {name:9} {summary(values, ' s')}, {summary(ratios)} x baseline, "
+                f"memory +{summary(memory, ' MB')}"
             )
     print("\nwindows of 64^3, a scan of 128 x 128 x depth")
     for cam in ("HiResCAM", "GradCAM"):

@@ -1,7 +1,27 @@
 """seg3dcam: class activation maps for 3D medical segmentation networks, in patient space."""
 
 from seg3dcam import targets
-from seg3dcam.cam import BaseCAM, GradCAM, HiResCAM, SliceGradCAM, XResCAM
+from seg3dcam.cam import BaseCAM
+from seg3dcam.cams import (
+    FEM,
+    KPCACAM,
+    AblationCAM,
+    EigenCAM,
+    EigenGradCAM,
+    FullGrad,
+    GradCAM,
+    GradCAMElementWise,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    RandomCAM,
+    ScoreCAM,
+    SegEigenCAM,
+    ShapleyCAM,
+    SliceGradCAM,
+    XGradCAM,
+    XResCAM,
+)
 from seg3dcam.explain import Explanation, explain, explain_each
 from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
@@ -13,16 +33,30 @@ from seg3dcam.windows import WindowPlan
 __version__ = "0.1.0"
 
 __all__ = [
+    "FEM",
+    "KPCACAM",
     "METHODS",
+    "AblationCAM",
     "BaseCAM",
     "CamResult",
+    "EigenCAM",
+    "EigenGradCAM",
     "Explanation",
+    "FullGrad",
     "GradCAM",
+    "GradCAMElementWise",
+    "GradCAMPlusPlus",
     "HiResCAM",
+    "LayerCAM",
+    "RandomCAM",
     "Scan",
+    "ScoreCAM",
+    "SegEigenCAM",
     "SegModel",
+    "ShapleyCAM",
     "SliceGradCAM",
     "WindowPlan",
+    "XGradCAM",
     "XResCAM",
     "explain",
     "explain_each",

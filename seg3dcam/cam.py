@@ -1,4 +1,4 @@
-"""CAMs of tensors: `BaseCAM` and its named subclasses. Read this file first.
+"""CAMs of tensors: what all methods share. Read this file first; the methods are in `cams.py`.
 
 cam = GradCAM(model, target_layers="auto")
 result = cam(x, target=1)          # x (B, C, D, H, W) or (B, C, H, W)
@@ -7,32 +7,48 @@ result.volume()                    # (B, D, H, W) in [0, 1]
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import nn
 
 from seg3dcam.capture import capturing
-from seg3dcam.errors import InputError, Seg3dcamWarning
-from seg3dcam.geometry import FeatureGrid, ras_affine
-from seg3dcam.layers import LayerRef, LayerSpec, resolve_layers, unwrap
-from seg3dcam.methods import METHODS, PooledGradient
-from seg3dcam.methods.pooled import Block, Mode
+from seg3dcam.engine.mapping import Maps
+from seg3dcam.engine.passes import FirstPass, Progress, Seed, predict, silent
+from seg3dcam.engine.run import looks_at_layers, maps_of, needs_activations, needs_graph
+from seg3dcam.errors import (
+    ConfigError,
+    LayerError,
+    Seg3dcamWarning,
+    TargetError,
+    nearest,
+)
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.inputs import as_input, on_grid_of
+from seg3dcam.layers import LayerRef, LayerSpec, Layout, resolve_layers, unwrap
+from seg3dcam.methods import METHODS
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.passes import FirstPass, Progress, attribute, predict, silent
 from seg3dcam.probe import measure_grids
 from seg3dcam.result import CamResult, LayerMap
 from seg3dcam.suggest import auto_layer
-from seg3dcam.targets import Activation, as_target, name_of, score_and_seed
+from seg3dcam.targets import (
+    Activation,
+    as_targets,
+    fixed,
+    name_of,
+    placed,
+    region_of,
+    score_and_seed,
+)
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
 
-#: A class index, a target, or None for the original recipe.
-TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | None
+#: A class index, a target, a family of targets, or None for the original recipe.
+TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | Any | None
 
 
 class BaseCAM:
@@ -42,16 +58,21 @@ class BaseCAM:
 
     Args:
         model: any network with a channel-first input (B, C, *S) and logits (B, K, *S).
-        target_layers: a dotted name ("decoder.2"), a name with the element of a tuple, list or
-            dict ("encoder[0]"), a module, a list of these, "auto" (the bottleneck, see
-            `suggest_layers`) or "all" (every convolution). Several layers cost one forward pass.
+        target_layers: a dotted name ("decoder.2"), one with `*` ("encoder.stages.*"), a name with
+            the element of a tuple, list or dict ("encoder[0]"), a module, a list of these, "auto"
+            (the bottleneck, see `suggest_layers`) or "all" (every convolution). Several layers
+            cost one forward pass. Channels-last and token layers are understood.
         sliding_window: a `WindowPlan`; None takes the input as one window.
         output: which of several outputs are the logits: a position, key or function.
         activation: "softmax" or "sigmoid" (one channel, or several that may overlap).
+        reshape_transform: for layers of a layout of their own: a function from what the layer
+            gives to (B, C, *s).
         progress: called with (step, done, total) after every batch of windows.
+        settings: the method's own, see the class.
 
     Example:
         >>> network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1))
+        >>> from seg3dcam import GradCAM
         >>> from seg3dcam.targets import ClassLogit
         >>> cam = GradCAM(network, target_layers="1")
         >>> result = cam(torch.rand(1, 1, 8, 8, 8), target=ClassLogit(1, region="volume"))
@@ -69,15 +90,24 @@ class BaseCAM:
         sliding_window: WindowPlan | None = None,
         output: OutputSelection = None,
         activation: Activation = "softmax",
+        reshape_transform: Layout | None = None,
         progress: Progress | None = None,
+        **settings: Any,
     ) -> None:
         self.model = unwrap(model)
         self.sliding_window = sliding_window
         self.output = output
         self.activation = activation
         self.progress = progress or silent
+        self._function = self._configured(settings)
         self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
-        self._layers = None if _is_auto(target_layers) else resolve_layers(model, target_layers)
+        self._layers: list[LayerRef] | None = None
+        if not looks_at_layers(self._function):
+            self._layers = []
+        elif not _is_auto(target_layers):
+            self._layers = resolve_layers(model, target_layers, reshape_transform)
+        elif reshape_transform is not None:
+            raise LayerError("a reshape_transform is made for one layer: name the target layer")
 
     def __call__(self, x: torch.Tensor, target: TargetLike = None) -> CamResult:
         """Explain one target.
@@ -90,39 +120,30 @@ class BaseCAM:
         Raises:
             LayerError, TargetError, ModelError: see `seg3dcam.errors`.
         """
-        return self.each(x, [target])[0]
+        results = self.each(x, [target])
+        if len(results) != 1:
+            raise TargetError(f"{target!r} stands for {len(results)} targets: use each()")
+        return results[0]
 
     def each(
         self,
         x: torch.Tensor,
         targets: Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]],
     ) -> list[CamResult]:
-        """Explain several targets; the prediction is made once.
+        """Explain several targets with one forward pass per window.
 
         Args:
             x: as for a call.
-            targets: a list, or a function of the logits (B, K, *S) that returns one, for targets
-                that depend on what is predicted.
+            targets: a list, in which a family such as `EveryComponent` stands for several, or a
+                function of the logits (B, K, *S) that returns one.
         """
-        x, affine = _as_input(x)
-        windows = plan_windows(self.sliding_window, x.shape[2:])
-        layers = self._resolved_layers(x, windows)
-        method = self._method()
-        pooled = len(windows.groups(method.whole_axes(x.ndim - 2))) < len(windows)
-        with capturing(self.model, layers, self.output) as capture:
-            x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
-            first = predict(capture, x, windows, keep=pooled, progress=self.progress)
-            example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-            shapes = {layer: first.shapes[layer] for layer in layers}
-            grids = self._measured_grids(example, shapes)
-            chosen = targets(first.logits) if callable(targets) else targets
-            results = []
-            for number, target in enumerate(as_target(t, self.activation) for t in chosen):
-                score, seed = score_and_seed(target, first.logits)
-                last = number == len(chosen) - 1
-                found = attribute(first, seed, method, grids, last=last, progress=self.progress)
-                results.append(self._result(first, target, score, found, affine))
-        return results
+        return [row[0] for row in each_by([self], x, targets)]
+
+    def _configured(self, settings: Mapping[str, Any]) -> Any:
+        """Return the method's function with these settings."""
+        function = METHODS[self.method]
+        check_settings(self, settings, list(settings_of(function)))
+        return replace(function, **settings) if settings else function  # type: ignore[type-var]
 
     def _measured_grids(
         self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
@@ -133,162 +154,142 @@ class BaseCAM:
             self._grids[key] = measure_grids(self.model, example, shapes)
             for layer, grid in self._grids[key].items():
                 if not grid.measured and max(grid.stride) > 1:
-                    warnings.warn(
+                    _tell(
                         f"where the voxels of layer '{layer}' lie could not be measured; the map "
-                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels",
-                        Seg3dcamWarning,
-                        stacklevel=4,
+                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels"
                     )
         return self._grids[key]
-
-    def _method(self) -> PooledGradient:
-        return METHODS[self.method]
 
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
             self._layers = [auto_layer(self.model, (1, x.shape[1], *windows.roi), self.output)]
         return self._layers
 
-    def _result(
-        self,
-        first: FirstPass,
-        target: Callable[..., torch.Tensor],
-        score: torch.Tensor,
-        found: dict[LayerRef, LayerMap],
-        affine: np.ndarray | None,
-    ) -> CamResult:
-        layers = {str(layer): map_ for layer, map_ in found.items()}
-        for name, layer in layers.items():
-            _warn(name, layer, name_of(target))
-        regions = getattr(target, "regions", None)
-        return CamResult(
-            layers,
-            first.windows.shape,
-            first.logits,
-            score,
-            name_of(target),
-            self.method,
-            self.activation,
-            affine,
-            len(first.windows),
-            regions(first.logits).reshape(len(score), -1).sum(1) if regions else None,
-            asdict(self._method()),
+
+def each_by(
+    cams: Sequence[BaseCAM],
+    x: torch.Tensor,
+    targets: Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]],
+) -> list[list[CamResult]]:
+    """Explain several targets by several methods; for each target a list with every method's.
+
+    Methods of activations and gradients share one forward pass per window.
+
+    Args:
+        cams: of one model, with the same layers and windows.
+        x, targets: as for `BaseCAM.each`.
+    """
+    lead = next((cam for cam in cams if looks_at_layers(cam._function)), cams[0])
+    functions = [cam._function for cam in cams]
+    x, affine = as_input(x)
+    windows = plan_windows(lead.sliding_window, x.shape[2:])
+    layers = lead._resolved_layers(x, windows)
+    shared = any(
+        len(windows.groups(f.whole_axes(x.ndim - 2))) < len(windows)
+        for f in functions
+        if hasattr(f, "whole_axes")
+    )
+    with capturing(lead.model, layers, lead.output) as capture:
+        x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
+        first = predict(
+            capture,
+            x,
+            windows,
+            graph=any(map(needs_graph, functions)),
+            keep=any(needs_activations(f, shared) for f in functions),
+            progress=lead.progress,
         )
+        example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
+        grids = lead._measured_grids(example, first.shapes)
+        wanted = targets(first.logits) if callable(targets) else targets
+        chosen = [
+            placed(target, lambda mask: on_grid_of(mask, affine, x.shape[2:]))
+            for target in as_targets(wanted, first.logits, lead.activation)
+        ]
+        scores, seeds, voxels = [], [], []
+        for target in chosen:
+            settled = fixed(target, first.logits)  # its region is looked for once
+            score, seed = score_and_seed(settled, first.logits)
+            region = region_of(settled, first.logits)
+            scores.append(score)
+            seeds.append(Seed.of(seed))
+            voxels.append(None if region is None else region.reshape(len(score), -1).sum(1))
+        found = maps_of(first, chosen, seeds, functions, grids, lead.output, lead.progress)
+    return [
+        [
+            _result(cam, first, target, score, count, maps, affine)
+            for cam, maps in zip(cams, row, strict=True)
+        ]
+        for target, score, count, row in zip(chosen, scores, voxels, found, strict=True)
+    ]
 
 
-def _as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
-    """Return a plain tensor and, of a MetaTensor, its affine or the items' affines in RAS."""
-    if not isinstance(x, torch.Tensor) or x.ndim < 3:
-        given = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
-        raise InputError(
-            f"the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96); got {given}"
-        )
-    if not x.is_floating_point():
-        raise InputError(f"the input must be floating point, as the network is; got {x.dtype}")
-    if 0 in x.shape:
-        raise InputError(f"the input is empty: shape {tuple(x.shape)}")
-    affine = None
-    if isinstance(x, MetaTensor):
-        affine = ras_affine(x.affine.cpu().numpy(), x.meta.get("space"))
-        if affine.ndim == 3 and (affine == affine[0]).all():  # a batch from one grid
-            affine = affine[0]
-        x = x.as_tensor()
-    # A tensor made in inference mode cannot enter a graph; its clone, made outside of it, can.
-    with torch.inference_mode(False):
-        x = x.clone() if x.is_inference() else x.detach()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in half precision overflow
-    if not torch.isfinite(x).all():
-        raise InputError(
-            f"the input has {int((~torch.isfinite(x)).sum())} voxels that are NaN or infinite"
-        )
-    return x, affine
+def _result(
+    cam: BaseCAM,
+    first: FirstPass,
+    target: Callable[..., torch.Tensor],
+    score: torch.Tensor,
+    region_voxels: torch.Tensor | None,
+    maps: Maps,
+    affine: np.ndarray | None,
+) -> CamResult:
+    layers = {str(layer): map_ for layer, map_ in maps.items()}
+    for name, layer in layers.items():
+        _warn(name, layer, name_of(target))
+    return CamResult(
+        layers,
+        first.windows.shape,
+        first.logits,
+        score,
+        name_of(target),
+        cam.method,
+        cam.activation,
+        affine,
+        len(first.windows),
+        region_voxels,
+        settings_of(cam._function),
+    )
+
+
+def check_settings(cam: BaseCAM, settings: Mapping[str, Any], legal: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that a method does not have."""
+    for name in settings:
+        if name not in legal:
+            choices = nearest(name, legal) if legal else "this method has none"
+            raise ConfigError(f"{type(cam).__name__} has no setting {name!r}: {choices}")
+
+
+def settings_of(function: Any) -> dict[str, Any]:
+    """Return a method's settings, for provenance."""
+    return asdict(function) if hasattr(function, "__dataclass_fields__") else {}
 
 
 def _is_auto(spec: LayerSpec) -> bool:
     return isinstance(spec, str) and spec == "auto"
 
 
-_TROUBLE = {
-    "zero": "no voxel speaks for the target, or contributions cancel (the raw map runs from "
-    "{low:.3g} to {high:.3g})",
-    "nonfinite": "NaN or infinity in the map",
-    "degenerate": "the same value everywhere ({high:.3g})",
-}
-
-
 def _warn(name: str, layer: LayerMap, target: str) -> None:
-    if layer.status != "ok":
-        low, high = float(layer.values.min()), float(layer.values.max())
-        reason = _TROUBLE[layer.status].format(low=low, high=high)
-        warnings.warn(
-            f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {reason}",
-            Seg3dcamWarning,
-            stacklevel=4,
-        )
+    for flag in layer.flags:
+        _tell(f"layer '{name}', '{target}': {flag}")
+    if layer.status == "ok":
+        return
+    low, high = float(layer.values.min()), float(layer.values.max())
+    undefined = layer.undefined is not None and bool(layer.undefined.any())
+    reason = {
+        "zero": "no voxel speaks for the target, or contributions cancel (the raw map runs from "
+        f"{low:.3g} to {high:.3g})",
+        "nonfinite": "NaN or infinity in the map",
+        "degenerate": "the method divides by sums of activations that are zero, as after "
+        "InstanceNorm: choose another method, or a layer behind a ReLU"
+        if undefined
+        else f"the same value everywhere ({high:.3g})",
+    }[layer.status]
+    _tell(f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {reason}")
 
 
-class SliceGradCAM(BaseCAM):
-    """The original 3D recipe: gradients averaged over axes 3 and 4, a weight per channel and slice.
-
-    w_kz = mean over y, x of dS/dA_k(z, y, x); map(z, y, x) = sum_k w_kz A_k(z, y, x). In 2D it is
-    Grad-CAM. One forward and one backward pass. With its default target `MaskOutput` the whole
-    mask output is backpropagated, so the map is not specific to a class; name a class to be so.
-    A slice is one of the layer's grid, not of the scan.
-    """
-
-    method = "slice_grad_cam"
-
-
-class GradCAM(BaseCAM):
-    """Grad-CAM (Selvaraju et al. 2017): w_k = mean over u of dS/dA_k(u); map = sum_k w_k A_k.
-
-    One forward and one backward pass; class-specific with a class target. Coarse, may paint
-    outside the mask, and is zero where gradients cancel.
-    """
-
-    method = "grad_cam"
-
-
-class HiResCAM(BaseCAM):
-    """HiResCAM (Draelos & Carin 2020): map(u) = sum_k dS/dA_k(u) A_k(u).
-
-    One forward and one backward pass; class-specific with a class target. For a linear head the
-    map sums to the score without its bias. The best default for segmentation.
-    """
-
-    method = "hires_cam"
-
-
-class XResCAM(BaseCAM):
-    """Seg-XRes-CAM (Hasany et al. 2023): gradients pooled over blocks of the layer's grid.
-
-    map(u) = sum_k pool(dS/dA_k)(u) A_k(u). Blocks of one voxel are HiResCAM, the whole grid is
-    Grad-CAM. One forward and one backward pass.
-
-    Args:
-        window: feature voxels of a block, one number or one for each axis; None is a whole axis.
-        mode: "mean" or "max" over a block.
-    """
-
-    method = "xres_cam"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layers: LayerSpec = "auto",
-        *,
-        window: Block = 2,
-        mode: Mode = "mean",
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, target_layers, **settings)
-        self._pooling = PooledGradient(window, mode)
-
-    def _method(self) -> PooledGradient:
-        return self._pooling
-
-
-#: Method key -> class.
-CAMS: dict[str, type[BaseCAM]] = {
-    cam.method: cam for cam in (GradCAM, SliceGradCAM, HiResCAM, XResCAM)
-}
+def _tell(message: str) -> None:
+    """Warn at the line of the user's code that called us."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("seg3dcam"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, Seg3dcamWarning, stacklevel=level)

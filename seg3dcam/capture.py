@@ -5,21 +5,36 @@ the gradient comes from `torch.autograd.grad` with respect to that leaf. Nothing
 enters the graph, no parameter receives a gradient, and in-place operations that follow the layer
 meet the clone. This holds with in-place activations, frozen parameters, non-reentrant
 checkpointing, DataParallel, and callers in `no_grad` or `inference_mode`.
+
+The network goes on with what its layers gave; what is handed out is channel-first, (B, C, *s).
+Where the shape of a tensor does not tell its layout, a convolution or norm inside the layer that
+gave the same shape does, or else runs on two inputs that differ along their last axis.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
-from seg3dcam.layers import LayerRef, check_layout, unwrap
+from seg3dcam.layers import LayerRef, Layout, unwrap
+from seg3dcam.layouts import (
+    INPUT,
+    certain_layout,
+    channels_first,
+    channels_last,
+    pulled_back,
+    readings,
+    spatial_shape,
+    tells_layout,
+    told_apart,
+)
 from seg3dcam.outputs import OutputSelection, select_output
 
 
@@ -54,6 +69,8 @@ def capturing(
         stack.enter_context(_kept_random_state(model))
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
+        for module in filter(tells_layout, model.modules()):
+            stack.callback(module.register_forward_hook(capture.on_witness).remove)
         for layer in layers:
             hook = partial(_call_hook, capture, layer)
             stack.callback(layer.module.register_forward_hook(hook).remove)
@@ -70,21 +87,33 @@ class Capture:
 
     Made by `capturing`; a `with` around it guarantees that the model is put back.
 
+    A layer that is not `required` is dropped, once and for all, where it gives no map; if none is
+    left, that is an error. `INPUT` among the layers stands for the network's own input.
+
     Attributes:
-        activations: layer -> (B, C, *s) of the last pass, detached, as the layer gave them.
+        model: the network, without wrappers.
+        dropped: layer -> why it was dropped.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerRef], output: OutputSelection):
-        self._model = model
+        self.dropped: dict[LayerRef, str] = {}
+        self.model = model
         self._layers = list(layers)
         self._output = output
-        self._runs: dict[LayerRef, int] = {}
-        self._tensors: dict[LayerRef, torch.Tensor] = {}
-        self._mode = "off"  # off | count | observe | leaf | replay
+        self._mode: Literal["off", "count", "observe", "leaf", "replay", "scale"] = "off"
         self._stop_early = False
         self._weights: dict[str, torch.Tensor] = {}
-        self._shapes: dict[LayerRef, torch.Size] = {}
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
+        # Of the last pass; tensors as the layers gave them.
+        self._input_shape: torch.Size = torch.Size()
+        self._runs: dict[LayerRef, int] = {}
+        self._tensors: dict[LayerRef, torch.Tensor] = {}
+        self._given: dict[LayerRef, torch.Size] = {}
+        self._layouts: dict[LayerRef, Layout] = {}
+        self._witnesses: list[tuple[nn.Module, tuple[int, ...], Layout]] = []
+        # Of all passes.
+        self._settled: dict[LayerRef, Layout] = {}
+        self._multipliers: dict[LayerRef, torch.Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -103,11 +132,20 @@ class Capture:
     @property
     def shapes(self) -> dict[LayerRef, tuple[int, ...]]:
         """Layer -> spatial shape of its activations in the last pass."""
-        return {layer: tuple(shape[2:]) for layer, shape in self._shapes.items()}
+        return {
+            layer: spatial_shape(self._layouts[layer], self._given[layer])
+            for layer in self._layers
+            if layer in self._layouts
+        }
 
     @property
     def activations(self) -> dict[LayerRef, torch.Tensor]:
-        return {layer: tensor.detach() for layer, tensor in self._tensors.items()}
+        """Layer -> (B, C, *s) of the last pass, detached."""
+        return {
+            layer: self._layouts[layer](self._tensors[layer].detach())
+            for layer in self._layers
+            if layer in self._tensors
+        }
 
     def observe(self, x: torch.Tensor, *, copy: bool) -> torch.Tensor:
         """Return the logits of `x` without a graph; `copy` the activations on the way."""
@@ -124,8 +162,10 @@ class Capture:
         """
         self._stop_early, self._weights = True, weights or {}
         try:
-            with torch.no_grad(), contextlib.suppress(_LayersReached):
-                self._forward(x, "observe")
+            with torch.no_grad():
+                with contextlib.suppress(_LayersReached):
+                    self._run(x, "observe")
+                self._read_layers(x)
         finally:
             self._stop_early, self._weights = False, {}
         return self.activations
@@ -134,7 +174,8 @@ class Capture:
         """Return the logits of `x`, with a graph that starts at the target layers."""
         logits = self._forward(x, "leaf")
         if not logits.requires_grad:
-            names = ", ".join(str(layer) for layer in self._layers) or "its input"
+            names = ", ".join(map(str, self._layers[:3])) or "its input"
+            names += f" and {len(self._layers) - 3} more" * (len(self._layers) > 3)
             raise LayerError(
                 f"the network's output does not depend on {names} through a graph: the layer "
                 "feeds another output, or the network's forward() switches gradients off "
@@ -142,41 +183,191 @@ class Capture:
             )
         return logits
 
-    def gradients(
-        self, logits: torch.Tensor, seed: torch.Tensor, *, keep_graph: bool = False
-    ) -> dict[LayerRef, torch.Tensor]:
-        """Return d(seed . logits)/d(activations) of every target layer, shaped as they are."""
-        tensors = [self._tensors[layer] for layer in self._layers]
-        self._mode = "replay"  # non-reentrant checkpoints run their part of the forward pass again
+    def scaled(self, x: torch.Tensor, layer: LayerRef, scale: torch.Tensor) -> torch.Tensor:
+        """Return the logits of `x` where a layer's channels are multiplied; without a graph.
+
+        Shapes and activations stay those of the last pass, which must have had inputs of this size.
+
+        Args:
+            layer: one of the target layers.
+            scale: (B, C), a factor for each item of the batch and channel; 0 removes a channel.
+                What the layer's layout leaves out, such as a class token, stays as it is.
+        """
+        if x.shape[1:] != self._input_shape[1:] or layer not in self._layouts:
+            raise ValueError(f"no pass over inputs {tuple(x.shape)} has shown layer '{layer}'")
+        shape = (len(x), *self._given[layer][1:])
+        layout, factors = self._layouts[layer], scale[(..., *[None] * (x.ndim - 2))]
+        untouched = 1 - pulled_back(layout, torch.ones_like(factors), shape)
+        multiplier = pulled_back(layout, factors, shape) + untouched
+        self._multipliers = {layer: multiplier}
         try:
-            found = torch.autograd.grad(
-                logits, tensors, seed, retain_graph=keep_graph, allow_unused=True
-            )
-        except RuntimeError as error:
-            if "checkpoint" not in str(error).lower():
-                raise
-            raise ModelError(
-                "the network uses reentrant checkpointing, which cannot give gradients of "
-                "activations: pass use_reentrant=False, or switch checkpointing off"
-            ) from error
+            with torch.no_grad():
+                output = self._call(x, "scale")
         finally:
-            self._mode = "off"
-        for layer, gradient in zip(self._layers, found, strict=True):
+            self._multipliers = {}
+        return select_output(output, self._output, tuple(x.shape[2:]))
+
+    def gradients(
+        self,
+        outputs: torch.Tensor,
+        seed: torch.Tensor,
+        *,
+        keep_graph: bool = False,
+        create_graph: bool = False,
+    ) -> dict[LayerRef, torch.Tensor]:
+        """Return d(seed . outputs)/d(activations) of every target layer, shaped as they are.
+
+        Args:
+            outputs: the logits of `forward`, or whatever was computed from them.
+            seed: shaped like `outputs`.
+            keep_graph: whether the graph will be needed again.
+            create_graph: whether the gradients get a graph of their own, for second derivatives.
+        """
+        layers = [layer for layer in self._layers if layer in self._tensors]
+        tensors = [self._tensors[layer] for layer in layers]
+        found = self._grad(outputs, tensors, seed, keep_graph or create_graph, create_graph)
+        gradients = {}
+        for layer, gradient in zip(layers, found, strict=True):
             if gradient is None:
-                raise LayerError(
+                self._refuse(
+                    layer,
                     f"the score does not depend on layer '{layer}': the layer feeds another "
-                    "output, or nothing. suggest_layers(model, input_shape) lists layers that work"
+                    "output, or nothing. suggest_layers(model, input_shape) lists layers that work",
                 )
-        return dict(zip(self._layers, found, strict=True))
+            else:
+                gradients[layer] = self._layouts[layer](gradient)
+        return gradients
+
+    def derivative(self, value: torch.Tensor, layer: LayerRef) -> torch.Tensor:
+        """Return d(value)/d(activations) of one layer, shaped as they are; the graph is kept.
+
+        Of a value made from gradients that have a graph it is a second derivative. It is zero
+        where the value does not depend on the layer, as that of a piecewise linear network.
+
+        Args:
+            value: a scalar with a graph, or without one.
+        """
+        found = None
+        if value.requires_grad:
+            (found,) = self._grad(value, [self._tensors[layer]], None, True, False)
+        if found is None:
+            found = torch.zeros_like(self._tensors[layer])
+        return self._layouts[layer](found.detach())
 
     def clear(self) -> None:
         """Let go of the last pass's tensors."""
         self._tensors = {}
 
-    def _forward(self, x: torch.Tensor, mode: str) -> torch.Tensor:
-        self._mode, self._runs, self._tensors = mode, dict.fromkeys(self._layers, 0), {}
+    def layouts_of(
+        self, shapes: Mapping[LayerRef, Sequence[int]], x: torch.Tensor
+    ) -> tuple[dict[LayerRef, Layout], dict[LayerRef, LayerError]]:
+        """Return how tensors of the last pass are laid out, and why others have no layout.
+
+        Args:
+            shapes: layer -> what it gave for `x`.
+        """
+        found: dict[LayerRef, Layout] = {}
+        refused: dict[LayerRef, LayerError] = {}
+        open_: dict[LayerRef, list[Layout]] = {}
+        for layer, shape in shapes.items():
+            try:
+                choices = readings(layer, shape, x.shape)
+            except LayerError as error:
+                refused[layer] = error
+                continue
+            if len(choices) == 1:
+                found[layer] = choices[0]
+            else:
+                open_[layer] = choices
+        for layer in open_:
+            witnessed = self._witnessed(layer, tuple(shapes[layer]))
+            if len(witnessed) == 1:
+                self._settled.setdefault(layer, *witnessed)
+        unknown = {layer: shapes[layer] for layer in open_ if layer not in self._settled}
+        if unknown:
+            self._settled.update(self._seen_changing(unknown, x))
+        for layer, choices in open_.items():
+            first = self._settled.get(layer) is channels_first
+            fitting = [choice for choice in choices if (choice is channels_first) == first]
+            if layer in self._settled and len(fitting) == 1:
+                found[layer] = fitting[0]
+            else:
+                refused[layer] = _undecided(layer, shapes[layer], x.shape)
+        return found, refused
+
+    def _witnessed(self, layer: LayerRef, shape: tuple[int, ...]) -> set[Layout]:
+        """Return the layouts in which parts of a layer gave the very shape that it gives."""
+        if len(set(shape[1:])) == 1:
+            return set()  # a permutation would not show
+        parts = set(layer.module.modules())
+        return {
+            layout
+            for module, given, layout in self._witnesses
+            if given == shape and module in parts
+        }
+
+    def _seen_changing(
+        self, shapes: Mapping[LayerRef, Sequence[int]], x: torch.Tensor
+    ) -> dict[LayerRef, Layout]:
+        """Run the network on inputs that differ along one axis; return what could be told apart."""
+        *rest, last = x.shape[2:]
+        *small, least = [32 + n % 32 for n in x.shape[2:]]  # most strides divide the change
+        found: dict[LayerRef, Layout] = {}
+        for before, after in (
+            ([*small, least], [*small, least + 32]),
+            ([*rest, last], [*rest, least if least != last else last + 32]),
+            ([*rest, last], [*rest, 2 * last]),
+        ):
+            try:
+                first = shapes if before == [*rest, last] else self._shapes_at(before, shapes, x)
+                second = self._shapes_at(after, shapes, x)
+            except (ModelError, torch.OutOfMemoryError):
+                continue  # some networks take one size only
+            for layer in shapes:
+                layout = told_apart(first.get(layer, ()), second.get(layer, ()))
+                if layout is not None:
+                    found.setdefault(layer, layout)
+            if len(found) == len(shapes):
+                break
+        return found
+
+    def _shapes_at(
+        self, size: Sequence[int], layers: Mapping[LayerRef, Any], like: torch.Tensor
+    ) -> Mapping[LayerRef, Sequence[int]]:
+        """Return what layers give for one input of another size."""
+        shapes: dict[LayerRef, Sequence[int]] = {}
+
+        def look(layer: LayerRef, module: nn.Module, args: Any, output: Any) -> None:
+            shapes[layer] = layer.pick(output).shape
+
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for layer in layers:
+                hook = layer.module.register_forward_hook(partial(look, layer))
+                stack.callback(hook.remove)
+            self._call(like.new_zeros(1, like.shape[1], *size), "off")
+        return shapes
+
+    def _forward(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> torch.Tensor:
+        output = self._run(x, mode)
+        self._read_layers(x)
+        return select_output(output, self._output, tuple(x.shape[2:]))
+
+    def _run(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> Any:
+        self._input_shape = x.shape
+        self._runs = {layer: 0 for layer in self._layers if layer not in self.dropped}
+        self._tensors, self._given, self._layouts = {}, {}, {}
+        self._witnesses = []
+        return self._call(x, mode)
+
+    def _call(
+        self, x: torch.Tensor, mode: Literal["off", "count", "observe", "leaf", "scale"]
+    ) -> Any:
+        self._mode = mode
         try:
-            output = functional_call(self._model, self._weights, (x,))
+            if INPUT in self._runs:
+                changed = self.on_output(INPUT, x)
+                x = x if changed is None else changed
+            return functional_call(self.model, self._weights, (x,))
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -191,22 +382,28 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
-        self._check_layers(x)
-        return select_output(output, self._output, tuple(x.shape[2:]))
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
         """Take what a layer gave; return what the network is to go on with (None: the same)."""
-        if self._mode == "off":
+        if self._mode == "off" or layer not in self._runs:
             return None
-        tensor = layer.pick(output)
+        try:
+            tensor = layer.pick(output)
+        except LayerError as error:
+            self._refuse(layer, error)
+            return None
+        if self._mode == "scale":
+            if layer in self._multipliers:
+                return layer.put(output, tensor * self._multipliers[layer])
+            return None
         if self._mode != "replay":
             self._runs[layer] += 1
-            self._shapes[layer] = tensor.shape
+            self._given[layer] = tensor.shape
         if self._mode == "count":
             return None
         if self._mode == "observe":
             self._tensors[layer] = tensor.detach().clone()
-            if self._stop_early and len(self._tensors) == len(self._layers):
+            if self._stop_early and len(self._tensors) == len(self._runs):
                 raise _LayersReached
             return None
         # A leaf, unless another target layer upstream needs the graph to go through this one.
@@ -215,18 +412,85 @@ class Capture:
             self._tensors[layer] = tensor
         return layer.put(output, tensor.clone())
 
-    def _check_layers(self, x: torch.Tensor) -> None:
+    def on_witness(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note the layout of what a module gave whose type tells it."""
+        if self._mode in ("count", "observe", "leaf") and isinstance(output, torch.Tensor):
+            layout = certain_layout(module, output.shape, self._input_shape)
+            if layout is not None:
+                self._witnesses.append((module, tuple(output.shape), layout))
+
+    def _read_layers(self, x: torch.Tensor) -> None:
+        """Find the layouts of what the layers gave; refuse or drop those that give no map."""
         for layer, runs in self._runs.items():
             if runs == 0:
-                raise LayerError(
-                    f"layer '{layer}' did not run in the forward pass, so it explains nothing"
-                )
-            if runs > 1:
-                raise LayerError(
+                reason = f"layer '{layer}' did not run in the forward pass, so it explains nothing"
+            elif runs > 1:
+                reason = (
                     f"layer '{layer}' ran {runs} times in one forward pass: its activations are "
                     "not one map. Choose a layer that runs once, for example the block around it"
                 )
-            check_layout(layer, self._shapes[layer], x.shape)
+            else:
+                continue
+            if layer not in self.dropped:
+                self._refuse(layer, reason)
+        self._layouts, refused = self.layouts_of(self._given, x)
+        for layer, error in refused.items():
+            self._refuse(layer, error)
+
+    def _refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
+        """Raise, or drop the layer where others may do without it."""
+        if layer.required:
+            raise reason if isinstance(reason, LayerError) else LayerError(reason)
+        self.dropped[layer] = str(reason)
+        for of_the_pass in (self._tensors, self._given, self._layouts):
+            of_the_pass.pop(layer, None)
+        if len(self.dropped) == len(self._layers):
+            shown = [f"{name}: {why}" for name, why in list(self.dropped.items())[:3]]
+            more = len(self.dropped) - len(shown)
+            raise LayerError(
+                f"none of the {len(self._layers)} target layers gives a map. "
+                + "; ".join(shown)
+                + (f"; and {more} more" if more else "")
+            )
+
+    def _grad(
+        self,
+        outputs: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        seed: torch.Tensor | None,
+        keep_graph: bool,
+        create_graph: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        self._mode = "replay"  # non-reentrant checkpoints run their part of the forward pass again
+        try:
+            return torch.autograd.grad(
+                outputs,
+                tensors,
+                seed,
+                retain_graph=keep_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise ModelError(
+                "the network uses reentrant checkpointing, which cannot give gradients of "
+                "activations: pass use_reentrant=False, or switch checkpointing off"
+            ) from error
+        finally:
+            self._mode = "off"
+
+
+def _undecided(layer: LayerRef, shape: Sequence[int], input_shape: Sequence[int]) -> LayerError:
+    first, last = spatial_shape(channels_first, shape), spatial_shape(channels_last, shape)
+    return LayerError(
+        f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: {shape[1]} "
+        f"channels first, on a grid {first}, or {shape[-1]} channels last, on a grid {last}, or no "
+        "image. Inputs of other sizes, which would tell, the network refuses or they do not show "
+        "it. Say which with reshape_transform=channels_first or channels_last "
+        "(of seg3dcam.layouts), or choose another layer"
+    )
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """A case on disk: everything that one scan's explanation leaves behind, in one folder.
 
 prediction.nii.gz            predicted labels (sigmoid: one file per class)
-cam_<class>.nii.gz           what is looked at: 0 to 1, negative evidence cut, layers averaged
-raw_<class>_<layer>.nii.gz   raw signed map of one layer
-slices/<class>/axial_*.png   scan beside overlay
-montage_<class>.png          the slices that matter
+cam_<target>.nii.gz          what is looked at: 0 to 1, negative evidence cut, layers averaged
+raw_<target>_<layer>.nii.gz  raw signed map of one layer
+slices/<target>/axial_*.png  scan beside overlay
+montage_<target>.png         the slices that matter
 case.json                    what was done and found; written last
+
+A target is named by its class, and by its region and method where there are several.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ from seg3dcam.review.draw import make_palette
 from seg3dcam.scan import Scan
 
 #: Settings that do not change what is written.
-_WHERE = {"scan", "model", "out", "device"}
+_WHERE = {"scan", "model", "out", "device", "truth"}
 
 
 def case_key(scan: Scan, model: SegModel, job: Job) -> str:
     """Return a hash of scan, weights and settings: same key, same results."""
     digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
     digest.update(np.ascontiguousarray(scan.affine).data)
+    if job.truth is not None:
+        digest.update(Path(job.truth).read_bytes())
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
     use = [
         model.name,
@@ -82,14 +86,17 @@ def write_case(
     cases: list[dict[str, Any]] = []
     names: list[str] = []
     for explanation in explanations:
-        names.append(explanation.class_name)
+        several = len(job.methods) > 1
+        names.append(f"{explanation.label} {explanation.method}" if several else explanation.label)
         name = unique_names(names)[-1]
         if not cases:
             files += _write_prediction(folder, explanation)
         files += _write_maps(folder, explanation, name)
         if job.pictures:
             files += _write_pictures(folder, explanation, name, job)
-        cases.append({**explanation.provenance, "found": findings(explanation)})
+        cases.append(
+            {"label": explanation.label, **explanation.provenance, "found": findings(explanation)}
+        )
     record = {
         "seg3dcam": cases[0]["versions"]["seg3dcam"],
         "key": key,
@@ -182,7 +189,7 @@ def _write_pictures(folder: Path, explanation: Explanation, name: str, job: Job)
         "window": job.intensity_window,
         "threshold": job.threshold,
         "colormap": job.colormap,
-        "title": explanation.class_name,
+        "title": explanation.label,
         "caption": {"method": explanation.method, "layer": layers, "target": explanation.target},
     }
     volumes = (scan.data[0].numpy(), explanation.volume().float().numpy(), explanation.affine)

@@ -1,7 +1,8 @@
-"""The commands: demo, explain, layers, methods. The only place that prints."""
+"""The commands: demo, explain, features, layers, methods. The only place that prints."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 import warnings
@@ -13,11 +14,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from seg3dcam.asked import targets_of
+from seg3dcam.cam import BaseCAM
+from seg3dcam.cams import card
 from seg3dcam.case import case_key, check_look, check_slice, is_done, write_case
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.errors import (
@@ -29,13 +34,13 @@ from seg3dcam.errors import (
     TargetError,
     nearest,
 )
-from seg3dcam.explain import TargetSpec, explain_each
+from seg3dcam.explain import ALL_METHODS, explain_each
+from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
-from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
+from seg3dcam.review import save_features
 from seg3dcam.scan import load_scan
 from seg3dcam.suggest import suggest_layers
-from seg3dcam.targets import ClassLogit, ClassLogOdds, ClassProbability, MaskOutput
 
 app = typer.Typer(
     add_completion=False,
@@ -48,8 +53,6 @@ err = Console(stderr=True, highlight=False)
 
 #: A step is shown with a progress bar once it has taken this many seconds.
 PATIENCE = 2.0
-
-SCORES = {"log_odds": ClassLogOdds, "logit": ClassLogit, "probability": ClassProbability}
 
 
 def main() -> None:
@@ -77,16 +80,38 @@ def explain(
         typer.Option(help="class name or index; repeatable; default: every predicted class"),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="log_odds (default), logit, probability, mask_output")
+        str | None,
+        typer.Option(
+            help="log_odds (default), logit, probability, contrast, finer, soft_dice, mask_output"
+        ),
     ] = None,
     region: Annotated[
-        str | None, typer.Option(help="voxels that count: predicted (default) or volume")
+        str | None,
+        typer.Option(
+            help="voxels that count: predicted (default), volume, boundary, components (each "
+            "lesion by itself), false_negatives, false_positives, true_positives"
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="the other class of --score contrast")] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="label map on the scan's grid, for regions and soft_dice")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option(help="the class's label in the truth; default: its index")
+    ] = None,
+    min_voxels: Annotated[
+        int | None, typer.Option(help="leave out smaller components, in the network's voxels")
     ] = None,
     layer: Annotated[
-        list[str] | None, typer.Option(help="target layer; repeatable; default: auto")
+        list[str] | None,
+        typer.Option(help="target layer, also with *, auto or all; repeatable; default: auto"),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="default: hires_cam; `seg3dcam methods` lists them")
+        list[str] | None,
+        typer.Option(help="repeatable; default: hires_cam; `seg3dcam methods` lists them"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option(help="one of the method's, as window=4; repeatable")
     ] = None,
     out: Annotated[str | None, typer.Option(help="output folder; default: seg3dcam_out")] = None,
     config: Annotated[
@@ -116,6 +141,8 @@ def explain(
     options = {k: v for k, v in given.items() if k in Job.model_fields and v is not None}
     if "intensity_window" in options:
         options["intensity_window"] = _window(options["intensity_window"])
+    if settings:
+        options["settings"] = {**content.get("settings", {}), **_settings(settings)}
     job = validate({**content, **options}, Job, str(config or "command line"))
     _run(job, force=force, trust=trust)
 
@@ -151,13 +178,54 @@ def layers(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods."""
-    from seg3dcam.cam import CAMS
+def features(
+    scan: Annotated[list[str], typer.Argument(help="NIfTI file; several are its channels")],
+    model: Annotated[Path, typer.Option(help="model spec, a YAML file")],
+    layer: Annotated[str, typer.Option(help="one layer; default: the bottleneck")] = "auto",
+    target: Annotated[
+        str | None, typer.Option(help="class name or index: ranks channels by Grad-CAM's weights")
+    ] = None,
+    slice: Annotated[
+        int | None, typer.Option(help="in the layer's voxels; default: the target's peak or middle")
+    ] = None,
+    axis: Annotated[int, typer.Option(help="axis of the network's array: 0, 1 or 2")] = 0,
+    scale: Annotated[str, typer.Option(help="channel: each its own; layer: one")] = "channel",
+    colormap: Annotated[str, typer.Option(help="any matplotlib name")] = "viridis",
+    top: Annotated[int | None, typer.Option(help="only the first so many channels")] = None,
+    out: Annotated[str, typer.Option(help="output folder")] = "seg3dcam_features",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+    trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
+) -> None:
+    """Draw what the channels of a layer hold: a PNG of each, and a mosaic."""
+    check_writable(Path(out))
+    loaded = load_model(model, trust=trust)
+    loaded.module.to(_device(device))
+    with _progress() as progress:
+        found = features_of_scan(
+            scan if len(scan) > 1 else scan[0],
+            loaded,
+            layer,
+            target=target,
+            index=slice,
+            axis=axis,
+            progress=progress,
+        )
+        progress("writing", 0, 1)
+        files = save_features(out, found, scale=scale, colormap=colormap, top=top)  # type: ignore[arg-type]
+    pages = [file for file in files if file.name.startswith("mosaic")]
+    _print(f"{len(files) - len(pages)} channels", Path(out))
+    for page in pages:
+        _print("mosaic", page)
 
-    for key in METHODS:
-        summary = (CAMS[key].__doc__ or "").strip().splitlines()[0]
-        out.print(f"[bold]{key}[/bold]  {escape(summary)}")
+
+@app.command()
+def methods() -> None:
+    """List the methods: formula, paper, cost, what is class-specific, what is undefined."""
+    for key, cam in ALL_METHODS.items():
+        entries = card(cam)
+        out.print(f"[bold]{key}[/bold]  {escape(entries.pop('Summary'))}")
+        for name, text in entries.items():
+            out.print(f"    {name}: {escape(text)}", style="dim" if name == "Paper" else None)
 
 
 @app.command()
@@ -196,12 +264,14 @@ def _run(job: Job, *, force: bool, trust: bool = False, truth: Path | None = Non
 
 def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None:
     started = time.monotonic()
-    if job.method not in METHODS:
-        raise ConfigError(f"method {job.method!r}: {nearest(job.method, METHODS)}")
+    _check_methods(job)
     check_look(job)
     sources = [job.scan] if isinstance(job.scan, str) else job.scan
+    sources = [*sources, *([job.truth] if job.truth else [])]
     if any(Path(source).resolve().is_relative_to(Path(job.out).resolve()) for source in sources):
-        raise ConfigError(f"out {job.out}: the scan itself lies in this folder; choose another")
+        raise ConfigError(
+            f"out {job.out}: the scan or the truth lies in this folder; choose another"
+        )
     check_writable(Path(job.out))
     model = load_model(job.model, trust=trust)
     model.module.to(_device(job.device))
@@ -211,7 +281,7 @@ def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None
             job.scan if isinstance(job.scan, str) or len(job.scan) > 1 else job.scan[0]
         )
         check_slice(scan, job)
-        targets = _targets(job, model)
+        targets = targets_of(job, model)
         key = case_key(scan, model, job)
         if is_done(job.out, key) and not force:
             out.print(
@@ -220,7 +290,13 @@ def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None
             )
             return
         explanations = explain_each(
-            scan, model, targets, layers=job.layers, method=job.method, progress=progress
+            scan,
+            model,
+            targets,
+            layers=job.layers,
+            method=job.methods,
+            progress=progress,
+            **job.settings,
         )
         progress("writing", 0, 1)
         record = write_case(job.out, explanations, job, key=key)
@@ -228,35 +304,29 @@ def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None
     out.print(f"{time.monotonic() - started:.0f} s")
 
 
-def _targets(job: Job, model: SegModel) -> list[TargetSpec] | None:
-    """Return the targets of a job; None is every predicted class."""
-    if job.score == "mask_output" and job.target is not None:
-        raise ConfigError("score mask_output is about no class: leave out the target")
-    if job.score == "mask_output":
-        return [MaskOutput(job.region or "volume", activation=model.activation)]
-    if job.target is None:
-        for what, given in (("score", job.score != "log_odds"), ("region", job.region)):
-            if given:
-                value = getattr(job, what)
-                raise ConfigError(f"{what} {value!r} needs a class: name one with --target")
-        return None
-    names = job.target if isinstance(job.target, list) else [job.target]
-    kind = SCORES[job.score]
-    classes = dict.fromkeys(model.class_index(name) for name in names)
-    region = job.region or "predicted"
-    return [kind(index, region, activation=model.activation) for index in classes]
+def _check_methods(job: Job) -> None:
+    """Raise ConfigError early for an unknown method, or settings that are no method's."""
+    for method in job.methods:
+        if method not in ALL_METHODS:
+            raise ConfigError(f"method {method!r}: {nearest(method, ALL_METHODS)}")
+    if job.settings and len(job.methods) > 1:
+        raise ConfigError("settings are those of one method, and several are named")
+    for name in job.settings:
+        if name in inspect.signature(BaseCAM).parameters or name in Job.model_fields:
+            raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
 def _report(record: Mapping[str, Any], job: Job, truth: Path | None) -> None:
     """Print what was found and where every file is."""
     columns = ["class", "predicted", "peak (R, A, S mm)", "CAM inside", "status"]
     table = Table(*columns, title="What the network looked at", show_lines=False)
+    several = len(job.methods) > 1
     for case in record["explanations"]:
         found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml = found["predicted_ml"]
         table.add_row(
-            escape(case["target"]["class"] or case["target"]["name"]),
+            escape(case["label"]) + (f" ({case['method']['name']})" if several else ""),
             "" if ml is None else f"{ml:.1f} ml",
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
             "" if inside is None else f"{100 * inside:.0f} %",
@@ -300,13 +370,29 @@ def _report_truth(record: Mapping[str, Any], job: Job, truth: Path) -> None:
 def _job_of_file(path: Path) -> dict[str, Any]:
     """Return a job file's settings, with paths relative to the file."""
     content = read_yaml(path)
-    for key in ("scan", "model", "out"):
+    for key in ("scan", "model", "out", "truth"):
         value = content.get(key)
         if isinstance(value, str):
             content[key] = str(path.parent / value)
         elif isinstance(value, list):
             content[key] = [str(path.parent / str(item)) for item in value]
     return content
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """Return the settings of ['name=value', ...]; values are read as YAML."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--settings {pair!r}: write name=value, such as window=4")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--settings {pair!r}: {value!r} cannot be read as a value"
+            ) from error
+    return found
 
 
 def _window(text: str) -> Any:

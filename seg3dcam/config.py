@@ -120,6 +120,19 @@ class ModelSpec(_Settings):
         return classes
 
 
+Score = Literal["log_odds", "logit", "probability", "contrast", "finer", "soft_dice", "mask_output"]
+
+RegionName = Literal[
+    "predicted",
+    "volume",
+    "boundary",
+    "components",
+    "false_negatives",
+    "false_positives",
+    "true_positives",
+]
+
+
 class Job(_Settings):
     """One run of `seg3dcam explain`; the command line's options override it."""
 
@@ -129,12 +142,17 @@ class Job(_Settings):
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
     )
-    score: Literal["log_odds", "logit", "probability", "mask_output"] = "log_odds"
-    region: Literal["predicted", "volume"] | None = Field(
+    score: Score = "log_odds"
+    region: RegionName | None = Field(
         None, description="voxels that the score sums over; none: the score's own"
     )
+    against: str | int | None = Field(None, description="the other class of score contrast")
+    truth: str | None = Field(None, description="label map on the scan's grid, a NIfTI file")
+    label: int | None = Field(None, description="the class's label in the truth; none: its index")
+    min_voxels: int = Field(1, ge=1, description="of a component, in the network's voxels")
     layer: list[str] | str = "auto"
-    method: str = "hires_cam"
+    method: list[str] | str = "hires_cam"
+    settings: dict[str, Any] = Field({}, description="of the method, such as window: 4 of xres_cam")
     device: str = "auto"
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     slice: int | None = None
@@ -144,6 +162,11 @@ class Job(_Settings):
     )
     threshold: float = Field(0.2, ge=0, lt=1)
     colormap: str = "inferno"
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods' keys."""
+        return [self.method] if isinstance(self.method, str) else self.method
 
     @property
     def layers(self) -> list[str] | str:

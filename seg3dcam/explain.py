@@ -8,6 +8,7 @@ explain(scan, model, "tumour").save("cam.nii.gz")
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -19,21 +20,27 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from seg3dcam.cam import CAMS
-from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, nearest
-from seg3dcam.geometry import resample, spacing_of, to_world
+from seg3dcam.attributions import ATTRIBUTIONS
+from seg3dcam.cam import BaseCAM, each_by
+from seg3dcam.cams import CAMS
+from seg3dcam.engine.passes import Progress, check_resolution, silent
+from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, TargetError, nearest
+from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of, to_world
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
-from seg3dcam.passes import Progress, check_resolution, silent
 from seg3dcam.result import CamResult, Scale, Status, scaled
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import ClassLogit, ClassLogOdds, ClassProbability
+from seg3dcam.targets import ClassLogOdds, TargetFamily, as_targets, name_of, placed, uses_truth
+from seg3dcam.targets.regions import as_region
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
-#: What may be given as a target: a class name or index, or a target.
+#: What may be given as a target: a class name or index, a target, or a family of targets.
 Target = Callable[[torch.Tensor], torch.Tensor]
-TargetSpec = str | int | Target
+TargetSpec = str | int | Target | TargetFamily
+
+#: Every method by its key.
+ALL_METHODS = {**CAMS, **ATTRIBUTIONS}
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Explanation:
         target, method: their names.
         class_index: the class that the target is about, None for a target of your own.
         score: what was explained.
+        label: class and region in a few words, different for every target of a class.
         native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
             resolution.
         provenance: everything needed to make the map again, ready for JSON.
@@ -64,6 +72,7 @@ class Explanation:
     class_index: int | None
     score: float
     native_spacing: Mapping[str, tuple[float, ...]]
+    label: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -158,9 +167,10 @@ def explain(
     Args:
         scan: what `load_scan` takes.
         model: what `load_model` returns, or a `SegModel` around your own network.
-        target: a class name or index (its log-odds over the predicted mask), or a target.
+        target: a class name or index (its log-odds over the predicted mask), or a target. Masks
+            and truths of a target may be given as `Scan`; they must lie on the scan's grid.
         layers: target layers, see `BaseCAM`.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or of `seg3dcam.attributions.ATTRIBUTIONS`.
         progress: called with (step, done, total).
         settings: more arguments of the method's class, such as `window=` of `XResCAM`.
 
@@ -178,10 +188,16 @@ def explain(
         >>> found.maps["0"].shape
         torch.Size([8, 8, 8])
     """
-    found = explain_each(
-        scan, model, [target], layers=layers, method=method, progress=progress, **settings
+    found = list(
+        explain_each(
+            scan, model, [target], layers=layers, method=method, progress=progress, **settings
+        )
     )
-    return next(found)
+    if len(found) != 1:
+        raise TargetError(
+            f"{target!r} stands for {len(found)} targets: explain_each() explains them all"
+        )
+    return found[0]
 
 
 def explain_each(
@@ -190,52 +206,61 @@ def explain_each(
     targets: Sequence[TargetSpec] | None = None,
     *,
     layers: LayerSpec = "auto",
-    method: str = "hires_cam",
+    method: str | Sequence[str] = "hires_cam",
     progress: Progress | None = None,
     **settings: Any,
 ) -> Iterator[Explanation]:
-    """Explain several targets of a scan; the prediction is made once.
+    """Explain several targets of a scan, by one method or several; the prediction is made once.
 
-    All targets are explained at once; their maps are brought to the scan's grid one by one, as
-    the result is iterated over.
+    Targets, layers and the methods that take gradients share one forward pass per window. Maps are
+    brought to the scan's grid one by one, as the result is iterated over: target by target, and
+    for each target method by method.
 
     Args:
-        targets: class names, indices or targets; None is every predicted foreground class.
+        targets: class names, indices, targets and families of targets, such as
+            `targets.EveryComponent`; None is every predicted foreground class.
+        method: a key of `METHODS` or `ATTRIBUTIONS`, or several.
+        settings: of the method; several methods take none.
 
     The other arguments are those of `explain`.
     """
-    if method not in CAMS:
-        raise ConfigError(f"method {method!r}: {nearest(method, CAMS)}")
+    kinds = [_kind(key) for key in ([method] if isinstance(method, str) else method)]
     scan = load_scan(scan)
     model.check_scan(scan)
     report = progress or silent
     report("preparing", 0, 1)
     prepared = model.prepare(scan)
     x = prepared.as_tensor()[None].contiguous()
-    cam = CAMS[method](
-        model.module,
-        layers,
-        sliding_window=model.window,
-        output=model.output,
-        activation=model.activation,
-        progress=progress,
-        **settings,
-    )
+    cams = [
+        kind(
+            model.module,
+            layers,
+            sliding_window=model.window,
+            output=model.output,
+            activation=model.activation,
+            progress=progress,
+            **settings,
+        )
+        for kind in kinds
+    ]
     chosen: list[tuple[int | None, Target]] = []
 
     def choose(logits: torch.Tensor) -> list[Target]:
         model.check_logits(logits)
         check_resolution(logits, x.shape[2:])
-        chosen.extend(_chosen(model, targets, logits))
+        for index, target in _chosen(model, targets, logits):
+            moved = placed(target, lambda mask: on_network_grid(mask, scan, prepared))
+            chosen.append((index, moved))
         return [target for _, target in chosen]
 
-    results = cam.each(x, choose)
+    table = each_by(cams, x, choose)
     report("resampling", 0, 1)
-    prediction = _prediction_on(scan, prepared, results[0])
+    prediction = _prediction_on(scan, prepared, table[0][0])
     fingerprint = model.fingerprint()
     return (
-        _explanation(scan, prepared, model, prediction, index, result, fingerprint)
-        for (index, _), result in zip(chosen, results, strict=True)
+        _explanation(scan, prepared, model, prediction, index, target, result, fingerprint)
+        for (index, target), row in zip(chosen, table, strict=True)
+        for result in row
     )
 
 
@@ -257,15 +282,61 @@ def _chosen(
     """Return (class index or None, target) for everything that is to be explained."""
     if targets is None:
         targets = _predicted_classes(model, logits)
-    chosen: list[tuple[int | None, Target]] = []
-    for target in targets:
-        if isinstance(target, str | int | np.integer):
-            index = model.class_index(target if isinstance(target, str) else int(target))
-            chosen.append((index, ClassLogOdds(index, activation=model.activation)))
-        else:
-            kinds = (ClassLogOdds, ClassLogit, ClassProbability)
-            chosen.append((target.index if isinstance(target, kinds) else None, target))
-    return chosen
+    named = [
+        ClassLogOdds(model.class_index(int(t) if isinstance(t, np.integer) else t))
+        if isinstance(t, str | int | np.integer)
+        else t
+        for t in targets
+    ]
+    return [(_class_of(t), t) for t in as_targets(named, logits, model.activation)]
+
+
+def _class_of(target: Target) -> int | None:
+    """Return the class that a target is about, None for a target of the user's own."""
+    index = getattr(target, "index", None)
+    return int(index) if isinstance(index, int | np.integer) else None
+
+
+def _label(model: SegModel, index: int | None, target: Target) -> str:
+    """Return class and region in a few words, such as "lesion component 0"."""
+    if index is None:
+        return name_of(target)
+    against = getattr(target, "against", None)
+    region: Any = getattr(target, "region", "predicted")
+    over = "" if isinstance(region, str) and region == "predicted" else as_region(region).name
+    words = [
+        model.class_name(index),
+        "" if against is None else f"against {model.class_name(against)}",
+        over.removeprefix("the ").removesuffix(" of the predicted mask"),
+    ]
+    return " ".join(word for word in words if word)
+
+
+def _kind(key: str) -> type[BaseCAM]:
+    if key not in ALL_METHODS:
+        raise ConfigError(f"method {key!r}: {nearest(key, ALL_METHODS)}")
+    return ALL_METHODS[key]
+
+
+def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor:
+    """Bring a mask on the scan's grid to the one that the network saw."""
+    data, affine = torch.as_tensor(mask.data), np.asarray(mask.affine, dtype=np.float64)
+    if isinstance(mask, MetaTensor):
+        data, affine = mask.as_tensor(), ras_affine(affine, mask.meta.get("space"))
+    if data.ndim == len(scan.shape) + 1 and len(data) == 1:
+        data = data[0]
+    if tuple(data.shape) != tuple(scan.shape):
+        raise TargetError(
+            f"the mask has {tuple(data.shape)} voxels, the scan {tuple(scan.shape)}: they must lie "
+            "on the same grid. Resample the mask to the scan"
+        )
+    if not np.allclose(affine, scan.affine, atol=1e-3):
+        raise TargetError(
+            "the mask has the scan's shape but lies elsewhere in the patient: its affine is\n"
+            f"{affine}\nand the scan's\n{scan.affine}\nResample the mask to the scan"
+        )
+    to_affine = prepared.affine.numpy().astype(np.float64)
+    return resample_labels(data, scan.affine, to_affine, prepared.shape[1:])
 
 
 def _predicted_classes(model: SegModel, logits: torch.Tensor) -> list[TargetSpec]:
@@ -309,14 +380,14 @@ def _explanation(
     model: SegModel,
     prediction: torch.Tensor,
     class_index: int | None,
+    target: Target,
     result: CamResult,
     fingerprint: str,
 ) -> Explanation:
     affine = prepared.affine.numpy().astype(np.float64)
     result = replace(result, affine=affine)
-    if class_index is not None:
-        name = model.class_name(class_index)
-        result = replace(result, target=result.target.replace(f"class {class_index} ", f"{name} "))
+    named = re.sub(r"\bclass (\d+)", lambda m: model.class_name(int(m[1])), result.target)
+    result = replace(result, target=named)
     maps = {
         name: resample(
             layer.values[0].cpu(),
@@ -339,7 +410,8 @@ def _explanation(
         class_index=class_index,
         score=float(result.score[0]),
         native_spacing=result.native_spacing,
-        provenance=_provenance(scan, prepared, model, class_index, result, fingerprint),
+        label=_label(model, class_index, target),
+        provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
     )
 
 
@@ -348,6 +420,7 @@ def _provenance(
     prepared: MetaTensor,
     model: SegModel,
     class_index: int | None,
+    target: Target,
     result: CamResult,
     fingerprint: str,
 ) -> dict[str, Any]:
@@ -378,6 +451,7 @@ def _provenance(
             "class_index": class_index,
             "region_voxels": None if result.region_voxels is None else int(result.region_voxels[0]),
             "reduction": "sum",
+            "uses_truth": uses_truth(target),
             "score": float(result.score[0]),
         },
         "method": {"name": result.method, "settings": result.settings},
@@ -393,6 +467,7 @@ def _provenance(
                 "raw_max": float(layer.values.max()),
                 "positive_fraction": float((layer.values > 0).float().mean()),
                 "ceiling": float(layer.ceiling[0]),
+                "flags": list(layer.flags),
                 "dtype": str(layer.values.dtype).removeprefix("torch."),
             }
             for name, layer in result.layers.items()

@@ -49,6 +49,10 @@ class FeatureGrid:
         """Return the input's own grid: stride 1, offset 0."""
         return cls(tuple(shape), (1.0,) * len(shape), (0.0,) * len(shape))
 
+    def line(self, axis: int) -> FeatureGrid:
+        """Return this grid along one axis alone."""
+        return FeatureGrid((self.shape[axis],), (self.stride[axis],), (self.offset[axis],))
+
     def positions(self, axis: int) -> torch.Tensor:
         """Return the centres of the feature voxels along `axis`, in input voxels (float64)."""
         index = torch.arange(self.shape[axis], dtype=torch.float64)
@@ -164,6 +168,25 @@ def resample(
         seen = _inside(slab_affine, slab, seen_affine, seen_shape)
         result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
     return result
+
+
+def resample_labels(
+    labels: torch.Tensor, affine: np.ndarray, to_affine: np.ndarray, to_shape: Sequence[int]
+) -> torch.Tensor:
+    """Return each voxel's nearest label on another grid in patient space, 0 outside.
+
+    Args:
+        labels: (X, Y, Z) whole numbers or bool, on the grid of `affine`.
+        to_affine, to_shape: the grid of the result.
+    """
+    check_affine(affine, "the affine of the labels")
+    check_affine(to_affine, "the affine to resample to")
+    moved = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float64)(
+        MetaTensor(labels.detach().cpu()[None].double(), affine=torch.as_tensor(affine)),
+        dst_affine=torch.as_tensor(to_affine),
+        spatial_size=tuple(to_shape),
+    )
+    return moved.as_tensor()[0].round().to(labels.dtype)
 
 
 def _inside(

@@ -1,14 +1,17 @@
-"""Target layers: names, selections of an element, and the layout of what they give.
+"""Target layers: names, and selections of an element.
 
 A layer is written as its dotted name in the model; where it returns a tuple, list or dict, the
-wanted element follows in brackets: `encoder.layers.3[0]`, `backbone[out]`.
+wanted element follows in brackets: `encoder.layers.3[0]`, `backbone[out]`. In a name `*` stands
+for anything between two dots, `**` for anything at all.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +19,24 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError, ModelError, nearest
-from seg3dcam.outputs import tensors_in
+from seg3dcam.outputs import item_of, tensors_in
 
 LayerSpec = str | nn.Module | Sequence[str | nn.Module]
+
+#: From what a layer gives to channel-first activations (B, C, *s), see `seg3dcam.layouts`.
+Layout = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LayerRef:
     """A module of the network and, where it returns several tensors, the wanted one.
+
+    Attributes:
+        name: dotted name of the module.
+        element: keys to the wanted tensor among several.
+        module: the module itself.
+        layout: how its tensor is turned into channel-first activations; None finds it out.
+        required: False for one of many ("all", `decoder.*`): it is dropped where it gives no map.
 
     >>> str(LayerRef("encoder.layers.3", (0,), nn.Identity()))
     'encoder.layers.3[0]'
@@ -32,6 +45,8 @@ class LayerRef:
     name: str
     element: tuple[int | str, ...] = ()
     module: nn.Module = field(default_factory=nn.Identity, compare=False, repr=False)
+    layout: Layout | None = field(default=None, compare=False, repr=False)
+    required: bool = field(default=True, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name + "".join(f"[{key}]" for key in self.element)
@@ -43,7 +58,7 @@ class LayerRef:
             if isinstance(tensor, torch.Tensor):
                 raise self._refusal(output, f"there is no element [{key}] in a tensor")
             try:
-                tensor = tensor[key]
+                tensor = item_of(tensor, key)
             except (KeyError, IndexError, TypeError) as error:
                 raise self._refusal(output, f"there is no element [{key}]") from error
         if not isinstance(tensor, torch.Tensor):
@@ -68,15 +83,19 @@ class LayerRef:
 def _replaced(output: Any, path: tuple[int | str, ...], tensor: torch.Tensor) -> Any:
     if not path:
         return tensor
-    key, rest = path[0], path[1:]
+    key = path[0]
+    inner = _replaced(item_of(output, key), path[1:], tensor)
     if isinstance(output, Mapping):
-        kind: Any = type(output)
-        copy = kind(output)
-        copy[key] = _replaced(output[key], rest, tensor)
-        return copy
+        changed: Any = copy.copy(output)
+        changed[key] = inner
+        return changed
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{str(key): inner})
+    if isinstance(key, str):  # namedtuple
+        return output._replace(**{key: inner})
     items = list(output)
-    items[key] = _replaced(output[key], rest, tensor)  # type: ignore[index]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)  # namedtuple
+    items[key] = inner
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -101,12 +120,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def resolve_layers(model: nn.Module, spec: LayerSpec) -> list[LayerRef]:
+def resolve_layers(
+    model: nn.Module, spec: LayerSpec, reshape_transform: Layout | None = None
+) -> list[LayerRef]:
     """Find the layers that a user named.
 
+    Layers of "all" and of names with `*` are not required: those that give no map are dropped
+    later. A layer that is also named in full is required.
+
     Args:
-        spec: a dotted name ("model.1", "encoder[0]"), a module of the network, "all" (every
-            convolution), or a list of names and modules.
+        spec: a dotted name ("model.1", "encoder[0]"), one with `*` ("decoder.*", "encoder.*[0]"),
+            a module of the network, "all" (every convolution), or a list of names and modules.
+        reshape_transform: from what these layers give to (B, C, *s), where that cannot be found
+            out, such as `seg3dcam.layouts.Tokens((6, 6, 6))`. It may move values and leave some
+            out, but not change them.
 
     Raises:
         LayerError: an unknown name (the nearest ones are named), a module of another network.
@@ -115,78 +142,63 @@ def resolve_layers(model: nn.Module, spec: LayerSpec) -> list[LayerRef]:
     >>> [str(layer) for layer in resolve_layers(network, "0")]
     ['0']
     """
+    if reshape_transform is not None and not callable(reshape_transform):
+        raise LayerError(
+            "reshape_transform must be a function from what the layer gives to (B, C, *s), such "
+            f"as seg3dcam.layouts.Tokens((6, 6, 6)); got {reshape_transform!r}"
+        )
     model = unwrap(model)
-    if isinstance(spec, str) and spec == "all":
-        spec = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     entries = [spec] if isinstance(spec, str | nn.Module) else spec
     legal = isinstance(entries, Sequence) and all(isinstance(e, str | nn.Module) for e in entries)
     if not legal:
         raise LayerError(
-            f"target layers {spec!r}: give a dotted name, a module of the network, a list of "
-            "these, 'auto' or 'all'"
+            f"target layers {reprlib.repr(spec)}: give a dotted name, a module of the network, a "
+            "list of these, 'auto' or 'all'"
         )
     if not entries:
         raise LayerError("no target layer given: name one, or use target_layers='auto'")
-    found = [_resolve_one(model, entry) for entry in entries]
-    return list(dict.fromkeys(found))
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: dict[LayerRef, LayerRef] = {}
+    for entry in entries:
+        for layer in _matching(model, modules, entry):
+            if layer.required or layer not in found:
+                found[layer] = replace(layer, layout=reshape_transform)
+    return list(found.values())
 
 
-def _resolve_one(model: nn.Module, entry: str | nn.Module) -> LayerRef:
-    modules = dict(model.named_modules())
+def _matching(
+    model: nn.Module, modules: Mapping[str, nn.Module], entry: str | nn.Module
+) -> Iterable[LayerRef]:
+    """Return the layers that one entry of a user's list stands for."""
     if isinstance(entry, nn.Module):
-        inner = unwrap(entry)
-        names = [name for name, module in modules.items() if module is inner]
-        if names == [""]:
-            raise LayerError("the target layer is the network itself: name a layer inside of it")
+        return [_of_module(model, modules, entry)]
+    network = type(model).__name__
+    if entry == "all" and "all" not in modules:
+        names = [name for name, module in modules.items() if isinstance(module, _ConvNd)]
         if not names:
-            raise LayerError(
-                f"the target layer {type(entry).__name__} given as a module is no part of the model"
-            )
-        return LayerRef(names[0], (), inner)
-    match = re.fullmatch(r"(?P<name>[^\[\]]*)(?P<element>(\[[^\[\]]+\])*)", str(entry))
-    name = match["name"] if match else str(entry)
-    if not match or not name or name not in modules:
-        raise LayerError(
-            f"no layer '{entry}' in {type(model).__name__}: {nearest(name, filter(None, modules))}"
-        )
-    keys = re.findall(r"\[([^\[\]]+)\]", match["element"])
+            raise LayerError(f"{network} has no convolution, so 'all' is no target layer: name one")
+        return [LayerRef(name, (), modules[name], required=False) for name in names]
+    written = re.fullmatch(r"(?P<name>[^\[\]]*)(?P<element>(\[[^\[\]]+\])*)", str(entry))
+    name = written["name"] if written else str(entry)
+    if written and "*" in name:
+        pattern = re.escape(name).replace(r"\*\*", ".*").replace(r"\*", r"[^.]*")
+        names = [candidate for candidate in modules if re.fullmatch(pattern, candidate)]
+    else:
+        names = [name] if name in modules else []
+    if not written or not names:
+        raise LayerError(f"no layer '{entry}' in {network}: {nearest(name, modules)}")
+    keys = re.findall(r"\[([^\[\]]+)\]", written["element"])
     element = tuple(int(key) if re.fullmatch(r"-?\d+", key) else key for key in keys)
-    return LayerRef(name, element, modules[name])
+    return [LayerRef(each, element, modules[each], required="*" not in name) for each in names]
 
 
-def check_layout(layer: LayerRef, shape: Sequence[int], input_shape: Sequence[int]) -> None:
-    """Raise LayerError unless activations look channel-first, (B, C, *s).
-
-    Args:
-        shape: of the activations.
-        input_shape: (B, C, *S) of the input.
-    """
-    if len(shape) != len(input_shape):
-        raise LayerError(
-            f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: a map needs "
-            f"channel-first activations (B, C, *s) with {len(input_shape) - 2} spatial axes. "
-            "Tokens and pooled vectors have no place in the image: choose another layer"
-        )
-    ratios = [large / small for small, large in zip(shape[2:], input_shape[2:], strict=True)]
-    uneven = max(ratios) > 1.4 * min(ratios)  # unlike a convolution's without padding
-    first = stride_of(shape[2:], input_shape[2:])
-    if first is None and uneven and stride_of(shape[1:-1], input_shape[2:]):
-        raise LayerError(
-            f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: that is "
-            "channels-last, (B, *s, C). Choose a layer whose activations are channel-first"
-        )
-
-
-def stride_of(size: Sequence[int], input_size: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the whole-number stride of a layer's grid, None where there is none.
-
-    >>> stride_of((12, 13), (96, 99))
-    (8, 8)
-    """
-    stride = []
-    for small, large in zip(size, input_size, strict=True):
-        step = max(1, round(large / small)) if small else 0
-        if not step or not large // step <= small <= -(-large // step):
-            return None
-        stride.append(step)
-    return tuple(stride)
+def _of_module(model: nn.Module, modules: Mapping[str, nn.Module], entry: nn.Module) -> LayerRef:
+    inner = unwrap(entry)
+    if inner is model:
+        raise LayerError("the target layer is the network itself: name a layer inside of it")
+    for name, module in modules.items():
+        if module is inner:
+            return LayerRef(name, (), inner)
+    raise LayerError(
+        f"the target layer {type(entry).__name__} given as a module is no part of the model"
+    )

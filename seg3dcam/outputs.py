@@ -1,14 +1,22 @@
 """From what a network returns to its logits.
 
-The rule, unless `output` says otherwise: a tensor is the logits; of a list or tuple the first
-full-resolution tensor is (deep supervision puts the finest first, a variational network its
-reconstruction loss last); of a dict the only full-resolution tensor is. Anything else is refused
-with the choices listed.
+The rule, unless `output` says otherwise:
+
+- A tensor is the logits. With one axis too many, (B, n, K, *S), it is a stack of deep
+  supervision: its first level is.
+- Of a list or tuple the first full-resolution tensor is: deep supervision puts the finest first,
+  a variational network its reconstruction last. Another of the very same shape makes that a guess,
+  and it is refused.
+- Of a dict or dataclass the only full-resolution tensor is.
+
+Anything else is refused with the choices listed. `output` may be a position, a key or name, or a
+function of what the network returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,6 +25,8 @@ from seg3dcam.errors import ModelError
 
 #: None for the rule above, a position, a key, or a function of the network's output.
 OutputSelection = int | str | Callable[[Any], torch.Tensor] | None
+
+Path = tuple[int | str, ...]
 
 
 def select_output(
@@ -38,10 +48,11 @@ def select_output(
     """
     if callable(selection):
         chosen = selection(output)
-    elif selection is not None:
-        chosen = _at(output, selection)
     else:
-        chosen = _by_rule(output, spatial_shape)
+        size = tuple(spatial_shape)
+        chosen = _by_rule(output, size) if selection is None else _at(output, selection, size)
+        if _is_stack(chosen, size):
+            chosen = chosen[:, 0]
     if not isinstance(chosen, torch.Tensor) or chosen.ndim < 2:
         raise ModelError(
             f"the network's output{_written(selection)} is {_describe(chosen)}; logits are a "
@@ -50,55 +61,110 @@ def select_output(
     return chosen
 
 
-def tensors_in(
-    value: Any, path: tuple[int | str, ...] = ()
-) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """Walk nested tuples, lists and dicts; yield (path of keys, tensor) for every tensor.
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Walk nested tuples, lists, dicts and dataclasses; yield (path of keys, tensor) of each.
 
     >>> [path for path, _ in tensors_in({"a": torch.zeros(1), "b": [torch.zeros(1)]})]
     [('a',), ('b', 0)]
     """
     if isinstance(value, torch.Tensor):
         yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(item, (*path, key))
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
             yield from tensors_in(item, (*path, position))
+    else:
+        for key, item in _named(value).items():
+            yield from tensors_in(item, (*path, key))
 
 
-def _by_rule(output: Any, spatial_shape: tuple[int, ...]) -> Any:
+def item_of(value: Any, key: int | str) -> Any:
+    """Return an element of a container: by position, key, or name of a field.
+
+    Raises:
+        KeyError, IndexError, TypeError: there is none.
+    """
+    if isinstance(key, str) and not isinstance(value, Mapping):
+        names = getattr(value, "_fields", None) or _named(value)
+        if key not in names:
+            raise KeyError(key)
+        return getattr(value, key)
+    return value[key]
+
+
+def _named(value: Any) -> Mapping[Any, Any]:
+    """Return the named parts of a dict or dataclass, nothing of anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {part.name: getattr(value, part.name) for part in fields(value)}
+    return {}
+
+
+def _by_rule(output: Any, size: tuple[int, ...]) -> Any:
     if isinstance(output, torch.Tensor):
         return output
-    full = [
-        (path, tensor)
-        for path, tensor in tensors_in(output)
-        if tensor.ndim >= 2 and tuple(tensor.shape[2:]) == tuple(spatial_shape)
-    ]
-    if isinstance(output, Mapping) and len(full) != 1:
+    found = list(tensors_in(output))
+    full = [(path, tensor) for path, tensor in found if _is_full(tensor, size)]
+    if not full and len(found) == 1 and not _named(output):
+        return found[0][1]
+    if not full:
+        hint = "output='key'" if _named(output) else "output=<position, key or function>"
         raise ModelError(
-            f"the network returned {_describe(output)}, with {len(full)} tensors of the input's "
-            f"spatial shape {tuple(spatial_shape)}; say which are the logits with output='key'"
+            f"the network returned {_describe(output)}, with no tensor of the input's spatial "
+            f"shape {size}; say which are the logits with {hint}"
         )
-    if full:
-        return full[0][1]
-    found = [tensor for _, tensor in tensors_in(output)]
-    if len(found) == 1:
-        return found[0]
-    raise ModelError(
-        f"the network returned {_describe(output)}, none of the input's spatial shape "
-        f"{tuple(spatial_shape)}; say which are the logits with output=<position, key or function>"
-    )
+    first = full[0][1]
+    rivals = [
+        (path, tensor)
+        for path, tensor in full
+        if tensor is not first and (_named(output) or tensor.shape == first.shape)
+    ]
+    if rivals:
+        choices = [
+            f"{_choosing(output, path)} {tuple(tensor.shape)}"
+            for path, tensor in [full[0], *rivals]
+        ]
+        raise ModelError(
+            f"the network returned {_describe(output)}, with {len(choices)} tensors of the input's "
+            f"spatial shape {size} that may be the logits; say which: {', '.join(choices)}"
+        )
+    return first
 
 
-def _at(output: Any, selection: int | str) -> Any:
+def _is_full(tensor: torch.Tensor, size: tuple[int, ...]) -> bool:
+    return (tensor.ndim >= 2 and tuple(tensor.shape[2:]) == size) or _is_stack(tensor, size)
+
+
+def _is_stack(value: Any, size: tuple[int, ...]) -> bool:
+    """Tell the levels of deep supervision in one tensor, (B, n, K, *S), resized to the finest."""
+    return isinstance(value, torch.Tensor) and value.ndim > 3 and tuple(value.shape[3:]) == size
+
+
+def _at(output: Any, selection: int | str, size: tuple[int, ...]) -> Any:
+    """Return one part of an output; of a stack, one level."""
     try:
-        return output[selection]
+        if isinstance(output, torch.Tensor):
+            if isinstance(selection, str) or not _is_stack(output, size):
+                raise TypeError("a tensor has no parts")
+            return output[:, selection]
+        return item_of(output, selection)
     except (KeyError, IndexError, TypeError) as error:
         raise ModelError(
             f"output={selection!r} does not exist: the network returned {_describe(output)}"
         ) from error
+
+
+def _choosing(output: Any, path: Path) -> str:
+    """Write the `output=` that gives the tensor at a path."""
+    if len(path) == 1:
+        last = isinstance(output, list | tuple) and path[0] == len(output) - 1
+        return f"output={path[0]!r}" + " or -1" * last
+    written = "output=lambda out: out"
+    for key in path:
+        by_name = not isinstance(output, Mapping | list | tuple)
+        written += f".{key}" if by_name else f"[{key!r}]"
+        output = item_of(output, key)
+    return written
 
 
 def _written(selection: OutputSelection) -> str:
@@ -109,8 +175,9 @@ def _describe(value: Any) -> str:
     """Describe an output in one line: types, keys and shapes."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "a dict {" + ", ".join(f"{k!r}: {_describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} (" + ", ".join(map(_describe, value)) + ")"
-    return f"a {type(value).__name__}"
+    parts = "{" + ", ".join(f"{k!r}: {_describe(v)}" for k, v in _named(value).items()) + "}"
+    if isinstance(value, Mapping):
+        return f"a dict {parts}"
+    return f"a {type(value).__name__}" + (f" {parts}" if _named(value) else "")

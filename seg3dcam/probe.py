@@ -5,7 +5,7 @@ through several levels the difference reaches several voxels, and interpolation 
 of them shifts the map. So it is measured: with every kernel reduced to its central taps and
 normalisation switched off, the network passes a linear ramp on, and what a feature voxel shows of
 it is the input position that it looks at. The ramp runs both ways, since max pooling picks the
-larger end of each.
+larger end of each. A token stands for its patch, whatever attention adds to it from elsewhere.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 from seg3dcam.capture import Capture, capturing
-from seg3dcam.errors import ModelError
+from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef, unwrap
 
@@ -50,7 +53,9 @@ def measure_grids(
     if any("weight" not in module._parameters for module in convolutions):
         return {layer: _convention(shape, x.shape[2:]) for layer, shape in shapes.items()}
     weights = _central_taps(model)
-    with capturing(model, list(shapes)) as capture, _plain_levels(model):
+    # None may be dropped: at another size than the input's, tokens may have no readable grid.
+    layers = [replace(layer, required=True) for layer in shapes]
+    with capturing(model, layers) as capture, _plain_levels(model, x.ndim):
         by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
     grids = {}
     for layer, shape in shapes.items():
@@ -79,7 +84,7 @@ def _measure_axis(
     for shape in dict.fromkeys((_handy(full, axis), full)):
         try:
             seen = capture.observe_layers(_ramps(x, shape, axis), weights)
-        except ModelError:
+        except (ModelError, LayerError):
             continue
         for layer, activations in seen.items():
             fit = _fit(activations, axis, shape[axis], shapes[layer][axis], full[axis])
@@ -179,8 +184,8 @@ def _kernel(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 
 @contextmanager
-def _plain_levels(model: nn.Module) -> Iterator[None]:
-    """Switch normalisation off, and let upsampled paths count little."""
+def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
+    """Switch normalisation and attention among tokens off; let upsampled paths count little."""
 
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
         same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
@@ -189,11 +194,29 @@ def _plain_levels(model: nn.Module) -> Iterator[None]:
     def fade(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * _UPSAMPLED
 
+    def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = isinstance(output, torch.Tensor) and output.ndim == 3 < ndim
+        return torch.zeros_like(output) if tokens else None
+
     with ExitStack() as stack:
         for module in model.modules():
+            if re.search("attention|sablock", type(module).__name__, re.IGNORECASE):
+                stack.callback(module.register_forward_hook(add_nothing).remove)
             if isinstance(module, nn.Upsample):
                 stack.callback(module.register_forward_hook(fade).remove)
             is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
             if is_norm and not any(module.children()):
                 stack.callback(module.register_forward_hook(pass_on).remove)
+        stack.enter_context(_WithoutNorms())
         yield
+
+
+class _WithoutNorms(TorchFunctionMode):
+    """Switches normalisation off where a network calls it as a function."""
+
+    _NORMS = (F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if args and func in self._NORMS else func(*args, **(kwargs or {}))

@@ -37,6 +37,9 @@ class LayerMap:
         ceiling: (B,) the maximum that the map would have if nothing cancelled: the method applied
             to absolute values.
         precision: dtype of the activations.
+        undefined: (B,) bool, True where the method has no meaning, such as a division by a sum of
+            activations that InstanceNorm makes zero; None: nowhere.
+        flags: what the reader of the map must know.
     """
 
     values: torch.Tensor
@@ -44,17 +47,25 @@ class LayerMap:
     window_grid: FeatureGrid
     ceiling: torch.Tensor
     precision: torch.dtype = torch.float32
+    undefined: torch.Tensor | None = None
+    flags: tuple[str, ...] = ()
 
     @cached_property
     def item_status(self) -> tuple[Status, ...]:
         """Each item's status.
 
         "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
-        "nonfinite": NaN or infinity; "degenerate": the same value everywhere.
+        "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
+        undefined for these activations.
         """
         noise = max(CANCELLED, 10 * torch.finfo(self.precision).eps)
-        pairs = zip(self.values, self.ceiling, strict=True)
-        return tuple(_status_of(values, float(ceiling), noise) for values, ceiling in pairs)
+        undefined = [False] * len(self.values) if self.undefined is None else self.undefined
+        return tuple(
+            _status_of(values, float(ceiling), noise, bool(no_meaning))
+            for values, ceiling, no_meaning in zip(
+                self.values, self.ceiling, undefined, strict=True
+            )
+        )
 
     @property
     def status(self) -> Status:
@@ -268,9 +279,11 @@ def _check_scale(scale: str) -> None:
         raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
 
 
-def _status_of(values: torch.Tensor, ceiling: float, noise: float) -> Status:
+def _status_of(values: torch.Tensor, ceiling: float, noise: float, undefined: bool) -> Status:
     if not torch.isfinite(values).all():
         return "nonfinite"
+    if undefined:
+        return "degenerate"
     low, high = float(values.min()), float(values.max())
     if high <= 0 or high <= noise * ceiling:
         return "zero"
@@ -279,5 +292,13 @@ def _status_of(values: torch.Tensor, ceiling: float, noise: float) -> Status:
 
 def joined(items: Sequence[LayerMap]) -> LayerMap:
     """Return the maps of a batch, given those of its items."""
-    values = torch.cat([item.values for item in items])
-    return replace(items[0], values=values, ceiling=torch.cat([item.ceiling for item in items]))
+    if len(items) == 1:
+        return items[0]
+    undefined = [item.undefined for item in items if item.undefined is not None]
+    return replace(
+        items[0],
+        values=torch.cat([item.values for item in items]),
+        ceiling=torch.cat([item.ceiling for item in items]),
+        undefined=torch.cat(undefined) if undefined else None,
+        flags=tuple(dict.fromkeys(flag for item in items for flag in item.flags)),
+    )

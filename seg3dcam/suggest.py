@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from seg3dcam.capture import capturing
+from seg3dcam.capture import Capture, capturing
 from seg3dcam.errors import LayerError
-from seg3dcam.layers import LayerRef, resolve_layers, stride_of, unwrap
+from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
+from seg3dcam.layouts import stride_of
 from seg3dcam.outputs import OutputSelection, tensors_in
 
 
@@ -49,23 +50,34 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one module gave in the probing pass."""
+class _Given:
+    """A tensor that one module gave in the probing pass.
+
+    Its order is that of the first module to give it: others only hand it on.
+    """
 
     layer: LayerRef
     order: int
     tensor: torch.Tensor
     version: int
-    stride: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.tensor.shape[2:])
 
     @property
     def rank(self) -> tuple:
         """Lower is better: outer modules, direct outputs, the latest."""
         return (self.layer.name.count("."), len(self.layer.element), -self.order)
+
+
+@dataclass(frozen=True)
+class _Seen(_Given):
+    """One that has a place in the image."""
+
+    layout: Layout
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape[1:])
 
 
 def suggest_layers(
@@ -78,23 +90,25 @@ def suggest_layers(
         output: which of several outputs are the logits.
 
     Raises:
-        LayerError: the network has no layer with channel-first activations (B, C, *s) of lower
-            resolution on which the output depends.
+        LayerError: the output depends on no layer whose activations have a place in the image.
 
     >>> network = nn.Sequential(
     ...     nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 2, 1))
     >>> [(s.name, s.role, s.stride) for s in suggest_layers(network, (1, 1, 16, 16))]
     [('0', 'bottleneck', (2, 2)), ('2', 'decoder', (1, 1))]
     """
-    seen, classes = _probe(unwrap(model), tuple(input_shape), output)
-    # 1x1x1 is a classifier's pooled vector: it has no place in the image.
-    seen = [s for s in seen if s.size > 1]
-    if not seen:
-        raise LayerError(
-            f"no layer of {type(model).__name__} gives channel-first activations (B, C, *s) that "
-            "the output depends on: name a target layer"
-        )
-    bottleneck = _bottleneck(seen)
+    model = unwrap(model)
+    with capturing(model, [], output) as capture:
+        x = _random_input(capture, tuple(input_shape))
+        given, logits = _probe(capture, x)
+        seen = _with_places(capture, given, logits, x)
+        if not seen:
+            raise LayerError(
+                f"no layer of {type(model).__name__} gives activations with a place in the image "
+                "that the output depends on: name a target layer"
+            )
+        bottleneck = _bottleneck(seen, x)
+    classes = logits.shape[1]
     suggestions = [
         _suggestion(
             bottleneck,
@@ -107,10 +121,10 @@ def suggest_layers(
         level = [
             s
             for s in seen
-            if s.size == size and s.order > bottleneck.order and s.tensor.shape[1] > classes
+            if s.size == size and s.order > bottleneck.order and s.shape[0] > classes
         ]
         if level:
-            best = min(level, key=lambda s: s.rank)
+            best = _best(level)
             suggestions.append(
                 _suggestion(
                     _producer(best, level, bottleneck),
@@ -127,48 +141,94 @@ def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelec
     return resolve_layers(model, chosen.name)[0]
 
 
-def _probe(
-    model: nn.Module, input_shape: tuple[int, ...], output: OutputSelection
-) -> tuple[list[_Seen], int]:
-    """Return what every usable module gave, and the number of classes."""
-    example = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
+def _random_input(capture: Capture, input_shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand((1, *input_shape[1:]), generator=generator).to(example)
-    found: list[_Seen] = []
+    x = torch.rand((1, *input_shape[1:]), generator=generator)
+    return capture.to_model(x).requires_grad_()
+
+
+def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tensor]:
+    """Return what every usable module gave, and the logits."""
+    found: list[_Given] = []
+    orders: dict[int, int] = {}  # by identity: the tensors stay alive in `found`
     runs: Counter[str] = Counter()
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
         for path, tensor in tensors_in(output):
-            fits = tensor.ndim == x.ndim and tensor.requires_grad
-            stride = stride_of(tensor.shape[2:], x.shape[2:]) if fits else None
-            if stride is not None:
+            if tensor.requires_grad:
                 layer = LayerRef(name, path, module)
-                found.append(_Seen(layer, len(found), tensor, tensor._version, stride))
+                order = orders.setdefault(id(tensor), len(orders))
+                found.append(_Given(layer, order, tensor, tensor._version))
 
-    with capturing(model, [], output) as capture, ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name and not _is_pointwise(module):
+    with ExitStack() as stack:
+        for name, module in capture.model.named_modules():
+            if name:
                 stack.callback(module.register_forward_hook(partial(look, name)).remove)
-        logits = capture.forward(x.requires_grad_())
-        weights = torch.rand(logits.shape, generator=generator).to(logits)
-        kept = [s for s in found if s.tensor._version == s.version and runs[s.layer.name] == 1]
-        tensors = [s.tensor for s in kept]
-        gradients = torch.autograd.grad(logits, tensors, weights, allow_unused=True) if kept else ()
+        logits = capture.forward(x)
+    # A final LayerNorm makes all tokens equally long: the block before it says more.
+    normed = {id(g.tensor) for g in found if isinstance(g.layer.module, nn.LayerNorm)}
+    kept = [
+        g
+        for g in found
+        if not _is_pointwise(g.layer.module)
+        and g.tensor._version == g.version
+        and runs[g.layer.name] == 1
+        and id(g.tensor) not in normed
+    ]
+    return kept, logits
+
+
+def _with_places(
+    capture: Capture, given: Sequence[_Given], logits: torch.Tensor, x: torch.Tensor
+) -> list[_Seen]:
+    """Return the tensors that are images of the input and that the logits depend on."""
+    layouts, _ = capture.layouts_of({g.layer: g.tensor.shape for g in given}, x)
+    images = []
+    for one in given:
+        if one.layer in layouts:
+            layout = layouts[one.layer]
+            shape = tuple(layout(one.tensor.detach()).shape[1:])
+            stride = stride_of(shape[1:], x.shape[2:])
+            # A single voxel is a classifier's pooled vector: it has no place in the image.
+            if stride is not None and math.prod(shape[1:]) > 1:
+                images.append(_Seen(**vars(one), layout=layout, shape=shape, stride=stride))
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(logits.shape, generator=generator).to(logits)
+    tensors = [image.tensor for image in images]
+    gradients = (
+        torch.autograd.grad(logits, tensors, weights, retain_graph=True, allow_unused=True)
+        if images
+        else ()
+    )
     used = [
-        s
-        for s, gradient in zip(kept, gradients, strict=True)
-        if gradient is not None and gradient.any() and s.tensor.grad_fn is not logits.grad_fn
+        image
+        for image, gradient in zip(images, gradients, strict=True)
+        if gradient is not None
+        and image.layout(gradient).any()  # of more than a class token
+        and image.tensor.grad_fn is not logits.grad_fn
     ]
     # What is shaped like the logits is most likely their head, before a softmax.
-    inner = [s for s in used if s.tensor.shape != logits.shape]
-    return inner or used, logits.shape[1]
+    return [image for image in used if image.tensor.shape != logits.shape] or used
 
 
-def _bottleneck(seen: Sequence[_Seen]) -> _Seen:
+def _best(seen: Sequence[_Seen]) -> _Seen:
+    best = min(seen, key=lambda s: s.rank)
+    # Of names for one tensor, the module that gives it alone: a list's may lead to nothing.
+    same = [s for s in seen if s.tensor is best.tensor]
+    return min(same, key=lambda s: (len(s.layer.element), s.rank))
+
+
+def _bottleneck(seen: Sequence[_Seen], x: torch.Tensor) -> _Seen:
     smallest = min(s.size for s in seen)
     coarsest = [s for s in seen if s.size == smallest]
-    best = min(coarsest, key=lambda s: s.rank)
+    best = _best(coarsest)
+    others = list(coarsest)
+    while not _sees_beyond_its_patch(best, x):
+        others = [s for s in others if s.tensor is not best.tensor]
+        if not others:
+            return _best(coarsest)
+        best = _best(others)
     # A skip connection around the coarsest level gives (skip, level) concatenated: take the level.
     while type(best.tensor.grad_fn).__name__.startswith("Cat"):
         joined = {fn for fn, _ in best.tensor.grad_fn.next_functions}  # type: ignore[union-attr]
@@ -177,8 +237,23 @@ def _bottleneck(seen: Sequence[_Seen]) -> _Seen:
             break
         latest = max(s.order for s in inputs)
         same = next(s for s in inputs if s.order == latest).tensor.grad_fn
-        best = min((s for s in inputs if s.tensor.grad_fn is same), key=lambda s: s.rank)
+        best = _best([s for s in inputs if s.tensor.grad_fn is same])
     return best
+
+
+def _sees_beyond_its_patch(seen: _Seen, x: torch.Tensor) -> bool:
+    """Tell a level of a network from an embedding of patches, which knows nothing around them.
+
+    The halves of an embedding have no voxel of the input in common.
+    """
+    activations = seen.layout(seen.tensor)
+    axis = 2 + max(range(x.ndim - 2), key=lambda a: activations.shape[2 + a])
+    touched = []
+    for half in activations.tensor_split(2, axis):
+        weights = torch.linspace(1, 2, half.numel()).view(half.shape).to(half)
+        (gradient,) = torch.autograd.grad((half * weights).sum(), x, retain_graph=True)
+        touched.append(gradient != 0)
+    return bool((touched[0] & touched[1]).any())
 
 
 def _producer(best: _Seen, level: Sequence[_Seen], bottleneck: _Seen) -> _Seen:
@@ -192,7 +267,7 @@ def _producer(best: _Seen, level: Sequence[_Seen], bottleneck: _Seen) -> _Seen:
         and all(module is not inner for module in s.layer.module.modules())
     ]
     spans = any(module is inner for module in best.layer.module.modules())
-    return min(elsewhere, key=lambda s: s.rank) if spans and elsewhere else best
+    return _best(elsewhere) if spans and elsewhere else best
 
 
 def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str) -> Suggestion:
@@ -200,7 +275,7 @@ def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str
     return Suggestion(
         str(seen.layer),
         role,
-        tuple(tensor.shape[1:]),
+        seen.shape,
         seen.stride,
         tensor.numel() * tensor.element_size() / 1e6,
         role == "bottleneck",

@@ -117,7 +117,7 @@ class Windows:
             ) from error
 
     def cut(self, padded: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-        """Return some windows of a padded volume (1, C, *padded_shape) as a batch (n, C, *roi)."""
+        """Return windows of a padded volume (B, C, *padded_shape) as a batch (n * B, C, *roi)."""
         return torch.cat([padded[_box(self.starts[window], self.roi)] for window in which])
 
     @cached_property
@@ -180,8 +180,8 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
 class Blend:
     """Blends windows' maps into one map of the volume.
 
-    The result lies on the layer's own grid continued over the volume where every window starts on
-    it, so that nothing is interpolated yet, and on the volume's voxels otherwise.
+    Along an axis where every window starts on the layer's own grid, the result lies on that grid
+    continued over the volume, so that nothing is interpolated yet; else on the volume's voxels.
 
     Args:
         windows: the windows.
@@ -196,11 +196,30 @@ class Blend:
     def __init__(self, windows: Windows, grid: FeatureGrid, like: torch.Tensor) -> None:
         self._windows = windows
         self.window_grid = grid
-        self._aligned = _starts_on(grid, windows)
-        self.grid = (
-            _continued(grid, windows) if self._aligned else FeatureGrid.of_voxels(windows.shape)
+        self._aligned = [
+            all(start[axis] % stride == 0 for start in windows.starts)
+            for axis, stride in enumerate(grid.stride)
+        ]
+        lines = [self._continued(axis) for axis in range(len(grid.shape))]
+        self.grid = FeatureGrid(
+            tuple(line.shape[0] for line in lines),
+            tuple(line.stride[0] for line in lines),
+            tuple(line.offset[0] for line in lines),
+            grid.measured,
         )
         self.total = torch.zeros(len(like), *self.grid.shape, dtype=like.dtype, device=like.device)
+
+    def _continued(self, axis: int) -> FeatureGrid:
+        """Return the grid of the result along one axis."""
+        grid, windows = self.window_grid, self._windows
+        if not self._aligned[axis]:
+            return FeatureGrid.of_voxels(windows.shape[axis : axis + 1])
+        last = max(start[axis] for start in windows.starts)
+        return FeatureGrid(
+            (round(last / grid.stride[axis]) + grid.shape[axis],),
+            (grid.stride[axis],),
+            (grid.offset[axis] - windows.before[axis],),
+        )
 
     def group(self) -> GroupBlend:
         """Start a group of windows that are blended by their shares within the group."""
@@ -213,27 +232,35 @@ class Blend:
 
     def place(self, window: int) -> tuple[tuple, FeatureGrid]:
         """Return where a window lies in the result, and the result's grid in window voxels."""
-        start = self._windows.starts[window]
-        grid = self.window_grid
-        if self._aligned:
-            first = [round(s / stride) for s, stride in zip(start, grid.stride, strict=True)]
-            return _box(first, grid.shape), grid
-        first = [s - b for s, b in zip(start, self._windows.before, strict=True)]
-        inside = [max(0, f) for f in first]
-        stop = [
-            min(f + roi, size)
-            for f, roi, size in zip(first, self._windows.roi, self._windows.shape, strict=True)
-        ]
-        target = FeatureGrid(
-            tuple(b - a for a, b in zip(inside, stop, strict=True)),
-            (1.0,) * len(start),
-            tuple(float(a - f) for a, f in zip(inside, first, strict=True)),
+        place, lines = zip(
+            *(self._place(window, axis) for axis in range(len(self.grid.shape))), strict=True
         )
-        return (..., *map(slice, inside, stop)), target
+        shape, stride, offset = zip(*lines, strict=True)
+        return (..., *place), FeatureGrid(shape, stride, offset)
+
+    def _place(self, window: int, axis: int) -> tuple[slice, tuple[int, float, float]]:
+        """Return the same along one axis, the grid as (shape, stride, offset)."""
+        windows, grid = self._windows, self.window_grid
+        start = windows.starts[window][axis]
+        if self._aligned[axis]:
+            first = round(start / grid.stride[axis])
+            line = (grid.shape[axis], grid.stride[axis], grid.offset[axis])
+            return slice(first, first + grid.shape[axis]), line
+        first = start - windows.before[axis]
+        low, high = max(0, first), min(first + windows.roi[axis], windows.shape[axis])
+        return slice(low, high), (high - low, 1.0, float(low - first))
 
     def importance(self, target: FeatureGrid) -> torch.Tensor:
-        importance = self._windows.importance.to(self.total)
-        return interpolate(importance, FeatureGrid.of_voxels(self._windows.roi), target)
+        """Return how much a window counts at the places of a grid in it."""
+        return self._at(self._windows.importance.to(self.total), target)
+
+    def shares(self, window: int, total_importance: torch.Tensor) -> torch.Tensor:
+        """Return a window's share at each voxel of the layer's grid in it."""
+        total = self._windows.cut(total_importance[None, None], [window])[0, 0]
+        return self.importance(self.window_grid) / self._at(total, self.window_grid)
+
+    def _at(self, values: torch.Tensor, target: FeatureGrid) -> torch.Tensor:
+        return interpolate(values, FeatureGrid.of_voxels(self._windows.roi), target)
 
 
 class GroupBlend:
@@ -256,27 +283,6 @@ class GroupBlend:
         """Divide by the importance there is, and add to the blend."""
         nowhere = self._importances == 0
         self._blend.total += self._sums.div_(self._importances.masked_fill_(nowhere, 1))
-
-
-def _starts_on(grid: FeatureGrid, windows: Windows) -> bool:
-    return all(
-        start % stride == 0
-        for starts in windows.starts
-        for start, stride in zip(starts, grid.stride, strict=True)
-    )
-
-
-def _continued(grid: FeatureGrid, windows: Windows) -> FeatureGrid:
-    last = [max(start[axis] for start in windows.starts) for axis in range(len(windows.roi))]
-    return FeatureGrid(
-        tuple(
-            round(start / stride) + size
-            for start, stride, size in zip(last, grid.stride, grid.shape, strict=True)
-        ),
-        grid.stride,
-        tuple(o - b for o, b in zip(grid.offset, windows.before, strict=True)),
-        grid.measured,
-    )
 
 
 def _box(start: Sequence[int], size: Sequence[int]) -> Any:

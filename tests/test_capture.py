@@ -17,6 +17,8 @@ from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.capture import capturing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.layers import resolve_layers
+from seg3dcam.layouts import INPUT
+from tests.toy import seeded
 
 TARGET = "block.conv"
 VOLUME = targets.ClassLogit(1, region="volume")
@@ -443,32 +445,264 @@ def test_a_layer_that_runs_twice_is_refused_in_windows_too(x):
         cam(x, VOLUME)
 
 
-class Tokens(nn.Module):
-    """Features in the layouts of transformers: tokens (B, N, C) and channels-last (B, *S, C)."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(1, 6, 2, 2)
-        self.tokens, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.head = nn.ConvTranspose2d(6, 2, 2, 2)
-
-    def forward(self, x):
-        grid = self.patches(x)
-        tokens = self.tokens(grid.flatten(2).transpose(1, 2))
-        grid = tokens.transpose(1, 2).reshape(grid.shape)
-        return self.head(self.last(grid.movedim(1, -1)).movedim(-1, 1))
-
-
-@pytest.mark.parametrize("layer", ["tokens", "last"])
-def test_a_layout_that_is_not_channel_first_is_refused(layer):
-    with pytest.raises(LayerError, match=f"'{layer}'"):
-        GradCAM(Tokens(), layer)(torch.rand(1, 1, 8, 12), VOLUME)
-
-
 def test_the_pooled_vector_of_a_classifier_is_refused():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(LayerError, match="'3'"):
         GradCAM(net, "3")(torch.rand(1, 1, 8, 8), VOLUME)
+
+
+# ---------------------------------------------------------------- layers that others may do without
+
+
+class Odd(Net):
+    """Has layers of every kind that gives no map, next to those that do."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside, self.spare, self.many = nn.Conv3d(3, 2, 1), nn.Conv3d(3, 2, 1), Branches.Many()
+        self.pool = nn.Flatten()
+
+    def forward(self, x):
+        stem = self.stem(x)
+        self.aside(stem)
+        features = self.block.act(self.block(stem))
+        self.many(features)
+        return self.head(features) + self.pool(features).mean()
+
+
+REASONS = {
+    "aside": "does not depend on layer 'aside'",
+    "spare": "'spare' did not run",
+    "many": "that is a tuple",
+    "pool": "pooled vectors",
+    "block.act": "ran 2 times",
+    "head": None,
+    "stem": None,
+    "block": None,
+}
+
+
+def test_layers_of_a_pattern_are_dropped_where_they_give_no_map(x, seed):
+    net = Odd().double()
+    layers = resolve_layers(net, ["*", "block.act*"])
+    assert {str(layer) for layer in layers} == set(REASONS)
+    with capturing(net, layers) as capture:
+        for _ in range(2):  # dropped once is dropped for good
+            logits = capture.forward(x)
+            gradients = capture.gradients(logits, seed)
+            assert [str(layer) for layer in gradients] == [
+                str(layer) for layer in layers if REASONS[str(layer)] is None
+            ]
+            assert set(capture.activations) == set(gradients) == set(capture.shapes)
+            for layer, reason in capture.dropped.items():
+                assert REASONS[str(layer)] in reason
+        assert set(capture.observe_layers(x)) == set(gradients)
+        capture.observe(x, copy=True)
+        assert set(capture.activations) == set(gradients)
+    for layer, gradient in gradients.items():
+        (alone,) = resolve_layers(net, layer.name)
+        torch.testing.assert_close(gradient, captured(net, x, seed, alone.name)[2])
+
+
+@pytest.mark.parametrize("spec", [["block.*", "stem"], ["block.t*", "head.1"]])
+@pytest.mark.parametrize("network", [CheckpointedBlock, CheckpointedAll])
+def test_dropping_agrees_with_checkpoints(network, spec, x, seed):
+    """What is replayed in the backward pass must do as the forward pass did."""
+    net = network().double()
+    net.block.twice, net.block.aside = nn.ReLU(), nn.Conv3d(5, 2, 1).double()
+
+    def forward(x):
+        features = net.block.conv(x)
+        net.block.aside(features)
+        return net.block.twice(net.block.twice(features))
+
+    net.block.forward = forward
+    layers = resolve_layers(net, spec)
+    with capturing(net, layers) as capture:
+        gradients = capture.gradients(capture.forward(x), seed)
+    kept = {"block.conv", "stem"} if "stem" in spec else {"head.1"}
+    assert {str(layer) for layer in gradients} == kept
+    assert set(capture.dropped) == set(layers) - set(gradients)
+
+
+def test_a_layer_that_is_also_named_is_required(x):
+    net = Odd().double()
+    layers = resolve_layers(net, ["*", "spare"])
+    with (
+        capturing(net, layers) as capture,
+        pytest.raises(LayerError, match="'spare' did not run"),
+    ):
+        capture.forward(x)
+
+
+def test_nothing_left_is_refused_with_the_reasons(x, seed):
+    net = Odd().double()
+    layers = resolve_layers(net, ["s*e", "many*", "po*l", "as*"])
+    message = r"none of the 4 target layers gives a map. .*spare: .* did not run.*; and 1 more$"
+    with capturing(net, layers) as capture:
+        logits = capture.forward(x.requires_grad_())
+        with pytest.raises(LayerError, match=message):
+            capture.gradients(logits, seed)
+
+
+def test_all_explains_every_convolution_that_can_be(x, seed):
+    net = Odd().double()
+    layers = resolve_layers(net, "all")
+    with capturing(net, layers) as capture:
+        gradients = capture.gradients(capture.forward(x), seed)
+    assert [str(layer) for layer in gradients] == ["stem", "block.conv", "head.0", "head.2"]
+    assert [str(layer) for layer in capture.dropped] == ["spare", "aside"]
+
+
+# --------------------------------------------------------------------- more than the first gradient
+
+
+class Smooth(nn.Module):
+    """A network with second derivatives; layers in three layouts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 4, 2, 2)
+        self.tokens, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.inner = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.ConvTranspose2d(3, 2, 2, 2)
+        self.inplace = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.behind(self.with_class_token(self.embed(x)), x.shape[2] // 2)
+
+    def with_class_token(self, grid):
+        tokens = grid.flatten(2).transpose(1, 2)
+        return self.tokens(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
+
+    def behind(self, tokens, height):
+        tokens = (tokens * tokens[:, :1]).sigmoid()[:, 1:]
+        grid = self.last(tokens.unflatten(1, (height, -1)))
+        return self.after(grid.movedim(-1, 1))
+
+    def after(self, grid):
+        return self.head(self.inplace(self.inner(torch.tanh(grid))))
+
+
+@pytest.fixture
+def smooth():
+    return seeded(Smooth())
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 1, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_scaling_channels_keeps_the_class_token(smooth, image):
+    scale = torch.tensor([[0, 1, 2, 0.3, 1], [1, 1, 0, 1, -1]], dtype=torch.float64)
+    tokens = smooth.with_class_token(smooth.embed(image))
+    factors = torch.cat([torch.ones_like(tokens[:, :1]), scale[:, None].expand(-1, 24, -1)], 1)
+    expected = smooth.behind(tokens * factors, 4).detach()
+    layers = resolve_layers(smooth, ["tokens", "embed"])
+    with capturing(smooth, layers) as capture:
+        logits = capture.observe(image, copy=True)
+        before = capture.activations
+        found = capture.scaled(image, layers[0], scale)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        assert not found.requires_grad
+        assert (found - logits).abs().max() > 0.01
+        torch.testing.assert_close(capture.activations, before, rtol=0, atol=0)
+        torch.testing.assert_close(capture.scaled(image, layers[0], scale * 0 + 1), logits)
+
+
+@pytest.mark.parametrize("layer", ["last", "inner"])
+def test_scaling_channels_of_a_grid(layer, smooth, image):
+    """Three copies of one input, each without one channel: as Ablation-CAM does."""
+    layers = resolve_layers(smooth, layer)
+    scale = 1 - torch.eye(3, dtype=torch.float64)
+    with capturing(smooth, layers) as capture:
+        capture.observe(image, copy=False)
+        found = capture.scaled(image[:1].expand(3, -1, -1, -1), layers[0], scale)
+    for channel in range(3):
+        module = getattr(smooth, layer)
+        silent = copy.deepcopy(smooth)
+        with torch.no_grad():
+            getattr(silent, layer).weight[channel] = 0
+            getattr(silent, layer).bias[channel] = 0
+            torch.testing.assert_close(found[channel : channel + 1], silent(image[:1]))
+        assert not module._forward_hooks
+
+
+def test_scaling_needs_a_pass_of_this_size(smooth, image):
+    layers = resolve_layers(smooth, "inner")
+    with capturing(smooth, layers) as capture:
+        for seen in (None, image[..., :8]):
+            if seen is not None:
+                capture.observe(seen, copy=False)
+            with pytest.raises(ValueError, match=r"no pass over inputs \(2, 1, 8, 12\) has shown"):
+                capture.scaled(image, layers[0], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("caller", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_second_derivatives(caller, smooth, image):
+    """H a, computed whole, of a score that is not linear in the logits either."""
+    tokens = smooth.with_class_token(smooth.embed(image)).detach()
+    grid = smooth.last((tokens * tokens[:, :1]).sigmoid()[:, 1:].unflatten(1, (4, -1))).detach()
+
+    def score(logits):
+        return (logits**3).sum()
+
+    def of_tokens(flat):
+        return score(smooth.behind(flat.view_as(tokens), 4))
+
+    def of_grid(flat):
+        return score(smooth.after(flat.view_as(grid).movedim(-1, 1)))
+
+    whole = torch.autograd.functional.hessian
+    after_class = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, 1:]], 1)
+    expected_tokens = (whole(of_tokens, tokens.flatten()) @ after_class.flatten()).view_as(tokens)
+    expected_tokens = expected_tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
+    expected_grid = (whole(of_grid, grid.flatten()) @ grid.flatten()).view_as(grid).movedim(-1, 1)
+
+    layers = resolve_layers(smooth, ["tokens", "last"])
+    with caller(), capturing(smooth, layers) as capture:
+        value = score(capture.forward(image))
+        gradients = capture.gradients(value, torch.ones_like(value), create_graph=True)
+        activations = capture.activations
+        found = [
+            capture.derivative((gradients[layer] * activations[layer]).sum(), layer)
+            for layer in layers
+        ]
+    assert expected_grid.abs().max() > 1e-3
+    torch.testing.assert_close(found, [expected_tokens, expected_grid], rtol=1e-9, atol=1e-12)
+    assert not found[0].requires_grad
+
+
+@pytest.mark.parametrize("network", [Net, CheckpointedHead, CheckpointedAll])
+def test_a_piecewise_linear_network_has_no_second_derivative(network, x, seed):
+    net = network(inplace=True).double()
+    layers = resolve_layers(net, TARGET)
+    with capturing(net, layers) as capture:
+        gradients = capture.gradients(capture.forward(x), seed, create_graph=True)
+        (product,) = (
+            (g * a).sum()
+            for g, a in zip(gradients.values(), capture.activations.values(), strict=True)
+        )
+        found = capture.derivative(product, layers[0])
+    torch.testing.assert_close(found, torch.zeros_like(gradients[layers[0]]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("network", [Net, CheckpointedBlock, CheckpointedAll])
+def test_the_input_may_be_a_layer(network, x, seed):
+    net = network(inplace=True).double()
+    layers = [INPUT, *resolve_layers(net, TARGET)]
+    with capturing(net, layers) as capture:
+        gradients = capture.gradients(capture.forward(x), seed)
+        activations, shapes = capture.activations, capture.shapes
+        torch.testing.assert_close(capture.observe_layers(x), activations)
+    leaf = x.clone().requires_grad_()
+    twin = copy.deepcopy(net).eval()
+    (expected,) = torch.autograd.grad(twin(leaf), leaf, seed)
+    torch.testing.assert_close(gradients[INPUT], expected)
+    torch.testing.assert_close(activations[INPUT], x)
+    assert shapes[INPUT] == tuple(x.shape[2:])
+    torch.testing.assert_close(gradients[layers[1]], truth(net, x, seed)[1])
 
 
 # ----------------------------------------------------------------------------- networks that fail

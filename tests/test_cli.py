@@ -54,7 +54,7 @@ def test_explain_with_every_option_named(place, method):
     assert list(explained(place)) == ["lesion"]
     case = explained(place)["lesion"]
     assert case["method"]["name"] == method
-    assert list(case["layers"]) == [BOTTLENECK]
+    assert list(case["layers"]) == ["input" if method == "full_grad" else BOTTLENECK]
     cam = place.volume("cam_lesion.nii.gz")
     assert cam.max() == pytest.approx(1)
     assert cam.min() >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -87,6 +88,43 @@ def test_all_works_in_any_number_of_dimensions(ndim):
     assert names(resolve_layers(model, "all")) == ["0", "2"]
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("encoder.*", ["encoder.0", "encoder.1", "encoder.2"]),
+        ("*.0", ["encoder.0", "decoder.0"]),
+        ("*", ["encoder", "decoder", "head"]),
+        ("*coder", ["encoder", "decoder"]),
+        ("**.1", ["encoder.1", "decoder.1"]),
+        ("e**", ["encoder", "encoder.0", "encoder.1", "encoder.2"]),
+        ("encoder.*[0][fine]", [f"encoder.{i}[0][fine]" for i in range(3)]),
+        (["encoder.*", "encoder.1"], ["encoder.0", "encoder.1", "encoder.2"]),
+        (["encoder.*", "encoder.1[0]"], ["encoder.0", "encoder.1", "encoder.2", "encoder.1[0]"]),
+    ],
+)
+def test_a_star_stands_for_anything_between_two_dots(written, expected, net):
+    assert names(resolve_layers(net, written)) == expected
+
+
+def test_only_what_is_named_in_full_is_required(net):
+    found = resolve_layers(net, ["encoder.*", "all", "encoder.1", net["head"]])
+    assert {str(layer) for layer in found if layer.required} == {"encoder.1", "head"}
+
+
+def test_a_layer_may_be_called_all():
+    model = nn.ModuleDict({"all": nn.Conv2d(1, 1, 1), "other": nn.Conv2d(1, 1, 1)})
+    (only,) = resolve_layers(model, "all")
+    assert only.required
+    assert only.name == "all"
+
+
+def test_the_layout_given_holds_for_all_layers(net):
+    transform = nn.Identity()
+    found = resolve_layers(net, ["encoder.*", "head"], transform)
+    assert all(layer.layout is transform for layer in found)
+    assert found == resolve_layers(net, ["encoder.*", "head"])
+
+
 def test_wrappers_are_looked_through(net):
     compiled = torch.compile(net, backend="eager")
     for wrapped in (net, nn.DataParallel(net), compiled, nn.DataParallel(compiled)):
@@ -106,6 +144,9 @@ def test_wrappers_are_looked_through(net):
         ("zzz", "no layer 'zzz' in ModuleDict: legal: 'encoder', 'encoder.0', .*'head'"),
         ("", "no layer '' in ModuleDict: legal: 'encoder'"),
         ("encoder[0", r"no layer 'encoder\[0' in"),
+        ("decodr.*", r"no layer 'decodr.\*' in ModuleDict: did you mean 'decoder"),
+        ("encoder.*.*", r"no layer 'encoder.\*.\*' in"),
+        ("[0]", r"no layer '\[0\]' in"),
         ("encoder]0[", r"no layer 'encoder\]0\[' in"),
         ("encoder[]", r"no layer 'encoder\[\]' in"),
         ("encoder[0].2", r"no layer 'encoder\[0\].2' in"),
@@ -114,6 +155,7 @@ def test_wrappers_are_looked_through(net):
         (None, "layer"),
         (3, "layer"),
         ([3], "give a dotted name"),
+        (torch.zeros(9, 9), r"target layers tensor\(.{,40}: give a dotted name"),
     ],
 )
 def test_a_wrong_name_is_refused(spec, message, net):
@@ -159,6 +201,14 @@ class Record(OrderedDict):
     """Stands for the output classes of other libraries."""
 
 
+@dataclass
+class Result:
+    """Stands for those that are no dicts."""
+
+    fine: object
+    coarse: object
+
+
 def outputs():
     one, two = torch.ones(1, 2), torch.full((1, 2), 2.0)
     return [
@@ -168,6 +218,9 @@ def outputs():
         (("coarse",), {"fine": one, "coarse": two}),
         (("coarse",), Record(fine=one, coarse=two)),
         ((1,), Pair(one, two)),
+        (("coarse",), Pair(one, two)),
+        (("coarse",), Result(one, two)),
+        ((0, "coarse", 1), [Result(None, (one, two))]),
         (("a", 0, 1), {"a": [(one, two), None], "b": 3}),
     ]
 

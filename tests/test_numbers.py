@@ -130,9 +130,9 @@ def test_one_block_is_grad_cam_and_one_block_a_slice_is_the_recipe():
 
 def test_grad_cam_weight_is_the_mean_of_the_slices_weights():
     gradients = toy.random_input(2, 3, 4, 5, 6)
-    slices = METHODS["slice_grad_cam"].weights(gradients)
+    slices = METHODS["slice_grad_cam"].weights_of_all(gradients, gradients).values
     assert slices.shape == (2, 3, 4, 1, 1)
-    whole = METHODS["grad_cam"].weights(gradients)
+    whole = METHODS["grad_cam"].weights_of_all(gradients, gradients).values
     assert deviation(slices.mean(2, keepdim=True), whole) < EXACT
 
 

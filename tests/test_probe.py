@@ -22,6 +22,7 @@ from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.capture import capturing
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
+from seg3dcam.layouts import Tokens
 from seg3dcam.probe import measure_grids
 
 
@@ -297,6 +298,58 @@ def test_layers_of_a_regular_network_have_their_strides(name):
         assert all(abs(offset) < stride for offset in grids[layer].offset), layer
 
 
+# --------------------------------------------------------------------- tokens and channels last
+
+
+def unetr():
+    return nets.UNETR(1, 3, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2)
+
+
+def test_tokens_lie_in_the_middle_of_their_patches():
+    """A token keeps its place: attention adds to it."""
+    names = ["vit.patch_embedding", "vit.blocks.0", "vit.blocks.11", "vit[0]"]
+    for name, grid in grids_of(unetr(), (32, 32, 48), names).items():
+        assert grid.shape == (2, 2, 3), name
+        assert_grid(grid, (16,) * 3, (7.5,) * 3)
+
+
+def test_tokens_behind_a_class_token():
+    net = nets.ViT(1, (32, 48), (8, 8), 12, 16, 2, 2, spatial_dims=2, classification=True)
+    layers = resolve_layers(net, "blocks.*")
+    with capturing(net, layers, output=0) as capture:
+        capture.observe(torch.zeros(1, 1, 32, 48), copy=False)
+        shapes = capture.shapes
+    for grid in measure_grids(net, torch.zeros(1, 1, 32, 48), shapes).values():
+        assert_grid(grid, (8, 8), (3.5, 3.5))
+
+
+def test_swin_merges_patches():
+    """2 voxels a patch, then 2 patches: from (2 - 1) / 2 to (stride - 1) / 2 at every level."""
+    net = nets.SwinUNETR(1, 3, feature_size=12, depths=(2,) * 4, num_heads=(3,) * 4, spatial_dims=2)
+    levels = {
+        "swinViT.patch_embed": 2,
+        "swinViT.layers1.0.blocks.1": 2,
+        "swinViT.layers1.0.downsample": 4,
+        "swinViT.layers2.0": 8,
+        "encoder10": 32,
+        "decoder5": 16,
+    }
+    for name, grid in grids_of(net, (64, 96), list(levels)).items():
+        stride = levels[name]
+        assert_grid(grid, (stride,) * 2, ((stride - 1) / 2,) * 2)
+
+
+@pytest.mark.parametrize("name", ["tokens", "tok*"])
+def test_a_users_grid_of_tokens_is_measured_at_the_inputs_own_size(name):
+    """At the handy size there are other tokens than the given grid has."""
+    net, x = Attention(), torch.zeros(1, 1, 128, 160)
+    layers = resolve_layers(net, name, Tokens((32, 40)))
+    with capturing(net, layers) as capture:
+        capture.observe(x, copy=False)
+        grids = measure_grids(net, x, capture.shapes)
+    assert_grid(grids[layers[0]], (4, 4), (1.5, 1.5))
+
+
 # -------------------------------------------------------------------- what cannot be measured
 
 
@@ -306,13 +359,14 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = nn.Conv2d(1, 8, 4, 4)
+        self.tokens = nn.Identity()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.out = nn.Conv2d(8, 8, 1)
         self.up = nn.ConvTranspose2d(8, 2, 4, 4)
 
     def forward(self, x):
         grid = self.patches(x)
-        tokens = grid.flatten(2).transpose(1, 2)
+        tokens = self.tokens(grid.flatten(2).transpose(1, 2))
         tokens, _ = self.attention(tokens, tokens, tokens)
         return self.up(self.out(tokens.transpose(1, 2).reshape(grid.shape)))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from monai.networks import nets
 from torch import nn
 
@@ -26,6 +25,42 @@ def dynunet(**settings):
     return nets.DynUNet(
         3, 1, CLASSES, kernels, strides, strides[1:], filters=[4, 6, 8, 10], **settings
     )
+
+
+def nnunet(kind, blocks, **settings):
+    return kind(
+        1,
+        4,
+        (4, 6, 8, 10),
+        nn.Conv3d,
+        3,
+        [1, [1, 2, 2], 2, 2],
+        num_classes=CLASSES,
+        n_conv_per_stage_decoder=[1] * 3,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **{blocks: [2] * 4},
+        **settings,
+    )
+
+
+def plain_conv_unet(**settings):
+    return nnunet(PlainConvUNet, "n_conv_per_stage", **settings)
+
+
+def residual_encoder_unet(**settings):
+    return nnunet(ResidualEncoderUNet, "n_blocks_per_stage", **settings)
+
+
+NNUNET = {
+    "encoder.stages.3": (4, 8, 8),
+    "decoder.stages.0": (2, 4, 4),
+    "decoder.stages.1": (1, 2, 2),
+    "decoder.stages.2": 1,
+}
 
 
 # name: how to make it, shape, {layer: stride}, the bottleneck first. The strides double, but for
@@ -101,11 +136,62 @@ NETWORKS = {
         (16, 16, 32),
         {"down_tr256": 16, "up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
     ),
+    "PlainConvUNet": (plain_conv_unet, (16, 32, 48), NNUNET),
+    "PlainConvUNet, cube": (plain_conv_unet, (32, 32, 32), NNUNET),  # channels 8 at 8 voxels
+    "PlainConvUNet, deep supervision": (
+        lambda: plain_conv_unet(deep_supervision=True),
+        (16, 32, 48),
+        NNUNET,
+    ),
+    "ResidualEncoderUNet": (residual_encoder_unet, (16, 32, 48), NNUNET),
+    "ResidualEncoderUNet, deep supervision": (
+        lambda: residual_encoder_unet(deep_supervision=True),
+        (16, 32, 48),
+        NNUNET,
+    ),
+    "BasicUNet++": (
+        lambda: nets.BasicUNetPlusPlus(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
+        (16, 32, 48),
+        {"conv_4_0": 16, "upcat_3_1": 8, "upcat_2_2": 4, "upcat_1_3": 2, "upcat_0_4": 1},
+    ),
+    "SegResNetDS": (
+        lambda: nets.SegResNetDS(3, 8, 1, CLASSES, blocks_down=(1, 1, 1, 1), dsdepth=2),
+        (16, 24, 32),
+        {
+            "encoder.layers.3.blocks": 8,
+            "up_layers.0.blocks": 4,
+            "up_layers.1.blocks": 2,
+            "up_layers.2.blocks": 1,
+        },
+    ),
+    "FlexibleUNet": (
+        lambda: nets.FlexibleUNet(1, CLASSES, "resnet10", spatial_dims=2),
+        (64, 96),
+        {
+            "encoder.layer4": 32,
+            "decoder.blocks.0": 16,
+            "decoder.blocks.1": 8,
+            "decoder.blocks.2": 4,
+            "decoder.blocks.3": 2,
+            "decoder": 1,
+        },
+    ),
+    "HighResNet": (lambda: nets.HighResNet(2, 1, CLASSES), (16, 24), {"blocks.10": 1}),
+    "UNETR": (
+        lambda: nets.UNETR(
+            1, CLASSES, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2, qkv_bias=True
+        ),
+        (32, 32, 48),
+        {"vit.blocks.11": 16, "decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1},
+    ),
+    "SwinUNETR, 2D": (
+        lambda: nets.SwinUNETR(
+            1, CLASSES, feature_size=12, depths=(1,) * 4, num_heads=(3,) * 4, spatial_dims=2
+        ),
+        (64, 64),
+        {"encoder10": 32, **{f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)}},
+    ),
 }
-
-needs_einops = pytest.mark.skipif(
-    importlib.util.find_spec("einops") is None, reason="MONAI's transformers need einops"
-)
 
 
 def seeded(make):
@@ -142,7 +228,7 @@ def test_the_documented_layers_are_suggested(name):
         torch.testing.assert_close(value, numbers[key], rtol=0, atol=0, msg=key)
 
 
-@pytest.mark.parametrize("name", ["UNet", "BasicUNet", "SegResNet", "UNet, 2D"])
+@pytest.mark.parametrize("name", ["UNet", "SegResNet", "UNet, 2D"])
 def test_what_is_said_of_a_suggestion_is_true_of_the_layer(name):
     """Its shape and size are those of the tensor that the layer gives."""
     make, shape, _ = NETWORKS[name]
@@ -163,7 +249,6 @@ def test_what_is_said_of_a_suggestion_is_true_of_the_layer(name):
 
 
 @pytest.mark.slow
-@needs_einops
 def test_swin_unetr():
     net = nets.SwinUNETR(1, CLASSES, feature_size=12, depths=(1,) * 4, num_heads=(3,) * 4)
     found = {s.name: s.stride[0] for s in suggest_layers(net, (1, 1, 32, 32, 64))}
@@ -173,15 +258,42 @@ def test_swin_unetr():
     }
 
 
-@needs_einops
-def test_unetr():
-    """The patch embedding has seen nothing but its own patch: it is no bottleneck."""
-    net = nets.UNETR(1, CLASSES, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2)
-    found = suggest_layers(net, (1, 1, 32, 32, 48))
-    assert [s.name for s in found if s.name.startswith("decoder")] == [
-        f"decoder{level}" for level in (5, 4, 3, 2)
-    ]
-    assert not found[0].name.startswith("vit.patch_embedding")
+def vit(**settings):
+    return nets.ViT(1, (32, 32), (8, 8), 12, 16, 3, 2, spatial_dims=2, **settings)
+
+
+def test_a_transformer_that_classifies_gets_the_last_block_whose_patches_count():
+    """Of the last block the class token alone is read, so its patches have no gradient."""
+    net = seeded(lambda: vit(classification=True, num_classes=4))
+    (only,) = suggest_layers(net, (1, 1, 32, 32), output=0)
+    assert (only.name, only.shape, only.stride) == ("blocks.1", (12, 4, 4), (8, 8))
+    result = GradCAM(net, output=0)(torch.rand(1, 1, 32, 32), targets.ClassLogit(1, "volume"))
+    assert result.native["blocks.1"].shape == (1, 4, 4)
+    assert result.native["blocks.1"].any()
+
+
+class PatchesThenHead(nn.Module):
+    """An embedding, a block of tokens that mixes none of them, a final norm, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 6, 4, 4)
+        self.norm = nn.LayerNorm(6)
+        self.blocks = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+        self.head = nn.ConvTranspose2d(6, CLASSES, 4, 4)
+
+    def forward(self, x):
+        grid = self.embed(x)
+        tokens = self.blocks(grid.flatten(2).transpose(1, 2))
+        return self.head(self.norm(tokens).transpose(1, 2).unflatten(2, grid.shape[2:]))
+
+
+def test_an_embedding_is_the_bottleneck_only_where_nothing_looks_further():
+    net = seeded(PatchesThenHead)
+    assert suggest_layers(net, (1, 1, 16, 24))[0].name == "blocks"
+    net = seeded(PatchesThenHead)
+    net.blocks = nn.Identity()
+    assert suggest_layers(net, (1, 1, 16, 24))[0].name == "embed"
 
 
 # ------------------------------------------------------------------------- what is never suggested
@@ -273,7 +385,7 @@ def test_the_chosen_output_decides():
     for head in "ab":
         found = suggest_layers(net, (1, 1, 16, 16), output=head)
         assert [s.name for s in found] == [f"{head}.0", f"{head}.2"]
-    with pytest.raises(ModelError, match="output='key'"):
+    with pytest.raises(ModelError, match=r"which: output='a' .*, output='b'"):
         suggest_layers(net, (1, 1, 16, 16))
 
 
@@ -322,7 +434,7 @@ def test_frozen_networks_of_any_precision(frozen, dtype):
 
 def test_a_network_without_places_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(LayerError, match=r"no layer of Sequential gives channel-first activations"):
+    with pytest.raises(LayerError, match=r"no layer of Sequential gives activations with a place"):
         suggest_layers(net, (1, 1, 8, 8))
 
 

@@ -124,27 +124,29 @@ def place_by_hand(
 ) -> torch.Tensor:
     """Add windows' maps of a stride-2 layer (feature u at voxel 2u) and interpolate to voxels.
 
-    Where every window starts on the layer's grid the maps are added there, otherwise at voxels.
-    With `weights` (*roi), the weighted mean is taken instead of the sum.
+    Along an axis where every window starts on the layer's grid the maps are added there, otherwise
+    at voxels. With `weights` (*roi), the weighted mean is taken instead of the sum.
     """
-    aligned = all(start % 2 == 0 for starts in windows.starts for start in starts)
-    step = 2 if aligned else 1
-    if not aligned:
-        grid = FeatureGrid(tuple(maps.shape[1:]), (2.0,) * 3, (0.0,) * 3)
-        maps = interpolate(maps, grid, FeatureGrid.of_voxels(windows.roi))
-    importance = torch.ones(maps.shape[1:]) if weights is None else weights[::step, ::step, ::step]
-    total = torch.zeros([n // step for n in windows.padded_shape], dtype=maps.dtype)
+    steps = [2 if all(start % 2 == 0 for start in row) else 1 for row in zip(*windows.starts, strict=True)]
+    grid = FeatureGrid(tuple(maps.shape[1:]), (2.0,) * 3, (0.0,) * 3)
+    sizes = tuple(roi // step for roi, step in zip(windows.roi, steps, strict=True))
+    maps = interpolate(maps, grid, FeatureGrid(sizes, tuple(map(float, steps)), (0.0,) * 3))
+    places = tuple(slice(None, None, step) for step in steps)
+    importance = torch.ones(maps.shape[1:]) if weights is None else weights[places]
+    shape = [n // step for n, step in zip(windows.padded_shape, steps, strict=True)]
+    total = torch.zeros(shape, dtype=maps.dtype)
     norm = torch.zeros_like(total)
     for values, start in zip(maps, windows.starts, strict=True):
         place = tuple(
-            slice(s // step, s // step + n) for s, n in zip(start, values.shape, strict=True)
+            slice(s // step, s // step + n)
+            for s, step, n in zip(start, steps, values.shape, strict=True)
         )
         total[place] += values * importance
         norm[place] += importance
     if weights is not None:
         total /= norm
     before = tuple(float(-b) for b in windows.before)
-    grid = FeatureGrid(tuple(total.shape), (float(step),) * 3, before)
+    grid = FeatureGrid(tuple(total.shape), tuple(map(float, steps)), before)
     return interpolate(total, grid, FeatureGrid.of_voxels(windows.shape))
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from seg3dcam.errors import ConfigError
+from seg3dcam.methods.base import Method, Sums, Weights
 
 #: Feature voxels of a block along each axis; None is the whole axis. An int serves all axes,
 #: "slice" is one index of the first axes and the whole of the last two.
@@ -39,18 +41,8 @@ def pool(gradients: torch.Tensor, block: Block, mode: Mode = "mean") -> torch.Te
     return gradients
 
 
-def weighted_sum(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum over channels of weights x activations: (B, *S).
-
-    Args:
-        activations: (B, C, *S).
-        weights: (B, C, *S'), S' being 1 or S along each axis.
-    """
-    return torch.einsum("bc...,bc...->b...", activations, weights)
-
-
 @dataclass(frozen=True)
-class PooledGradient:
+class PooledGradient(Method):
     """A member of the family: call it with activations and gradients (B, C, *S), get (B, *S).
 
     Attributes:
@@ -80,33 +72,52 @@ class PooledGradient:
                 "up, or None for the whole axis"
             )
 
-    def __call__(self, activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """Return the raw map (B, *S)."""
-        return weighted_sum(activations, self.weights(gradients))
-
-    def weights(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Return the channel weights (B, C, *S'), S' being 1 along the axes pooled whole."""
-        return pool(gradients, self.block, self.mode)
-
-    def join(
-        self, weights: Sequence[torch.Tensor], lengths: float, *, missing: bool
-    ) -> torch.Tensor:
-        """Return the weights of a group of windows that are pooled together.
-
-        Args:
-            weights: the weights of each window that has a gradient.
-            lengths: how many windows' lengths the volume measures along the axes pooled whole,
-                multiplied: the mean is over the volume, where windows overlap too.
-            missing: True where the group has windows without a gradient.
-        """
-        stacked = torch.stack(list(weights))
-        if self.mode == "mean":
-            return stacked.sum(0) / lengths
-        return stacked.amax(0).clamp(min=0) if missing else stacked.amax(0)
-
     def whole_axes(self, ndim: int) -> tuple[int, ...]:
-        """Return the spatial axes that are pooled whole, of `ndim`."""
         return tuple(a for a, size in enumerate(as_block(self.block, ndim)) if size is None)
+
+    def maps_gradients(self, ndim: int) -> bool:
+        return not self.whole_axes(ndim)
+
+    def weigh(self, a: torch.Tensor, g: torch.Tensor, survey: Sums) -> Sums:
+        """Pool the gradient; over the axes pooled whole the mean is a sum, until all is known."""
+        axes = self.whole_axes(g.ndim - 2)
+        voxels = float(np.prod([g.shape[2 + axis] for axis in axes])) if axes else 1.0
+        scale = voxels if self.mode == "mean" else 1.0
+        return {
+            "signed": pool(g, self.block, self.mode) * scale,
+            "absolute": pool(g.abs(), self.block, self.mode) * scale,
+        }
+
+    def join(self, sums: Sums, more: Sums) -> Sums:
+        if self.mode == "mean":
+            return super().join(sums, more)
+        return {name: torch.maximum(sums[name], more[name]) for name in sums}
+
+    def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Weights:
+        if self.mode == "mean":
+            return Weights(weighed["signed"] / voxels, weighed["absolute"] / voxels)
+        signed = weighed["signed"].clamp(min=0) if missing else weighed["signed"]
+        return Weights(signed, weighed["absolute"])
+
+
+class ShapleyCAM(PooledGradient):
+    """Grad-CAM with the gradient corrected for curvature: w_k = mean over u of G - HA / 2.
+
+    H is the Hessian of the score with respect to the activations, HA its product with them.
+    """
+
+    order = 2
+
+    def __call__(  # type: ignore[override]
+        self, activations: torch.Tensor, gradients: torch.Tensor, curvature: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the raw map (B, *S), given the curvature HA (B, C, *S)."""
+        return super().__call__(activations, corrected(gradients, curvature))
+
+
+def corrected(gradients: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """Return the gradient in the middle between no activation and all of them: G - HA / 2."""
+    return gradients - curvature / 2
 
 
 def as_block(block: Block, ndim: int) -> tuple[int | None, ...]:

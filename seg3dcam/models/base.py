@@ -71,7 +71,7 @@ class SegModel:
 
     def class_name(self, index: int) -> str:
         """Return the name of a channel."""
-        return self.class_names[index] if self.class_names else f"class {index}"
+        return self.class_names[index] if index < len(self.class_names) else f"class {index}"
 
     def check_scan(self, scan: Scan) -> None:
         """Raise ModelError unless the scan has as many channels as the network takes."""

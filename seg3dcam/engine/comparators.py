@@ -1,0 +1,250 @@
+"""Attributions of the input's own voxels, computed by captum: what CAMs are compared with.
+
+They look at no layer. Through windows, captum sees one window at a time, with the score replaced
+by its slope at the prediction, sum of dS/dL . L: exact for gradients, and for every method where
+the score is linear in the logits, as a class's logit is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from seg3dcam import targets as score
+from seg3dcam.capture import Capture, capturing
+from seg3dcam.engine.passes import (
+    FirstPass,
+    Progress,
+    Seed,
+    scored_alone,
+    seeded_windows,
+    upstream_of,
+)
+from seg3dcam.errors import MissingExtraError
+from seg3dcam.geometry import FeatureGrid, cropped
+from seg3dcam.outputs import OutputSelection
+from seg3dcam.result import LayerMap, joined
+from seg3dcam.windows import Blend
+
+Target = Callable[[torch.Tensor], torch.Tensor]
+
+#: Batch of inputs (n, C, *S) -> scores (n,).
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Comparator:
+    """A method of captum.
+
+    Attributes:
+        kind: which one.
+        baseline: the value of a voxel that says nothing (integrated gradients, occlusion).
+        steps: points on the way from the baseline (integrated gradients).
+        samples, noise: noisy copies, and the noise's standard deviation as a fraction of the
+            input's range (SmoothGrad).
+        block: input voxels that are hidden together, one number or one for each axis (occlusion):
+            it must be larger than what the network looks for.
+        batch: inputs that go through the network at once.
+    """
+
+    kind: Literal[
+        "gradient",
+        "gradient_x_input",
+        "smooth_grad",
+        "integrated_gradients",
+        "guided_backprop",
+        "occlusion",
+    ] = "gradient"
+    baseline: float = 0.0
+    steps: int = 50
+    samples: int = 16
+    noise: float = 0.1
+    block: int | tuple[int, ...] = 8
+    batch: int = 4
+
+
+def compare_map(
+    first: FirstPass,
+    target: Target,
+    seed: Seed,
+    comparator: Comparator,
+    output: OutputSelection,
+    progress: Progress,
+) -> LayerMap:
+    """Return the map of one target, on the input's voxels.
+
+    Gradients are summed over channels by their size, everything else with its sign.
+
+    Raises:
+        MissingExtraError: captum is not installed.
+    """
+    with capturing(first.capture.model, [], output) as capture:
+        items = range(len(first.x))
+        return joined(
+            [_map(first, item, target, seed, comparator, capture, progress) for item in items]
+        )
+
+
+def _map(
+    first: FirstPass,
+    item: int,
+    target: Target,
+    seed: Seed,
+    comparator: Comparator,
+    capture: Capture,
+    progress: Progress,
+) -> LayerMap:
+    windows = first.windows
+    voxels = FeatureGrid.of_voxels(windows.roi)
+    blend = Blend(windows, voxels, first.x.new_zeros(first.x.shape[1]))
+    which = seeded_windows(first, [item], seed)
+    attribute = ATTRIBUTIONS[comparator.kind]
+    for done, window in enumerate(which, 1):
+        x = capture.to_model(windows.cut(first.padded[item : item + 1], [window]).clone())
+        if len(windows) == 1:
+            scored = _Scored(capture, _of_all(first, item, target))
+        else:
+            scored = _Scored(capture, _slope(upstream_of(first, seed, [item], [window])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # captum's, on hooks and gradients that it sets
+            (found,) = attribute(scored, x, comparator).detach()
+        blend.add_alone(window, found.to(first.x))
+        progress("comparing", done, len(which))
+    channels, grid = cropped(blend.total, blend.grid, windows.shape)
+    values = (channels.abs() if comparator.kind in UNSIGNED else channels).sum(0, keepdim=True)
+    ceiling = values.abs().amax().reshape(1)
+    flags: tuple[str, ...] = ()
+    if comparator.kind == "guided_backprop" and not _rectifiers(capture.model):
+        flags = ("guided_backprop changes nn.ReLU only; without any, this is the plain gradient",)
+    return LayerMap(values, grid, voxels, ceiling, capture.dtype, None, flags)
+
+
+def _of_all(first: FirstPass, item: int, target: Target) -> Score:
+    """Return the score as a function of the logits of the one window that there is."""
+    alone = scored_alone(score.fixed(target, first.logits), first.logits, item)
+    return lambda logits: alone(first.windows.crop(logits))
+
+
+def _slope(upstream: torch.Tensor) -> Score:
+    """Return the part of one window in the score's slope, as a function of its logits."""
+    return lambda logits: (logits * upstream).sum().reshape(1)
+
+
+class _Scored(nn.Module):
+    """The network with the score behind it, as captum wants it: (n, C, *S) -> (n,)."""
+
+    def __init__(self, capture: Capture, score_of: Score) -> None:
+        super().__init__()
+        self.model = capture.model
+        self._capture, self._score_of = capture, score_of
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            logits = self._capture.forward(x.clone())
+        else:
+            logits = self._capture.observe(x.clone(), copy=False)
+        return torch.cat([self._score_of(logits[n : n + 1]) for n in range(len(x))])
+
+
+def _gradient(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    return _captum().Saliency(scored).attribute(x, abs=False)
+
+
+def _gradient_x_input(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    return _captum().InputXGradient(scored).attribute(x)
+
+
+def _smooth_grad(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    captum = _captum()
+    spread = float(x.max() - x.min()) * comparator.noise
+    return captum.NoiseTunnel(captum.Saliency(scored)).attribute(
+        x,
+        nt_type="smoothgrad",
+        nt_samples=comparator.samples,
+        nt_samples_batch_size=comparator.batch,
+        stdevs=spread,
+        abs=False,
+    )
+
+
+def _integrated_gradients(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    return (
+        _captum()
+        .IntegratedGradients(scored)
+        .attribute(
+            x,
+            baselines=comparator.baseline,
+            n_steps=comparator.steps,
+            internal_batch_size=comparator.batch,
+        )
+    )
+
+
+def _guided_backprop(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    captum = _captum()
+    with _out_of_place(scored.model):
+        return captum.GuidedBackprop(scored).attribute(x)
+
+
+def _occlusion(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
+    block = comparator.block
+    sizes = (block,) * (x.ndim - 2) if isinstance(block, int) else tuple(block)
+    sizes = tuple(min(b, n) for b, n in zip(sizes, x.shape[2:], strict=True))
+    found = (
+        _captum()
+        .Occlusion(scored)
+        .attribute(
+            x,
+            sliding_window_shapes=(x.shape[1], *sizes),
+            strides=(x.shape[1], *(max(1, b // 2) for b in sizes)),
+            baselines=comparator.baseline,
+            perturbations_per_eval=comparator.batch,
+        )
+    )
+    return found / x.shape[1]  # all channels are hidden together: each holds the whole change
+
+
+#: Kind -> (network with score, input (1, C, *S), settings) -> attributions (1, C, *S).
+ATTRIBUTIONS: dict[str, Callable[[_Scored, torch.Tensor, Comparator], torch.Tensor]] = {
+    "gradient": _gradient,
+    "gradient_x_input": _gradient_x_input,
+    "smooth_grad": _smooth_grad,
+    "integrated_gradients": _integrated_gradients,
+    "guided_backprop": _guided_backprop,
+    "occlusion": _occlusion,
+}
+
+
+#: Of these, the channels' sizes are summed.
+UNSIGNED = ("gradient", "smooth_grad")
+
+
+@contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Keep every ReLU from working in place, which captum's backward hooks do not survive."""
+    with ExitStack() as stack:
+        for module in _rectifiers(model):
+            stack.callback(setattr, module, "inplace", module.inplace)
+            module.inplace = False
+        yield
+
+
+def _rectifiers(model: nn.Module) -> list[nn.ReLU]:
+    return [module for module in model.modules() if isinstance(module, nn.ReLU)]
+
+
+def _captum() -> Any:
+    try:
+        from captum import attr
+    except ImportError as error:
+        raise MissingExtraError(
+            "gradients, SmoothGrad, integrated gradients, guided backprop and occlusion are "
+            "captum's: pip install 'seg3dcam[captum]'"
+        ) from error
+    return attr

@@ -1,0 +1,128 @@
+"""FullGrad through windows: contributions of the input and of every bias, on the input's voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from seg3dcam.capture import Capture, capturing
+from seg3dcam.engine.passes import INPUT, FirstPass, Progress, Seed, gradient_pass
+from seg3dcam.geometry import FeatureGrid, cropped, interpolate
+from seg3dcam.layers import LayerRef
+from seg3dcam.methods import FullGradient
+from seg3dcam.methods.base import for_each_item
+from seg3dcam.outputs import OutputSelection
+from seg3dcam.probe import measure_grids
+from seg3dcam.result import LayerMap, joined
+from seg3dcam.windows import Blend
+
+#: A map that misses more than this fraction of the score is flagged.
+COMPLETE = 1e-3
+
+
+def full_gradient_map(
+    first: FirstPass,
+    seed: Seed,
+    method: FullGradient,
+    output: OutputSelection,
+    progress: Progress,
+) -> LayerMap:
+    """Return the map of one target, on the input's voxels.
+
+    It takes apart seed . logits: for a target that is linear in the logits, the score.
+    """
+    layers = _biased_layers(first.capture.model)
+    with capturing(first.capture.model, layers, output) as capture:
+        second = FirstPass(capture, first.windows, first.x, first.logits, {})
+        maps = [_map(second, items, seed, method, progress) for items in first.items]
+    return joined(maps)
+
+
+def _map(
+    first: FirstPass, items: Sequence[int], seed: Seed, method: FullGradient, progress: Progress
+) -> LayerMap:
+    voxels = FeatureGrid.of_voxels(first.windows.roi)
+    blend = Blend(first.windows, voxels, first.x.new_zeros(len(items)))
+    ceiling = first.x.new_zeros(len(items))
+    grids: dict[LayerRef, FeatureGrid] = {}
+    biases = _biases(first.capture)
+    for found in gradient_pass(first, items, [seed], progress, with_input=True):
+        if not grids:
+            example = found.activations[INPUT][:1]
+            shapes = {layer: tuple(a.shape[2:]) for layer, a in found.activations.items()}
+            inner = {layer: shape for layer, shape in shapes.items() if layer != INPUT}
+            grids = {INPUT: voxels, **measure_grids(first.capture.model, example, inner)}
+        for layer, grid in grids.items():
+            for window, a, g in found.each(layer):
+                values = a if layer == INPUT else for_each_item(biases[layer][None], g.ndim)
+                part = method.contribution(values, g)
+                spread = _spread if method.psi == "signed" else interpolate
+                blend.add_alone(window, spread(part, grid, voxels))
+                highest = method.contribution(values.abs(), g.abs()).flatten(1).amax(1)
+                ceiling = torch.maximum(ceiling, highest.to(ceiling))
+    missing = _missing(first, items, seed, blend.total) if method.psi == "signed" else ()
+    values, grid = cropped(blend.total, blend.grid, first.windows.shape)
+    return LayerMap(values, grid, voxels, ceiling, first.capture.dtype, None, tuple(missing))
+
+
+def _missing(
+    first: FirstPass, items: Sequence[int], seed: Seed, total: torch.Tensor
+) -> Iterator[str]:
+    """Say so where the contributions, padding's too, do not sum to what was to be explained."""
+    start = (0,) * len(seed.shape[2:])
+    dense = seed.cut(items, start, seed.shape[2:])
+    explained = (dense * first.logits[list(items)]).flatten(1).sum(1)
+    summed = total.flatten(1).sum(1)
+    for score, found in zip(explained.tolist(), summed.tolist(), strict=True):
+        if abs(score - found) > COMPLETE * max(abs(score), abs(found)):
+            yield (
+                f"full_grad is not complete here: the map sums to {found:.4g}, the score to "
+                f"{score:.4g}. InstanceNorm, GroupNorm, LayerNorm, attention and activations other "
+                "than ReLU and LeakyReLU share out what no bias accounts for"
+            )
+
+
+def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> torch.Tensor:
+    """Spread every feature voxel's value over the voxels around it; the sum stays the same."""
+    first = values.ndim - len(grid.shape)
+    for axis, (size, length) in enumerate(zip(grid.shape, voxels.shape, strict=True)):
+        line = grid.line(axis)
+        weights = interpolate(torch.eye(size, dtype=torch.float64), line, voxels.line(axis))
+        nowhere = weights.sum(1) == 0  # outside of the voxels, in padding: to the nearest one
+        nearest = line.positions(0).round().long().clamp(0, length - 1)
+        weights[nowhere, nearest[nowhere]] = 1
+        weights = (weights / weights.sum(1, keepdim=True)).to(values)
+        values = (values.movedim(first + axis, -1) @ weights).movedim(-1, first + axis)
+    return values
+
+
+def _biased_layers(model: nn.Module) -> list[LayerRef]:
+    """Return every layer that adds a bias; one that does not run is left out later."""
+    return [
+        LayerRef(name, (), module, required=False)
+        for name, module in model.named_modules()
+        if _bias(module) is not None
+    ]
+
+
+def _biases(capture: Capture) -> dict[LayerRef, torch.Tensor]:
+    found = {layer: _bias(layer.module) for layer in _biased_layers(capture.model)}
+    return {layer: bias for layer, bias in found.items() if bias is not None}
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    """Return what a module adds to each channel, None if nothing."""
+    bias = getattr(module, "bias", None)
+    if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        scale = (module.running_var + module.eps).rsqrt()  # type: ignore[operator, union-attr]
+        scale = scale if module.weight is None else scale * module.weight.detach()
+        shift = -module.running_mean * scale
+        return shift if bias is None else bias.detach() + shift
+    known = isinstance(module, _ConvNd | nn.Linear) or "Norm" in type(module).__name__
+    if known and isinstance(bias, torch.Tensor):
+        return bias.detach()
+    return None

@@ -1,0 +1,417 @@
+"""Passes over a volume, window by window: predict it, take gradients, look at activations again.
+
+For logits stitched from windows, L(v) = sum_w share_w(v) l_w(v), and any score S(L), the gradient
+of S with respect to the activations of window w is that window's own backward pass, started with
+`share_w * dS/dL`. So the whole volume is explained exactly, one batch of windows at a time, and a
+window where `dS/dL` vanishes needs no backward pass at all. Several scores share the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from monai.inferers import sliding_window_inference
+
+from seg3dcam.capture import Capture
+from seg3dcam.errors import ModelError
+from seg3dcam.layers import LayerRef
+from seg3dcam.windows import Windows
+
+#: Called with (step, windows done, windows in all).
+Progress = Callable[[str, int, int], None]
+
+Activations = dict[LayerRef, torch.Tensor]
+
+#: The network's input, where it is looked at like a layer.
+INPUT = LayerRef("input")
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass
+class FirstPass:
+    """What the first pass leaves behind.
+
+    Attributes:
+        x: the input (B, C, *S).
+        logits: (B, K, *S), detached, on the device of `x`.
+        graph: with one window, the padded logits with their graph; else None.
+        activations: with one window, those of the whole batch.
+        shapes: layer -> spatial shape of its activations in one window.
+        kept: (item, window) -> activations, as far as they fit the plan's memory limit.
+    """
+
+    capture: Capture
+    windows: Windows
+    x: torch.Tensor
+    logits: torch.Tensor
+    shapes: dict[LayerRef, tuple[int, ...]]
+    graph: torch.Tensor | None = None
+    activations: Activations = field(default_factory=dict)
+    kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
+
+    @property
+    def items(self) -> list[list[int]]:
+        """The items that are worked on together: all in one window, else one by one."""
+        batch = list(range(len(self.x)))
+        return [batch] if len(self.windows) == 1 else [[item] for item in batch]
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        return self.windows.pad(self.x)
+
+    @cached_property
+    def total_importance(self) -> torch.Tensor:
+        return self.windows.total_importance(self.x)
+
+    def cut(self, items: Sequence[int], which: Sequence[int]) -> torch.Tensor:
+        """Return windows of the input as the network takes them: (items x windows, C, *roi)."""
+        # Cloned: a network may work in place on its input, and that is the caller's.
+        return self.capture.to_model(self.windows.cut(self.padded[list(items)], which).clone())
+
+
+@dataclass(frozen=True)
+class Seed:
+    """dS/dlogits of one target, kept as the smallest box that holds what is not zero.
+
+    Attributes:
+        start: first index of the box in (B, K, *S).
+        values: the box.
+        shape: (B, K, *S).
+    """
+
+    start: tuple[int, ...]
+    values: torch.Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, dense: torch.Tensor) -> Seed:
+        """Return the seed with the values of a (B, K, *S) tensor.
+
+        >>> seed = Seed.of(torch.tensor([[[0.0, 2.0, 0.0]]]))
+        >>> seed.start, seed.values.tolist()
+        ((0, 0, 1), [[[2.0]]])
+        """
+        start, box = [], dense
+        for axis in range(dense.ndim):
+            others = [a for a in range(dense.ndim) if a != axis]
+            used = (box != 0).sum(others) if others else box != 0  # NaN counts as used
+            places = used.nonzero().flatten().tolist() or [0]
+            start.append(places[0])
+            box = box.narrow(axis, places[0], places[-1] + 1 - places[0])
+        return cls(tuple(start), box.clone(), tuple(dense.shape))
+
+    def touches(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> bool:
+        """Tell whether anything in a box in space is not zero; for the arguments see `cut`."""
+        low, high = self._overlap(items, start, size)
+        empty = any(a >= b for a, b in zip(low, high, strict=True))
+        return not empty and bool(self.values[_between(low, high, self.start)].any())
+
+    def cut(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """Return a box in space, (len(items), K, *size).
+
+        Args:
+            items: consecutive ones.
+            start: of the box in voxels of the volume; it may reach beyond the volume.
+        """
+        result = self.values.new_zeros(len(items), self.shape[1], *size)
+        low, high = self._overlap(items, start, size)
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            first = [items[0], 0, *start]
+            result[_between(low, high, first)] = self.values[_between(low, high, self.start)]
+        return result
+
+    def _overlap(
+        self, items: Sequence[int], start: Sequence[int], size: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return where a box in space and this one overlap: first and past-the-last index."""
+        first = [items[0], 0, *start]
+        lengths = [len(items), self.shape[1], *size]
+        low = list(map(max, first, self.start))
+        ends = [f + n for f, n in zip(first, lengths, strict=True)]
+        own = [s + n for s, n in zip(self.start, self.values.shape, strict=True)]
+        return low, list(map(min, ends, own))
+
+
+def predict(
+    capture: Capture,
+    x: torch.Tensor,
+    windows: Windows,
+    *,
+    graph: bool,
+    keep: bool,
+    progress: Progress,
+) -> FirstPass:
+    """Run the first pass: the logits of the whole volume.
+
+    Args:
+        graph: whether gradients will be asked for.
+        keep: whether later passes will need the activations of every window.
+    """
+    if len(windows) == 1:
+        progress("predicting", 0, 1)
+        # Cloned: a network may work in place on its input, and that is the caller's.
+        padded = capture.to_model(windows.pad(x).clone())
+        output = capture.forward(padded) if graph else capture.observe(padded, copy=keep)
+        if windows.padded_shape != windows.shape:
+            check_resolution(output, windows.roi)
+        logits = windows.crop(output.detach()).to(x)
+        first = FirstPass(capture, windows, x, logits, capture.shapes)
+        first.graph, first.activations = output if graph else None, capture.activations
+        return first
+
+    kept: dict[tuple[int, int], Activations] = {}
+    room = int(windows.plan.cache_gb * 1e9) if keep else 0
+    done = 0
+
+    def predictor(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal done, room
+        logits = capture.observe(capture.to_model(batch.clone()), copy=room > 0)
+        check_resolution(logits, windows.roi)
+        if room > 0:
+            for offset, activations in enumerate(_split(capture.activations, len(batch))):
+                room -= sum(a.numel() * a.element_size() for a in activations.values())
+                if room > 0:
+                    kept[divmod(done + offset, len(windows))] = _to(activations, x.device)
+        done += len(batch)
+        progress("predicting", done, len(windows) * len(x))
+        return logits.to(batch)
+
+    plan = windows.plan
+    logits = sliding_window_inference(
+        x,
+        windows.roi,
+        plan.sw_batch_size,
+        predictor,
+        overlap=plan.overlap,
+        mode=plan.mode,
+        sigma_scale=plan.sigma_scale,
+        padding_mode=plan.padding_mode,
+        cval=plan.cval,
+        sw_device=capture.device,
+        device=x.device,
+    )
+    return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one target in some windows.
+
+    Attributes:
+        target: its number.
+        batch: the windows that went through the network together.
+        seeded: those of them that have a seed.
+        logits: (n, K, *roi) with their graph, n = windows x items.
+        upstream: dS/d(logits), (n, K, *roi).
+        activations, gradients: layer -> (n, C, *s).
+    """
+
+    target: int
+    batch: list[int]
+    seeded: list[int]
+    logits: torch.Tensor
+    upstream: torch.Tensor
+    activations: Activations
+    gradients: Activations
+
+    def each(self, layer: LayerRef) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (window, activations, gradients) of a layer."""
+        if layer not in self.gradients:  # the score does not depend on it
+            return
+        count = len(self.batch)
+        parts = (self.activations[layer].chunk(count), self.gradients[layer].chunk(count))
+        for window, a, g in zip(self.batch, *parts, strict=True):
+            if window in self.seeded:
+                yield window, a, g
+
+
+def gradient_pass(
+    first: FirstPass,
+    items: Sequence[int],
+    seeds: Sequence[Seed],
+    progress: Progress,
+    *,
+    keep_graph: bool = False,
+    create_graph: bool = False,
+    with_input: bool = False,
+) -> Iterator[Gradients]:
+    """Yield the gradients of every target in every window that has a seed of it.
+
+    All targets share one forward pass per window.
+
+    Args:
+        seeds: one for each target.
+        keep_graph: whether the first pass's graph (one window) will be needed again.
+        create_graph: make gradients that can be differentiated again.
+        with_input: the input of the network is a layer, too: `INPUT`.
+    """
+    windows, capture = first.windows, first.capture
+    touched: dict[int, list[int]] = {}
+    for number, seed in enumerate(seeds):
+        for window in seeded_windows(first, items, seed):
+            touched.setdefault(window, []).append(number)
+    done = 0
+    for which in windows.batches(sorted(touched)):
+        if first.graph is not None:
+            logits, keep = first.graph, keep_graph
+        else:
+            x = first.cut(items, which).requires_grad_(with_input)
+            logits, keep = capture.forward(x.clone() if with_input else x), False
+        targets = sorted({target for window in which for target in touched[window]})
+        for target in targets:
+            last = target == targets[-1]
+            upstream = upstream_of(first, seeds[target], items, which).to(logits)
+            upstream.requires_grad_(create_graph)
+            gradients = capture.gradients(
+                logits,
+                upstream,
+                keep_graph=keep or not last or create_graph or with_input,
+                create_graph=create_graph,
+            )
+            activations = capture.activations
+            if with_input:
+                activations[INPUT] = x.detach()
+                (gradients[INPUT],) = torch.autograd.grad(logits, x, upstream)
+            yield Gradients(
+                target,
+                which,
+                [window for window in which if target in touched[window]],
+                logits,
+                upstream,
+                activations,
+                gradients,
+            )
+        done += len(which)
+        progress("explaining", done, len(touched))
+
+
+def seeded_windows(first: FirstPass, items: Sequence[int], seed: Seed) -> list[int]:
+    """Return the windows where a seed is not zero everywhere."""
+    every = range(len(first.windows))
+    return [window for window in every if seed.touches(items, *_place(first, window))]
+
+
+def scored_alone(
+    target: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, item: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a target as a function of one item's logits (1, K, *S) -> (1,).
+
+    The others keep theirs: a target may hold a mask for every item.
+
+    Args:
+        target: one that is fixed.
+        logits: (B, K, *S) of all items.
+    """
+
+    def score(own: torch.Tensor) -> torch.Tensor:
+        together = torch.cat([logits[:item], own, logits[item + 1 :]])
+        return target(together)[item : item + 1]
+
+    return target if len(logits) == 1 else score
+
+
+def stitch(
+    first: FirstPass,
+    total: torch.Tensor,
+    items: Sequence[int],
+    which: Sequence[int],
+    values: torch.Tensor,
+) -> None:
+    """Add windows' values (n, K, *roi), weighted with their shares, to those of the volume.
+
+    Args:
+        total: (B, K, *S), changed in place.
+    """
+    windows = first.windows
+    for window, part in zip(which, values.detach().to(total).chunk(len(which)), strict=True):
+        start, size = _place(first, window)
+        if len(windows) > 1:
+            part = part * windows.importance.to(part)
+            part /= windows.cut(first.total_importance, [window])
+        low = [max(0, s) for s in start]
+        high = [min(s + n, end) for s, n, end in zip(start, size, total.shape[2:], strict=True)]
+        inside = total[slice(items[0], items[-1] + 1)]
+        outer: Any = (..., *map(slice, low, high))
+        inside[outer] += part[(..., *_between(low, high, start))]
+
+
+def activation_pass(
+    first: FirstPass, items: Sequence[int], which: Sequence[int]
+) -> Iterator[tuple[int, Activations]]:
+    """Yield the activations of windows, kept from the first pass or computed again."""
+    if first.activations:
+        yield from ((window, first.activations) for window in which)
+        return
+    (item,) = items
+    again = [window for window in which if (item, window) not in first.kept]
+    recomputed = _computed_again(first, items, again)
+    for window in which:
+        kept = first.kept.get((item, window))
+        yield (window, kept) if kept is not None else next(recomputed)
+
+
+def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise ModelError unless logits have the input's spatial shape."""
+    if tuple(logits.shape[2:]) != tuple(shape):
+        raise ModelError(
+            f"the network gave logits of shape {tuple(logits.shape)} for a window of "
+            f"{tuple(shape)} voxels: whole scans can be explained only at full resolution"
+        )
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Return at least float32: half precision is for networks, not for sums."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _computed_again(
+    first: FirstPass, items: Sequence[int], which: Sequence[int]
+) -> Iterator[tuple[int, Activations]]:
+    for batch in first.windows.batches(which):
+        found = first.capture.observe_layers(first.cut(items, batch))
+        yield from zip(batch, _split(found, len(batch)), strict=True)
+
+
+def _between(low: Sequence[int], high: Sequence[int], start: Sequence[int]) -> Any:
+    """Return the index of low ... high - 1 in a tensor whose first voxel is `start`."""
+    return tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+
+
+def _place(first: FirstPass, window: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return where a window's logits lie in those of the volume: start and size."""
+    windows = first.windows
+    if len(windows) == 1 and windows.padded_shape == windows.shape:
+        size = first.logits.shape[2:]  # of any resolution; a classifier's have no place at all
+        return (0,) * len(size), size
+    starts = zip(windows.starts[window], windows.before, strict=True)
+    return [start - before for start, before in starts], windows.roi
+
+
+def upstream_of(
+    first: FirstPass, seed: Seed, items: Sequence[int], which: Sequence[int]
+) -> torch.Tensor:
+    """Return a batch of windows' parts of a seed, each weighted with the window's share."""
+    windows = first.windows
+    parts = [seed.cut(items, *_place(first, window)) for window in which]
+    if len(windows) > 1:
+        for window, part in zip(which, parts, strict=True):
+            part *= windows.importance.to(part)
+            part /= windows.cut(first.total_importance, [window])
+    return torch.cat(parts)
+
+
+def _split(activations: Activations, count: int) -> Iterator[Activations]:
+    """Split a batch of windows into its windows."""
+    for window in range(count):
+        yield {layer: a[window : window + 1] for layer, a in activations.items()}
+
+
+def _to(activations: Activations, device: torch.device) -> Activations:
+    return {layer: a.to(device, copy=True) for layer, a in activations.items()}

@@ -1,0 +1,98 @@
+"""From an input, targets and methods to maps: the order of the passes.
+
+The prediction is made once. Methods of activations and gradients go through the windows together,
+for all targets and layers; those that rescore, look at biases or at the input follow one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from seg3dcam.engine.comparators import Comparator, compare_map
+from seg3dcam.engine.curvature import corrected_pass
+from seg3dcam.engine.full_gradients import full_gradient_map
+from seg3dcam.engine.mapping import Maps, attribute
+from seg3dcam.engine.passes import INPUT, FirstPass, Progress, Seed, gradient_pass
+from seg3dcam.engine.rescoring import rescore_maps
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.layers import LayerRef
+from seg3dcam.methods import FullGradient, Method, Perturbation
+from seg3dcam.outputs import OutputSelection
+
+Target = Callable[[torch.Tensor], torch.Tensor]
+
+
+def looks_at_layers(method: Any) -> bool:
+    """Tell whether a method explains layers; the others explain the input."""
+    return isinstance(method, Method | Perturbation)
+
+
+def needs_graph(method: Any) -> bool:
+    """Tell whether a method takes gradients of the first pass."""
+    return isinstance(method, Method) and method.order > 0
+
+
+def needs_activations(method: Any, shared: bool) -> bool:
+    """Tell whether a method looks at activations apart from gradients.
+
+    Args:
+        shared: whether several windows share their weights.
+    """
+    return isinstance(method, Perturbation) or (
+        isinstance(method, Method) and (shared or not method.order)
+    )
+
+
+def maps_of(
+    first: FirstPass,
+    targets: Sequence[Target],
+    seeds: Sequence[Seed],
+    methods: Sequence[Any],
+    grids: dict[LayerRef, FeatureGrid],
+    output: OutputSelection,
+    progress: Progress,
+) -> list[list[Maps]]:
+    """Return the maps of every layer: for every target a list with those of every method."""
+    table: dict[int, list[Maps]] = {}
+    plain = [n for n, m in enumerate(methods) if isinstance(m, Method) and m.order < 2]
+    curved = [n for n, m in enumerate(methods) if isinstance(m, Method) and m.order == 2]
+    # First what needs the first pass's graph: the others run the network again.
+    for numbers, passes in (
+        (plain, partial(gradient_pass, keep_graph=bool(curved))),
+        (curved, partial(corrected_pass, targets=targets)),
+    ):
+        chosen = [methods[number] for number in numbers]
+        if chosen:
+            found = attribute(first, seeds, chosen, grids, passes, progress)
+            for column, number in enumerate(numbers):
+                table[number] = [row[column] for row in found]
+    first.graph = None
+    for number, method in enumerate(methods):
+        if number not in table:
+            table[number] = [
+                _by_itself(first, target, seed, method, grids, output, progress)
+                for target, seed in zip(targets, seeds, strict=True)
+            ]
+    return [[table[n][t] for n in range(len(methods))] for t in range(len(targets))]
+
+
+def _by_itself(
+    first: FirstPass,
+    target: Target,
+    seed: Seed,
+    method: Any,
+    grids: dict[LayerRef, FeatureGrid],
+    output: OutputSelection,
+    progress: Progress,
+) -> Maps:
+    if isinstance(method, Perturbation):
+        return rescore_maps(first, target, method, grids, progress=progress)
+    if isinstance(method, FullGradient):
+        return {INPUT: full_gradient_map(first, seed, method, output, progress)}
+    if isinstance(method, Comparator):
+        return {INPUT: compare_map(first, target, seed, method, output, progress)}
+    raise TypeError(f"no way to run a {type(method).__name__}")

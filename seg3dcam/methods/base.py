@@ -1,0 +1,162 @@
+"""A CAM method, in steps that work on one window as on a volume of a thousand.
+
+    survey    sums over the activations of all windows            (many methods: none)
+    weigh     sums over the gradients of the windows that have one (many methods: none)
+    weights   what both come to: channel weights
+    map       one window's map, with these weights
+    finish    what is done to the complete map
+
+A window's gradient carries the window's share in the volume, so whatever contains it is summed
+over windows; a map of activations alone is blended by the shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+#: Named sums over voxels, which add up over windows.
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Channel weights.
+
+    Attributes:
+        values: (B, C), or (B, C, *S') with S' being 1 or S along each axis.
+        ceiling: what they would be if nothing cancelled, as `values`.
+        degenerate: (B,) bool, True where the method is undefined.
+    """
+
+    values: torch.Tensor
+    ceiling: torch.Tensor
+    degenerate: torch.Tensor | None = None
+
+
+class Method:
+    """Base of the methods: activations and gradients (B, C, *S) in, a raw map (B, *S) out.
+
+    Attributes:
+        order: derivatives of the score that are needed: 0, 1 or 2.
+        nonnegative: True where the method is meant for activations that are not negative.
+        agnostic: True where the map is the same for every target.
+    """
+
+    order: ClassVar[int] = 1
+    nonnegative: ClassVar[bool] = False
+
+    @property
+    def agnostic(self) -> bool:
+        return self.order == 0
+
+    def __call__(
+        self, activations: torch.Tensor, gradients: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the raw map (B, *S)."""
+        if gradients is None and self.order:
+            raise TypeError(f"{type(self).__name__} needs gradients, (B, C, *S) as the activations")
+        weights = self.weights_of_all(activations, gradients)
+        return self.finish(self.map(activations, gradients, weights), weights)
+
+    def weights_of_all(self, activations: torch.Tensor, gradients: torch.Tensor | None) -> Any:
+        """Return the weights where all voxels are at hand."""
+        shape = activations.shape[2:]
+        survey = self.survey(activations, activations.new_ones(shape))
+        weighed = {} if gradients is None else self.weigh(activations, gradients, survey)
+        voxels = float(torch.Size(shape[a] for a in self.whole_axes(len(shape))).numel())
+        return self.weights(survey, weighed, voxels, missing=False)
+
+    def whole_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the spatial axes, of `ndim`, along which all windows share their weights."""
+        return tuple(range(ndim))
+
+    @property
+    def surveys(self) -> bool:
+        """Whether there is anything to survey."""
+        return type(self).survey is not Method.survey
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the complete map needs finishing."""
+        return type(self).finish is not Method.finish
+
+    def maps_gradients(self, ndim: int) -> bool:
+        """Whether a window's map contains the window's own gradient."""
+        return False
+
+    def survey(self, a: torch.Tensor, shares: torch.Tensor) -> Sums:
+        """Return sums over the activations of a window, whose voxels count by `shares` (*S)."""
+        return {}
+
+    def weigh(self, a: torch.Tensor, g: torch.Tensor, survey: Sums) -> Sums:
+        """Return sums over the gradients of a window."""
+        return {}
+
+    def join(self, sums: Sums, more: Sums) -> Sums:
+        """Return the sums of two windows together."""
+        return {name: sums[name] + more[name] for name in sums}
+
+    def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Any:
+        """Return the weights of all windows that share them.
+
+        Args:
+            voxels: of the volume's feature grid along the axes that are pooled whole.
+            missing: True where some of these windows have no gradient.
+        """
+        return None
+
+    def features(self, a: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+        """Return what is weighted and summed over channels, (B, C, *S)."""
+        return a
+
+    def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
+        """Return a window's map (B, *S)."""
+        return weighted_sum(self.features(a, g), weights.values)
+
+    def ceiling(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
+        """Return what the map would be if nothing cancelled: it tells small from noise."""
+        return weighted_sum(self.features(a, g).abs(), weights.ceiling)
+
+    def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
+        """Return the map (B, *S), given the complete one of the volume."""
+        return values
+
+
+def weighted_sum(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum over channels of weights x activations: (B, *S).
+
+    Args:
+        activations: (B, C, *S).
+        weights: (B, C), or (B, C, *S') with S' being 1 or S along each axis.
+    """
+    return torch.einsum("bc...,bc...->b...", activations, weights.to(activations))
+
+
+def positive_side_up(values: torch.Tensor) -> torch.Tensor:
+    """Return each item (B, *S) with the sign that makes its largest deviation from 0 positive.
+
+    >>> positive_side_up(torch.tensor([[1.0, -3.0], [2.0, -1.0]])).tolist()
+    [[-1.0, 3.0], [2.0, -1.0]]
+    """
+    flat = values.flatten(1)
+    flip = torch.where(flat.amin(1).abs() > flat.amax(1).abs(), -1, 1).to(values)
+    return values * for_each_item(flip, values.ndim)
+
+
+def for_each_item(numbers: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Return (B,) or (B, C) numbers with as many axes of length 1 as make `ndim`."""
+    return numbers.reshape(*numbers.shape, *[1] * (ndim - numbers.ndim))
+
+
+def exact_dtype(values: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which long sums are taken: float64 where the device knows it."""
+    return values.dtype if values.device.type == "mps" else torch.float64
+
+
+def in_blocks(values: Sequence[torch.Tensor], size: int = 1 << 16) -> Any:
+    """Yield tensors (..., N) in blocks of voxels, so that copies of them stay small."""
+    return zip(*(v.split(size, dim=-1) for v in values), strict=True)

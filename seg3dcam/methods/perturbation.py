@@ -1,0 +1,78 @@
+"""Methods that change something and look what becomes of the score: Score-CAM and Ablation-CAM.
+
+They see neither network nor hooks: `rescore` is given a list of channels and returns the scores
+(B, n) that the network gives when each of them is used in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from seg3dcam.methods.base import weighted_sum
+
+#: Channels -> scores (B, n).
+Rescore = Callable[[list[int]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Base of the methods that rescore.
+
+    Attributes:
+        by: what is done for a channel: "masking" multiplies the input with the channel's own map,
+            "ablation" sets the channel to zero.
+        memory_gb: what a batch of changed inputs, with all that the network makes of it, may take.
+    """
+
+    by: ClassVar[Literal["masking", "ablation"]]
+    memory_gb: float = 2.0
+
+    def weights(self, scores: torch.Tensor, score: torch.Tensor | None) -> torch.Tensor:
+        """Return channel weights (B, C), given the scores of every channel and the plain one."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        activations: torch.Tensor,
+        rescore: Rescore,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the raw map (B, *S) of activations (B, C, *S)."""
+        scores = rescore(list(range(activations.shape[1])))
+        return weighted_sum(activations, self.weights(scores, score))
+
+
+class ScoreCAM(Perturbation):
+    """sum_k softmax_k(s_k) A_k, s_k being the score of the input seen through channel k.
+
+    >>> A = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> ScoreCAM()(A, rescore=lambda channels: torch.zeros(1, len(channels))).tolist()
+    [[0.5, 0.5]]
+    """
+
+    by = "masking"
+
+    def weights(self, scores: torch.Tensor, score: torch.Tensor | None) -> torch.Tensor:
+        return scores.softmax(1)
+
+
+class AblationCAM(Perturbation):
+    """sum_k (S - S_k) / |S| A_k, S_k being the score without channel k.
+
+    >>> A = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> without = torch.tensor([[-4.0, -2.0]])
+    >>> AblationCAM()(A, lambda channels: without[:, channels], torch.tensor([-2.0])).tolist()
+    [[1.0, 0.0]]
+    """
+
+    by = "ablation"
+
+    def weights(self, scores: torch.Tensor, score: torch.Tensor | None) -> torch.Tensor:
+        if score is None:
+            raise TypeError("AblationCAM needs the score (B,) of the untouched network")
+        change, size = score[:, None] - scores, score.abs()[:, None]
+        return torch.where(size > 0, change / size, change)  # a score of 0 has no scale

@@ -1,0 +1,170 @@
+"""Networks, windows and formulas that the tests of the engine share.
+
+The references cut a network in two at the layer, send every window through both halves with MONAI's
+sliding window inference, and let autograd differentiate the stitched logits: one giant graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import toy
+from monai.data.utils import compute_importance_map
+from monai.inferers import sliding_window_inference
+from torch import nn
+
+from seg3dcam import WindowPlan
+
+EXACT = 1e-9  # float64, relative to the largest value of the map
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+# A random network may well find nothing that speaks for a class; its numbers count all the same.
+signed_maps = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+
+
+def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value."""
+    expected = torch.as_tensor(expected)
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    assert expected.abs().max() > 0
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+def two_levels(ndim: int = 3, *, smooth: bool = False) -> nn.Sequential:
+    """Return a network with layer "1" on the input's grid and layer "3" on every second voxel."""
+    activation = nn.Softplus if smooth else nn.ReLU
+    layers = [
+        toy.CONV[ndim](1, 4, 3, padding=1),
+        activation(),
+        toy.CONV[ndim](4, 5, 3, stride=2, padding=1),
+        activation(),
+        toy.UP[ndim](5, 3, 2, stride=2),
+    ]
+    return toy.seeded(nn.Sequential(*layers), seed=5)
+
+
+STRIDES = {"1": 1, "3": 2}
+
+
+def level(layer: str, x: torch.Tensor, **settings: bool) -> toy.Case:
+    """Return `two_levels` cut behind one of its layers."""
+    return toy.cut(two_levels(x.ndim - 2, **settings), int(layer), x)
+
+
+class Counting(nn.Module):
+    """Counts how often the network inside is run, and on how many inputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.reset()
+
+    def reset(self) -> None:
+        self.runs = 0
+        self.inputs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        self.inputs += len(x)
+        return self.network(x)
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+def curved(logits: torch.Tensor) -> torch.Tensor:
+    """Return a score that looks at all voxels and is not linear in the logits."""
+    return (logits.softmax(1)[:, 1] * logits[:, 2].tanh()).flatten(1).sum(1)
+
+
+def in_a_corner(logits: torch.Tensor) -> torch.Tensor:
+    """Return a score that looks at the first three voxels along each axis."""
+    corner = (slice(None), slice(None), *[slice(0, 3)] * (logits.ndim - 2))
+    return curved(logits[corner])
+
+
+SCORES = {"everywhere": curved, "in a corner": in_a_corner}
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+
+@dataclass(frozen=True)
+class Part:
+    """A window of one item: where it starts in voxels, its activations and gradients (C, *s)."""
+
+    item: int
+    start: tuple[int, ...]
+    a: torch.Tensor
+    g: torch.Tensor
+
+
+def predicted(network: Callable[..., torch.Tensor], x: torch.Tensor, plan: WindowPlan, **more):
+    """Return the logits that MONAI stitches."""
+    return sliding_window_inference(
+        x,
+        plan.roi_size,
+        plan.sw_batch_size,
+        network,
+        overlap=plan.overlap,
+        mode=plan.mode,
+        sigma_scale=plan.sigma_scale,
+        padding_mode=plan.padding_mode,
+        cval=plan.cval,
+        **more,
+    )
+
+
+def parts_of(case: toy.Case, plan: WindowPlan, score: Score) -> list[Part]:
+    """Return all windows of all items, with the gradients of one graph through MONAI."""
+    leaves: list[torch.Tensor] = []
+    places: list[tuple[int, tuple[int, ...]]] = []
+
+    def through_the_layer(batch: torch.Tensor, coordinates: list) -> torch.Tensor:
+        leaves.append(case.front(batch.clone()).detach().clone().requires_grad_())
+        places.extend((c[0].start, tuple(s.start for s in c[2:])) for c in coordinates)
+        return case.back(leaves[-1].clone())
+
+    logits = predicted(through_the_layer, case.x, plan, with_coord=True)
+    gradients = torch.cat(torch.autograd.grad(score(logits).sum(), leaves))
+    activations = torch.cat(leaves).detach()
+    return [
+        Part(item, start, a, g)
+        for (item, start), a, g in zip(places, activations, gradients, strict=True)
+    ]
+
+
+def joined(parts: Sequence[Part], stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put windows that do not overlap side by side: A and G, (B, C, *S)."""
+    size = parts[0].a.shape[1:]
+    shape = [max(part.start[axis] // stride for part in parts) + n for axis, n in enumerate(size)]
+    batch = 1 + max(part.item for part in parts)
+    pair = tuple(torch.full((batch, len(parts[0].a), *shape), np.nan).double() for _ in "ag")
+    for part in parts:
+        for total, values in zip(pair, (part.a, part.g), strict=True):
+            place = (part.item, slice(None), *box_of(part.start, size, stride))
+            assert total[place].isnan().all(), "windows overlap"
+            total[place] = values
+    assert not pair[0].isnan().any()
+    return pair
+
+
+def box_of(start: Sequence[int], size: Sequence[int], stride: int) -> tuple[slice, ...]:
+    """Return where a window lies in the layer's grid of the volume."""
+    assert all(s % stride == 0 for s in start)
+    return tuple(slice(s // stride, s // stride + n) for s, n in zip(start, size, strict=True))
+
+
+def importance_of(plan: WindowPlan, roi: Sequence[int], stride: int) -> torch.Tensor:
+    """Return how much a window counts at the layer's voxels, the first of which is voxel 0."""
+    importance = compute_importance_map(tuple(roi), plan.mode, plan.sigma_scale).double()
+    return importance[tuple(slice(None, None, stride) for _ in roi)]

@@ -1,0 +1,156 @@
+"""Targets x layers x methods in one go: the maps of each alone, at the price of one prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toy
+from helpers_engine import EXACT, Counting, curved, deviation, in_a_corner, signed_maps, two_levels
+
+from seg3dcam import WindowPlan, targets
+from seg3dcam.attributions import ATTRIBUTIONS
+from seg3dcam.cam import each_by
+from seg3dcam.cams import CAMS
+from seg3dcam.methods import METHODS, Method
+
+LAYERS = ["network.1", "network.3"]
+TARGETS = [targets.ClassLogit(1, "volume"), curved, in_a_corner, targets.ClassLogit(2, "volume")]
+AGNOSTIC = [key for key, m in METHODS.items() if getattr(m, "agnostic", False)]
+FIRST_ORDER = [key for key, m in METHODS.items() if isinstance(m, Method) and m.order < 2]
+#: Methods whose map contains the gradient and whose weights need all gradients: two passes.
+TWICE = ["eigen_grad_cam", "seg_eigen_cam"]
+ONCE = [key for key in FIRST_ORDER if key not in TWICE]
+
+PLANS = {
+    "one window": None,
+    "side by side": WindowPlan((4, 4, 6), overlap=0, mode="constant"),
+    "overlapping": WindowPlan((6, 4, 10), overlap=0.5, sw_batch_size=3),
+}
+
+
+def volume(items: int = 2) -> torch.Tensor:
+    return toy.random_input(items, 1, 8, 4, 18, seed=6)
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_together_is_alone(plan):
+    """Every method of the library, in one call, whatever the others need."""
+    network, x = two_levels(), volume()
+    layers = [name.removeprefix("network.") for name in LAYERS]
+    cams = [
+        (CAMS | ATTRIBUTIONS)[key](network, layers, sliding_window=plan)
+        for key in [*CAMS, "gradient_x_input", "gradient"]
+    ]
+    table = each_by(cams, x, TARGETS)
+    assert len(table) == len(TARGETS)
+    for target, row in zip(TARGETS, table, strict=True):
+        assert [result.method for result in row] == [cam.method for cam in cams]
+        for cam, together in zip(cams, row, strict=True):
+            alone = cam(x, target)
+            assert together.status == alone.status
+            assert deviation(together.score, alone.score) < EXACT
+            for layer, map_ in alone.maps.items():
+                assert deviation(together.maps[layer], map_) < EXACT
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_order_of_methods_does_not_matter(plan):
+    network, x = two_levels(), volume(1)
+    keys = ["ablation_cam", "full_grad", "shapley_cam", "score_cam", "hires_cam", "eigen_cam"]
+    found = []
+    for chosen in (keys, keys[::-1]):
+        cams = [CAMS[key](network, ["1", "3"], sliding_window=plan) for key in chosen]
+        (row,) = each_by(cams, x, [curved])
+        found.append({result.method: result.maps for result in row})
+    for key in keys:
+        for layer, map_ in found[0][key].items():
+            assert deviation(found[1][key][layer], map_) < EXACT
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("key", AGNOSTIC)
+def test_agnostic_methods_give_every_target_one_map(key, plan):
+    cam = CAMS[key](two_levels(), "3", sliding_window=plan)
+    first, *others = cam.each(volume(), TARGETS)
+    for other in others:
+        assert torch.equal(other.maps["3"], first.maps["3"])
+        assert not torch.equal(other.score, first.score)
+
+
+# ------------------------------------------------------------------------------------ what it costs
+
+
+def inputs_run(keys, plan, asked, *, x=None, layers=LAYERS) -> int:
+    """Return on how many windows the network is run, the layers' grids being known."""
+    counting = Counting(two_levels())
+    cams = [CAMS[key](counting, layers, sliding_window=plan) for key in keys]
+    x = volume(1) if x is None else x
+    each_by(cams, x, asked)
+    counting.reset()
+    each_by(cams, x, asked)
+    return counting.inputs
+
+
+@signed_maps
+@pytest.mark.parametrize("asked", [TARGETS[:1], TARGETS], ids=["one target", "four targets"])
+def test_in_one_window_all_methods_of_gradients_cost_one_forward_pass(asked):
+    assert inputs_run(FIRST_ORDER, None, asked) == 1
+    assert inputs_run(["grad_cam"], None, asked) == 1
+    assert inputs_run(AGNOSTIC, None, asked) == 1
+
+
+@signed_maps
+def test_shapley_cam_in_one_window_shares_that_pass():
+    assert inputs_run([*FIRST_ORDER, "shapley_cam"], None, TARGETS[:1]) == 1
+    assert inputs_run([*FIRST_ORDER, "shapley_cam"], None, TARGETS) == 1
+
+
+#: Six windows; the corner lies in one of them.
+SIX = WindowPlan((4, 4, 6), overlap=0, mode="constant")
+
+
+@signed_maps
+@pytest.mark.parametrize("layers", [LAYERS[:1], LAYERS], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("keys", [["grad_cam"], ["hires_cam"], ["xgrad_cam", "fem"], ONCE], ids=str)
+def test_through_windows_those_with_a_seed_are_run_once_more(keys, layers):
+    assert inputs_run(keys, SIX, [in_a_corner], layers=layers) == 6 + 1
+    assert inputs_run(keys, SIX, [curved], layers=layers) == 6 + 6
+    assert inputs_run(keys, SIX, TARGETS, layers=layers) == 6 + 6
+    other = targets.ClassLogit(1, targets.Voxel((7, 3, 16)))
+    assert inputs_run(keys, SIX, [in_a_corner, other, in_a_corner], layers=layers) == 6 + 2
+
+
+@signed_maps
+def test_through_windows_agnostic_methods_run_each_once():
+    assert inputs_run(AGNOSTIC, SIX, TARGETS) == 6
+
+
+@signed_maps
+def test_components_of_products_need_their_gradients_twice():
+    for keys in (["eigen_grad_cam"], ["seg_eigen_cam"], FIRST_ORDER):
+        assert inputs_run(keys, SIX, [in_a_corner]) == 6 + 2 * 1
+        assert inputs_run(keys, SIX, TARGETS) == 6 + 2 * 6
+
+
+@signed_maps
+def test_batches_of_windows_and_of_items():
+    """Each item has windows of its own; several go through the network at once."""
+    plan = replace(SIX, sw_batch_size=4)
+    assert inputs_run(ONCE, plan, TARGETS, x=volume(2)) == 2 * (6 + 6)
+    assert inputs_run(ONCE, plan, [in_a_corner], x=volume(2)) == 2 * (6 + 1)
+
+
+@signed_maps
+def test_activations_that_were_not_kept_are_computed_once_more():
+    """Once to survey them and once to map them; the network stops behind the last layer."""
+    plan = replace(SIX, cache_gb=0.0)
+    assert inputs_run(["grad_cam"], plan, [in_a_corner]) == 6 + 1 + 6
+    assert inputs_run(["grad_cam"], plan, TARGETS) == 6 + 6 + 6
+    assert inputs_run(["hires_cam"], plan, TARGETS) == 6 + 6
+    assert inputs_run(["eigen_cam"], plan, TARGETS) == 6 + 2 * 6
+    assert inputs_run(["eigen_cam", "xgrad_cam"], plan, TARGETS) == 6 + 6 + 2 * 6
