@@ -44,7 +44,11 @@ def build_network(weights: Path | None = None) -> nn.Module:
         from monai.networks import nets
 
         network = nets.resnet18(
-            spatial_dims=2, n_input_channels=3, num_classes=1000, bias_downsample=False
+            spatial_dims=2,
+            n_input_channels=3,
+            num_classes=1000,
+            conv1_t_stride=2,
+            bias_downsample=False,
         )
     if weights is not None:
         network.load_state_dict(torch.load(weights, weights_only=True))
@@ -52,7 +56,7 @@ def build_network(weights: Path | None = None) -> nn.Module:
 
 
 def draw_picture(size: int = SIZE) -> np.ndarray:
-    """Return a ball on striped cloth, (size, size, 3) in [0, 1]; the ball lies at the upper left."""
+    """Return a ball at the upper left of a striped cloth, (size, size, 3) in [0, 1]."""
     y, x = np.mgrid[:size, :size] / size
     cloth = 0.45 + 0.1 * np.sin(60 * (x + 0.4 * y))
     picture = cloth[..., None] * (0.7, 0.8, 1.0)

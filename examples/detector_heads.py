@@ -9,8 +9,11 @@ one class answer two questions:
 - objectness x class probability, cell by cell: *what* does this head detect here?
 - the CAM of that score at a layer before the head: *why*, by which features?
 
-The network here is set by hand and knows fruit by its colour, so the maps can be judged by eye.
-Writes `<class>.png`: one row per scale, both maps over the picture.
+The network here is set by hand and knows things by their colour, so the maps can be judged by eye.
+Grad-CAM lights up leaves for a tomato, too: green, like any colour, raises the objectness, and one
+weight per channel serves the whole picture. HiResCAM asks voxel by voxel, and does not.
+
+Writes `<class>.png`: one row per scale, the three maps over the picture.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from seg3dcam import GradCAM
+from seg3dcam import GradCAM, HiResCAM
 from seg3dcam.targets import DetectionClass, detection_map
 
 CLASSES = ("tomato", "leaf", "berry")  # red, green, blue
@@ -95,53 +98,55 @@ def draw_picture(size: int = 256) -> np.ndarray:
     return picture
 
 
-def explain_heads(
-    network: nn.Module, x: torch.Tensor, find: int | str
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the CAM (H, W) and the head's own map (h, w) of a class at every scale."""
+def explain_head(
+    network: nn.Module, x: torch.Tensor, find: int | str, number: int
+) -> dict[str, np.ndarray]:
+    """Return the maps of a class at one scale: two CAMs (H, W), and the head's own (h, w)."""
     target = DetectionClass(find, CLASSES, anchors=ANCHORS)
-    with torch.no_grad():
-        heads = network(x)
-    maps = []
-    for number, head in enumerate(heads):
-        cam = GradCAM(network, f"stages.{number}", output=number)
-        heat = cam(x, target).volume()[0]
-        maps.append((heat.numpy(), detection_map(head, find, CLASSES, anchors=ANCHORS)[0].numpy()))
-    return maps
+    layer = f"stages.{number}"
+    grad_cam = GradCAM(network, layer, output=number)(x, target)
+    hires_cam = HiResCAM(network, layer, output=number)(x, target)
+    head = grad_cam.logits  # the output that was chosen, as the network gave it
+    return {
+        "Grad-CAM": grad_cam.volume()[0].numpy(),
+        "HiResCAM": hires_cam.volume()[0].numpy(),
+        "objectness x class": detection_map(head, find, CLASSES, anchors=ANCHORS)[0].numpy(),
+    }
 
 
-def draw_maps(picture: np.ndarray, maps: list[tuple[np.ndarray, np.ndarray]], name: str) -> Figure:
+def draw_maps(picture: np.ndarray, rows: list[dict[str, np.ndarray]]) -> Figure:
     """Return a page with one row per scale."""
-    figure = Figure(figsize=(7, 10.5), layout="constrained")
-    axes = figure.subplots(len(maps), 2, squeeze=False)
     height, width = picture.shape[:2]
-    for row, stride, (heat, scores) in zip(axes, STRIDES, maps, strict=True):
-        for place, values in zip(row, (heat, scores), strict=True):
+    page = Figure(figsize=(9, 9.6), layout="constrained")
+    axes = page.subplots(len(rows), len(rows[0]))
+    for line, stride, maps in zip(axes, STRIDES, rows, strict=True):
+        for place, (title, values) in zip(line, maps.items(), strict=True):
             place.imshow(picture, extent=(0, width, height, 0))
             place.imshow(values, "jet", vmin=0, vmax=1, alpha=0.5, extent=(0, width, height, 0))
+            place.set_title(f"{title}, stride {stride}")
             place.set_axis_off()
-        row[0].set_title(f"Grad-CAM at stride {stride}")
-        row[1].set_title(f"objectness x {name}, at most {scores.max():.2f}")
-    return figure
+    return page
 
 
 def main(out: Path, find: int | str = "tomato") -> None:
     """Explain one class, by name or index, at each scale."""
-    network, picture = Detector(), draw_picture()
+    picture = draw_picture()
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    maps = explain_heads(network, x, find)  # an unknown class is refused with the legal ones listed
-    for stride, (heat, scores) in zip(STRIDES, maps, strict=True):
-        hottest = np.unravel_index(heat.argmax(), heat.shape)
-        print(f"stride {stride}: hottest at pixel {tuple(map(int, hottest))}, {scores.max():.2f}")
 
-    # One tensor of all predictions: the three layers are then explained by one score.
+    # A class that does not exist is refused, with the legal ones listed.
+    network = Detector()
+    rows = [explain_head(network, x, find, number) for number in range(len(STRIDES))]
+    for stride, maps in zip(STRIDES, rows, strict=True):
+        print(f"stride {stride}: the best cell scores {maps['objectness x class'].max():.2f}")
+
+    # All predictions in one tensor: the three layers are then explained by one score.
     cam = GradCAM(Detector(flatten=True), [f"stages.{number}" for number in range(len(STRIDES))])
     result = cam(x, DetectionClass(find, CLASSES))
-    print(f"{result.target}: {float(result.score):.2f}, the sum over all scales")
+    print(f"{result.target}: {float(result.score):.1f} in all")
 
     name = find if isinstance(find, str) else CLASSES[find]
     out.mkdir(parents=True, exist_ok=True)
-    draw_maps(picture, maps, name).savefig(out / f"{name}.png")
+    draw_maps(picture, rows).savefig(out / f"{name}.png")
     print(f"wrote {out / name}.png")
 
 

@@ -2,9 +2,12 @@
 
     python examples/every_convolution.py --out every_convolution
 
-The shallow layers follow edges, the deep ones whole things; with random weights, as here, that is
-already so. Writes one picture per convolution, `01_conv1.png` and so on in the order of the
-network: the map, resized to the picture, over the picture.
+Writes one picture per convolution, `01_conv1.png` and so on in the order of the network: the map,
+resized to the picture, over the picture. Early maps are fine and follow edges and colours, late
+ones are coarse. The weights are random, so none of them says why this is a bus.
+
+Beside the two passes the network runs on two small probes, which show where each layer's features
+lie in the picture.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ SIZE = 224
 
 
 def build_network() -> nn.Module:
-    """Return a ResNet-18 for colour pictures: 20 convolutions, one of them in each shortcut."""
+    """Return a ResNet-18 for colour pictures: 20 convolutions, three of them in shortcuts."""
     torch.manual_seed(0)
-    return resnet18(spatial_dims=2, n_input_channels=3, num_classes=1000)
+    return resnet18(spatial_dims=2, n_input_channels=3, num_classes=1000, conv1_t_stride=2)
 
 
 def draw_picture(size: int = SIZE) -> np.ndarray:
@@ -35,7 +38,9 @@ def draw_picture(size: int = SIZE) -> np.ndarray:
     picture = np.ones((size, size, 3)) * (0.75, 0.85, 0.95)
 
     def box(top: float, bottom: float, left: float, right: float, colour: tuple) -> None:
-        rows, columns = (slice(int(a * size), int(b * size)) for a, b in ((top, bottom), (left, right)))
+        rows, columns = (
+            slice(int(a * size), int(b * size)) for a, b in ((top, bottom), (left, right))
+        )
         picture[rows, columns] = colour
 
     box(0.72, 1.0, 0.0, 1.0, (0.35, 0.35, 0.38))
@@ -70,13 +75,14 @@ def explain_every_convolution(network: nn.Module, picture: np.ndarray, out: Path
     result = GradCAM(network, target_layers="all")(x, top_class)
     out.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(result.layers, 1):
-        heat = result.volume(name, scale="minmax")[0].numpy()
+        # per_layer: what is negative is cut on the layer's own grid, before it is resized.
+        heat = result.volume(name, scale="minmax", per_layer=True)[0].numpy()
         path = out / f"{number:02d}_{name}.png"
         imsave(path, blend(picture, heat))
         height, width = result.native[name].shape[1:]
         print(f"wrote {path}: {height} x {width}, {result.status[name]}")
     for name in dropped(network, result):
-        print(f"no map of {name}: the score does not depend on it")
+        print(f"no map of {name}: the warning says why")
     return result
 
 

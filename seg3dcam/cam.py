@@ -215,9 +215,20 @@ def each_by(
             seeds.append(Seed.of(seed))
             voxels.append(None if region is None else region.reshape(len(score), -1).sum(1))
         found = maps_of(first, chosen, seeds, functions, grids, lead.output, lead.progress)
+        dropped = dict(capture.dropped)
+    for layer, reason in dropped.items():
+        _tell(f"no map of layer '{layer}': {reason}")
     return [
         [
-            _result(cam, first, target, score, count, maps, affine)
+            _result(
+                cam,
+                first,
+                target,
+                score,
+                count,
+                {layer: m for layer, m in maps.items() if layer not in dropped},
+                affine,
+            )
             for cam, maps in zip(cams, row, strict=True)
         ]
         for target, score, count, row in zip(chosen, scores, voxels, found, strict=True)

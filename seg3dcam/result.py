@@ -211,6 +211,7 @@ class CamResult:
         item: int = 0,
         layer: str | None = None,
         scale: Scale = "max",
+        per_layer: bool = False,
     ) -> Path:
         """Write one item's volume as NIfTI, in patient space.
 
@@ -218,7 +219,7 @@ class CamResult:
             path: ends in .nii or .nii.gz.
             affine: (4, 4) voxel -> RAS mm; default the input's, if it was a MetaTensor.
             item: which item of the batch.
-            layer, scale: as in `volume`.
+            layer, scale, per_layer: as in `volume`.
 
         Raises:
             InputError: no affine is known, or the map is not 3-D.
@@ -238,7 +239,7 @@ class CamResult:
             raise InputError(f"NIfTI volumes are 3-D; this map has {len(self.shape)} axes")
         return write_nifti(
             path,
-            self.volume(layer, scale=scale)[item],
+            self.volume(layer, scale=scale, per_layer=per_layer)[item],
             affine,
             intent_name=self.method,
             description=f"{self.method} {self.target}",

@@ -226,8 +226,9 @@ def _bottleneck(seen: Sequence[_Seen], x: torch.Tensor) -> _Seen:
     others = list(coarsest)
     while not _sees_beyond_its_patch(best, x):
         others = [s for s in others if s.tensor is not best.tensor]
-        if not others:
-            return _best(coarsest)
+        if not others:  # every level is one of patches: none is better than another
+            best = _best(coarsest)
+            break
         best = _best(others)
     # A skip connection around the coarsest level gives (skip, level) concatenated: take the level.
     while type(best.tensor.grad_fn).__name__.startswith("Cat"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from seg3dcam.cam import CAMS
+from seg3dcam.cams import CAMS
 from seg3dcam.config import ModelSpec, validate
 
 README = Path(__file__).parents[1] / "README.md"

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, SliceGradCAM, WindowPlan, suggest_layers, targets
+from seg3dcam.attributions import ATTRIBUTIONS
+from seg3dcam.cams import CAMS
 from seg3dcam.capture import capturing
 from seg3dcam.errors import ModelError
 from seg3dcam.layers import resolve_layers
@@ -288,6 +290,64 @@ def test_after_an_error_of_the_progress_callback(error, net, x):
     cam = HiResCAM(net, LAYER, sliding_window=WindowPlan(4), progress=interrupt)
     with untouched(net), pytest.raises(error):
         cam(x, VOLUME)
+
+
+# ---------------------------------------------------------------------------------- every method
+
+METHODS = CAMS | ATTRIBUTIONS
+
+
+@quiet
+@pytest.mark.parametrize("plan", [None, WindowPlan((8, 8, 4))], ids=["one window", "windows"])
+@pytest.mark.parametrize("key", METHODS)
+def test_after_every_method(key, plan, net, x):
+    with untouched(net):
+        METHODS[key](net, LAYER, sliding_window=plan)(x, VOLUME)
+
+
+class Bomb:
+    """Counts its calls; at one of them it goes off."""
+
+    def __init__(self):
+        self.calls, self.at = 0, None
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+
+
+#: Where it is put: on progress, behind the last layer, on the way back from it.
+PLACES = {
+    "progress": lambda net, cam, bomb: setattr(cam, "progress", bomb),
+    "forward pass": lambda net, cam, bomb: net.head.register_forward_hook(bomb),
+    "backward pass": lambda net, cam, bomb: net.head.register_full_backward_hook(bomb),
+    "target": lambda net, cam, bomb: None,
+}
+
+
+@quiet
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("key", METHODS)
+def test_after_every_method_that_is_interrupted_half_way(key, place, net, x):
+    bomb, plan = Bomb(), WindowPlan((8, 8, 4))
+    cam = METHODS[key](net, LAYER, sliding_window=plan)
+    PLACES[place](net, cam, bomb)
+
+    def target(logits):
+        if place == "target":
+            bomb()
+        return VOLUME(logits)
+
+    cam(x, target)  # once to measure the layers' grids, once to count
+    bomb.calls = 0
+    cam(x, target)
+    calls = bomb.calls
+    assert calls or place == "backward pass"
+    for at in {(calls + 1) // 2, calls} - {0}:
+        bomb.calls, bomb.at = 0, at
+        with untouched(net), pytest.raises(KeyboardInterrupt):
+            cam(x, target)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -106,11 +106,13 @@ def _map(
     which = seeded_windows(first, [item], seed)
     attribute = ATTRIBUTIONS[comparator.kind]
     for done, window in enumerate(which, 1):
-        x = capture.to_model(windows.cut(first.padded[item : item + 1], [window]).clone())
+        # In the input's precision: captum adds noise, or small steps, which half of it would lose.
+        x = windows.cut(first.padded[item : item + 1], [window]).clone().to(capture.device)
         if len(windows) == 1:
-            scored = _Scored(capture, _of_all(first, item, target))
+            score_of = _of_all(first, item, target)
         else:
-            scored = _Scored(capture, _slope(upstream_of(first, seed, [item], [window])))
+            score_of = _slope(upstream_of(first, seed, [item], [window]))
+        scored = _Scored(capture, score_of, first.logits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # captum's, on hooks and gradients that it sets
             (found,) = attribute(scored, x, comparator).detach()
@@ -139,16 +141,18 @@ def _slope(upstream: torch.Tensor) -> Score:
 class _Scored(nn.Module):
     """The network with the score behind it, as captum wants it: (n, C, *S) -> (n,)."""
 
-    def __init__(self, capture: Capture, score_of: Score) -> None:
+    def __init__(self, capture: Capture, score_of: Score, like: torch.Tensor) -> None:
         super().__init__()
         self.model = capture.model
-        self._capture, self._score_of = capture, score_of
+        self._capture, self._score_of, self._like = capture, score_of, like
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        of_model = self._capture.to_model(x.clone())
         if x.requires_grad:
-            logits = self._capture.forward(x.clone())
+            logits = self._capture.forward(of_model)
         else:
-            logits = self._capture.observe(x.clone(), copy=False)
+            logits = self._capture.observe(of_model, copy=False)
+        logits = logits.to(self._like)
         return torch.cat([self._score_of(logits[n : n + 1]) for n in range(len(x))])
 
 

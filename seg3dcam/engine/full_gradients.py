@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.capture import Capture, capturing
-from seg3dcam.engine.passes import INPUT, FirstPass, Progress, Seed, gradient_pass
+from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.layers import LayerRef
+from seg3dcam.layouts import INPUT
 from seg3dcam.methods import FullGradient
 from seg3dcam.methods.base import for_each_item
 from seg3dcam.outputs import OutputSelection
@@ -35,7 +36,7 @@ def full_gradient_map(
 
     It takes apart seed . logits: for a target that is linear in the logits, the score.
     """
-    layers = _biased_layers(first.capture.model)
+    layers = [INPUT, *_biased_layers(first.capture.model)]
     with capturing(first.capture.model, layers, output) as capture:
         second = FirstPass(capture, first.windows, first.x, first.logits, {})
         maps = [_map(second, items, seed, method, progress) for items in first.items]
@@ -50,7 +51,7 @@ def _map(
     ceiling = first.x.new_zeros(len(items))
     grids: dict[LayerRef, FeatureGrid] = {}
     biases = _biases(first.capture)
-    for found in gradient_pass(first, items, [seed], progress, with_input=True):
+    for found in gradient_pass(first, items, [seed], progress):
         if not grids:
             example = found.activations[INPUT][:1]
             shapes = {layer: tuple(a.shape[2:]) for layer, a in found.activations.items()}

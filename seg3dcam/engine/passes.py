@@ -26,9 +26,6 @@ Progress = Callable[[str, int, int], None]
 
 Activations = dict[LayerRef, torch.Tensor]
 
-#: The network's input, where it is looked at like a layer.
-INPUT = LayerRef("input")
-
 
 def silent(step: str, done: int, total: int) -> None:
     """Report no progress."""
@@ -100,18 +97,26 @@ class Seed:
         """
         start, box = [], dense
         for axis in range(dense.ndim):
-            others = [a for a in range(dense.ndim) if a != axis]
-            used = (box != 0).sum(others) if others else box != 0  # NaN counts as used
-            places = used.nonzero().flatten().tolist() or [0]
-            start.append(places[0])
-            box = box.narrow(axis, places[0], places[-1] + 1 - places[0])
-        return cls(tuple(start), box.clone(), tuple(dense.shape))
+            first, last = 0, box.shape[axis] - 1
+            rim = box.select(axis, first), box.select(axis, last)
+            if not all((side != 0).any() for side in rim):  # NaN counts as used
+                used = (box != 0).transpose(0, axis).flatten(1).any(1)
+                places = used.nonzero().flatten().tolist() or [0]
+                first, last = places[0], places[-1]
+            start.append(first)
+            box = box.narrow(axis, first, last + 1 - first)
+        whole = box.shape == dense.shape
+        return cls(tuple(start), box if whole else box.clone(), tuple(dense.shape))
 
     def touches(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> bool:
         """Tell whether anything in a box in space is not zero; for the arguments see `cut`."""
         low, high = self._overlap(items, start, size)
-        empty = any(a >= b for a, b in zip(low, high, strict=True))
-        return not empty and bool(self.values[_between(low, high, self.start)].any())
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return False
+        inner = self.values[_between(low, high, self.start)]
+        if inner.shape == self.values.shape and inner.numel() > 1:
+            return True  # one voxel may be zero, being all that is left of nothing
+        return bool((inner != 0).any())
 
     def cut(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """Return a box in space, (len(items), K, *size).
@@ -120,10 +125,12 @@ class Seed:
             items: consecutive ones.
             start: of the box in voxels of the volume; it may reach beyond the volume.
         """
-        result = self.values.new_zeros(len(items), self.shape[1], *size)
         low, high = self._overlap(items, start, size)
+        first = [items[0], 0, *start]
+        if self.values.shape == (len(items), self.shape[1], *size) and first == [*self.start]:
+            return self.values.clone()
+        result = self.values.new_zeros(len(items), self.shape[1], *size)
         if all(a < b for a, b in zip(low, high, strict=True)):
-            first = [items[0], 0, *start]
             result[_between(low, high, first)] = self.values[_between(low, high, self.start)]
         return result
 
@@ -240,7 +247,6 @@ def gradient_pass(
     *,
     keep_graph: bool = False,
     create_graph: bool = False,
-    with_input: bool = False,
 ) -> Iterator[Gradients]:
     """Yield the gradients of every target in every window that has a seed of it.
 
@@ -250,7 +256,6 @@ def gradient_pass(
         seeds: one for each target.
         keep_graph: whether the first pass's graph (one window) will be needed again.
         create_graph: make gradients that can be differentiated again.
-        with_input: the input of the network is a layer, too: `INPUT`.
     """
     windows, capture = first.windows, first.capture
     touched: dict[int, list[int]] = {}
@@ -262,8 +267,7 @@ def gradient_pass(
         if first.graph is not None:
             logits, keep = first.graph, keep_graph
         else:
-            x = first.cut(items, which).requires_grad_(with_input)
-            logits, keep = capture.forward(x.clone() if with_input else x), False
+            logits, keep = capture.forward(first.cut(items, which)), False
         targets = sorted({target for window in which for target in touched[window]})
         for target in targets:
             last = target == targets[-1]
@@ -272,20 +276,16 @@ def gradient_pass(
             gradients = capture.gradients(
                 logits,
                 upstream,
-                keep_graph=keep or not last or create_graph or with_input,
+                keep_graph=keep or not last or create_graph,
                 create_graph=create_graph,
             )
-            activations = capture.activations
-            if with_input:
-                activations[INPUT] = x.detach()
-                (gradients[INPUT],) = torch.autograd.grad(logits, x, upstream)
             yield Gradients(
                 target,
                 which,
                 [window for window in which if target in touched[window]],
                 logits,
                 upstream,
-                activations,
+                capture.activations,
                 gradients,
             )
         done += len(which)
@@ -404,7 +404,7 @@ def upstream_of(
         for window, part in zip(which, parts, strict=True):
             part *= windows.importance.to(part)
             part /= windows.cut(first.total_importance, [window])
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _split(activations: Activations, count: int) -> Iterator[Activations]:

@@ -16,7 +16,7 @@ from seg3dcam.engine.comparators import Comparator, compare_map
 from seg3dcam.engine.curvature import corrected_pass
 from seg3dcam.engine.full_gradients import full_gradient_map
 from seg3dcam.engine.mapping import Maps, attribute
-from seg3dcam.engine.passes import INPUT, FirstPass, Progress, Seed, gradient_pass
+from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass
 from seg3dcam.engine.rescoring import rescore_maps
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef
@@ -24,6 +24,9 @@ from seg3dcam.methods import FullGradient, Method, Perturbation
 from seg3dcam.outputs import OutputSelection
 
 Target = Callable[[torch.Tensor], torch.Tensor]
+
+#: The name under which a map on the input's own voxels is found.
+OF_INPUT = LayerRef("input")
 
 
 def looks_at_layers(method: Any) -> bool:
@@ -92,7 +95,7 @@ def _by_itself(
     if isinstance(method, Perturbation):
         return rescore_maps(first, target, method, grids, progress=progress)
     if isinstance(method, FullGradient):
-        return {INPUT: full_gradient_map(first, seed, method, output, progress)}
+        return {OF_INPUT: full_gradient_map(first, seed, method, output, progress)}
     if isinstance(method, Comparator):
-        return {INPUT: compare_map(first, target, seed, method, output, progress)}
+        return {OF_INPUT: compare_map(first, target, seed, method, output, progress)}
     raise TypeError(f"no way to run a {type(method).__name__}")

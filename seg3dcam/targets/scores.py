@@ -150,7 +150,7 @@ class ClassTarget(SumOverRegion):
 
     def others(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits (K - 1, n) of the other classes."""
-        return logits[[c for c in range(len(logits)) if c != self.index]]
+        return torch.cat([logits[: self.index], logits[self.index + 1 :]])
 
 
 @dataclass(frozen=True, eq=False)

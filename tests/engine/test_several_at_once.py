@@ -26,19 +26,19 @@ ONCE = [key for key in FIRST_ORDER if key not in TWICE]
 PLANS = {
     "one window": None,
     "side by side": WindowPlan((4, 4, 6), overlap=0, mode="constant"),
-    "overlapping": WindowPlan((6, 4, 10), overlap=0.5, sw_batch_size=3),
+    "overlapping": WindowPlan((4, 4, 6), overlap=0.4, sw_batch_size=3),
 }
 
 
-def volume(items: int = 2) -> torch.Tensor:
-    return toy.random_input(items, 1, 8, 4, 18, seed=6)
+def volume(items: int = 2, shape: tuple[int, ...] = (8, 4, 18)) -> torch.Tensor:
+    return toy.random_input(items, 1, *shape, seed=6)
 
 
 @signed_maps
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_together_is_alone(plan):
     """Every method of the library, in one call, whatever the others need."""
-    network, x = two_levels(), volume()
+    network, x = two_levels(), volume(1, (4, 4, 12))
     layers = [name.removeprefix("network.") for name in LAYERS]
     cams = [
         (CAMS | ATTRIBUTIONS)[key](network, layers, sliding_window=plan)
@@ -59,7 +59,7 @@ def test_together_is_alone(plan):
 @signed_maps
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_order_of_methods_does_not_matter(plan):
-    network, x = two_levels(), volume(1)
+    network, x = two_levels(), volume(1, (4, 4, 12))
     keys = ["ablation_cam", "full_grad", "shapley_cam", "score_cam", "hires_cam", "eigen_cam"]
     found = []
     for chosen in (keys, keys[::-1]):
@@ -76,7 +76,7 @@ def test_the_order_of_methods_does_not_matter(plan):
 @pytest.mark.parametrize("key", AGNOSTIC)
 def test_agnostic_methods_give_every_target_one_map(key, plan):
     cam = CAMS[key](two_levels(), "3", sliding_window=plan)
-    first, *others = cam.each(volume(), TARGETS)
+    first, *others = cam.each(volume(shape=(4, 4, 12)), TARGETS)
     for other in others:
         assert torch.equal(other.maps["3"], first.maps["3"])
         assert not torch.equal(other.score, first.score)

@@ -115,6 +115,25 @@ def test_score_cam_sees_the_input_through_each_channel(name):
 
 
 @signed_maps
+def test_score_cam_sees_nothing_through_a_constant_channel():
+    """It has no minimum and maximum to scale by: its mask is zero, and so is the input."""
+    case = toy.linear_head_case()
+    case.network[2].weight.data[:2] = 0
+    case.network[2].bias.data[:2] = torch.tensor([5.0, -5.0]).double()
+    a = case.front(case.x).detach()
+    assert (a[:, 0] == 5).all()
+    assert not a[:, 1].any()
+    seen = slow.masks(a)
+    assert not seen[:, :2].any()
+    rescored = [
+        case.network(case.x * seen[:, k : k + 1])[:, 1].flatten(1).mean(1) for k in range(4)
+    ]
+    table = torch.stack(rescored, 1).detach().numpy()
+    result = ScoreCAM(case.network, "3")(case.x, targets.ClassLogit(1, "volume"))
+    assert deviation(result.native["3"], slow.score_cam(a, table)) < EXACT
+
+
+@signed_maps
 @pytest.mark.parametrize("name", list(toy.CASES))
 def test_ablation_cam_removes_each_channel(name):
     case = toy.CASES[name]()
@@ -331,7 +350,7 @@ def test_networks_that_classify_are_explained_too(method, layer):
 
 
 @signed_maps
-def test_networks_that_classify_are_rescored_and_taken_apart():
+def test_networks_that_classify_are_rescored():
     network, x, target = classifier(), toy.random_input(2, 1, 9, 8), targets.ClassLogit(1)
     case = toy.cut(network, 1, x)
     a = case.front(x).detach()
@@ -346,5 +365,13 @@ def test_networks_that_classify_are_rescored_and_taken_apart():
     found = AblationCAM(network, "1")(x, target).native["1"]
     assert deviation(found, slow.ablation_cam(a, without, whole)) < EXACT
 
-    result = FullGrad(network)(x, target)
-    assert deviation(result.native["input"].flatten(1).sum(1), torch.as_tensor(whole)) < EXACT
+
+@signed_maps
+def test_full_grad_of_a_network_that_classifies_sums_to_the_score():
+    """The bias of the last, linear layer has no place, but it is part of the score."""
+    network, x = classifier(), toy.random_input(2, 1, 9, 8)
+    parts = slow.full_grad(network, x, lambda logits: logits[:, 1])
+    total = torch.as_tensor(sum(part.reshape(2, -1).sum(1) for part in parts.values()))
+    result = FullGrad(network)(x, targets.ClassLogit(1))
+    assert deviation(total, result.score) < EXACT
+    assert deviation(result.native["input"].flatten(1).sum(1), result.score) < EXACT

@@ -1,0 +1,136 @@
+"""What a map says of itself, limits that are refused, and networks of low precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import toy
+from helpers_engine import curved, deviation, signed_maps, two_levels
+from torch import nn
+
+from seg3dcam import (
+    KPCACAM,
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    WindowPlan,
+    XGradCAM,
+    targets,
+)
+from seg3dcam.attributions import ATTRIBUTIONS
+from seg3dcam.cams import CAMS
+from seg3dcam.errors import ConfigError, Seg3dcamWarning
+
+PLANS = {"one window": None, "windows": WindowPlan((4, 4, 8), overlap=0.5)}
+through = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+SIDE_BY_SIDE = WindowPlan((4, 4, 8), overlap=0, mode="constant")
+VOLUME = targets.ClassLogit(1, "volume")
+
+
+def behind_norm(norm: nn.Module) -> nn.Sequential:
+    layers = [nn.Conv3d(1, 4, 3, padding=1), norm, nn.LeakyReLU(), nn.Conv3d(4, 3, 3, padding=1)]
+    return toy.seeded(nn.Sequential(*layers), seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("plan", [None, SIDE_BY_SIDE], ids=["one window", "windows"])
+def test_xgrad_cam_behind_instance_norm_is_degenerate(plan, dtype):
+    """Its sums of activations are rounding noise, of windows side by side as of the whole."""
+    network = behind_norm(nn.InstanceNorm3d(4)).to(dtype)
+    x = toy.random_input(2, 1, 8, 4, 8).to(dtype)
+    with pytest.warns(Seg3dcamWarning, match=r'status "degenerate".*as after InstanceNorm'):
+        result = XGradCAM(network, "1", sliding_window=plan)(x, curved)
+    assert result.layers["1"].item_status == ("degenerate", "degenerate")
+    assert torch.isfinite(result.maps["1"]).all()
+    assert not result.volume().any()
+
+
+def test_one_degenerate_item_of_a_batch():
+    """A layer that subtracts the mean from bright items only."""
+
+    class Centring(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = x.mean((2, 3, 4), keepdim=True)
+            return torch.where(mean > 10, x - mean, x)
+
+    network = behind_norm(Centring())
+    with torch.no_grad():
+        network[0].weight.abs_()
+    x = toy.random_input(2, 1, 8, 4, 8).abs()
+    x[1] += 1000
+    with pytest.warns(Seg3dcamWarning, match=r'status "degenerate"'):
+        result = XGradCAM(network, "1")(x, lambda logits: -VOLUME(logits))
+    assert result.layers["1"].item_status == ("ok", "degenerate")
+    assert not result.volume()[1].any()
+
+
+@signed_maps
+@through
+def test_grad_cam_plus_plus_says_where_activations_are_negative(plan):
+    network, x = two_levels(), toy.random_input(1, 1, 8, 4, 8)
+    result = GradCAMPlusPlus(network, ["0", "1"], sliding_window=plan)(x, curved)
+    lowest = network[0](x).min().item()
+    (flag,) = result.layers["0"].flags
+    assert flag.startswith("the method is meant for activations >= 0; here they go down to -")
+    assert result.layers["1"].flags == ()
+    if plan is None:
+        assert float(flag.split()[-1]) == pytest.approx(lowest, rel=1e-2)
+    with pytest.warns(Seg3dcamWarning, match=r"layer '0', 'curved': the method is meant for"):
+        GradCAMPlusPlus(network, "0", sliding_window=plan)(x, curved)
+    for cam in (GradCAM, HiResCAM, EigenCAM):
+        assert cam(network, "0", sliding_window=plan)(x, curved).layers["0"].flags == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "voxels"),
+    [
+        ((1, 1, 17, 16, 16), None, 17 * 16 * 16),
+        ((1, 1, 65, 64), None, 65 * 64),
+        ((1, 1, 20, 16, 16), WindowPlan(16, overlap=0.5), 2 * 16**3),
+    ],
+    ids=["3D", "2D", "windows"],
+)
+def test_kernel_of_too_many_voxels_is_refused_with_the_numbers(shape, plan, voxels):
+    network = toy.plain(len(shape) - 2)
+    message = rf"the layer has {voxels} and 4096 \(16 x 16 x 16\) is the limit: \d GB.*eigen_cam"
+    with pytest.raises(ConfigError, match=message):
+        KPCACAM(network, "1", sliding_window=plan)(torch.rand(shape).double(), target=1)
+
+
+METHODS = CAMS | ATTRIBUTIONS
+
+
+@signed_maps
+@through
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", METHODS)
+def test_networks_of_low_precision_give_finite_maps_of_float32(key, dtype, plan):
+    x = toy.random_input(1, 1, 8, 4, 8)
+    exact = two_levels()
+    network = copy.deepcopy(exact).to(dtype)
+    result = METHODS[key](network, ["1", "3"], sliding_window=plan)(x.float(), VOLUME)
+    expected = METHODS[key](exact, ["1", "3"], sliding_window=plan)(x, VOLUME)
+    for name, map_ in result.maps.items():
+        assert map_.dtype == torch.float32
+        assert torch.isfinite(map_).all()
+        assert result.status[name] in ("ok", "zero")
+        if dtype == torch.float32 and key != "smooth_grad":
+            assert deviation(map_, expected.maps[name]) < 1e-4
+
+
+@signed_maps
+@through
+@pytest.mark.parametrize("key", METHODS)
+def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, plan):
+    """All weights are zero: no method may make something of that."""
+    network = two_levels()
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    result = METHODS[key](network, ["1", "3"], sliding_window=plan)(
+        toy.random_input(1, 1, 8, 4, 8), VOLUME
+    )
+    assert set(result.status.values()) <= {"zero", "degenerate"}
+    assert not result.volume().any()

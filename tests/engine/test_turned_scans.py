@@ -1,0 +1,77 @@
+"""A scan that is mirrored, or whose axes are permuted, and a network turned alike turn the map.
+
+Sizes are odd and windows start on even voxels, so that strides of 2 look the same from both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import toy
+from helpers_engine import EXACT, deviation, signed_maps
+
+from seg3dcam import WindowPlan
+from seg3dcam.attributions import ATTRIBUTIONS
+from seg3dcam.cams import CAMS
+from seg3dcam.result import CamResult
+
+METHODS = CAMS | {key: ATTRIBUTIONS[key] for key in ("gradient", "gradient_x_input", "occlusion")}
+LAYERS = ["encoder", "bottleneck"]  # of stride 1 and 2
+SHAPES = {2: (5, 7), 3: (5, 3, 7)}
+PLANS = {"one window": None, "windows": WindowPlan(3, overlap=0.33)}
+
+Turn = Callable[[torch.Tensor], torch.Tensor]
+
+
+def turned(key: str, ndim: int, plan: WindowPlan | None, turn: Turn, blocks: tuple) -> CamResult:
+    """Return the result for a turned input; kernels (K, C, *s) are turned like inputs."""
+    settings = {"window": blocks} if key == "xres_cam" else {}
+    if key == "occlusion":
+        settings = {"block": 1}
+    network = toy.turned(toy.seeded(toy.Skip(ndim), seed=1), turn)
+    x = turn(toy.random_input(1, 1, *SHAPES[ndim], seed=7))
+    return METHODS[key](network, LAYERS, sliding_window=plan, **settings)(x, target=1)
+
+
+def assert_turned(found: CamResult, straight: CamResult, turn: Turn) -> None:
+    assert found.maps.keys() == straight.maps.keys()
+    for name, map_ in straight.maps.items():
+        assert deviation(found.maps[name], turn(map_[:, None])[:, 0]) < EXACT
+        values = straight.layers[name].values
+        assert deviation(found.layers[name].values, turn(values[:, None])[:, 0]) < EXACT
+    assert found.status == straight.status
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("axes", [(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("key", METHODS)
+def test_mirrored_scan_gives_the_mirrored_map(key, axes, plan):
+    ndim = 2 if max(axes) == 3 else 3
+    blocks = (1, None, 1)[:ndim]
+
+    def flip(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flip(axes)
+
+    straight = turned(key, ndim, plan, lambda tensor: tensor, blocks)
+    assert_turned(turned(key, ndim, plan, flip, blocks), straight, flip)
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("order", [(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("key", METHODS)
+def test_permuted_axes_give_the_permuted_map(key, order, plan):
+    if key == "slice_grad_cam" and len(order) == 3 and order[0] != 0:
+        pytest.skip("another axis counts the slices")
+    ndim = len(order)
+    blocks = (1, None, 2)[:ndim]
+
+    def permute(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(0, 1, *(2 + axis for axis in order))
+
+    straight = turned(key, ndim, plan, lambda tensor: tensor, blocks)
+    found = turned(key, ndim, plan, permute, tuple(blocks[axis] for axis in order))
+    assert_turned(found, straight, permute)

@@ -1,0 +1,427 @@
+"""The networks of the field, small, with random weights that are always the same.
+
+One row for each network: how it is made, the size of its input, where its logits are, which layers
+are suggested. Every test of this folder goes through the table; a new network is one more row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from monai.networks import nets
+from torch import nn
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network.
+
+    Attributes:
+        make: makes it.
+        shape: spatial shape of the input.
+        bottleneck: the layer that "auto" is, and its stride.
+        decoder: the suggested decoder levels and their strides, coarse to fine.
+        output: what `output=` must be; None where the rule finds the logits.
+        logits: what the network returned -> logits, written down by hand.
+        channel_first: what the bottleneck gives -> (B, C, *s), written down by hand.
+        many: a pattern for several layers.
+        slow: it takes seconds.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    bottleneck: tuple[str, int | tuple[int, ...]]
+    decoder: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
+    output: Any = None
+    logits: Callable[[Any], torch.Tensor] = lambda returned: returned
+    channel_first: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    many: str = ""
+    slow: bool = False
+
+    def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the network, in train mode, as its class makes it."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make().to(dtype)
+
+    def input(self, items: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return random images (B, 1, *S)."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.rand(items, 1, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    @property
+    def levels(self) -> list[str]:
+        """The bottleneck and the finest level that is not the network's last."""
+        return [self.bottleneck[0], *list(self.decoder)[-2:-1]]
+
+
+def first(returned: Sequence[torch.Tensor]) -> torch.Tensor:
+    return returned[0]
+
+
+def unet(ndim: int = 3, channels: Sequence[int] = (4, 6, 8, 10), **settings: Any) -> nn.Module:
+    strides = (2,) * (len(channels) - 1)
+    return nets.UNet(ndim, 1, CLASSES, channels=channels, strides=strides, **settings)
+
+
+def dynunet(**settings: Any) -> nn.Module:
+    kernels, strides = [[1, 3, 3], 3, 3, 3], [1, [1, 2, 2], 2, 2]
+    return nets.DynUNet(
+        3, 1, CLASSES, kernels, strides, strides[1:], filters=[4, 6, 8, 10], **settings
+    )
+
+
+def segresnet_ds(kind: type[nn.Module] = nets.SegResNetDS) -> nn.Module:
+    return kind(3, 8, 1, CLASSES, blocks_down=(1, 1, 1, 1), dsdepth=2)
+
+
+def segresnet_vae() -> nn.Module:
+    return nets.SegResNetVAE(
+        (16, 16, 16), vae_nz=4, init_filters=8, in_channels=1, out_channels=CLASSES
+    )
+
+
+def swin_unetr(ndim: int = 3, **settings: Any) -> nn.Module:
+    return nets.SwinUNETR(
+        1,
+        CLASSES,
+        feature_size=12,
+        depths=(2, 1, 1, 1),
+        num_heads=(3,) * 4,
+        spatial_dims=ndim,
+        **settings,
+    )
+
+
+def unetr() -> nn.Module:
+    return nets.UNETR(
+        1,
+        CLASSES,
+        (48, 48, 64),
+        4,
+        hidden_size=24,
+        mlp_dim=32,
+        num_heads=2,
+        qkv_bias=True,
+    )
+
+
+def basic_unet_plus_plus(**settings: Any) -> nn.Module:
+    return nets.BasicUNetPlusPlus(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4), **settings)
+
+
+def mednext(ndim: int = 3, **settings: Any) -> nn.Module:
+    once = (1, 1)
+    return nets.MedNeXt(
+        ndim, 4, 1, CLASSES, kernel_size=3, blocks_down=once, blocks_up=once, **settings
+    )
+
+
+def vit_classifier() -> nn.Module:
+    return nets.ViT(
+        1,
+        (32, 48),
+        (8, 8),
+        hidden_size=12,
+        mlp_dim=16,
+        num_layers=3,
+        num_heads=2,
+        spatial_dims=2,
+        classification=True,
+        num_classes=CLASSES,
+    )
+
+
+def nnunet(kind: type[nn.Module], blocks: str, **settings: Any) -> nn.Module:
+    """Make a network as nnU-Net makes it: instance norm, in-place LeakyReLU, anisotropic."""
+    return kind(
+        1,
+        4,
+        (4, 6, 8, 10),
+        nn.Conv3d,
+        3,
+        [1, [1, 2, 2], 2, 2],
+        num_classes=CLASSES,
+        n_conv_per_stage_decoder=[1] * 3,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **{blocks: [2] * 4},
+        **settings,
+    )
+
+
+plain_conv_unet = partial(nnunet, PlainConvUNet, "n_conv_per_stage")
+residual_encoder_unet = partial(nnunet, ResidualEncoderUNet, "n_blocks_per_stage")
+
+DYNUNET = {
+    "shape": (8, 16, 32),
+    "bottleneck": ("bottleneck", (4, 8, 8)),
+    "decoder": {"upsamples.0": (2, 4, 4), "upsamples.1": (1, 2, 2), "upsamples.2": 1},
+    "many": "upsamples.*",
+}
+SEGRESNET = {
+    "bottleneck": ("down_layers.3", 8),
+    "decoder": {"up_layers.0": 4, "up_layers.1": 2, "up_layers.2": 1},
+    "many": "up_layers.*",
+}
+BASIC_UNET_PLUS_PLUS = {
+    "shape": (16, 16, 32),
+    "bottleneck": ("conv_4_0", 16),
+    "decoder": {"upcat_3_1": 8, "upcat_2_2": 4, "upcat_1_3": 2, "upcat_0_4": 1},
+    "many": "upcat_*_1",
+}
+FLEXIBLE_UNET = {
+    "bottleneck": ("encoder.layer4", 32),
+    "decoder": {
+        **{f"decoder.blocks.{level}": 2 ** (4 - level) for level in range(4)},
+        "decoder": 1,
+    },
+    "many": "decoder.blocks.*",
+}
+SWIN_UNETR = {
+    "bottleneck": ("encoder10", 32),
+    "decoder": {f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
+    "many": "decoder*",
+}
+MEDNEXT = {
+    "shape": (16, 24, 32),
+    "bottleneck": ("bottleneck", 4),
+    "decoder": {"dec_stages.0": 2, "dec_stages.1": 1},
+    "many": "dec_stages.*",
+}
+NNUNET = {
+    "shape": (8, 16, 32),
+    "bottleneck": ("encoder.stages.3", (4, 8, 8)),
+    "decoder": {
+        "decoder.stages.0": (2, 4, 4),
+        "decoder.stages.1": (1, 2, 2),
+        "decoder.stages.2": 1,
+    },
+    "many": "decoder.stages.*",
+}
+
+NETWORKS = {
+    "UNet": Row(
+        unet,
+        (16, 24, 32),
+        ("model.1.submodule.1.submodule.1.submodule", 8),
+        {"model.1.submodule.1": 4, "model.1": 2},
+        many="model.1.**.conv",
+    ),
+    "UNet, residual": Row(
+        partial(unet, num_res_units=2),
+        (16, 24, 32),
+        ("model.1.submodule.1.submodule.1.submodule", 8),
+        {"model.1.submodule.1": 4, "model.1": 2},
+        many="model.1.**.conv",
+    ),
+    "UNet, 2D": Row(
+        partial(unet, 2, (4, 6, 8)),
+        (32, 48),
+        ("model.1.submodule.1.submodule", 4),
+        {"model.1": 2},
+        many="model.**.conv",
+    ),
+    "DynUNet": Row(dynunet, **DYNUNET),
+    "DynUNet, deep supervision": Row(
+        partial(dynunet, deep_supervision=True, deep_supr_num=2), **DYNUNET
+    ),
+    "SegResNet": Row(
+        lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=CLASSES),
+        (16, 24, 32),
+        **SEGRESNET,
+    ),
+    "SegResNetDS": Row(
+        segresnet_ds,
+        (16, 24, 32),
+        ("encoder.layers.3.blocks", 8),
+        {"up_layers.0.blocks": 4, "up_layers.1.blocks": 2, "up_layers.2.blocks": 1},
+        many="up_layers.*.blocks",
+    ),
+    "SegResNetDS2": Row(
+        partial(segresnet_ds, nets.SegResNetDS2),
+        (16, 24, 32),
+        ("encoder.layers.3.blocks", 8),
+        {"up_layers.0.blocks": 4, "up_layers.1.blocks": 2, "up_layers.2.blocks": 1},
+        output=lambda returned: returned[0][0],
+        logits=lambda returned: returned[0][0],
+        many="up_layers.*.blocks",
+    ),
+    "SegResNetVAE": Row(segresnet_vae, (16, 16, 16), logits=first, **SEGRESNET),
+    "SwinUNETR": Row(swin_unetr, (32, 32, 64), slow=True, **SWIN_UNETR),
+    "SwinUNETR, 2D": Row(partial(swin_unetr, 2), (64, 64), **SWIN_UNETR),
+    "UNETR": Row(
+        unetr,
+        (48, 48, 64),
+        ("vit.blocks.11", 16),
+        {"decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1},
+        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 3, 3, 4),
+        many="vit.blocks.*",
+    ),
+    "AttentionUnet": Row(
+        lambda: nets.AttentionUnet(3, 1, CLASSES, channels=(4, 6, 8), strides=(2, 2)),
+        (16, 24, 32),
+        ("model.1.submodule.1.submodule", 4),
+        {"model.1.submodule": 2, "model.1": 1},
+        many="model.1.**.merge.conv",
+    ),
+    "BasicUNet": Row(
+        lambda: nets.BasicUNet(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
+        (16, 32, 32),
+        ("down_4", 16),
+        {"upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
+        many="upcat_*",
+    ),
+    "BasicUNet++": Row(basic_unet_plus_plus, logits=first, **BASIC_UNET_PLUS_PLUS),
+    "BasicUNet++, deep supervision": Row(
+        partial(basic_unet_plus_plus, deep_supervision=True),
+        output=-1,
+        logits=lambda returned: returned[3],
+        **BASIC_UNET_PLUS_PLUS,
+    ),
+    "VNet": Row(
+        lambda: nets.VNet(3, 1, CLASSES),
+        (16, 16, 32),
+        ("down_tr256", 16),
+        {"up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
+        many="up_tr*",
+    ),
+    "FlexibleUNet": Row(
+        partial(
+            nets.FlexibleUNet,
+            1,
+            CLASSES,
+            "resnet10",
+            pretrained=False,
+            spatial_dims=3,
+            decoder_channels=(16, 8, 8, 4, 4),
+        ),
+        (32, 32, 64),
+        slow=True,
+        **FLEXIBLE_UNET,
+    ),
+    "FlexibleUNet, 2D": Row(
+        partial(nets.FlexibleUNet, 1, CLASSES, "resnet10", pretrained=False, spatial_dims=2),
+        (64, 96),
+        **FLEXIBLE_UNET,
+    ),
+    "HighResNet": Row(
+        lambda: nets.HighResNet(3, 1, CLASSES), (6, 8, 10), ("blocks.10", 1), many="blocks.*"
+    ),
+    "PlainConvUNet": Row(plain_conv_unet, **NNUNET),
+    "PlainConvUNet, deep supervision": Row(
+        partial(plain_conv_unet, deep_supervision=True), logits=first, **NNUNET
+    ),
+    "ResidualEncoderUNet": Row(residual_encoder_unet, **NNUNET),
+    "ResidualEncoderUNet, deep supervision": Row(
+        partial(residual_encoder_unet, deep_supervision=True), logits=first, **NNUNET
+    ),
+    "MedNeXt": Row(mednext, **MEDNEXT),
+    "MedNeXt, deep supervision": Row(partial(mednext, deep_supervision=True), **MEDNEXT),
+    "ViT classifier": Row(
+        vit_classifier,
+        (32, 48),
+        ("blocks.1", 8),
+        output=0,
+        logits=first,
+        channel_first=lambda tokens: tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, 4, 6),
+        many="blocks.*",
+    ),
+}
+
+
+def named(*names: str, slow: bool = False) -> Any:
+    """Parametrise a test over networks, all of them by default; slow ones are marked.
+
+    Args:
+        slow: all are slow in this test.
+    """
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] * (slow or NETWORKS[name].slow))
+            for name in names or NETWORKS
+        ],
+    )
+
+
+# ---------------------------------------------------------------- plain torch, without the library
+
+
+def log_odds(logits: torch.Tensor, index: int = 1) -> torch.Tensor:
+    """Return the log-odds of a class, summed over the volume: log p - log (1 - p)."""
+    others = [k for k in range(logits.shape[1]) if k != index]
+    return (logits[:, index] - logits[:, others].logsumexp(1)).sum()
+
+
+def logit(logits: torch.Tensor, index: int = 1) -> torch.Tensor:
+    """Return the logit of a class, summed over the volume."""
+    return logits[:, index].sum()
+
+
+def by_hand(
+    row: Row,
+    network: nn.Module,
+    x: torch.Tensor,
+    layers: Sequence[str],
+    score: Callable[[torch.Tensor], torch.Tensor] = logit,
+    channel_first: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return layer -> (activations, gradients), (B, C, *s), of layers that the score depends on.
+
+    On a copy in eval mode whose activations do not work in place; each layer's output is kept and
+    the copy goes on with a clone of it. The gradients are those that a whole backward pass leaves.
+
+    Args:
+        channel_first: of the layers; default what the row says of the bottleneck, if it is one.
+    """
+    twin = copy.deepcopy(network).eval().requires_grad_(True)
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        assert name not in kept, f"{name} ran twice"
+        output.retain_grad()
+        kept[name] = output
+        return output.clone()
+
+    for name in layers:
+        twin.get_submodule(name).register_forward_hook(partial(keep, name))
+    score(row.logits(twin(x))).backward()
+    found = {}
+    for name, output in kept.items():
+        if output.grad is not None:
+            turn = channel_first or (
+                row.channel_first if name == row.bottleneck[0] else lambda tensor: tensor
+            )
+            found[name] = turn(output.detach()), turn(output.grad)
+    return found
+
+
+def hires_cam(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return (a * g).sum(1)
+
+
+def grad_cam(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return (a * g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1)
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor, uncancelled: torch.Tensor) -> float:
+    """Return the largest difference, relative to what the map would be if nothing cancelled."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    return float((found - expected).abs().max() / uncancelled.abs().max())
