@@ -10,7 +10,7 @@ from typing import Any
 from seg3dcam.config import Job
 from seg3dcam.errors import ConfigError, EmptyRegionError
 from seg3dcam.models import SegModel
-from seg3dcam.scan import Scan, load_scan
+from seg3dcam.scan import Scan, load_labels
 from seg3dcam.targets import (
     Boundary,
     ClassLogit,
@@ -63,7 +63,7 @@ def targets_of(job: Job, model: SegModel) -> list[Any] | None:
     classes = list(dict.fromkeys(model.class_index(name) for name in names))
     if job.label is not None and len(classes) > 1:
         raise ConfigError("label is that of one class in the truth: name one target")
-    truth = None if job.truth is None else load_scan(job.truth)
+    truth = None if job.truth is None else load_labels(job.truth)
     return [_target(job, model, index, truth) for index in classes]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -206,59 +206,55 @@ def each_by(
             placed(target, lambda mask: on_grid_of(mask, affine, x.shape[2:]))
             for target in as_targets(wanted, first.logits, lead.activation)
         ]
-        scores, seeds, voxels = [], [], []
-        for target in chosen:
-            settled = fixed(target, first.logits)  # its region is looked for once
-            score, seed = score_and_seed(settled, first.logits)
-            region = region_of(settled, first.logits)
-            scores.append(score)
-            seeds.append(Seed.of(seed))
-            voxels.append(None if region is None else region.reshape(len(score), -1).sum(1))
+        asked = [_Asked.of(target, first.logits) for target in chosen]
+        seeds = [one.seed for one in asked]
         found = maps_of(first, chosen, seeds, functions, grids, lead.output, lead.progress)
-        dropped = dict(capture.dropped)
-    for layer, reason in dropped.items():
+    for layer, reason in capture.dropped.items():
         _tell(f"no map of layer '{layer}': {reason}")
     return [
-        [
-            _result(
-                cam,
-                first,
-                target,
-                score,
-                count,
-                {layer: m for layer, m in maps.items() if layer not in dropped},
-                affine,
-            )
-            for cam, maps in zip(cams, row, strict=True)
-        ]
-        for target, score, count, row in zip(chosen, scores, voxels, found, strict=True)
+        [_result(cam, first, one, maps, affine) for cam, maps in zip(cams, row, strict=True)]
+        for one, row in zip(asked, found, strict=True)
     ]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A target, and what the prediction makes of it."""
+
+    name: str
+    score: torch.Tensor
+    seed: Seed
+    region_voxels: torch.Tensor | None
+
+    @classmethod
+    def of(cls, target: Callable[..., torch.Tensor], logits: torch.Tensor) -> _Asked:
+        settled = fixed(target, logits)  # its region is looked for once
+        score, seed = score_and_seed(settled, logits)
+        region = region_of(settled, logits)
+        voxels = None if region is None else region.reshape(len(score), -1).sum(1)
+        return cls(name_of(target), score, Seed.of(seed), voxels)
+
+
 def _result(
-    cam: BaseCAM,
-    first: FirstPass,
-    target: Callable[..., torch.Tensor],
-    score: torch.Tensor,
-    region_voxels: torch.Tensor | None,
-    maps: Maps,
-    affine: np.ndarray | None,
+    cam: BaseCAM, first: FirstPass, asked: _Asked, maps: Maps, affine: np.ndarray | None
 ) -> CamResult:
-    layers = {str(layer): map_ for layer, map_ in maps.items()}
+    dropped = first.capture.dropped
+    layers = {str(layer): map_ for layer, map_ in maps.items() if layer not in dropped}
     for name, layer in layers.items():
-        _warn(name, layer, name_of(target))
+        _warn(name, layer, asked.name)
     return CamResult(
-        layers,
-        first.windows.shape,
-        first.logits,
-        score,
-        name_of(target),
-        cam.method,
-        cam.activation,
-        affine,
-        len(first.windows),
-        region_voxels,
-        settings_of(cam._function),
+        layers=layers,
+        shape=first.windows.shape,
+        logits=first.logits,
+        score=asked.score,
+        target=asked.name,
+        method=cam.method,
+        activation=cam.activation,
+        affine=affine,
+        windows=len(first.windows),
+        region_voxels=asked.region_voxels,
+        settings=settings_of(cam._function),
+        dropped={str(layer): reason for layer, reason in dropped.items()},
     )
 
 

@@ -14,13 +14,13 @@ gave the same shape does, or else runs on two inputs that differ along their las
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
 from seg3dcam.layers import LayerRef, Layout, unwrap
@@ -50,8 +50,8 @@ def capturing(
 
     Inside, parameters are frozen, autocast and reduced-precision arithmetic are off, and gradients
     can be taken whatever mode the caller is in. Afterwards, also after an exception, hooks, the
-    mode of every submodule, `requires_grad`, buffers, random states and precision settings are as
-    they were; `.grad` is never written.
+    mode of every submodule, `requires_grad`, buffers, tensors kept in attributes, random states
+    and precision settings are as they were; `.grad` is never written.
 
     Args:
         model: any `nn.Module`; DataParallel, DistributedDataParallel and compiled wrappers are
@@ -66,6 +66,7 @@ def capturing(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(_frozen_in_eval_mode(model))
+        stack.enter_context(_kept_notes(model))
         stack.enter_context(_kept_random_state(model))
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
@@ -367,7 +368,8 @@ class Capture:
             if INPUT in self._runs:
                 changed = self.on_output(INPUT, x)
                 x = x if changed is None else changed
-            return functional_call(self.model, self._weights, (x,))
+            with _other_weights(self.model, self._weights):
+                return self.model(x)
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -494,6 +496,29 @@ def _undecided(layer: LayerRef, shape: Sequence[int], input_shape: Sequence[int]
 
 
 @contextlib.contextmanager
+def _other_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let a network work with other parameters, by name; a tied one is replaced everywhere.
+
+    `torch.func.functional_call` does not put back those of a module that has two names, and the
+    encoder of a nnU-Net has: `encoder` and `decoder.encoder`.
+    """
+    others = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
+    own = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in others
+    ]
+    try:
+        for module, name, parameter in own:
+            module._parameters[name] = others[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in own:
+            module._parameters[name] = parameter
+
+
+@contextlib.contextmanager
 def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     if any(parameter.is_inference() for parameter, _ in parameters):
@@ -526,6 +551,38 @@ def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
             if buffer is not None and before is not None and not torch.equal(buffer, before):
                 with torch.no_grad():
                     buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _kept_notes(model: nn.Module) -> Iterator[None]:
+    """Put back the tensors that modules keep in attributes of their own.
+
+    DynUNet notes the heads of its last pass: their graph would stay, and forbid a deepcopy.
+    """
+
+    def notes(module: nn.Module) -> dict[str, Any]:
+        own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers")}
+        return {name: value for name, value in own.items() if _holds_tensors(value)}
+
+    before = [(module, notes(module)) for module in model.modules()]
+    kept = [value for _, notes_before in before for value in notes_before.values()]
+    inside = [(value, copy.copy(value)) for value in kept if isinstance(value, list | dict)]
+    try:
+        yield
+    finally:
+        for module, notes_before in before:
+            for name in notes(module).keys() - notes_before.keys():
+                del vars(module)[name]
+            vars(module).update(notes_before)
+        for value, items in inside:
+            value.clear()
+            value.extend(items) if isinstance(value, list) else value.update(items)
+
+
+def _holds_tensors(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    items = items if isinstance(value, dict | list | tuple) else [value]
+    return any(isinstance(item, torch.Tensor) for item in items)
 
 
 @contextlib.contextmanager

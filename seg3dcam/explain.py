@@ -29,7 +29,7 @@ from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of,
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
 from seg3dcam.result import CamResult, Scale, Status, scaled
-from seg3dcam.scan import Scan, load_scan
+from seg3dcam.scan import Scan, corner_gap, load_scan
 from seg3dcam.targets import ClassLogOdds, TargetFamily, as_targets, name_of, placed, uses_truth
 from seg3dcam.targets.regions import as_region
 
@@ -330,7 +330,8 @@ def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor
             f"the mask has {tuple(data.shape)} voxels, the scan {tuple(scan.shape)}: they must lie "
             "on the same grid. Resample the mask to the scan"
         )
-    if not np.allclose(affine, scan.affine, atol=1e-3):
+    # A tenth of a voxel: other programs round what they write.
+    if corner_gap(affine, scan.affine, scan.shape) > min(scan.spacing) / 10:
         raise TargetError(
             "the mask has the scan's shape but lies elsewhere in the patient: its affine is\n"
             f"{affine}\nand the scan's\n{scan.affine}\nResample the mask to the scan"
@@ -472,6 +473,7 @@ def _provenance(
             }
             for name, layer in result.layers.items()
         },
+        "dropped_layers": dict(result.dropped),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("seg3dcam", "torch", "monai", "nibabel")},

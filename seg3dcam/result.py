@@ -95,6 +95,7 @@ class CamResult:
         windows: how many windows the input was cut into.
         region_voxels: (B,) voxels of the target's region, None for a target of your own.
         settings: the method's parameters.
+        dropped: layer -> why one of many ("all", `decoder.*`) has no map.
     """
 
     layers: Mapping[str, LayerMap]
@@ -108,6 +109,7 @@ class CamResult:
     windows: int = 1
     region_voxels: torch.Tensor | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def maps(self) -> dict[str, torch.Tensor]:

@@ -126,18 +126,34 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     if isinstance(source, torch.Tensor):
         return _from_meta_tensor(source)
     if isinstance(source, (str, os.PathLike)):
-        return _from_files([Path(source)])
+        return _checked([Path(source)])
     if (
         isinstance(source, (list, tuple))
         and source
         and all(isinstance(path, (str, os.PathLike)) for path in source)
     ):
-        return _from_files([Path(path) for path in source])
+        return _checked([Path(path) for path in source])
     raise ScanError(
         f"a scan cannot be made of {_described(source)}. Legal: a path to a .nii or .nii.gz file, "
         "a list of such paths (one per channel), a MONAI MetaTensor, a numpy array or tensor with "
         "affine=, a Scan."
     )
+
+
+def load_labels(path: PathLike) -> Scan:
+    """Read a label map or mask, one channel of whole numbers; all of them may be 0.
+
+    Raises `ScanError` as `load_scan`, and for several channels.
+    """
+    labels = _from_files([Path(path)])
+    if len(labels.data) > 1:
+        raise ScanError(
+            f"{path}: a label map has one channel, this file {len(labels.data)}. Save the labels "
+            "as one volume (X, Y, Z)."
+        )
+    if not torch.isfinite(labels.data).all():
+        _refuse_nonfinite(labels.data, str(path))
+    return labels
 
 
 def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
@@ -230,6 +246,12 @@ class _Plan:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def _checked(paths: list[Path]) -> Scan:
+    scan = _from_files(paths)
+    _check_voxels(scan.data, ", ".join(map(str, paths)))
+    return scan
+
+
 def _from_files(paths: list[Path]) -> Scan:
     plans = [_plan(path) for path in paths]
     first = plans[0]
@@ -245,9 +267,7 @@ def _from_files(paths: list[Path]) -> Scan:
         stop = start + plan.shape[0]
         _read_voxels(plan, voxels[start:stop])
         start = stop
-    data = torch.from_numpy(voxels)
-    _check_voxels(data, ", ".join(map(str, paths)))
-    return Scan(data, first.affine, _common_name(paths), first.header)
+    return Scan(torch.from_numpy(voxels), first.affine, _common_name(paths), first.header)
 
 
 def _name(path: Path) -> str:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -53,13 +53,15 @@ class Suggestion:
 class _Given:
     """A tensor that one module gave in the probing pass.
 
-    Its order is that of the first module to give it: others only hand it on.
+    Its order is that of the first module to give it: others only hand it on. Of a LayerNorm it is
+    known what it read.
     """
 
     layer: LayerRef
     order: int
     tensor: torch.Tensor
     version: int
+    read: torch.Tensor | None
 
     @property
     def rank(self) -> tuple:
@@ -74,6 +76,7 @@ class _Seen(_Given):
     layout: Layout
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    cancels: bool = False
 
     @property
     def size(self) -> int:
@@ -101,7 +104,8 @@ def suggest_layers(
     with capturing(model, [], output) as capture:
         x = _random_input(capture, tuple(input_shape))
         given, logits = _probe(capture, x)
-        seen = _with_places(capture, given, logits, x)
+        found = _with_places(capture, given, logits, x)
+        seen = [s for s in found if s.read is None]
         if not seen:
             raise LayerError(
                 f"no layer of {type(model).__name__} gives activations with a place in the image "
@@ -111,7 +115,7 @@ def suggest_layers(
     classes = logits.shape[1]
     suggestions = [
         _suggestion(
-            bottleneck,
+            _as_read(bottleneck, found),
             "bottleneck",
             "the coarsest level: all evidence for the mask passes or bypasses it, and its maps "
             "echo the mask least",
@@ -127,7 +131,7 @@ def suggest_layers(
             best = _best(level)
             suggestions.append(
                 _suggestion(
-                    _producer(best, level, bottleneck),
+                    _as_read(_producer(best, level, bottleneck), found),
                     "decoder",
                     "finer, but the closer to the output, the more the map echoes the mask",
                 )
@@ -155,26 +159,26 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
+        read = args[0] if isinstance(module, nn.LayerNorm) else None
         for path, tensor in tensors_in(output):
             if tensor.requires_grad:
                 layer = LayerRef(name, path, module)
                 order = orders.setdefault(id(tensor), len(orders))
-                found.append(_Given(layer, order, tensor, tensor._version))
+                found.append(_Given(layer, order, tensor, tensor._version, read))
 
     with ExitStack() as stack:
         for name, module in capture.model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(partial(look, name)).remove)
         logits = capture.forward(x)
-    # A final LayerNorm makes all tokens equally long: the block before it says more.
-    normed = {id(g.tensor) for g in found if isinstance(g.layer.module, nn.LayerNorm)}
+    # A LayerNorm makes all tokens equally long: the block before it says more (but see _as_read).
+    normed = {id(g.tensor) for g in found if g.read is not None}
     kept = [
         g
         for g in found
-        if not _is_pointwise(g.layer.module)
-        and g.tensor._version == g.version
+        if g.tensor._version == g.version
         and runs[g.layer.name] == 1
-        and id(g.tensor) not in normed
+        and (g.read is not None or not _is_pointwise(g.layer.module) and id(g.tensor) not in normed)
     ]
     return kept, logits
 
@@ -201,8 +205,9 @@ def _with_places(
         if images
         else ()
     )
+    normed = {id(image.read) for image in images}
     used = [
-        image
+        replace(image, cancels=id(image.tensor) in normed and _cancels(image, gradient))
         for image, gradient in zip(images, gradients, strict=True)
         if gradient is not None
         and image.layout(gradient).any()  # of more than a class token
@@ -210,6 +215,22 @@ def _with_places(
     ]
     # What is shaped like the logits is most likely their head, before a softmax.
     return [image for image in used if image.tensor.shape != logits.shape] or used
+
+
+def _cancels(image: _Seen, gradient: torch.Tensor) -> bool:
+    """Tell whether activations times gradients sum to nothing over the channels, everywhere."""
+    products = image.layout(image.tensor.detach() * gradient)
+    return bool(products.sum(1).abs().max() < 1e-3 * products.abs().sum(1).max())
+
+
+def _as_read(best: _Seen, found: Sequence[_Seen]) -> _Seen:
+    """Return the LayerNorm behind a layer where the network reads it through that alone.
+
+    How long a token is, a LayerNorm forgets, so activations and gradients before it are orthogonal:
+    HiResCAM would show nothing but rounding.
+    """
+    norms = [s for s in found if best.cancels and s.read is best.tensor]
+    return _best(norms) if norms else best
 
 
 def _best(seen: Sequence[_Seen]) -> _Seen:

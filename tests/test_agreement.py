@@ -1,7 +1,7 @@
 """Two widely used tools give the same raw maps where they are right.
 
-captum and pytorch-grad-cam keep a layer's output without a copy, so they are compared on networks
-without in-place activations; ours on the in-place twin has to agree with them all the same.
+pytorch-grad-cam keeps a layer's output without a copy, so both are compared on networks without
+in-place activations; ours on the in-place twin has to agree with them all the same.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ NETWORKS = {
             1, CLASSES, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2, qkv_bias=True
         ),
         (32, 32, 48),
-        {"vit.blocks.11": 16, "decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1},
+        {"vit.norm": 16, "decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1},
     ),
     "SwinUNETR, 2D": (
         lambda: nets.SwinUNETR(

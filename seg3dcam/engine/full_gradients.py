@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -36,8 +38,9 @@ def full_gradient_map(
 
     It takes apart seed . logits: for a target that is linear in the logits, the score.
     """
-    layers = [INPUT, *_biased_layers(first.capture.model)]
-    with capturing(first.capture.model, layers, output) as capture:
+    model = first.capture.model
+    layers = [INPUT, *_with_places(first, _biased_layers(model), output)]
+    with capturing(model, layers, output) as capture:
         second = FirstPass(capture, first.windows, first.x, first.logits, {})
         maps = [_map(second, items, seed, method, progress) for items in first.items]
     return joined(maps)
@@ -108,6 +111,29 @@ def _biased_layers(model: nn.Module) -> list[LayerRef]:
         for name, module in model.named_modules()
         if _bias(module) is not None
     ]
+
+
+def _with_places(
+    first: FirstPass, layers: list[LayerRef], output: OutputSelection
+) -> list[LayerRef]:
+    """Let layers whose vectors have no place in the image lie everywhere."""
+    if not any(isinstance(layer.module, nn.Linear) for layer in layers):
+        return layers
+    axes = len(first.windows.roi)
+    with capturing(first.capture.model, layers, output) as capture:
+        capture.observe(first.cut([0], [0]), copy=False)
+        dropped = capture.dropped
+    return [
+        replace(layer, layout=partial(_everywhere, axes=axes))
+        if layer in dropped and isinstance(layer.module, nn.Linear)
+        else layer
+        for layer in layers
+    ]
+
+
+def _everywhere(vector: torch.Tensor, axes: int) -> torch.Tensor:
+    """Return (B, C) as one voxel that is as large as the image."""
+    return vector.reshape(*vector.shape, *[1] * axes)
 
 
 def _biases(capture: Capture) -> dict[LayerRef, torch.Tensor]:

@@ -30,9 +30,9 @@ KERNEL_VOXELS = 16**3
 
 @dataclass(frozen=True)
 class _Component(Weights):
-    """A principal component; `offset` (B,) is where the points' mean lies on it."""
+    """A principal component, and the mean (B, C) of the points that it belongs to."""
 
-    offset: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
 
 class EigenCAM(Method):
@@ -51,8 +51,15 @@ class EigenCAM(Method):
     def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Weights:
         return self._component(survey, voxels)
 
+    def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
+        """Centre, then project, in double precision: the mean may be large beside what varies."""
+        mean, first = weights.mean[..., None], weights.values[:, None]
+        points = self.features(a, g).flatten(2)
+        parts = [first @ (block.to(mean) - mean) for (block,) in in_blocks([points], size=1 << 14)]
+        return torch.cat(parts, -1)[:, 0].reshape(len(a), *a.shape[2:]).to(a.dtype)
+
     def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
-        return positive_side_up(centred(values, weights))
+        return positive_side_up(values)
 
     def _moments(
         self, a: torch.Tensor, g: torch.Tensor | None, shares: torch.Tensor | None
@@ -71,7 +78,7 @@ class EigenCAM(Method):
         covariance = sums["matrix"] / voxels - mean[:, :, None] * mean[:, None, :]
         first = torch.linalg.eigh(covariance)[1][..., -1]
         first = first * for_each_item(self._sign(first, covariance), 2)
-        return _Component(first, first.abs(), None, (mean * first).sum(1))
+        return _Component(first, first.abs(), None, mean)
 
     def _sign(self, first: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(first[:, 0])
@@ -100,6 +107,12 @@ class SegEigenCAM(EigenCAM):
 
     def maps_gradients(self, ndim: int) -> bool:
         return True
+
+    def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
+        return Method.map(self, a, g, weights)  # summed over windows: centred when complete
+
+    def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
+        return positive_side_up(centred(values, weights))
 
 
 class EigenGradCAM(SegEigenCAM):
@@ -188,9 +201,10 @@ class _KernelComponent:
     degenerate: torch.Tensor | None = None
 
 
-def centred(values: torch.Tensor, weights: _Component) -> torch.Tensor:
+def centred(values: torch.Tensor, weights: Any) -> torch.Tensor:
     """Return a projection (B, *S) less that of the mean."""
-    return values - for_each_item(weights.offset.to(values), values.ndim)  # type: ignore[union-attr]
+    offset = (weights.mean * weights.values).sum(1)
+    return values - for_each_item(offset.to(values), values.ndim)
 
 
 def _doubly_centred(kernel: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:

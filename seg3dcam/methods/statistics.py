@@ -89,7 +89,9 @@ class FEM(Method):
     def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Weights:
         mean = survey["sum"] / survey["count"]
         deviation = (survey["squares"] / survey["count"] - mean * mean).clamp(min=0).sqrt()
-        return _Thresholds(mean, mean.abs(), None, mean + 2 * deviation)
+        # Nothing stands out of a constant channel, whose mean is rounded.
+        rounding = 1e4 * torch.finfo(mean.dtype).eps * mean.abs()
+        return _Thresholds(mean, mean.abs(), None, mean + 2 * deviation + rounding)
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
         far_above = a > for_each_item(weights.threshold, a.ndim)

@@ -102,16 +102,18 @@ def swin_unetr(ndim: int = 3, **settings: Any) -> nn.Module:
     )
 
 
-def unetr() -> nn.Module:
+def unetr(*size: int, **settings: Any) -> nn.Module:
     return nets.UNETR(
         1,
         CLASSES,
-        (48, 48, 64),
+        size,
         4,
         hidden_size=24,
         mlp_dim=32,
         num_heads=2,
         qkv_bias=True,
+        spatial_dims=len(size),
+        **settings,
     )
 
 
@@ -195,6 +197,17 @@ SWIN_UNETR = {
     "decoder": {f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
     "many": "decoder*",
 }
+UNETR = {
+    "bottleneck": ("vit.norm", 16),
+    "decoder": {f"decoder{level}": 2 ** (level - 2) for level in (5, 4, 3, 2)},
+    "many": "vit.blocks.*",
+}
+VNET = {
+    "bottleneck": ("down_tr256", 16),
+    "decoder": {"up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
+    "many": "up_tr*",
+}
+HIGH_RES_NET = {"bottleneck": ("blocks.10", 1), "many": "blocks.*"}
 MEDNEXT = {
     "shape": (16, 24, 32),
     "bottleneck": ("bottleneck", 4),
@@ -263,12 +276,17 @@ NETWORKS = {
     "SwinUNETR": Row(swin_unetr, (32, 32, 64), slow=True, **SWIN_UNETR),
     "SwinUNETR, 2D": Row(partial(swin_unetr, 2), (64, 64), **SWIN_UNETR),
     "UNETR": Row(
-        unetr,
+        partial(unetr, 48, 48, 64),
         (48, 48, 64),
-        ("vit.blocks.11", 16),
-        {"decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1},
         channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 3, 3, 4),
-        many="vit.blocks.*",
+        slow=True,
+        **UNETR,
+    ),
+    "UNETR, 2D": Row(
+        partial(unetr, 48, 64),
+        (48, 64),
+        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 3, 4),
+        **UNETR,
     ),
     "AttentionUnet": Row(
         lambda: nets.AttentionUnet(3, 1, CLASSES, channels=(4, 6, 8), strides=(2, 2)),
@@ -291,13 +309,8 @@ NETWORKS = {
         logits=lambda returned: returned[3],
         **BASIC_UNET_PLUS_PLUS,
     ),
-    "VNet": Row(
-        lambda: nets.VNet(3, 1, CLASSES),
-        (16, 16, 32),
-        ("down_tr256", 16),
-        {"up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
-        many="up_tr*",
-    ),
+    "VNet": Row(lambda: nets.VNet(3, 1, CLASSES), (16, 16, 32), slow=True, **VNET),
+    "VNet, 2D": Row(lambda: nets.VNet(2, 1, CLASSES), (16, 32), **VNET),
     "FlexibleUNet": Row(
         partial(
             nets.FlexibleUNet,
@@ -318,8 +331,9 @@ NETWORKS = {
         **FLEXIBLE_UNET,
     ),
     "HighResNet": Row(
-        lambda: nets.HighResNet(3, 1, CLASSES), (6, 8, 10), ("blocks.10", 1), many="blocks.*"
+        lambda: nets.HighResNet(3, 1, CLASSES), (8, 8, 12), slow=True, **HIGH_RES_NET
     ),
+    "HighResNet, 2D": Row(lambda: nets.HighResNet(2, 1, CLASSES), (16, 24), **HIGH_RES_NET),
     "PlainConvUNet": Row(plain_conv_unet, **NNUNET),
     "PlainConvUNet, deep supervision": Row(
         partial(plain_conv_unet, deep_supervision=True), logits=first, **NNUNET
@@ -333,7 +347,7 @@ NETWORKS = {
     "ViT classifier": Row(
         vit_classifier,
         (32, 48),
-        ("blocks.1", 8),
+        ("blocks.2.norm1", 8),
         output=0,
         logits=first,
         channel_first=lambda tokens: tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, 4, 6),
@@ -342,16 +356,32 @@ NETWORKS = {
 }
 
 
-def named(*names: str, slow: bool = False) -> Any:
+#: Networks of every kind that are fast, also where everything else of a test is slow.
+QUICK = (
+    "UNet",
+    "UNet, 2D",
+    "DynUNet",
+    "SegResNetVAE",
+    "SwinUNETR, 2D",
+    "UNETR, 2D",
+    "VNet, 2D",
+    "PlainConvUNet, deep supervision",
+    "MedNeXt, deep supervision",
+    "ViT classifier",
+)
+
+
+def named(*names: str, quick: Sequence[str] = tuple(NETWORKS)) -> Any:
     """Parametrise a test over networks, all of them by default; slow ones are marked.
 
     Args:
-        slow: all are slow in this test.
+        quick: the others are slow in this test.
     """
+    slow = {name for name, row in NETWORKS.items() if row.slow or name not in quick}
     return pytest.mark.parametrize(
         "name",
         [
-            pytest.param(name, marks=[pytest.mark.slow] * (slow or NETWORKS[name].slow))
+            pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
             for name in names or NETWORKS
         ],
     )
@@ -410,6 +440,10 @@ def by_hand(
             )
             found[name] = turn(output.detach()), turn(output.grad)
     return found
+
+
+#: Random networks have classes that no voxel speaks for: a warning, and not the subject.
+quiet = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 
 
 def hires_cam(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from helpers_networks import (
     CLASSES,
     NETWORKS,
+    QUICK,
     Row,
     by_hand,
     deviation,
@@ -15,6 +16,7 @@ from helpers_networks import (
     log_odds,
     logit,
     named,
+    quiet,
 )
 from test_untouched import untouched
 from torch import nn
@@ -62,19 +64,25 @@ def test_what_is_suggested_has_a_gradient_and_is_not_the_output(name):
     for activations, gradients in found.values():
         assert gradients.any()
         assert activations.shape != logits.shape
-    a, g = found[row.bottleneck[0]]
-    assert a.shape[1] != CLASSES or hires_cam(a, g).shape[1:] != logits.shape[2:]
 
 
+@quiet
 @named()
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["32", "64"]
-)
-def test_maps_equal_plain_torch(name, dtype, tolerance):
-    """Grad-CAM and HiResCAM, two targets, bottleneck and decoder; a map of the input's shape."""
+def test_maps_equal_plain_torch(name):
+    """Grad-CAM and HiResCAM, two targets, bottleneck and decoder; maps of the input's shape."""
     row = NETWORKS[name]
+    assert_maps_equal_plain_torch(row, row.levels, torch.float32, tolerance=1e-5)
+
+
+@quiet
+@named(quick=QUICK)
+def test_maps_equal_plain_torch_in_double_precision(name):
+    row = NETWORKS[name]
+    assert_maps_equal_plain_torch(row, row.levels[:1], torch.float64, tolerance=1e-9)
+
+
+def assert_maps_equal_plain_torch(row, layers, dtype, tolerance):
     network, x = row.network(dtype), row.input(2, dtype)
-    layers = row.levels if dtype == torch.float32 else row.levels[:1]
     cams = [cam(network, layers, output=row.output) for cam, _ in METHODS.values()]
 
     with untouched(network):
@@ -83,20 +91,29 @@ def test_maps_equal_plain_torch(name, dtype, tolerance):
     for (_, score), of_target in zip(TARGETS.values(), results, strict=True):
         expected = by_hand(row, network, x, layers, score)
         for (_, formula), result in zip(METHODS.values(), of_target, strict=True):
-            assert list(result.maps) == layers
+            assert list(result.maps) == list(expected) == layers
             for layer, (a, g) in expected.items():
-                native, full = result.native[layer], result.maps[layer]
-                assert native.dtype == full.dtype == dtype
-                assert deviation(native, formula(a, g), formula(a.abs(), g.abs())) < tolerance
-                assert full.shape == (2, *row.shape)
-                assert torch.isfinite(full).all()
-                assert result.status[layer] == "ok"
-                assert full.amin() >= native.amin() - tolerance
-                assert full.amax() <= native.amax() + tolerance
-            assert result.volume().shape == (2, *row.shape)
-            assert result.volume().amax(tuple(range(1, x.ndim - 1))).tolist() == [1, 1]
+                assert_same_map(result, layer, formula(a, g), formula(a.abs(), g.abs()), tolerance)
+            shown = [any(m.item_status[i] == "ok" for m in result.layers.values()) for i in (0, 1)]
+            drawn = result.volume()
+            assert drawn.shape == (2, *row.shape)
+            assert drawn.min() >= 0
+            assert drawn.flatten(1).amax(1).tolist() == pytest.approx(shown)
 
 
+def assert_same_map(result, layer, expected, uncancelled, tolerance):
+    native, full = result.native[layer], result.maps[layer]
+    assert native.dtype == full.dtype == expected.dtype
+    assert deviation(native, expected, uncancelled) < tolerance
+    assert full.shape == (2, *result.shape)
+    assert torch.isfinite(full).all()
+    assert full.min() >= native.min() - tolerance
+    assert full.max() <= native.max() + tolerance
+    high = expected.flatten(1).amax(1) > 1e-5 * uncancelled.flatten(1).amax(1)
+    assert result.layers[layer].item_status == tuple("ok" if h else "zero" for h in high)
+
+
+@quiet
 @named()
 def test_auto_is_the_bottleneck(name):
     row = NETWORKS[name]
@@ -107,10 +124,6 @@ def test_auto_is_the_bottleneck(name):
     a, g = by_hand(row, network, x, row.levels[:1], log_odds)[row.bottleneck[0]]
     native = auto.native[row.bottleneck[0]]
     assert deviation(native, grad_cam(a, g), grad_cam(a.abs(), g.abs())) < 1e-5
-    logits = row.logits(network.eval()(x)).detach()
-    if logits.ndim == x.ndim:  # the map of an output layer would be its logit
-        both = torch.stack([auto.maps[row.bottleneck[0]].relu(), logits[:, 1].relu()])
-        assert not both.flatten(1).corrcoef()[0, 1] > 0.9
 
 
 @named(
@@ -178,5 +191,5 @@ def test_a_transformer_that_classifies_is_explained_at_its_patches():
     assert isinstance(network.classification_head, nn.Sequential)
     result = GradCAM(network, output=0)(row.input(2), targets.ClassLogit(2, region="volume"))
     assert result.logits.shape == (2, CLASSES)
-    assert result.native["blocks.1"].shape == (2, 4, 6)
-    assert result.maps["blocks.1"].shape == (2, *row.shape)
+    assert result.native["blocks.2.norm1"].shape == (2, 4, 6)
+    assert result.maps["blocks.2.norm1"].shape == (2, *row.shape)

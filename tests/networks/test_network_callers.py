@@ -1,0 +1,246 @@
+"""Whatever state the caller and the network are in, the map is the same and the state stays."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers_networks import (
+    NETWORKS,
+    QUICK,
+    Row,
+    by_hand,
+    deviation,
+    hires_cam,
+    log_odds,
+    named,
+    quiet,
+    swin_unetr,
+)
+from test_untouched import untouched
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from seg3dcam import HiResCAM, targets
+from seg3dcam.errors import Seg3dcamError
+
+TARGET = targets.ClassLogOdds(1, region="volume")
+
+#: Some work in place or return several things; all others are slow here.
+SOME = ("UNet", "SegResNet", "VNet, 2D", "UNETR, 2D", "PlainConvUNet, deep supervision")
+
+
+def explained(row: Row, network: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the map at the bottleneck, on the layer's grid."""
+    layer = row.bottleneck[0]
+    cam = HiResCAM(network, layer, output=row.output)
+    return cam(row.input() if x is None else x, TARGET).native[layer]
+
+
+def plain(row: Row, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the map in plain torch, and what it would be if nothing cancelled."""
+    found = by_hand(row, network, row.input(), row.levels[:1], log_odds)
+    a, g = found[row.bottleneck[0]]
+    return hires_cam(a, g), hires_cam(a.abs(), g.abs())
+
+
+def in_the_middle_of_a_training(network: nn.Module) -> nn.Module:
+    """Return the network with mixed modes, some parameters frozen, some with gradients."""
+    network.train()
+    for number, module in enumerate(network.modules()):
+        module.training = number % 3 > 0
+    for number, parameter in enumerate(network.parameters()):
+        parameter.requires_grad = number % 4 > 0
+        parameter.grad = torch.ones_like(parameter) if number % 2 else None
+    return network
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its CAM (which measures the layer's grid once), and the map in plain torch."""
+
+    row: Row
+    network: nn.Module
+    cam: HiResCAM
+    expected: torch.Tensor
+    uncancelled: torch.Tensor
+
+    def assert_right(self) -> None:
+        layer = self.row.bottleneck[0]
+        with untouched(self.network):
+            result = self.cam(self.row.input(), TARGET)
+        assert deviation(result.native[layer], self.expected, self.uncancelled) < 1e-5
+        assert not result.native[layer].is_inference()
+        assert not result.native[layer].requires_grad
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (row.slow or name not in QUICK))
+        for name, row in NETWORKS.items()
+    ],
+)
+def case(request: pytest.FixtureRequest) -> Case:
+    row = NETWORKS[request.param]
+    network = in_the_middle_of_a_training(row.network())
+    cam = HiResCAM(network, row.bottleneck[0], output=row.output)
+    return Case(row, network, cam, *plain(row, network))
+
+
+CALLERS = {
+    "training": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "bfloat16 autocast": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    "float16 autocast": partial(torch.autocast, "cpu", dtype=torch.float16),
+}
+
+
+@quiet
+@pytest.mark.parametrize("caller", CALLERS)
+def test_the_mode_of_the_caller_does_not_matter(case, caller):
+    """Under autocast, too, the map is that of the network's own precision."""
+    with CALLERS[caller]():
+        case.assert_right()
+
+
+@quiet
+@pytest.mark.parametrize("state", ["frozen", "all in training", "all in evaluation"])
+def test_the_state_of_the_network_does_not_matter(case, state):
+    """Batch statistics and dropout are never those of training."""
+    network = case.network
+    before = [(p, p.requires_grad) for p in network.parameters()]
+    try:
+        network.requires_grad_(state != "frozen")
+        network.train(state == "all in training")
+        case.assert_right()
+    finally:
+        in_the_middle_of_a_training(network)
+    assert all(p.requires_grad == needed for p, needed in before)
+
+
+@quiet
+@named(quick=QUICK)
+def test_a_network_of_low_precision(name):
+    """Its map is finite and near that of float32."""
+    row = NETWORKS[name]
+    expected, uncancelled = plain(row, row.network())
+    network = row.network(torch.bfloat16)
+    with untouched(network):
+        found = explained(row, network)
+    assert found.dtype == torch.float32
+    assert deviation(found, expected, uncancelled) < 0.1
+    both = torch.stack([found.flatten(), expected.flatten()])
+    assert both.corrcoef()[0, 1] > 0.95
+
+
+@quiet
+@named(quick=QUICK)
+def test_data_parallel(name):
+    row = NETWORKS[name]
+    network = row.network()
+    with untouched(network):
+        found = explained(row, nn.DataParallel(network))
+    expected, uncancelled = plain(row, network)
+    assert deviation(found, expected, uncancelled) < 1e-5
+
+
+# ------------------------------------------------------------------------------------- torch.compile
+
+
+def backend() -> str:
+    """Return the usual backend where there is a C++ compiler for it."""
+    return "inductor" if shutil.which("g++") else "aot_eager"
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("in_place", [False, True])
+@named("UNet, 2D", "PlainConvUNet, deep supervision", quick=())
+def test_compiled(name, in_place):
+    """Compiled code, once there, knows nothing of hooks that come later."""
+    row = NETWORKS[name]
+    network = row.network()
+    expected, uncancelled = plain(row, network)
+    compiled: Any = torch.compile(network, backend=backend())
+    if in_place:
+        network.compile(backend=backend())
+        compiled = network
+    with torch.no_grad():
+        before = row.logits(compiled.eval()(row.input()))
+    with untouched(network):
+        found = explained(row, compiled)
+    assert deviation(found, expected, uncancelled) < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(row.logits(compiled(row.input())), before, rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------- checkpointing
+
+
+def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> nn.Module:
+    """Let the modules around a layer, and those beside it, run in checkpoints."""
+    around = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
+    beside = [child for child, _ in network.named_children()]
+    for part in dict.fromkeys(around + beside):
+        module = network.get_submodule(part)
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=reentrant)
+    return network
+
+
+@quiet
+@named(quick=QUICK)
+def test_checkpoints_around_everything(name):
+    """They run their part again in the backward pass: not another pass to look at."""
+    row = NETWORKS[name]
+    expected, uncancelled = plain(row, row.network())
+    network = checkpointed(row.network(), row.bottleneck[0])
+    with untouched(network):
+        found = explained(row, network)
+    assert deviation(found, expected, uncancelled) < 1e-5
+
+
+@quiet
+@pytest.mark.parametrize("layer", ["encoder10", "swinViT.layers2.0", "swinViT.layers1.0.blocks.1"])
+def test_the_checkpoints_of_swin_unetr(layer):
+    def network(**settings: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return swin_unetr(2, **settings)
+
+    x = NETWORKS["SwinUNETR, 2D"].input()
+    without, switched = network(), network(use_checkpoint=True)
+    with untouched(switched):
+        found = HiResCAM(switched, layer)(x, TARGET).native[layer]
+    torch.testing.assert_close(found, HiResCAM(without, layer)(x, TARGET).native[layer])
+
+
+# Torch says that a reentrant checkpoint was given nothing that needs a gradient.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@named(*SOME)
+def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
+    row = NETWORKS[name]
+    network = checkpointed(row.network(), row.bottleneck[0], reentrant=True)
+    with untouched(network), pytest.raises(Seg3dcamError, match=r"use_reentrant=False"):
+        explained(row, network)
+
+
+def test_a_copy_can_be_made_afterwards():
+    """DynUNet notes the heads of its last pass; those of an explanation would have a graph."""
+    row = NETWORKS["DynUNet, deep supervision"]
+    network = row.network()
+    heads, values = network.heads, list(network.heads)
+    explained(row, network)
+    assert network.heads is heads
+    assert all(now is before for now, before in zip(heads, values, strict=True))
+    copy.deepcopy(network)
