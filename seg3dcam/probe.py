@@ -31,8 +31,9 @@ from seg3dcam.layers import LayerRef, unwrap
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
 
-# Where an upsampled path meets a skip connection, the skip connection knows the place.
-_UPSAMPLED = 1e-2
+# Where an upsampled path meets a skip connection, the skip connection knows the place. Residual
+# blocks double what goes through them, so that the coarse levels would drown it.
+_UPSAMPLED = 1e-3 * _LOW
 
 
 def measure_grids(
@@ -180,7 +181,7 @@ def _kernel(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     if not transposed:
         taps += [slice((size - 1) // 2, size // 2 + 1) for size in weight.shape[2:]]
     kernel[tuple(taps)] = 1
-    return kernel * ((_UPSAMPLED if transposed else 1) / kernel[0].sum())
+    return kernel / kernel[0].sum()
 
 
 @contextmanager
@@ -192,7 +193,8 @@ def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
         return args[0] if same else None
 
     def fade(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * _UPSAMPLED
+        level = output[0].mean()  # of the constant ramp
+        return output * (_UPSAMPLED / level) if level else output
 
     def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = isinstance(output, torch.Tensor) and output.ndim == 3 < ndim
@@ -202,7 +204,7 @@ def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
         for module in model.modules():
             if re.search("attention|sablock", type(module).__name__, re.IGNORECASE):
                 stack.callback(module.register_forward_hook(add_nothing).remove)
-            if isinstance(module, nn.Upsample):
+            if isinstance(module, nn.Upsample | _ConvTransposeNd):
                 stack.callback(module.register_forward_hook(fade).remove)
             is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
             if is_norm and not any(module.children()):

@@ -159,7 +159,7 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
-        read = args[0] if isinstance(module, nn.LayerNorm) else None
+        read = args[0] if args and isinstance(module, nn.LayerNorm) else None
         for path, tensor in tensors_in(output):
             if tensor.requires_grad:
                 layer = LayerRef(name, path, module)
@@ -173,12 +173,11 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
         logits = capture.forward(x)
     # A LayerNorm makes all tokens equally long: the block before it says more (but see _as_read).
     normed = {id(g.tensor) for g in found if g.read is not None}
+    usable = [g for g in found if g.tensor._version == g.version and runs[g.layer.name] == 1]
     kept = [
         g
-        for g in found
-        if g.tensor._version == g.version
-        and runs[g.layer.name] == 1
-        and (g.read is not None or not _is_pointwise(g.layer.module) and id(g.tensor) not in normed)
+        for g in usable
+        if g.read is not None or not (_is_pointwise(g.layer.module) or id(g.tensor) in normed)
     ]
     return kept, logits
 
@@ -205,9 +204,9 @@ def _with_places(
         if images
         else ()
     )
-    normed = {id(image.read) for image in images}
+    read = {_memory(image.read) for image in images if image.read is not None}
     used = [
-        replace(image, cancels=id(image.tensor) in normed and _cancels(image, gradient))
+        replace(image, cancels=_memory(image.tensor) in read and _cancels(image, gradient))
         for image, gradient in zip(images, gradients, strict=True)
         if gradient is not None
         and image.layout(gradient).any()  # of more than a class token
@@ -229,8 +228,14 @@ def _as_read(best: _Seen, found: Sequence[_Seen]) -> _Seen:
     How long a token is, a LayerNorm forgets, so activations and gradients before it are orthogonal:
     HiResCAM would show nothing but rounding.
     """
-    norms = [s for s in found if best.cancels and s.read is best.tensor]
+    memory = _memory(best.tensor) if best.cancels else None
+    norms = [s for s in found if s.read is not None and _memory(s.read) == memory]
     return _best(norms) if norms else best
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Return what a tensor and its views have in common."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _best(seen: Sequence[_Seen]) -> _Seen:

@@ -8,7 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from monai.networks import nets
 from torch import nn
 
-from seg3dcam import GradCAM, suggest_layers, targets
+from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.layers import resolve_layers
 
@@ -266,10 +266,11 @@ def test_a_transformer_that_classifies_gets_the_last_block_whose_patches_count()
     """Of the last block the class token alone is read, so its patches have no gradient."""
     net = seeded(lambda: vit(classification=True, num_classes=4))
     (only,) = suggest_layers(net, (1, 1, 32, 32), output=0)
-    assert (only.name, only.shape, only.stride) == ("blocks.1", (12, 4, 4), (8, 8))
+    layer = "blocks.2.norm1"  # through which alone the last block reads them
+    assert (only.name, only.shape, only.stride) == (layer, (12, 4, 4), (8, 8))
     result = GradCAM(net, output=0)(torch.rand(1, 1, 32, 32), targets.ClassLogit(1, "volume"))
-    assert result.native["blocks.1"].shape == (1, 4, 4)
-    assert result.native["blocks.1"].any()
+    assert result.native[layer].shape == (1, 4, 4)
+    assert result.native[layer].any()
 
 
 class PatchesThenHead(nn.Module):
@@ -290,10 +291,22 @@ class PatchesThenHead(nn.Module):
 
 def test_an_embedding_is_the_bottleneck_only_where_nothing_looks_further():
     net = seeded(PatchesThenHead)
+    net.norm = nn.Identity()
     assert suggest_layers(net, (1, 1, 16, 24))[0].name == "blocks"
-    net = seeded(PatchesThenHead)
     net.blocks = nn.Identity()
     assert suggest_layers(net, (1, 1, 16, 24))[0].name == "embed"
+
+
+@pytest.mark.parametrize("without", ["", "blocks"])
+def test_where_a_norm_alone_reads_a_layer_the_norm_is_suggested(without):
+    """It forgets how long tokens are: before it, activations times gradients are rounding."""
+    net, x = seeded(PatchesThenHead), torch.rand(1, 1, 16, 24)
+    if without:
+        setattr(net, without, nn.Identity())
+    before = "embed" if without else "blocks"
+    assert suggest_layers(net, x.shape)[0].name == "norm"
+    result = HiResCAM(net, ["norm", before])(x, targets.ClassLogit(1, "volume"))
+    assert result.native["norm"].abs().max() > 100 * result.native[before].abs().max()
 
 
 # ------------------------------------------------------------------------- what is never suggested

@@ -75,7 +75,7 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class Seed:
-    """dS/dlogits of one target, kept as the smallest box that holds what is not zero.
+    """dS/dlogits of one target, kept as the smallest box of channels and voxels that is not zero.
 
     Attributes:
         start: first index of the box in (B, K, *S).
@@ -95,16 +95,11 @@ class Seed:
         >>> seed.start, seed.values.tolist()
         ((0, 0, 1), [[[2.0]]])
         """
-        start, box = [], dense
-        for axis in range(dense.ndim):
-            first, last = 0, box.shape[axis] - 1
-            rim = box.select(axis, first), box.select(axis, last)
-            if not all((side != 0).any() for side in rim):  # NaN counts as used
-                used = (box != 0).transpose(0, axis).flatten(1).any(1)
-                places = used.nonzero().flatten().tolist() or [0]
-                first, last = places[0], places[-1]
+        start, box = [0], dense  # of all items
+        for axis in range(1, dense.ndim):
+            first, end = _used(box, axis)
             start.append(first)
-            box = box.narrow(axis, first, last + 1 - first)
+            box = box.narrow(axis, first, end - first)
         whole = box.shape == dense.shape
         return cls(tuple(start), box if whole else box.clone(), tuple(dense.shape))
 
@@ -114,9 +109,7 @@ class Seed:
         if any(a >= b for a, b in zip(low, high, strict=True)):
             return False
         inner = self.values[_between(low, high, self.start)]
-        if inner.shape == self.values.shape and inner.numel() > 1:
-            return True  # one voxel may be zero, being all that is left of nothing
-        return bool((inner != 0).any())
+        return inner.shape == self.values.shape or bool((inner != 0).any())
 
     def cut(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """Return a box in space, (len(items), K, *size).
@@ -144,6 +137,17 @@ class Seed:
         ends = [f + n for f, n in zip(first, lengths, strict=True)]
         own = [s + n for s, n in zip(self.start, self.values.shape, strict=True)]
         return low, list(map(min, ends, own))
+
+
+def _used(values: torch.Tensor, axis: int) -> tuple[int, int]:
+    """Return first and past-the-last index along an axis of what is not zero; NaN is not."""
+    size = values.shape[axis]
+    if not size:
+        return 0, 0
+    if all((values.select(axis, rim) != 0).any() for rim in (0, size - 1)):
+        return 0, size  # most often, and seen at a glance
+    used = (values != 0).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
+    return (used[0], used[-1] + 1) if used else (0, 0)
 
 
 def predict(

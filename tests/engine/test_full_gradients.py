@@ -16,7 +16,9 @@ from reference import methods as slow
 from torch import nn
 
 from seg3dcam import FullGrad, WindowPlan, targets
+from seg3dcam.engine.full_gradients import _spread
 from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.geometry import FeatureGrid
 
 
 def norm(channels: int, seed: int) -> nn.BatchNorm3d:
@@ -72,6 +74,11 @@ NETWORKS = {
         nn.AvgPool3d((2, 1, 2)),
         nn.Conv3d(4, 3, 1),
         nn.Upsample(scale_factor=(2, 2, 4)),
+    ),
+    "features beyond the volume": lambda: nn.Sequential(
+        nn.Conv3d(2, 4, 3, stride=2, padding=2),
+        nn.ReLU(),
+        nn.ConvTranspose3d(4, 3, 4, stride=2, padding=2),
     ),
     "U-Net": UNet,
 }
@@ -220,3 +227,18 @@ def test_layers_that_do_not_run_or_do_not_matter_are_left_out():
     network, x = toy.seeded(Spare()), toy.random_input(1, 2, 8, 4, 12)
     result = FullGrad(network)(x, targets.ClassLogit(1, "volume"))
     assert deviation(result.maps["input"].sum((1, 2, 3)), result.score) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("stride", "offset", "values", "expected"),
+    [
+        (1.0, 0.0, [1, 2, 3], [1, 2, 3]),
+        (1.0, -1.0, [1, 2, 3, 4, 5], [3, 3, 9]),  # the outer two lie in padding
+        (2.0, 0.0, [3, 3], [2, 2, 2]),  # voxel 1 lies between them
+        (3.0, 1.0, [6], [2, 2, 2]),
+    ],
+)
+def test_a_contribution_is_spread_around_its_place(stride, offset, values, expected):
+    grid = FeatureGrid((len(values),), (stride,), (offset,))
+    found = _spread(torch.tensor([values]).double(), grid, FeatureGrid.of_voxels((3,)))
+    assert found[0].tolist() == pytest.approx(expected)

@@ -13,6 +13,7 @@ from seg3dcam import WindowPlan, targets
 from seg3dcam.attributions import ATTRIBUTIONS
 from seg3dcam.cam import each_by
 from seg3dcam.cams import CAMS
+from seg3dcam.capture import Capture
 from seg3dcam.methods import METHODS, Method
 
 LAYERS = ["network.1", "network.3"]
@@ -154,3 +155,21 @@ def test_activations_that_were_not_kept_are_computed_once_more():
     assert inputs_run(["hires_cam"], plan, TARGETS) == 6 + 6
     assert inputs_run(["eigen_cam"], plan, TARGETS) == 6 + 2 * 6
     assert inputs_run(["eigen_cam", "xgrad_cam"], plan, TARGETS) == 6 + 6 + 2 * 6
+
+
+@signed_maps
+@pytest.mark.parametrize("key", ["hires_cam", "grad_cam"])
+def test_a_target_is_differentiated_in_its_own_windows_only(key, monkeypatch):
+    """They share the forward pass of a window, not the way back."""
+    batches = []
+
+    def counted(capture, outputs, seed, **settings):
+        batches.append(seed.abs().amax((1, 2, 3, 4)).tolist())
+        return gradients(capture, outputs, seed, **settings)
+
+    gradients = Capture.gradients
+    monkeypatch.setattr(Capture, "gradients", counted)
+    other = targets.ClassLogit(1, targets.Voxel((7, 3, 16)))
+    CAMS[key](two_levels(), "1", sliding_window=SIX).each(volume(1), [in_a_corner, other])
+    assert len(batches) == 2
+    assert all(batch[0] > 0 for batch in batches)

@@ -7,9 +7,11 @@ function gives of those.
 from __future__ import annotations
 
 import pytest
+import torch
 import toy
 from helpers_engine import EXACT, SCORES, STRIDES, deviation, joined, level, parts_of, signed_maps
 from reference.methods import spectral_gap
+from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, XResCAM
 from seg3dcam.cams import CAMS
@@ -58,3 +60,21 @@ def test_blocks_pooled_over_windows(window, mode, score):
     method = type(METHODS["xres_cam"])(window, mode)
     cam = XResCAM(case.network, "3", sliding_window=plan, window=window, mode=mode)
     assert deviation(cam(case.x, score).layers["3"].values, method(a, g)) < EXACT
+
+
+@signed_maps
+def test_maximum_of_gradients_that_are_negative_wherever_there_are_some():
+    """One window has a seed; the others' gradients are zero, and that is the larger number."""
+    layers = [nn.Conv3d(1, 4, 1), nn.ReLU(), nn.Conv3d(4, 2, 1)]
+    network = toy.seeded(nn.Sequential(*layers), seed=5)
+    assert (network[2].weight[1] < 0).any()
+    case = toy.cut(network, 1, toy.random_input(1, 1, 4, 4, 8))
+    plan = WindowPlan(4, overlap=0, mode="constant")
+
+    def score(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 1, :, :, :4].flatten(1).sum(1)
+
+    pair = joined(parts_of(case, plan, score), 1)
+    found = XResCAM(network, "1", sliding_window=plan, window=None, mode="max")(case.x, score)
+    method = type(METHODS["xres_cam"])(None, "max")
+    assert deviation(found.layers["1"].values, method(*pair)) < EXACT

@@ -34,6 +34,8 @@ class Row:
         logits: what the network returned -> logits, written down by hand.
         channel_first: what the bottleneck gives -> (B, C, *s), written down by hand.
         many: a pattern for several layers.
+        first_voxel: where the first feature voxel lies: strided convolutions centre it on the
+            "corner", the input's first voxel, pooling on the "centre" of the voxels that it spans.
         slow: it takes seconds.
     """
 
@@ -45,6 +47,7 @@ class Row:
     logits: Callable[[Any], torch.Tensor] = lambda returned: returned
     channel_first: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     many: str = ""
+    first_voxel: str = "corner"
     slow: bool = False
 
     def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -60,8 +63,9 @@ class Row:
 
     @property
     def levels(self) -> list[str]:
-        """The bottleneck and the finest level that is not the network's last."""
-        return [self.bottleneck[0], *list(self.decoder)[-2:-1]]
+        """The bottleneck and, where there are two, the finest level of the decoder but one."""
+        decoder = list(self.decoder)
+        return [self.bottleneck[0], *(decoder[-2:-1] or decoder)]
 
 
 def first(returned: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -183,6 +187,7 @@ BASIC_UNET_PLUS_PLUS = {
     "bottleneck": ("conv_4_0", 16),
     "decoder": {"upcat_3_1": 8, "upcat_2_2": 4, "upcat_1_3": 2, "upcat_0_4": 1},
     "many": "upcat_*_1",
+    "first_voxel": "centre",
 }
 FLEXIBLE_UNET = {
     "bottleneck": ("encoder.layer4", 32),
@@ -191,21 +196,25 @@ FLEXIBLE_UNET = {
         "decoder": 1,
     },
     "many": "decoder.blocks.*",
+    "first_voxel": "",  # max pooling after a strided convolution, nearest interpolation
 }
 SWIN_UNETR = {
     "bottleneck": ("encoder10", 32),
     "decoder": {f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
     "many": "decoder*",
+    "first_voxel": "centre",
 }
 UNETR = {
     "bottleneck": ("vit.norm", 16),
     "decoder": {f"decoder{level}": 2 ** (level - 2) for level in (5, 4, 3, 2)},
     "many": "vit.blocks.*",
+    "first_voxel": "centre",
 }
 VNET = {
     "bottleneck": ("down_tr256", 16),
     "decoder": {"up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
     "many": "up_tr*",
+    "first_voxel": "centre",
 }
 HIGH_RES_NET = {"bottleneck": ("blocks.10", 1), "many": "blocks.*"}
 MEDNEXT = {
@@ -224,6 +233,8 @@ NNUNET = {
     },
     "many": "decoder.stages.*",
 }
+
+RESIDUAL_NNUNET = NNUNET | {"first_voxel": ""}  # strided convolutions beside average pooling
 
 NETWORKS = {
     "UNet": Row(
@@ -293,7 +304,7 @@ NETWORKS = {
         (16, 24, 32),
         ("model.1.submodule.1.submodule", 4),
         {"model.1.submodule": 2, "model.1": 1},
-        many="model.1.**.merge.conv",
+        many="model.**.merge.conv",
     ),
     "BasicUNet": Row(
         lambda: nets.BasicUNet(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
@@ -301,6 +312,7 @@ NETWORKS = {
         ("down_4", 16),
         {"upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
         many="upcat_*",
+        first_voxel="centre",
     ),
     "BasicUNet++": Row(basic_unet_plus_plus, logits=first, **BASIC_UNET_PLUS_PLUS),
     "BasicUNet++, deep supervision": Row(
@@ -338,9 +350,9 @@ NETWORKS = {
     "PlainConvUNet, deep supervision": Row(
         partial(plain_conv_unet, deep_supervision=True), logits=first, **NNUNET
     ),
-    "ResidualEncoderUNet": Row(residual_encoder_unet, **NNUNET),
+    "ResidualEncoderUNet": Row(residual_encoder_unet, **RESIDUAL_NNUNET),
     "ResidualEncoderUNet, deep supervision": Row(
-        partial(residual_encoder_unet, deep_supervision=True), logits=first, **NNUNET
+        partial(residual_encoder_unet, deep_supervision=True), logits=first, **RESIDUAL_NNUNET
     ),
     "MedNeXt": Row(mednext, **MEDNEXT),
     "MedNeXt, deep supervision": Row(partial(mednext, deep_supervision=True), **MEDNEXT),
@@ -351,6 +363,7 @@ NETWORKS = {
         output=0,
         logits=first,
         channel_first=lambda tokens: tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, 4, 6),
+        first_voxel="centre",
         many="blocks.*",
     ),
 }
@@ -369,6 +382,10 @@ QUICK = (
     "MedNeXt, deep supervision",
     "ViT classifier",
 )
+
+
+#: Without the large ones, of which a smaller relative is in the table.
+ORDINARY = tuple(name for name, row in NETWORKS.items() if not row.slow)
 
 
 def named(*names: str, quick: Sequence[str] = tuple(NETWORKS)) -> Any:
@@ -411,6 +428,7 @@ def by_hand(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return layer -> (activations, gradients), (B, C, *s), of layers that the score depends on.
 
+    Layers that do not run, or run twice, are left out.
     On a copy in eval mode whose activations do not work in place; each layer's output is kept and
     the copy goes on with a clone of it. The gradients are those that a whole backward pass leaves.
 
@@ -421,20 +439,20 @@ def by_hand(
     for module in twin.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def keep(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        assert name not in kept, f"{name} ran twice"
         output.retain_grad()
-        kept[name] = output
+        kept[name].append(output)
         return output.clone()
 
     for name in layers:
         twin.get_submodule(name).register_forward_hook(partial(keep, name))
     score(row.logits(twin(x))).backward()
     found = {}
-    for name, output in kept.items():
-        if output.grad is not None:
+    for name, outputs in kept.items():
+        if len(outputs) == 1 and outputs[0].grad is not None:
+            (output,) = outputs
             turn = channel_first or (
                 row.channel_first if name == row.bottleneck[0] else lambda tensor: tensor
             )
@@ -458,4 +476,5 @@ def deviation(found: torch.Tensor, expected: torch.Tensor, uncancelled: torch.Te
     """Return the largest difference, relative to what the map would be if nothing cancelled."""
     assert found.shape == expected.shape
     assert torch.isfinite(found).all()
-    return float((found - expected).abs().max() / uncancelled.abs().max())
+    difference = float((found - expected).abs().max())
+    return difference / float(uncancelled.abs().max()) if difference else 0.0

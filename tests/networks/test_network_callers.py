@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers_networks import (
     NETWORKS,
+    ORDINARY,
     QUICK,
     Row,
     by_hand,
@@ -32,7 +33,7 @@ from seg3dcam.errors import Seg3dcamError
 
 TARGET = targets.ClassLogOdds(1, region="volume")
 
-#: Some work in place or return several things; all others are slow here.
+#: Some work in place or return several things.
 SOME = ("UNet", "SegResNet", "VNet, 2D", "UNETR, 2D", "PlainConvUNet, deep supervision")
 
 
@@ -45,8 +46,9 @@ def explained(row: Row, network: nn.Module, x: torch.Tensor | None = None) -> to
 
 def plain(row: Row, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the map in plain torch, and what it would be if nothing cancelled."""
-    found = by_hand(row, network, row.input(), row.levels[:1], log_odds)
-    a, g = found[row.bottleneck[0]]
+    x = row.input(dtype=next(network.parameters()).dtype)
+    found = by_hand(row, network, x, row.levels[:1], log_odds)
+    a, g = (tensor.float() for tensor in found[row.bottleneck[0]])
     return hires_cam(a, g), hires_cam(a.abs(), g.abs())
 
 
@@ -83,8 +85,7 @@ class Case:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.slow] * (row.slow or name not in QUICK))
-        for name, row in NETWORKS.items()
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ORDINARY
     ],
 )
 def case(request: pytest.FixtureRequest) -> Case:
@@ -126,23 +127,31 @@ def test_the_state_of_the_network_does_not_matter(case, state):
     assert all(p.requires_grad == needed for p, needed in before)
 
 
+#: Torch has no average pooling in bfloat16 on the CPU.
+NOT_IN_BFLOAT16 = ("ResidualEncoderUNet", "ResidualEncoderUNet, deep supervision")
+
+#: Where random weights amplify rounding little, so that bfloat16 comes near float32.
+NEAR = ("UNet", "UNet, 2D", "SegResNetDS", "VNet, 2D", "HighResNet, 2D", "FlexibleUNet, 2D")
+
+
 @quiet
-@named(quick=QUICK)
+@named(*(name for name in ORDINARY if name not in NOT_IN_BFLOAT16), quick=QUICK)
 def test_a_network_of_low_precision(name):
-    """Its map is finite and near that of float32."""
+    """Its map is finite, that of plain torch in this precision, and near that of float32."""
     row = NETWORKS[name]
-    expected, uncancelled = plain(row, row.network())
     network = row.network(torch.bfloat16)
     with untouched(network):
         found = explained(row, network)
     assert found.dtype == torch.float32
-    assert deviation(found, expected, uncancelled) < 0.1
-    both = torch.stack([found.flatten(), expected.flatten()])
-    assert both.corrcoef()[0, 1] > 0.95
+    expected, uncancelled = plain(row, network)
+    assert deviation(found, expected, uncancelled) < 0.03
+    if name in NEAR:
+        expected, _ = plain(row, row.network())
+        assert torch.stack([found.flatten(), expected.flatten()]).corrcoef()[0, 1] > 0.98
 
 
 @quiet
-@named(quick=QUICK)
+@named(*ORDINARY, quick=QUICK)
 def test_data_parallel(name):
     row = NETWORKS[name]
     network = row.network()
@@ -152,7 +161,7 @@ def test_data_parallel(name):
     assert deviation(found, expected, uncancelled) < 1e-5
 
 
-# ------------------------------------------------------------------------------------- torch.compile
+# -------------------------------------------------------------------------------- torch.compile
 
 
 def backend() -> str:
@@ -163,8 +172,9 @@ def backend() -> str:
 @quiet
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("in_place", [False, True])
-@named("UNet, 2D", "PlainConvUNet, deep supervision", quick=())
+@pytest.mark.parametrize(
+    ("name", "in_place"), [("UNet, 2D", False), ("PlainConvUNet, deep supervision", True)]
+)
 def test_compiled(name, in_place):
     """Compiled code, once there, knows nothing of hooks that come later."""
     row = NETWORKS[name]
@@ -184,7 +194,7 @@ def test_compiled(name, in_place):
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------- checkpointing
+# -------------------------------------------------------------------------------- checkpoints
 
 
 def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> nn.Module:
@@ -199,7 +209,7 @@ def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> n
 
 
 @quiet
-@named(quick=QUICK)
+@named(*ORDINARY, quick=QUICK)
 def test_checkpoints_around_everything(name):
     """They run their part again in the backward pass: not another pass to look at."""
     row = NETWORKS[name]
@@ -235,12 +245,49 @@ def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
         explained(row, network)
 
 
-def test_a_copy_can_be_made_afterwards():
-    """DynUNet notes the heads of its last pass; those of an explanation would have a graph."""
+# ---------------------------------------------------------------------- what networks remember
+
+
+@named("DynUNet", "PlainConvUNet", "ResidualEncoderUNet, deep supervision")
+def test_weights_of_a_module_with_two_names_stay(name):
+    """nnU-Net's encoder is also `decoder.encoder`; all is measured with other weights."""
+    row = NETWORKS[name]
+    network, x = row.network().eval(), row.input()
+    names = [key for key, _ in network.named_modules(remove_duplicate=False)]
+    assert len(names) > len(list(network.modules()))
+    with torch.no_grad():
+        before = row.logits(network(x))
+    with untouched(network):
+        first, second = explained(row, network), explained(row, network)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(row.logits(network(x)), before, rtol=0, atol=0)
+
+
+def test_weights_that_two_modules_share_stay_shared():
+    network = nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 2, 1))
+    network.append(nn.Conv3d(2, 2, 3, padding=1))
+    network[3].weight = network[0].weight
+    x = torch.rand(1, 2, 8, 8, 8)
+    with untouched(network):
+        HiResCAM(network, "1")(x, targets.ClassLogit(1, "volume"))
+    assert network[3].weight is network[0].weight
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_heads_that_a_network_notes_are_those_of_its_last_pass(fails):
+    """DynUNet keeps them in a list: with their graph, they would not even let it be copied."""
     row = NETWORKS["DynUNet, deep supervision"]
     network = row.network()
-    heads, values = network.heads, list(network.heads)
-    explained(row, network)
-    assert network.heads is heads
-    assert all(now is before for now, before in zip(heads, values, strict=True))
+    noted, heads = network.heads, list(network.heads)
+
+    def target(logits):
+        if fails:
+            raise KeyboardInterrupt
+        return TARGET(logits)
+
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        HiResCAM(network, row.bottleneck[0])(row.input(), target)
+    assert network.heads is noted
+    assert all(now is before for now, before in zip(noted, heads, strict=True))
     copy.deepcopy(network)
