@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from seg3dcam.config import Job
@@ -127,5 +128,13 @@ def _check(job: Job) -> None:
         )
     if job.score == "soft_dice" and job.region is not None:
         raise ConfigError("score soft_dice looks at the whole volume: leave out the region")
+    if job.min_voxels != 1 and job.region != "components":
+        raise ConfigError(
+            f"min_voxels {job.min_voxels} is about components: it goes together with --region "
+            "components"
+        )
+    scans = [job.scan] if isinstance(job.scan, str) else job.scan
+    if job.truth is not None and Path(job.truth).resolve() in [Path(s).resolve() for s in scans]:
+        raise ConfigError(f"truth {job.truth}: that is the scan itself; give a label map")
     if job.label is not None and job.truth is None:
         raise ConfigError("label is that of a class in the truth: give --truth")

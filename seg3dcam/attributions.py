@@ -8,7 +8,6 @@ gradients, and for all where the score is linear in the logits. Needs `seg3dcam[
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from seg3dcam.cam import BaseCAM, check_settings
@@ -19,14 +18,13 @@ class InputAttribution(BaseCAM):
     """Base of the attributions.
 
     Args:
-        baseline, steps, samples, noise, block, batch: see `seg3dcam.engine.comparators.Comparator`.
+        settings: those of `seg3dcam.engine.comparators.Comparator` that the method looks at.
     """
 
     method = "gradient"
 
     def _configured(self, settings: Mapping[str, Any]) -> Comparator:
-        legal = [field.name for field in fields(Comparator) if field.name != "kind"]
-        check_settings(self, settings, legal)
+        check_settings(self, settings, self.own_settings)
         return Comparator(self.method, **settings)  # type: ignore[arg-type]
 
 
@@ -35,7 +33,7 @@ class Gradient(InputAttribution):
 
     Formula: map (B, *S) = sum over channels of |dS/dx|.
     Paper: Simonyan et al. 2014, arXiv:1312.6034.
-    Cost: 1 forward, 1 backward.
+    Cost: 1 forward for the prediction, then 1 forward and 1 backward.
     Class-specific: yes, with a target that is.
     Undefined: never; noisy in deep networks.
     """
@@ -48,7 +46,7 @@ class GradientXInput(InputAttribution):
 
     Formula: map (B, *S) = sum over channels of x dS/dx.
     Paper: Shrikumar et al. 2017, arXiv:1605.01713.
-    Cost: 1 forward, 1 backward.
+    Cost: 1 forward for the prediction, then 1 forward and 1 backward.
     Class-specific: yes, with a target that is.
     Undefined: never; voxels of value 0 get nothing.
     """
@@ -61,12 +59,13 @@ class SmoothGrad(InputAttribution):
 
     Formula: map (B, *S) = sum over channels of |mean over samples of dS/dx at x + noise|.
     Paper: Smilkov et al. 2017, arXiv:1706.03825.
-    Cost: `samples` forward and backward.
+    Cost: 1 forward for the prediction, then `samples` forward and backward.
     Class-specific: yes, with a target that is.
     Undefined: never; depends on the noise, a fraction of the input's range.
     """
 
     method = "smooth_grad"
+    own_settings = ("samples", "noise", "batch")
 
 
 class IntegratedGradients(InputAttribution):
@@ -74,12 +73,13 @@ class IntegratedGradients(InputAttribution):
 
     Formula: map (B, *S) = sum over channels of (x - x0) mean over the way of dS/dx.
     Paper: Sundararajan et al. 2017, arXiv:1703.01365.
-    Cost: `steps` forward and backward.
+    Cost: 1 forward for the prediction, then `steps` forward and backward.
     Class-specific: yes, with a target that is.
     Undefined: never; sums to S(x) - S(x0), and means nothing without its baseline.
     """
 
     method = "integrated_gradients"
+    own_settings = ("baseline", "steps", "batch")
 
 
 class GuidedBackprop(InputAttribution):
@@ -87,9 +87,10 @@ class GuidedBackprop(InputAttribution):
 
     Formula: as the gradient, its backward pass through nn.ReLU cut at 0; summed over channels.
     Paper: Springenberg et al. 2015, arXiv:1412.6806.
-    Cost: 1 forward, 1 backward.
+    Cost: 1 forward for the prediction, then 1 forward and 1 backward.
     Class-specific: hardly: it reconstructs the image.
-    Undefined: without nn.ReLU it is the gradient (a warning says so).
+    Undefined: only nn.ReLU is changed: without any it is the gradient. A warning counts the other
+        activations; functional ones, as F.relu, cannot be seen.
     """
 
     method = "guided_backprop"
@@ -100,12 +101,14 @@ class Occlusion(InputAttribution):
 
     Formula: map (u) = mean over blocks that hold u of S(x) - S(x with the block at the baseline).
     Paper: Zeiler & Fergus 2014, arXiv:1311.2901.
-    Cost: 1 forward for every block; blocks overlap by half.
+    Cost: 1 forward for the prediction, then 1 without a block and 1 for every block; blocks
+        overlap by half.
     Class-specific: yes, with a target that is.
     Undefined: never; a block smaller than what the network looks for shows nothing.
     """
 
     method = "occlusion"
+    own_settings = ("baseline", "block", "batch")
 
 
 #: Key -> class.

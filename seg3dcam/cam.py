@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch import nn
 
 from seg3dcam.capture import capturing
 from seg3dcam.engine.mapping import Maps
-from seg3dcam.engine.passes import FirstPass, Progress, Seed, predict, silent
-from seg3dcam.engine.run import looks_at_layers, maps_of, needs_activations, needs_graph
+from seg3dcam.engine.passes import FirstPass, Progress, predict, silent
+from seg3dcam.engine.run import Asked, looks_at_layers, maps_of, needs_activations, needs_graph
 from seg3dcam.errors import (
     ConfigError,
     LayerError,
@@ -36,15 +36,7 @@ from seg3dcam.outputs import OutputSelection
 from seg3dcam.probe import measure_grids
 from seg3dcam.result import CamResult, LayerMap
 from seg3dcam.suggest import auto_layer
-from seg3dcam.targets import (
-    Activation,
-    as_targets,
-    fixed,
-    name_of,
-    placed,
-    region_of,
-    score_and_seed,
-)
+from seg3dcam.targets import Activation, OwnTarget, as_targets, name_of, placed
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
 
 #: A class index, a target, a family of targets, or None for the original recipe.
@@ -81,6 +73,8 @@ class BaseCAM:
     """
 
     method: ClassVar[str] = "slice_grad_cam"
+    #: What the method can be told beside what every method can.
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -99,6 +93,13 @@ class BaseCAM:
         self.output = output
         self.activation = activation
         self.progress = progress or silent
+        if not isinstance(sliding_window, WindowPlan | None):
+            raise ConfigError(
+                f"sliding_window {sliding_window!r}: give a WindowPlan, such as "
+                "WindowPlan(96, overlap=0.5), or None for one window"
+            )
+        if not callable(self.progress):
+            raise ConfigError(f"progress {progress!r}: a function of (step, done, total), or None")
         self._function = self._configured(settings)
         self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
         self._layers: list[LayerRef] | None = None
@@ -130,7 +131,10 @@ class BaseCAM:
         x: torch.Tensor,
         targets: Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]],
     ) -> list[CamResult]:
-        """Explain several targets with one forward pass per window.
+        """Explain several targets with the forward passes of one.
+
+        Without windows that is one in all; in windows one to predict, and one more for each window
+        that matters to a target.
 
         Args:
             x: as for a call.
@@ -141,16 +145,16 @@ class BaseCAM:
 
     def _configured(self, settings: Mapping[str, Any]) -> Any:
         """Return the method's function with these settings."""
-        function = METHODS[self.method]
-        check_settings(self, settings, list(settings_of(function)))
-        return replace(function, **settings) if settings else function  # type: ignore[type-var]
+        check_settings(self, settings, self.own_settings)
+        function: Any = METHODS[self.method]
+        return replace(function, **settings) if settings else function
 
     def _measured_grids(
         self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
     ) -> dict[LayerRef, FeatureGrid]:
         """Measure the layers' grids, once for each shape of input."""
         key = (tuple(example.shape), tuple(shapes.items()))
-        if key not in self._grids:
+        if shapes and key not in self._grids:
             self._grids[key] = measure_grids(self.model, example, shapes)
             for layer, grid in self._grids[key].items():
                 if not grid.measured and max(grid.stride) > 1:
@@ -158,7 +162,7 @@ class BaseCAM:
                         f"where the voxels of layer '{layer}' lie could not be measured; the map "
                         f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels"
                     )
-        return self._grids[key]
+        return self._grids.get(key, {})
 
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
@@ -173,12 +177,16 @@ def each_by(
 ) -> list[list[CamResult]]:
     """Explain several targets by several methods; for each target a list with every method's.
 
-    Methods of activations and gradients share one forward pass per window.
+    Methods of activations and gradients share their forward passes.
 
     Args:
-        cams: of one model, with the same layers and windows.
+        cams: of one model, with the same layers, windows, output and activation.
         x, targets: as for `BaseCAM.each`.
+
+    Raises:
+        ConfigError: they are not; or there is none.
     """
+    _check_alike(cams)
     lead = next((cam for cam in cams if looks_at_layers(cam._function)), cams[0])
     functions = [cam._function for cam in cams]
     x, affine = as_input(x)
@@ -201,14 +209,13 @@ def each_by(
         )
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
         grids = lead._measured_grids(example, first.shapes)
-        wanted = targets(first.logits) if callable(targets) else targets
+        wanted = _listed(targets, first.logits)
         chosen = [
             placed(target, lambda mask: on_grid_of(mask, affine, x.shape[2:]))
             for target in as_targets(wanted, first.logits, lead.activation)
         ]
-        asked = [_Asked.of(target, first.logits) for target in chosen]
-        seeds = [one.seed for one in asked]
-        found = maps_of(first, chosen, seeds, functions, grids, lead.output, lead.progress)
+        asked = [Asked.of(target, first.logits) for target in chosen]
+        found = maps_of(first, asked, functions, grids, lead.output, lead.progress)
     for layer, reason in capture.dropped.items():
         _tell(f"no map of layer '{layer}': {reason}")
     return [
@@ -217,37 +224,55 @@ def each_by(
     ]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A target, and what the prediction makes of it."""
+def _check_alike(cams: Sequence[BaseCAM]) -> None:
+    """Raise ConfigError unless all explain the same network in the same way."""
+    if not cams:
+        raise ConfigError("no method given: name at least one")
+    for cam in cams:
+        pairs = {
+            "models": (cam.model, cams[0].model),
+            "windows": (cam.sliding_window, cams[0].sliding_window),
+            "outputs": (cam.output, cams[0].output),
+            "activations": (cam.activation, cams[0].activation),
+        }
+        for what, (own, first) in pairs.items():
+            if own is not first and own != first:
+                raise ConfigError(f"methods of different {what} cannot share a pass: give the same")
+    layers = [cam._layers for cam in cams if looks_at_layers(cam._function)]
+    if any(own != layers[0] for own in layers):
+        raise ConfigError(
+            "methods of different target layers cannot share a pass: give all of them the same "
+            "layers, each map is kept"
+        )
 
-    name: str
-    score: torch.Tensor
-    seed: Seed
-    region_voxels: torch.Tensor | None
 
-    @classmethod
-    def of(cls, target: Callable[..., torch.Tensor], logits: torch.Tensor) -> _Asked:
-        settled = fixed(target, logits)  # its region is looked for once
-        score, seed = score_and_seed(settled, logits)
-        region = region_of(settled, logits)
-        voxels = None if region is None else region.reshape(len(score), -1).sum(1)
-        return cls(name_of(target), score, Seed.of(seed), voxels)
+def _listed(targets: Any, logits: torch.Tensor) -> Sequence[TargetLike]:
+    """Return the targets as a list; a function of the logits returns one."""
+    if callable(targets) and not isinstance(targets, OwnTarget):
+        targets = targets(logits)
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TargetError(
+            f"targets {targets!r}: give a list, such as [1, targets.ClassLogit(2)], or a function "
+            "of the logits (B, K, *S) that returns one"
+        )
+    if not targets:
+        raise TargetError("the list of targets is empty: give at least one")
+    return targets
 
 
 def _result(
-    cam: BaseCAM, first: FirstPass, asked: _Asked, maps: Maps, affine: np.ndarray | None
+    cam: BaseCAM, first: FirstPass, asked: Asked, maps: Maps, affine: np.ndarray | None
 ) -> CamResult:
     dropped = first.capture.dropped
     layers = {str(layer): map_ for layer, map_ in maps.items() if layer not in dropped}
     for name, layer in layers.items():
-        _warn(name, layer, asked.name)
+        _warn(name, layer, name_of(asked.target))
     return CamResult(
         layers=layers,
         shape=first.windows.shape,
         logits=first.logits,
         score=asked.score,
-        target=asked.name,
+        target=name_of(asked.target),
         method=cam.method,
         activation=cam.activation,
         affine=affine,

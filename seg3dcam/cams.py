@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from seg3dcam.cam import BaseCAM
+from seg3dcam.cam import BaseCAM, check_settings
 from seg3dcam.layers import LayerSpec
-from seg3dcam.methods.pooled import Block, Mode
+from seg3dcam.methods.pooled import Block, Mode, PooledGradient
 
 CARD = ("Formula", "Paper", "Cost", "Class-specific", "Undefined")
 
@@ -92,6 +93,7 @@ class XResCAM(BaseCAM):
     """
 
     method = "xres_cam"
+    own_settings = ("window", "mode")
 
     def __init__(
         self,
@@ -102,7 +104,11 @@ class XResCAM(BaseCAM):
         mode: Mode = "mean",
         **settings: Any,
     ) -> None:
-        super().__init__(model, target_layers, block=window, mode=mode, **settings)
+        super().__init__(model, target_layers, window=window, mode=mode, **settings)
+
+    def _configured(self, settings: Mapping[str, Any]) -> PooledGradient:
+        check_settings(self, settings, self.own_settings)
+        return PooledGradient(settings["window"], settings["mode"])
 
 
 class GradCAMPlusPlus(BaseCAM):
@@ -110,7 +116,7 @@ class GradCAMPlusPlus(BaseCAM):
 
     Formula: w (B, C) = sum_u g / (2 + S_k g), g = ReLU(G), S_k = sum_u A_k; map = sum_k w_k A_k.
     Paper: Chattopadhay et al. 2018, arXiv:1710.11063; its alpha with G^2 cancelled, no epsilon.
-    Cost: 1 forward, 1 backward; through windows the activations once more where not kept.
+    Cost: 1 forward, 1 backward; through windows the activations twice more where not kept.
     Class-specific: yes, with a target that is.
     Undefined: for activations < 0 (a warning); the score's scale changes the map's shape.
     """
@@ -123,7 +129,7 @@ class XGradCAM(BaseCAM):
 
     Formula: w (B, C) = sum_u G A / S_k, S_k = sum_u A_k; map (B, *S) = sum_k w_k A_k.
     Paper: Fu et al. 2020, arXiv:2008.02312.
-    Cost: 1 forward, 1 backward; through windows the activations once more where not kept.
+    Cost: 1 forward, 1 backward; through windows the activations twice more where not kept.
     Class-specific: yes, with a target that is.
     Undefined: where S_k is 0, as after InstanceNorm: weight 0 and status "degenerate".
     """
@@ -162,7 +168,8 @@ class EigenCAM(BaseCAM):
 
     Formula: X (N, C) = A, centred; map = X v, v the first eigenvector of the C x C matrix X'X.
     Paper: Muhammad & Yeasin 2020, arXiv:2008.00299.
-    Cost: 1 forward; memory C x C, never N x N.
+    Cost: 1 forward; through windows the activations twice more where not kept. Memory C x C, never
+        N x N.
     Class-specific: no: the same map for every target.
     Undefined: the sign is a convention (the larger side is positive); constant activations.
     """
@@ -201,7 +208,8 @@ class KPCACAM(BaseCAM):
 
     Formula: K (N, N) = kernel of the centred activations, centred; map = first component of K.
     Paper: Karmani et al. 2024, arXiv:2410.00267.
-    Cost: 1 forward; memory N x N: refused above 16^3 feature voxels.
+    Cost: 1 forward; through windows the activations twice more where not kept. Memory N x N:
+        refused above 16^3 feature voxels, those of all windows together.
     Class-specific: no: the same map for every target.
     Undefined: the sign is a convention (the larger side is positive); constant activations.
 
@@ -211,6 +219,7 @@ class KPCACAM(BaseCAM):
     """
 
     method = "kpca_cam"
+    own_settings = ("kernel", "gamma")
 
 
 class FEM(BaseCAM):
@@ -218,7 +227,7 @@ class FEM(BaseCAM):
 
     Formula: map (B, *S) = sum_k mean(A_k) [A_k > mu_k + 2 sigma_k].
     Paper: Ahmed Asif Fuad et al. 2020, feature-based explanation method.
-    Cost: 1 forward.
+    Cost: 1 forward; through windows the activations twice more where not kept.
     Class-specific: no: the same map for every target.
     Undefined: never; zero where no voxel stands out.
     """
@@ -230,9 +239,11 @@ class ScoreCAM(BaseCAM):
     """Score-CAM: channels weighted by the score of the input seen through them. No gradients.
 
     Formula: map = sum_k w_k A_k, w = softmax over k of s_k, the score of x times A_k scaled to
-        [0, 1] on the input's grid, as a mean over the target's region.
+        [0, 1] on the input's grid; of a target that is a sum over a region the mean, of any other
+        the score itself.
     Paper: Wang et al. 2020, arXiv:1910.01279.
-    Cost: 1 + C forward, through windows those that the region lies in.
+    Cost: 2 + C forward, through windows those that the region lies in; activations that are not
+        kept once more for every batch of channels.
     Class-specific: yes, with a target that is.
     Undefined: never; weights are positive, so evidence against the class is not seen.
 
@@ -241,6 +252,7 @@ class ScoreCAM(BaseCAM):
     """
 
     method = "score_cam"
+    own_settings = ("memory_gb",)
 
 
 class AblationCAM(BaseCAM):
@@ -248,7 +260,7 @@ class AblationCAM(BaseCAM):
 
     Formula: map = sum_k w_k A_k, w_k = (S - S_k) / |S|, S_k the score with channel k at zero.
     Paper: Desai & Ramaswamy 2020, WACV; with |S|, so that a negative score flips nothing.
-    Cost: 1 + C forward, through windows those that the region lies in.
+    Cost: 2 + C forward, through windows those that the region lies in.
     Class-specific: yes, with a target that is.
     Undefined: for a score of 0 the weights are not divided.
 
@@ -257,6 +269,7 @@ class AblationCAM(BaseCAM):
     """
 
     method = "ablation_cam"
+    own_settings = ("memory_gb",)
 
 
 class ShapleyCAM(BaseCAM):
@@ -274,14 +287,16 @@ class ShapleyCAM(BaseCAM):
 
 
 class FullGrad(BaseCAM):
-    """FullGrad: the score taken apart into what the input and every bias contribute.
+    """FullGrad: a score linear in the logits, taken apart into what input and biases contribute.
 
     Formula: map = psi(x G_x) + sum over layers of psi(b_k G_k), on the input's own voxels.
     Paper: Srinivas & Fleuret 2019, arXiv:1905.00780.
-    Cost: 1 forward, 2 backward, with the activations of all layers in memory.
+    Cost: 2 forward, 1 backward, with the activations of all layers in memory, and one small pass
+        for each axis; one more forward for a network with nn.Linear.
     Class-specific: yes, with a target that is.
-    Undefined: incomplete with InstanceNorm, GroupNorm, LayerNorm, attention and smooth
-        activations; a warning then gives both sums.
+    Undefined: of a score that is not linear in the logits (log-odds) it takes the slope apart;
+        incomplete with InstanceNorm, GroupNorm, LayerNorm, attention and smooth activations. A
+        warning says so and gives both sums ("signed" alone for the latter).
 
     It explains the input, under the name "input"; target layers are not asked for.
 
@@ -290,6 +305,7 @@ class FullGrad(BaseCAM):
     """
 
     method = "full_grad"
+    own_settings = ("psi",)
 
 
 class RandomCAM(BaseCAM):
@@ -297,7 +313,7 @@ class RandomCAM(BaseCAM):
 
     Formula: map (B, *S) = sum_k w_k A_k, w_k drawn evenly from -1 to 1.
     Paper: none.
-    Cost: 1 forward.
+    Cost: 1 forward; through windows the activations once more where not kept.
     Class-specific: no: the same map for every target.
     Undefined: never.
 
@@ -306,6 +322,7 @@ class RandomCAM(BaseCAM):
     """
 
     method = "random"
+    own_settings = ("seed",)
 
 
 #: Method key -> class.

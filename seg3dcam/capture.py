@@ -6,9 +6,8 @@ enters the graph, no parameter receives a gradient, and in-place operations that
 meet the clone. This holds with in-place activations, frozen parameters, non-reentrant
 checkpointing, DataParallel, and callers in `no_grad` or `inference_mode`.
 
-The network goes on with what its layers gave; what is handed out is channel-first, (B, C, *s).
-Where the shape of a tensor does not tell its layout, a convolution or norm inside the layer that
-gave the same shape does, or else runs on two inputs that differ along their last axis.
+The network goes on with what its layers gave; what is handed out is channel-first, (B, C, *s):
+see `seg3dcam.layouts`.
 """
 
 from __future__ import annotations
@@ -24,18 +23,9 @@ from torch import nn
 
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
 from seg3dcam.layers import LayerRef, Layout, unwrap
-from seg3dcam.layouts import (
-    INPUT,
-    certain_layout,
-    channels_first,
-    channels_last,
-    pulled_back,
-    readings,
-    spatial_shape,
-    tells_layout,
-    told_apart,
-)
+from seg3dcam.layouts import INPUT, pulled_back, spatial_shape
 from seg3dcam.outputs import OutputSelection, select_output
+from seg3dcam.witnesses import Witnesses, settle
 
 
 class _LayersReached(BaseException):
@@ -44,7 +34,10 @@ class _LayersReached(BaseException):
 
 @contextlib.contextmanager
 def capturing(
-    model: nn.Module, layers: Sequence[LayerRef], output: OutputSelection = None
+    model: nn.Module,
+    layers: Sequence[LayerRef],
+    output: OutputSelection = None,
+    settled: dict[LayerRef, Layout] | None = None,
 ) -> Iterator[Capture]:
     """Hook the target layers of a model in eval mode; put everything back at the end.
 
@@ -58,9 +51,11 @@ def capturing(
             looked through.
         layers: what `seg3dcam.layers.resolve_layers` returned for this model.
         output: which of the network's outputs are the logits, see `seg3dcam.outputs`.
+        settled: layouts that evidence settled in earlier captures of this model; those that it
+            settles in this one are added, so that nothing is found out twice.
     """
     model = unwrap(model)
-    capture = Capture(model, layers, output)
+    capture = Capture(model, layers, output, {} if settled is None else settled)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -70,7 +65,8 @@ def capturing(
         stack.enter_context(_kept_random_state(model))
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
-        for module in filter(tells_layout, model.modules()):
+        # Before the layers' own hooks, which swap what modules give.
+        for module in filter(Witnesses.may_be, model.modules()):
             stack.callback(module.register_forward_hook(capture.on_witness).remove)
         for layer in layers:
             hook = partial(_call_hook, capture, layer)
@@ -89,14 +85,22 @@ class Capture:
     Made by `capturing`; a `with` around it guarantees that the model is put back.
 
     A layer that is not `required` is dropped, once and for all, where it gives no map; if none is
-    left, that is an error. `INPUT` among the layers stands for the network's own input.
+    left, that is an error. One that has activations but no gradient is among `dropped` too, and
+    later passes still show its activations. `INPUT` among the layers stands for the network's own
+    input.
 
     Attributes:
         model: the network, without wrappers.
         dropped: layer -> why it was dropped.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[LayerRef], output: OutputSelection):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerRef],
+        output: OutputSelection,
+        settled: dict[LayerRef, Layout],
+    ):
         self.dropped: dict[LayerRef, str] = {}
         self.model = model
         self._layers = list(layers)
@@ -111,9 +115,10 @@ class Capture:
         self._tensors: dict[LayerRef, torch.Tensor] = {}
         self._given: dict[LayerRef, torch.Size] = {}
         self._layouts: dict[LayerRef, Layout] = {}
-        self._witnesses: list[tuple[nn.Module, tuple[int, ...], Layout]] = []
+        self._witnesses = Witnesses(())
         # Of all passes.
-        self._settled: dict[LayerRef, Layout] = {}
+        self._settled = settled
+        self._gone: set[LayerRef] = set()  # dropped, and not even looked at
         self._multipliers: dict[LayerRef, torch.Tensor] = {}
 
     @property
@@ -218,6 +223,8 @@ class Capture:
     ) -> dict[LayerRef, torch.Tensor]:
         """Return d(seed . outputs)/d(activations) of every target layer, shaped as they are.
 
+        Layers that the outputs do not depend on are left out.
+
         Args:
             outputs: the logits of `forward`, or whatever was computed from them.
             seed: shaped like `outputs`.
@@ -230,7 +237,7 @@ class Capture:
         gradients = {}
         for layer, gradient in zip(layers, found, strict=True):
             if gradient is None:
-                self._refuse(
+                self._drop(
                     layer,
                     f"the score does not depend on layer '{layer}': the layer feeds another "
                     "output, or nothing. suggest_layers(model, input_shape) lists layers that work",
@@ -267,86 +274,7 @@ class Capture:
         Args:
             shapes: layer -> what it gave for `x`.
         """
-        found: dict[LayerRef, Layout] = {}
-        refused: dict[LayerRef, LayerError] = {}
-        open_: dict[LayerRef, list[Layout]] = {}
-        for layer, shape in shapes.items():
-            try:
-                choices = readings(layer, shape, x.shape)
-            except LayerError as error:
-                refused[layer] = error
-                continue
-            if len(choices) == 1:
-                found[layer] = choices[0]
-            else:
-                open_[layer] = choices
-        for layer in open_:
-            witnessed = self._witnessed(layer, tuple(shapes[layer]))
-            if len(witnessed) == 1:
-                self._settled.setdefault(layer, *witnessed)
-        unknown = {layer: shapes[layer] for layer in open_ if layer not in self._settled}
-        if unknown:
-            self._settled.update(self._seen_changing(unknown, x))
-        for layer, choices in open_.items():
-            first = self._settled.get(layer) is channels_first
-            fitting = [choice for choice in choices if (choice is channels_first) == first]
-            if layer in self._settled and len(fitting) == 1:
-                found[layer] = fitting[0]
-            else:
-                refused[layer] = _undecided(layer, shapes[layer], x.shape)
-        return found, refused
-
-    def _witnessed(self, layer: LayerRef, shape: tuple[int, ...]) -> set[Layout]:
-        """Return the layouts in which parts of a layer gave the very shape that it gives."""
-        if len(set(shape[1:])) == 1:
-            return set()  # a permutation would not show
-        parts = set(layer.module.modules())
-        return {
-            layout
-            for module, given, layout in self._witnesses
-            if given == shape and module in parts
-        }
-
-    def _seen_changing(
-        self, shapes: Mapping[LayerRef, Sequence[int]], x: torch.Tensor
-    ) -> dict[LayerRef, Layout]:
-        """Run the network on inputs that differ along one axis; return what could be told apart."""
-        *rest, last = x.shape[2:]
-        *small, least = [32 + n % 32 for n in x.shape[2:]]  # most strides divide the change
-        found: dict[LayerRef, Layout] = {}
-        for before, after in (
-            ([*small, least], [*small, least + 32]),
-            ([*rest, last], [*rest, least if least != last else last + 32]),
-            ([*rest, last], [*rest, 2 * last]),
-        ):
-            try:
-                first = shapes if before == [*rest, last] else self._shapes_at(before, shapes, x)
-                second = self._shapes_at(after, shapes, x)
-            except (ModelError, torch.OutOfMemoryError):
-                continue  # some networks take one size only
-            for layer in shapes:
-                layout = told_apart(first.get(layer, ()), second.get(layer, ()))
-                if layout is not None:
-                    found.setdefault(layer, layout)
-            if len(found) == len(shapes):
-                break
-        return found
-
-    def _shapes_at(
-        self, size: Sequence[int], layers: Mapping[LayerRef, Any], like: torch.Tensor
-    ) -> Mapping[LayerRef, Sequence[int]]:
-        """Return what layers give for one input of another size."""
-        shapes: dict[LayerRef, Sequence[int]] = {}
-
-        def look(layer: LayerRef, module: nn.Module, args: Any, output: Any) -> None:
-            shapes[layer] = layer.pick(output).shape
-
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for layer in layers:
-                hook = layer.module.register_forward_hook(partial(look, layer))
-                stack.callback(hook.remove)
-            self._call(like.new_zeros(1, like.shape[1], *size), "off")
-        return shapes
+        return settle(shapes, x, self._witnesses, self._settled, partial(self._call, mode="off"))
 
     def _forward(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> torch.Tensor:
         output = self._run(x, mode)
@@ -355,9 +283,9 @@ class Capture:
 
     def _run(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> Any:
         self._input_shape = x.shape
-        self._runs = {layer: 0 for layer in self._layers if layer not in self.dropped}
+        self._runs = {layer: 0 for layer in self._layers if layer not in self._gone}
         self._tensors, self._given, self._layouts = {}, {}, {}
-        self._witnesses = []
+        self._witnesses = Witnesses(x.shape)
         return self._call(x, mode)
 
     def _call(
@@ -401,6 +329,7 @@ class Capture:
         if self._mode != "replay":
             self._runs[layer] += 1
             self._given[layer] = tensor.shape
+            self._witnesses.gave(layer, tensor)
         if self._mode == "count":
             return None
         if self._mode == "observe":
@@ -409,17 +338,17 @@ class Capture:
                 raise _LayersReached
             return None
         # A leaf, unless another target layer upstream needs the graph to go through this one.
-        tensor = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
+        leaf = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
+        passed_on = leaf.clone()
         if self._mode == "leaf":
-            self._tensors[layer] = tensor
-        return layer.put(output, tensor.clone())
+            self._tensors[layer] = leaf
+            self._witnesses.alike(tensor, passed_on)
+        return layer.put(output, passed_on)
 
     def on_witness(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note the layout of what a module gave whose type tells it."""
-        if self._mode in ("count", "observe", "leaf") and isinstance(output, torch.Tensor):
-            layout = certain_layout(module, output.shape, self._input_shape)
-            if layout is not None:
-                self._witnesses.append((module, tuple(output.shape), layout))
+        """Note what a module shows of the layouts of tensors."""
+        if self._mode in ("count", "observe", "leaf"):
+            self._witnesses.look(module, args, output)
 
     def _read_layers(self, x: torch.Tensor) -> None:
         """Find the layouts of what the layers gave; refuse or drop those that give no map."""
@@ -433,19 +362,24 @@ class Capture:
                 )
             else:
                 continue
-            if layer not in self.dropped:
+            if layer not in self._gone:
                 self._refuse(layer, reason)
         self._layouts, refused = self.layouts_of(self._given, x)
         for layer, error in refused.items():
             self._refuse(layer, error)
 
     def _refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
+        """Raise, or drop the layer and look at it no more."""
+        self._gone.add(layer)
+        for of_the_pass in (self._tensors, self._given, self._layouts):
+            of_the_pass.pop(layer, None)
+        self._drop(layer, reason)
+
+    def _drop(self, layer: LayerRef, reason: str | LayerError) -> None:
         """Raise, or drop the layer where others may do without it."""
         if layer.required:
             raise reason if isinstance(reason, LayerError) else LayerError(reason)
         self.dropped[layer] = str(reason)
-        for of_the_pass in (self._tensors, self._given, self._layouts):
-            of_the_pass.pop(layer, None)
         if len(self.dropped) == len(self._layers):
             shown = [f"{name}: {why}" for name, why in list(self.dropped.items())[:3]]
             more = len(self.dropped) - len(shown)
@@ -482,17 +416,6 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
-
-
-def _undecided(layer: LayerRef, shape: Sequence[int], input_shape: Sequence[int]) -> LayerError:
-    first, last = spatial_shape(channels_first, shape), spatial_shape(channels_last, shape)
-    return LayerError(
-        f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}: {shape[1]} "
-        f"channels first, on a grid {first}, or {shape[-1]} channels last, on a grid {last}, or no "
-        "image. Inputs of other sizes, which would tell, the network refuses or they do not show "
-        "it. Say which with reshape_transform=channels_first or channels_last "
-        "(of seg3dcam.layouts), or choose another layer"
-    )
 
 
 @contextlib.contextmanager

@@ -142,7 +142,10 @@ def explain(
     if "intensity_window" in options:
         options["intensity_window"] = _window(options["intensity_window"])
     if settings:
-        options["settings"] = {**content.get("settings", {}), **_settings(settings)}
+        of_file = content.get("settings", {})
+        # What is no mapping is left as it is, for `validate` to refuse.
+        merged = {**of_file, **_settings(settings)} if isinstance(of_file, dict) else of_file
+        options["settings"] = merged
     job = validate({**content, **options}, Job, str(config or "command line"))
     _run(job, force=force, trust=trust)
 

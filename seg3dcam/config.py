@@ -163,6 +163,13 @@ class Job(_Settings):
     threshold: float = Field(0.2, ge=0, lt=1)
     colormap: str = "inferno"
 
+    @field_validator("target", "layer", "method", mode="before")
+    @classmethod
+    def _not_none_at_all(cls, given: Any) -> Any:
+        if isinstance(given, list) and not given:
+            raise ValueError("an empty list: name one or more, or leave the key out")
+        return given
+
     @property
     def methods(self) -> list[str]:
         """The methods' keys."""

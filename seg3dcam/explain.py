@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +24,21 @@ from seg3dcam.attributions import ATTRIBUTIONS
 from seg3dcam.cam import BaseCAM, each_by
 from seg3dcam.cams import CAMS
 from seg3dcam.engine.passes import Progress, check_resolution, silent
-from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, TargetError, nearest
+from seg3dcam.errors import ConfigError, InputError, ModelError, TargetError, nearest
 from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of, to_world
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
 from seg3dcam.result import CamResult, Scale, Status, scaled
 from seg3dcam.scan import Scan, corner_gap, load_scan
-from seg3dcam.targets import ClassLogOdds, TargetFamily, as_targets, name_of, placed, uses_truth
+from seg3dcam.targets import (
+    ClassLogOdds,
+    EveryClass,
+    TargetFamily,
+    as_targets,
+    name_of,
+    placed,
+    uses_truth,
+)
 from seg3dcam.targets.regions import as_region
 
 Axis = Literal["axial", "coronal", "sagittal"]
@@ -212,7 +220,7 @@ def explain_each(
 ) -> Iterator[Explanation]:
     """Explain several targets of a scan, by one method or several; the prediction is made once.
 
-    Targets, layers and the methods that take gradients share one forward pass per window. Maps are
+    Targets, layers and the methods that take gradients share their forward passes. Maps are
     brought to the scan's grid one by one, as the result is iterated over: target by target, and
     for each target method by method.
 
@@ -225,6 +233,10 @@ def explain_each(
     The other arguments are those of `explain`.
     """
     kinds = [_kind(key) for key in ([method] if isinstance(method, str) else method)]
+    if not kinds:
+        raise ConfigError(f"no method given: name one, such as 'hires_cam' ({method!r})")
+    _check_model(model, settings)
+    targets = _listed(targets)
     scan = load_scan(scan)
     model.check_scan(scan)
     report = progress or silent
@@ -251,6 +263,8 @@ def explain_each(
         for index, target in _chosen(model, targets, logits):
             moved = placed(target, lambda mask: on_network_grid(mask, scan, prepared))
             chosen.append((index, moved))
+        if not chosen:
+            raise TargetError("the targets stand for none at this prediction: there is no target")
         return [target for _, target in chosen]
 
     table = each_by(cams, x, choose)
@@ -280,13 +294,11 @@ def _chosen(
     model: SegModel, targets: Sequence[TargetSpec] | None, logits: torch.Tensor
 ) -> list[tuple[int | None, Target]]:
     """Return (class index or None, target) for everything that is to be explained."""
-    if targets is None:
-        targets = _predicted_classes(model, logits)
     named = [
         ClassLogOdds(model.class_index(int(t) if isinstance(t, np.integer) else t))
         if isinstance(t, str | int | np.integer)
         else t
-        for t in targets
+        for t in ([EveryClass()] if targets is None else targets)
     ]
     return [(_class_of(t), t) for t in as_targets(named, logits, model.activation)]
 
@@ -310,6 +322,45 @@ def _label(model: SegModel, index: int | None, target: Target) -> str:
         over.removeprefix("the ").removesuffix(" of the predicted mask"),
     ]
     return " ".join(word for word in words if word)
+
+
+#: Settings of a call on tensors, and where a whole scan's are given.
+_ELSEWHERE = {
+    "activation": "SegModel(network, activation=...)",
+    "output": "SegModel(network, output=...)",
+    "sliding_window": "SegModel(network, window=...)",
+    "target_layers": "explain(..., layers=...)",
+}
+
+
+def _check_model(model: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse what is no `SegModel`, and settings that belong to it."""
+    if not isinstance(model, SegModel):
+        raise ModelError(
+            f"the model is a {type(model).__name__}; a scan needs a SegModel, which says how scans "
+            "are prepared and what classes there are. Wrap your network: SegModel(network, "
+            "class_names=[...]), or load_model('model.yaml')"
+        )
+    for name in settings:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"{name} is no setting of a method: give it by {_ELSEWHERE[name]}")
+
+
+def _listed(targets: Any) -> list[TargetSpec] | None:
+    """Return the targets as a list, None for every predicted class."""
+    if targets is None:
+        return None
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise TargetError(
+            f"targets {targets!r}: give a list, such as [{targets!r}]; explain() takes one alone"
+        )
+    listed = list(targets)
+    if not listed:
+        raise TargetError(
+            "the list of targets is empty: name at least one, or give None for every predicted "
+            "class"
+        )
+    return listed
 
 
 def _kind(key: str) -> type[BaseCAM]:
@@ -338,22 +389,6 @@ def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor
         )
     to_affine = prepared.affine.numpy().astype(np.float64)
     return resample_labels(data, scan.affine, to_affine, prepared.shape[1:])
-
-
-def _predicted_classes(model: SegModel, logits: torch.Tensor) -> list[TargetSpec]:
-    """Return every predicted class but the background: channel 0 of a softmax."""
-    if model.activation == "sigmoid" or logits.shape[1] == 1:
-        found: list[TargetSpec] = [c for c in range(logits.shape[1]) if (logits[:, c] > 0).any()]
-    else:
-        labels = logits.argmax(1)
-        found = [c for c in range(1, logits.shape[1]) if (labels == c).any()]
-    if not found:
-        raise EmptyRegionError(
-            "the network predicts no foreground class anywhere in this scan, so there is nothing "
-            "to explain. Do orientation, spacing and intensity of the model fit the scan? To "
-            "explain why a class was missed, name it and give a region"
-        )
-    return found
 
 
 def _prediction_on(scan: Scan, prepared: MetaTensor, result: CamResult) -> torch.Tensor:

@@ -144,11 +144,12 @@ def feature_maps(
     x, progress = x[item : item + 1], progress or silent
     windows = plan_windows(sliding_window, x.shape[2:])
     ref = _one_layer(model, layer, reshape_transform, x, windows, output)
-    with capturing(model, [ref], output) as capture:
+    settled: dict[LayerRef, Layout] = {}
+    with capturing(model, [ref], output, settled) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
         first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-        grid = measure_grids(model, example, first.shapes)[ref]
+        grid = measure_grids(model, example, first.shapes, settled)[ref]
         whole = _over_volume(grid, windows)
         cut = _checked_cut(ref, whole, axis, index)
         weights = None
@@ -412,6 +413,7 @@ def _blended(
     for window, values in parts:
         place, inside = _part(target, grid, windows, window)
         here = _at(values, grid, inside)
+        here = here if total is None else here.to(total)  # windows kept lie where the scan is
         if len(windows) == 1:
             share = here.new_ones(inside.shape)
         else:

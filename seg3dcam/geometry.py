@@ -176,7 +176,8 @@ def resample_labels(
     """Return each voxel's nearest label on another grid in patient space, 0 outside.
 
     Args:
-        labels: (X, Y, Z) whole numbers or bool, on the grid of `affine`.
+        labels: (X, Y, Z) on the grid of `affine`, whole numbers, bool, or a mask's values: they
+            are moved as they are, without a rounding.
         to_affine, to_shape: the grid of the result.
     """
     check_affine(affine, "the affine of the labels")
@@ -186,7 +187,7 @@ def resample_labels(
         dst_affine=torch.as_tensor(to_affine),
         spatial_size=tuple(to_shape),
     )
-    return moved.as_tensor()[0].round().to(labels.dtype)
+    return moved.as_tensor()[0].to(labels.dtype)
 
 
 def _inside(

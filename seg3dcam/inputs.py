@@ -44,9 +44,9 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
 def on_grid_of(mask: Any, affine: np.ndarray | None, shape: Sequence[int]) -> torch.Tensor:
     """Return the labels of a mask that knows where it lies, if that is where the input lies."""
     data = torch.as_tensor(mask.as_tensor() if isinstance(mask, MetaTensor) else mask.data)
-    if affine is not None and affine.ndim == 2:
+    if affine is not None:
         own = ras_affine(np.asarray(mask.affine), getattr(mask, "meta", {}).get("space"))
-        if not np.allclose(own, affine, atol=1e-4):
+        if not np.allclose(own, affine, atol=1e-4):  # those of all items
             raise TargetError(
                 f"the mask lies on another grid than the input: its affine is\n{own}\nand the "
                 f"input's\n{affine}\nResample it, or use explain(), which does"

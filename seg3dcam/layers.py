@@ -158,6 +158,11 @@ def resolve_layers(
     if not entries:
         raise LayerError("no target layer given: name one, or use target_layers='auto'")
     modules = {name: module for name, module in model.named_modules() if name}
+    if "auto" not in modules and any(isinstance(e, str) and e == "auto" for e in entries):
+        raise LayerError(
+            f"target layers {reprlib.repr(spec)}: 'auto' chooses one layer and stands alone. Give "
+            "target_layers='auto', or name the layers"
+        )
     found: dict[LayerRef, LayerRef] = {}
     for entry in entries:
         for layer in _matching(model, modules, entry):

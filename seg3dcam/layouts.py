@@ -3,7 +3,7 @@
 A layout is a function from what the layer gives to channel-first activations (B, C, *s). It moves
 values and may leave some out, such as a class token, but computes nothing: so it serves
 activations and gradients alike. Layouts are found from the shapes; what shapes cannot tell is
-settled by evidence (see `seg3dcam.capture`) or refused.
+settled by evidence (see `seg3dcam.witnesses`) or refused.
 """
 
 from __future__ import annotations
@@ -119,6 +119,23 @@ def tells_layout(module: nn.Module) -> bool:
     return _is_first(module) or _is_last(module)
 
 
+def takes_first(module: nn.Module, shape: Shape, input_shape: Shape) -> bool:
+    """Tell whether a module that takes a tensor of this shape takes it channels first."""
+    fits = len(shape) == len(input_shape) and shape[0] == input_shape[0]
+    return fits and _is_first_kind(module)
+
+
+def keeps_layout(module: nn.Module) -> bool:
+    """Tell the types of modules that give every value where they took it.
+
+    >>> keeps_layout(nn.LeakyReLU()), keeps_layout(nn.MultiheadAttention(4, 1))
+    (True, False)
+    """
+    elementwise = _is_elementwise(module) and not isinstance(module, nn.MultiheadAttention)
+    # Not a type derived from one, which may do anything.
+    return elementwise and type(module).__module__.startswith("torch.nn.modules.")
+
+
 def certain_layout(module: nn.Module, shape: Shape, input_shape: Shape) -> Layout | None:
     """Return the layout of what a module gives where its type leaves no doubt.
 
@@ -189,8 +206,11 @@ def stride_of(size: Shape, input_size: Shape) -> tuple[int, ...] | None:
 
 
 def _is_first(module: nn.Module) -> bool:
+    return _is_first_kind(_last_part(module))
+
+
+def _is_first_kind(module: nn.Module) -> bool:
     kinds = (_ConvNd, _NormBase, nn.GroupNorm, nn.Upsample)
-    module = _last_part(module)
     return isinstance(module, kinds) or type(module).__module__ == "torch.nn.modules.pooling"
 
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.layers import LayerRef, unwrap
+from seg3dcam.layers import LayerRef, Layout, unwrap
 
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
@@ -37,7 +37,10 @@ _UPSAMPLED = 1e-3 * _LOW
 
 
 def measure_grids(
-    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+    model: nn.Module,
+    x: torch.Tensor,
+    shapes: Mapping[LayerRef, tuple[int, ...]],
+    settled: dict[LayerRef, Layout] | None = None,
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
@@ -48,6 +51,7 @@ def measure_grids(
     Args:
         x: (B, C, *S); its shape, dtype and device count, its values do not.
         shapes: layer -> its spatial shape for this input.
+        settled: layouts known by evidence, see `seg3dcam.capture.capturing`.
     """
     model = unwrap(model)
     convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
@@ -56,7 +60,7 @@ def measure_grids(
     weights = _central_taps(model)
     # None may be dropped: at another size than the input's, tokens may have no readable grid.
     layers = [replace(layer, required=True) for layer in shapes]
-    with capturing(model, layers) as capture, _plain_levels(model, x.ndim):
+    with capturing(model, layers, None, settled) as capture, _plain_levels(model, x.ndim):
         by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
     grids = {}
     for layer, shape in shapes.items():
@@ -118,28 +122,35 @@ def _fit(
     """Fit position = stride * u + offset to what a layer showed of the three ramps."""
     flat, rising, falling = activations.cpu().double().mean(1)
     others = [a for a in range(flat.ndim) if a != axis]
+    shown = flat != 0  # what sees nothing but padding shows nothing
     line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
-    position = ((line.mean(others) if others else line) + 1) * (length - 1) / 2
-    size = len(position)
-    if not torch.isfinite(position).all():
+    line = torch.where(shown, line, 0)
+    if not torch.isfinite(line).all():
         return None
+    count = shown.sum(others) if others else shown
+    position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
+    size = len(position)
     trim = size // 4  # padding and transposed convolutions show at the ends
-    inner = slice(trim, size - trim)
-    stride = _stride(position[inner], full_size, full_length)
+    index = torch.arange(trim, size - trim)
+    index = index[count[index] > 0]
+    if len(index) < min(2, size):
+        return None
+    position = position[index]
+    stride = _stride(index.double(), position, full_size, full_length)
     if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
         return None  # the handy input has another grid than the full-sized one
-    index = torch.arange(size, dtype=torch.float64)
-    offset = round(float((position - stride * index)[inner].mean()), 3) + 0.0
+    offset = round(float((position - stride * index).mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
 
 
-def _stride(position: torch.Tensor, full_size: int, full_length: int) -> float | None:
+def _stride(
+    index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
+) -> float | None:
     """Return the stride that the layer's size says, if the positions agree; else theirs."""
     exact = full_length / full_size
     if len(position) == 1:
         return exact
-    index = torch.arange(len(position), dtype=torch.float64)
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
     # The fit is rough on few voxels and on the staircase of a transposed convolution.

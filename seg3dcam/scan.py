@@ -143,7 +143,7 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
 def load_labels(path: PathLike) -> Scan:
     """Read a label map or mask, one channel of whole numbers; all of them may be 0.
 
-    Raises `ScanError` as `load_scan`, and for several channels.
+    Raises `ScanError` as `load_scan`, for several channels, and for values between whole numbers.
     """
     labels = _from_files([Path(path)])
     if len(labels.data) > 1:
@@ -153,6 +153,13 @@ def load_labels(path: PathLike) -> Scan:
         )
     if not torch.isfinite(labels.data).all():
         _refuse_nonfinite(labels.data, str(path))
+    between = labels.data != labels.data.round()
+    if between.any():
+        raise ScanError(
+            f"{path}: {int(between.sum())} voxels hold no whole number, such as "
+            f"{float(labels.data[between][0]):g}, so this is no label map. Was one interpolated? "
+            "Resample it with nearest neighbour; a map of probabilities, threshold it."
+        )
     return labels
 
 

@@ -18,8 +18,11 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.utils import fall_back_tuple
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
+from seg3dcam.checks import check_number, check_whole_number, is_number
 from seg3dcam.errors import ConfigError
 from seg3dcam.geometry import FeatureGrid, interpolate
+
+PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,24 @@ class WindowPlan:
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) and (n > 0 or n == -1) for n in _as_tuple(self.roi_size)):
+        sizes = _as_tuple(self.roi_size)
+        if not all(type(n) is int and (n > 0 or n == -1) for n in sizes):  # True is an int too
             raise ConfigError(
                 f"roi_size {self.roi_size!r}: whole numbers of voxels from 1 up, -1: a whole axis"
             )
         if self.mode not in ("gaussian", "constant"):
             raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
-        if not all(0 <= overlap < 1 for overlap in _as_tuple(self.overlap)):
-            raise ConfigError(f"overlap {self.overlap}: a fraction, 0 <= overlap < 1")
-        if self.sw_batch_size < 1:
-            raise ConfigError(f"sw_batch_size {self.sw_batch_size}: a whole number from 1 up")
+        if not all(is_number(part) and 0 <= part < 1 for part in _as_tuple(self.overlap)):
+            raise ConfigError(f"overlap {self.overlap!r}: a fraction, 0 <= overlap < 1")
+        if self.padding_mode not in PADDING_MODES:
+            raise ConfigError(
+                f"padding_mode {self.padding_mode!r}: legal are "
+                f"{', '.join(map(repr, PADDING_MODES))}"
+            )
+        check_whole_number("sw_batch_size", self.sw_batch_size)
+        check_number("sigma_scale", self.sigma_scale, above=0)
+        check_number("cval", self.cval)
+        check_number("cache_gb", self.cache_gb, least=0, of="GB")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
     {"errors"},
-    {"files", "geometry"},
+    {"checks", "files", "geometry"},
     {"outputs"},
     {"layers", "targets", "methods", "windows", "inputs"},
     {"layouts"},
+    {"witnesses"},
     {"capture", "result"},
     {"probe", "suggest"},
     {"engine"},

@@ -8,8 +8,8 @@ the score is linear in the logits, as a class's logit is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from seg3dcam import targets as score
 from seg3dcam.capture import Capture, capturing
+from seg3dcam.checks import check_number, check_whole_number, is_whole
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -26,7 +27,7 @@ from seg3dcam.engine.passes import (
     seeded_windows,
     upstream_of,
 )
-from seg3dcam.errors import MissingExtraError
+from seg3dcam.errors import ConfigError, MissingExtraError
 from seg3dcam.geometry import FeatureGrid, cropped
 from seg3dcam.outputs import OutputSelection
 from seg3dcam.result import LayerMap, joined
@@ -43,14 +44,18 @@ class Comparator:
     """A method of captum.
 
     Attributes:
-        kind: which one.
+        kind: which one. It looks at the settings that name it alone.
         baseline: the value of a voxel that says nothing (integrated gradients, occlusion).
         steps: points on the way from the baseline (integrated gradients).
         samples, noise: noisy copies, and the noise's standard deviation as a fraction of the
             input's range (SmoothGrad).
         block: input voxels that are hidden together, one number or one for each axis (occlusion):
             it must be larger than what the network looks for.
-        batch: inputs that go through the network at once.
+        batch: inputs that go through the network at once (integrated gradients, SmoothGrad,
+            occlusion).
+
+    Raises:
+        ConfigError: a value that is not legal.
     """
 
     kind: Literal[
@@ -65,8 +70,20 @@ class Comparator:
     steps: int = 50
     samples: int = 16
     noise: float = 0.1
-    block: int | tuple[int, ...] = 8
+    block: int | tuple[int, ...] | list[int] = 8
     batch: int = 4
+
+    def __post_init__(self) -> None:
+        check_number("baseline", self.baseline)
+        check_whole_number("steps", self.steps)
+        check_whole_number("samples", self.samples)
+        check_number("noise", self.noise, least=0)
+        check_whole_number("batch", self.batch)
+        sizes = self.block if isinstance(self.block, list | tuple) else [self.block]
+        if not sizes or not all(is_whole(size) and size > 0 for size in sizes):
+            raise ConfigError(
+                f"block {self.block!r}: a whole number of voxels from 1 up, or one for each axis"
+            )
 
 
 def compare_map(
@@ -122,8 +139,8 @@ def _map(
     values = (channels.abs() if comparator.kind in UNSIGNED else channels).sum(0, keepdim=True)
     ceiling = values.abs().amax().reshape(1)
     flags: tuple[str, ...] = ()
-    if comparator.kind == "guided_backprop" and not _rectifiers(capture.model):
-        flags = ("guided_backprop changes nn.ReLU only; without any, this is the plain gradient",)
+    if comparator.kind == "guided_backprop":
+        flags = _unguided(capture.model)
     return LayerMap(values, grid, voxels, ceiling, capture.dtype, None, flags)
 
 
@@ -191,15 +208,18 @@ def _integrated_gradients(scored: _Scored, x: torch.Tensor, comparator: Comparat
 
 
 def _guided_backprop(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
-    captum = _captum()
-    with _out_of_place(scored.model):
-        return captum.GuidedBackprop(scored).attribute(x)
+    return _captum().GuidedBackprop(scored).attribute(x)
 
 
 def _occlusion(scored: _Scored, x: torch.Tensor, comparator: Comparator) -> torch.Tensor:
-    block = comparator.block
-    sizes = (block,) * (x.ndim - 2) if isinstance(block, int) else tuple(block)
-    sizes = tuple(min(b, n) for b, n in zip(sizes, x.shape[2:], strict=True))
+    block, axes = comparator.block, x.ndim - 2
+    sizes = tuple(block) if isinstance(block, list | tuple) else (block,) * axes
+    if len(sizes) != axes:
+        raise ConfigError(
+            f"block {block!r} has {len(sizes)} numbers; the input has {axes} axes: give one number "
+            "for each, or one for all"
+        )
+    sizes = tuple(min(int(b), n) for b, n in zip(sizes, x.shape[2:], strict=True))
     found = (
         _captum()
         .Occlusion(scored)
@@ -229,18 +249,41 @@ ATTRIBUTIONS: dict[str, Callable[[_Scored, torch.Tensor, Comparator], torch.Tens
 UNSIGNED = ("gradient", "smooth_grad")
 
 
-@contextmanager
-def _out_of_place(model: nn.Module) -> Iterator[None]:
-    """Keep every ReLU from working in place, which captum's backward hooks do not survive."""
-    with ExitStack() as stack:
-        for module in _rectifiers(model):
-            stack.callback(setattr, module, "inplace", module.inplace)
-            module.inplace = False
-        yield
+#: Activations that guided backpropagation would cut too, were they nn.ReLU, by their class's name.
+UNGUIDED = (
+    "CELU",
+    "ELU",
+    "GELU",
+    "Hardswish",
+    "LeakyReLU",
+    "MemoryEfficientSwish",
+    "Mish",
+    "PReLU",
+    "RReLU",
+    "ReLU6",
+    "SELU",
+    "SiLU",
+    "Softplus",
+    "Swish",
+)
 
 
-def _rectifiers(model: nn.Module) -> list[nn.ReLU]:
-    return [module for module in model.modules() if isinstance(module, nn.ReLU)]
+def _unguided(model: nn.Module) -> tuple[str, ...]:
+    """Say what guided backpropagation left as it is; functional activations cannot be seen."""
+    guided = sum(isinstance(module, nn.ReLU) for module in model.modules())
+    left = Counter(type(module).__name__ for module in model.modules())
+    others = ", ".join(f"{left[name]} {name}" for name in UNGUIDED if left[name])
+    if not guided:
+        said = f" ({others} in this one)" if others else ""
+        return (
+            f"guided_backprop changes nn.ReLU only; without any{said}, this is the plain gradient",
+        )
+    if others:
+        return (
+            f"guided_backprop changes nn.ReLU only: {guided} of them here; {others} keep their "
+            "plain gradient",
+        )
+    return ()
 
 
 def _captum() -> Any:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.capture import Capture, capturing
-from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass
+from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass, wide
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.layers import LayerRef
 from seg3dcam.layouts import INPUT
@@ -29,6 +29,7 @@ COMPLETE = 1e-3
 
 def full_gradient_map(
     first: FirstPass,
+    score: torch.Tensor,
     seed: Seed,
     method: FullGradient,
     output: OutputSelection,
@@ -37,57 +38,99 @@ def full_gradient_map(
     """Return the map of one target, on the input's voxels.
 
     It takes apart seed . logits: for a target that is linear in the logits, the score.
+
+    Args:
+        score: (B,) of the target.
     """
     model = first.capture.model
     layers = [INPUT, *_with_places(first, _biased_layers(model), output)]
     with capturing(model, layers, output) as capture:
         second = FirstPass(capture, first.windows, first.x, first.logits, {})
-        maps = [_map(second, items, seed, method, progress) for items in first.items]
+        grids: dict[LayerRef, FeatureGrid] = {}
+        maps = [
+            _map(second, items, score[list(items)], seed, method, grids, progress)
+            for items in first.items
+        ]
     return joined(maps)
 
 
 def _map(
-    first: FirstPass, items: Sequence[int], seed: Seed, method: FullGradient, progress: Progress
+    first: FirstPass,
+    items: Sequence[int],
+    score: torch.Tensor,
+    seed: Seed,
+    method: FullGradient,
+    grids: dict[LayerRef, FeatureGrid],
+    progress: Progress,
 ) -> LayerMap:
     voxels = FeatureGrid.of_voxels(first.windows.roi)
     blend = Blend(first.windows, voxels, first.x.new_zeros(len(items)))
     ceiling = first.x.new_zeros(len(items))
-    grids: dict[LayerRef, FeatureGrid] = {}
     biases = _biases(first.capture)
     for found in gradient_pass(first, items, [seed], progress):
         if not grids:
             example = found.activations[INPUT][:1]
             shapes = {layer: tuple(a.shape[2:]) for layer, a in found.activations.items()}
             inner = {layer: shape for layer, shape in shapes.items() if layer != INPUT}
-            grids = {INPUT: voxels, **measure_grids(first.capture.model, example, inner)}
+            grids[INPUT] = voxels
+            grids.update(measure_grids(first.capture.model, example, inner))
         for layer, grid in grids.items():
-            for window, a, g in found.each(layer):
+            for window, a, gradient in found.each(layer):
+                g = wide(gradient)
                 values = a if layer == INPUT else for_each_item(biases[layer][None], g.ndim)
+                values = values.to(g)
                 part = method.contribution(values, g)
                 spread = _spread if method.psi == "signed" else interpolate
                 blend.add_alone(window, spread(part, grid, voxels))
                 highest = method.contribution(values.abs(), g.abs()).flatten(1).amax(1)
                 ceiling = torch.maximum(ceiling, highest.to(ceiling))
-    missing = _missing(first, items, seed, blend.total) if method.psi == "signed" else ()
+    flags = [*_bent(first, items, score, seed)]
+    if method.psi == "signed":
+        flags += _missing(first, items, seed, blend.total)
     values, grid = cropped(blend.total, blend.grid, first.windows.shape)
-    return LayerMap(values, grid, voxels, ceiling, first.capture.dtype, None, tuple(missing))
+    return LayerMap(values, grid, voxels, ceiling, first.capture.dtype, None, tuple(flags))
+
+
+def _slope(first: FirstPass, items: Sequence[int], seed: Seed) -> torch.Tensor:
+    """Return seed . logits of some items."""
+    dense = seed.cut(items, (0,) * len(seed.shape[2:]), seed.shape[2:])
+    return (dense * first.logits[list(items)]).flatten(1).sum(1)
+
+
+def _bent(first: FirstPass, items: Sequence[int], score: torch.Tensor, seed: Seed) -> Iterator[str]:
+    """Say so where the score is not linear in the logits."""
+    for slope, whole in zip(_slope(first, items, seed).tolist(), score.tolist(), strict=True):
+        if _differ(slope, whole, first.capture.dtype):
+            yield (
+                f"the score, {whole:.4g}, is not linear in the logits: full_grad takes apart its "
+                f"slope there, dS/dlogits . logits = {slope:.4g}. ClassLogit is linear"
+            )
 
 
 def _missing(
     first: FirstPass, items: Sequence[int], seed: Seed, total: torch.Tensor
 ) -> Iterator[str]:
     """Say so where the contributions, padding's too, do not sum to what was to be explained."""
-    start = (0,) * len(seed.shape[2:])
-    dense = seed.cut(items, start, seed.shape[2:])
-    explained = (dense * first.logits[list(items)]).flatten(1).sum(1)
+    lost = [str(layer) for layer in first.capture.dropped]
+    why = (
+        f"The biases of {', '.join(lost[:5])}{' and more' * (len(lost) > 5)} are left out: "
+        + next(iter(first.capture.dropped.values()))
+        if lost
+        else "InstanceNorm, GroupNorm, LayerNorm, attention and activations other than ReLU and "
+        "LeakyReLU share out what no bias accounts for, and so do biases outside of layers"
+    )
     summed = total.flatten(1).sum(1)
-    for score, found in zip(explained.tolist(), summed.tolist(), strict=True):
-        if abs(score - found) > COMPLETE * max(abs(score), abs(found)):
+    for slope, found in zip(_slope(first, items, seed).tolist(), summed.tolist(), strict=True):
+        if _differ(slope, found, first.capture.dtype):
             yield (
-                f"full_grad is not complete here: the map sums to {found:.4g}, the score to "
-                f"{score:.4g}. InstanceNorm, GroupNorm, LayerNorm, attention and activations other "
-                "than ReLU and LeakyReLU share out what no bias accounts for"
+                f"full_grad is not complete here: the map sums to {found:.4g}, what it takes apart "
+                f"to {slope:.4g}. {why}"
             )
+
+
+def _differ(one: float, other: float, precision: torch.dtype) -> bool:
+    tolerance = max(COMPLETE, 20 * torch.finfo(precision).eps)
+    return abs(one - other) > tolerance * max(abs(one), abs(other))
 
 
 def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> torch.Tensor:

@@ -277,7 +277,7 @@ class MapMaker:
         windows = self._first.windows
         if len(windows) == 1:
             return a.new_ones(a.shape[2:])
-        return self._blend.shares(window, self._first.total_importance)
+        return self._blend.shares(window, self._first.total_importance).to(a.device)
 
     def _wide(self, a: torch.Tensor) -> torch.Tensor:
         self._precision = a.dtype

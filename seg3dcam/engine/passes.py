@@ -42,6 +42,7 @@ class FirstPass:
         activations: with one window, those of the whole batch.
         shapes: layer -> spatial shape of its activations in one window.
         kept: (item, window) -> activations, as far as they fit the plan's memory limit.
+        footprint: bytes that one input takes in a forward pass, once measured.
     """
 
     capture: Capture
@@ -52,6 +53,7 @@ class FirstPass:
     graph: torch.Tensor | None = None
     activations: Activations = field(default_factory=dict)
     kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
+    footprint: int = 0
 
     @property
     def items(self) -> list[list[int]]:
@@ -349,7 +351,10 @@ def stitch(
 def activation_pass(
     first: FirstPass, items: Sequence[int], which: Sequence[int]
 ) -> Iterator[tuple[int, Activations]]:
-    """Yield the activations of windows, kept from the first pass or computed again."""
+    """Yield the activations of windows, kept from the first pass or computed again.
+
+    They are on the network's device, as gradients are.
+    """
     if first.activations:
         yield from ((window, first.activations) for window in which)
         return
@@ -358,7 +363,11 @@ def activation_pass(
     recomputed = _computed_again(first, items, again)
     for window in which:
         kept = first.kept.get((item, window))
-        yield (window, kept) if kept is not None else next(recomputed)
+        if kept is None:
+            yield next(recomputed)
+        else:
+            device = first.capture.device
+            yield window, {layer: a.to(device) for layer, a in kept.items()}
 
 
 def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:

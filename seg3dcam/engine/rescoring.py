@@ -44,12 +44,13 @@ def rescore_maps(
         grids: layer -> its grid in one window.
     """
     at_once = _at_once(first, method.memory_gb)
+    summed = _is_sum(target)
     target = score.fixed(target, first.logits)
     regions = score.region_of(target, first.logits)
     return {
         layer: joined(
             [
-                _map(first, item, target, regions, method, layer, grid, at_once, progress)
+                _map(first, item, target, regions, summed, method, layer, grid, at_once, progress)
                 for item in range(len(first.x))
             ]
         )
@@ -62,6 +63,7 @@ def _map(
     item: int,
     target: Target,
     regions: torch.Tensor | None,
+    summed: bool,
     method: Perturbation,
     layer: LayerRef,
     grid: FeatureGrid,
@@ -73,7 +75,7 @@ def _map(
     seen = _Seen(first, item, layer, grid, _windows_of(first, region))
     perturbed = {"masking": seen.through_channels, "ablation": seen.without_channels}[method.by]
     # The softmax of Score-CAM over a sum of a thousand voxels would be one for one channel.
-    voxels = float(region.sum()) if method.by == "masking" and region is not None else 1.0
+    voxels = float(region.sum()) if method.by == "masking" and region is not None and summed else 1
 
     scores = []
     channels = list(range(seen.channels))
@@ -161,6 +163,13 @@ class _Seen:
         return total
 
 
+def _is_sum(target: Target) -> bool:
+    """Tell a score that is a sum over the voxels of its region from one that is not, as a Dice."""
+    if isinstance(target, score.WeightedSum):
+        return all(_is_sum(part) for _, part in target.parts)
+    return isinstance(target, score.SumOverRegion)
+
+
 def _windows_of(first: FirstPass, region: torch.Tensor | None) -> list[int]:
     """Return the windows that a region (1, *S) lies in; None is everywhere."""
     every = list(range(len(first.windows)))
@@ -178,7 +187,14 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _at_once(first: FirstPass, memory_gb: float) -> int:
-    """Return how many perturbed inputs fit in memory, as if no layer's output were let go of."""
+    """Return how many perturbed inputs fit in memory."""
+    if not first.footprint:
+        first.footprint = _footprint(first)
+    return max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))
+
+
+def _footprint(first: FirstPass) -> int:
+    """Return what one input takes, in bytes, as if no layer's output were let go of."""
     taken = 0
 
     def count(module: torch.nn.Module, args: object, output: object) -> None:
@@ -197,5 +213,4 @@ def _at_once(first: FirstPass, memory_gb: float) -> int:
         for hook in hooks:
             hook.remove()
     stitched = first.logits[:1].numel() * first.logits.element_size()
-    taken += 2 * x.numel() * x.element_size() + 2 * stitched
-    return max(1, int(memory_gb * 1e9 / max(1, taken)))
+    return taken + 2 * x.numel() * x.element_size() + 2 * stitched

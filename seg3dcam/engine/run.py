@@ -7,6 +7,7 @@ for all targets and layers; those that rescore, look at biases or at the input f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,38 @@ from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef
 from seg3dcam.methods import FullGradient, Method, Perturbation
 from seg3dcam.outputs import OutputSelection
+from seg3dcam.targets import fixed, region_of, score_and_seed
 
 Target = Callable[[torch.Tensor], torch.Tensor]
 
 #: The name under which a map on the input's own voxels is found.
 OF_INPUT = LayerRef("input")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A target, and what the prediction makes of it.
+
+    Attributes:
+        target: a function of the logits.
+        score: (B,).
+        seed: dS/dlogits.
+        region_voxels: (B,) voxels that it looks at, None if it does not say.
+    """
+
+    target: Target
+    score: torch.Tensor
+    seed: Seed
+    region_voxels: torch.Tensor | None
+
+    @classmethod
+    def of(cls, target: Target, logits: torch.Tensor) -> Asked:
+        """Evaluate a target at logits (B, K, *S)."""
+        settled = fixed(target, logits)  # its region is looked for once
+        score, seed = score_and_seed(settled, logits)
+        region = region_of(settled, logits)
+        voxels = None if region is None else region.reshape(len(score), -1).sum(1)
+        return cls(target, score, Seed.of(seed), voxels)
 
 
 def looks_at_layers(method: Any) -> bool:
@@ -52,8 +80,7 @@ def needs_activations(method: Any, shared: bool) -> bool:
 
 def maps_of(
     first: FirstPass,
-    targets: Sequence[Target],
-    seeds: Sequence[Seed],
+    asked: Sequence[Asked],
     methods: Sequence[Any],
     grids: dict[LayerRef, FeatureGrid],
     output: OutputSelection,
@@ -61,6 +88,7 @@ def maps_of(
 ) -> list[list[Maps]]:
     """Return the maps of every layer: for every target a list with those of every method."""
     table: dict[int, list[Maps]] = {}
+    targets, seeds = [one.target for one in asked], [one.seed for one in asked]
     plain = [n for n, m in enumerate(methods) if isinstance(m, Method) and m.order < 2]
     curved = [n for n, m in enumerate(methods) if isinstance(m, Method) and m.order == 2]
     # First what needs the first pass's graph: the others run the network again.
@@ -77,25 +105,23 @@ def maps_of(
     for number, method in enumerate(methods):
         if number not in table:
             table[number] = [
-                _by_itself(first, target, seed, method, grids, output, progress)
-                for target, seed in zip(targets, seeds, strict=True)
+                _by_itself(first, one, method, grids, output, progress) for one in asked
             ]
-    return [[table[n][t] for n in range(len(methods))] for t in range(len(targets))]
+    return [[table[n][t] for n in range(len(methods))] for t in range(len(asked))]
 
 
 def _by_itself(
     first: FirstPass,
-    target: Target,
-    seed: Seed,
+    one: Asked,
     method: Any,
     grids: dict[LayerRef, FeatureGrid],
     output: OutputSelection,
     progress: Progress,
 ) -> Maps:
     if isinstance(method, Perturbation):
-        return rescore_maps(first, target, method, grids, progress=progress)
+        return rescore_maps(first, one.target, method, grids, progress=progress)
     if isinstance(method, FullGradient):
-        return {OF_INPUT: full_gradient_map(first, seed, method, output, progress)}
+        return {OF_INPUT: full_gradient_map(first, one.score, one.seed, method, output, progress)}
     if isinstance(method, Comparator):
-        return {OF_INPUT: compare_map(first, target, seed, method, output, progress)}
+        return {OF_INPUT: compare_map(first, one.target, one.seed, method, output, progress)}
     raise TypeError(f"no way to run a {type(method).__name__}")

@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 
+#: Numbers in a block of voxels that is copied in double precision: 16 MB.
+BLOCK = 1 << 21
+
 #: Named sums over voxels, which add up over windows.
 Sums = dict[str, torch.Tensor]
 
@@ -157,6 +160,7 @@ def exact_dtype(values: torch.Tensor) -> torch.dtype:
     return values.dtype if values.device.type == "mps" else torch.float64
 
 
-def in_blocks(values: Sequence[torch.Tensor], size: int = 1 << 16) -> Any:
+def in_blocks(values: Sequence[torch.Tensor]) -> Any:
     """Yield tensors (..., N) in blocks of voxels, so that copies of them stay small."""
+    size = max(1, BLOCK // max(1, values[0][..., 0].numel()))
     return zip(*(v.split(size, dim=-1) for v in values), strict=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from seg3dcam.checks import check_number
 from seg3dcam.errors import ConfigError
 from seg3dcam.methods.base import (
     Method,
@@ -55,7 +56,7 @@ class EigenCAM(Method):
         """Centre, then project, in double precision: the mean may be large beside what varies."""
         mean, first = weights.mean[..., None], weights.values[:, None]
         points = self.features(a, g).flatten(2)
-        parts = [first @ (block.to(mean) - mean) for (block,) in in_blocks([points], size=1 << 14)]
+        parts = [first @ (block.to(mean) - mean) for (block,) in in_blocks([points])]
         return torch.cat(parts, -1)[:, 0].reshape(len(a), *a.shape[2:]).to(a.dtype)
 
     def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
@@ -68,7 +69,7 @@ class EigenCAM(Method):
         dtype = exact_dtype(a)
         points, matrix = self.features(a, g).flatten(2), 0.0
         weights = points.new_ones(points.shape[2]) if shares is None else shares.to(a).flatten()
-        for block, share in in_blocks([points, weights], size=1 << 14):
+        for block, share in in_blocks([points, weights]):
             block = block.to(dtype)
             matrix = matrix + (block * share.to(dtype)) @ block.mT
         return {"matrix": matrix, "sum": summed(points, weights)}  # type: ignore[dict-item]
@@ -146,6 +147,8 @@ class KPCACAM(Method):
     def __post_init__(self) -> None:
         if self.kernel not in ("sigmoid", "rbf"):
             raise ConfigError(f"kernel {self.kernel!r}: legal are 'sigmoid' and 'rbf'")
+        if self.gamma is not None:
+            check_number("gamma", self.gamma, above=0)
 
     def survey(self, a: torch.Tensor, shares: torch.Tensor) -> Sums:
         points = a.flatten(2).mT
@@ -186,9 +189,9 @@ class KPCACAM(Method):
     def _check(self, voxels: int) -> None:
         if voxels > KERNEL_VOXELS:
             raise ConfigError(
-                f"kpca_cam compares every feature voxel with every other; the layer has {voxels} "
-                f"and {KERNEL_VOXELS} (16 x 16 x 16) is the limit: {voxels**2 * 8 / 1e9:.0f} GB. "
-                "Take a coarser layer, smaller windows, or eigen_cam"
+                "kpca_cam compares every feature voxel with every other, of all windows together; "
+                f"the layer has {voxels} or more, and {KERNEL_VOXELS} (16 x 16 x 16) is the limit. "
+                "Take a coarser layer, or eigen_cam"
             )
 
 

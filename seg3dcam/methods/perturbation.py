@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from seg3dcam.checks import check_number
 from seg3dcam.methods.base import weighted_sum
 
 #: Channels -> scores (B, n).
@@ -30,6 +31,9 @@ class Perturbation:
 
     by: ClassVar[Literal["masking", "ablation"]]
     memory_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_number("memory_gb", self.memory_gb, above=0, of="GB")
 
     def weights(self, scores: torch.Tensor, score: torch.Tensor | None) -> torch.Tensor:
         """Return channel weights (B, C), given the scores of every channel and the plain one."""

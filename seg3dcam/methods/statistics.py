@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from seg3dcam.checks import is_whole
+from seg3dcam.errors import ConfigError
 from seg3dcam.methods.base import Method, Sums, Weights, exact_dtype, for_each_item, in_blocks
 
 #: Below this fraction of the sum of |A|, the sum of A is rounding noise and nothing to divide by.
@@ -21,7 +23,8 @@ def summed(
     dtype = exact_dtype(values)
     total = torch.zeros(values.shape[:2], dtype=dtype, device=values.device)
     for block, share in in_blocks([values.flatten(2), shares.flatten()]):
-        total += block.to(dtype).pow(power) @ share.to(dtype)
+        wide = block.to(dtype)
+        total += (wide if power == 1 else wide.pow(power)) @ share.to(dtype)
     return total
 
 
@@ -112,6 +115,10 @@ class RandomWeights(Method):
     seed: int = 0
     order = 0
 
+    def __post_init__(self) -> None:
+        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed {self.seed!r}: a whole number of 64 bits")
+
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
         return torch.einsum("bc...,c->b...", a, self._drawn(a))
 
@@ -119,5 +126,5 @@ class RandomWeights(Method):
         return torch.einsum("bc...,c->b...", a.abs(), self._drawn(a).abs())
 
     def _drawn(self, a: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         return (torch.rand(a.shape[1], generator=generator, dtype=torch.float64) * 2 - 1).to(a)

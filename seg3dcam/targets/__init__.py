@@ -67,6 +67,7 @@ from seg3dcam.targets.scores import (
     Finer,
     MaskOutput,
     SoftDice,
+    SumOverRegion,
 )
 from seg3dcam.targets.use import (
     as_target,
@@ -100,6 +101,7 @@ __all__ = [
     "OwnTarget",
     "Region",
     "SoftDice",
+    "SumOverRegion",
     "Target",
     "TargetFamily",
     "TruePositives",

@@ -20,8 +20,9 @@ def as_target(given: Any, activation: Activation = "softmax") -> AnyTarget:
     """Return a target: an int means `ClassLogOdds`, None the original recipe.
 
     Raises:
-        TargetError: neither a class index nor callable.
+        TargetError: neither a class index nor callable, or a class where an instance is meant.
     """
+    _refuse_class(given)
     if given is None:
         return MaskOutput(activation=activation)
     if isinstance(given, int | np.integer) and not isinstance(given, bool):
@@ -55,12 +56,20 @@ def as_targets(
     """
     flat: list[AnyTarget] = []
     for one in given:
+        _refuse_class(one)
         if is_family(one):
             family = one.activated(activation) if isinstance(one, OwnFamily) else one
             flat += [as_target(target, activation) for target in family.expand(logits)]
         else:
             flat.append(as_target(one, activation))
     return flat
+
+
+def _refuse_class(given: Any) -> None:
+    """Refuse `ClassLogit` in the place of `ClassLogit(1)`."""
+    if isinstance(given, type):
+        name = given.__name__
+        raise TargetError(f"target {name} is a class: give an instance, such as {name}(1)")
 
 
 def fixed(target: AnyTarget, logits: torch.Tensor) -> AnyTarget:

@@ -175,7 +175,7 @@ def test_where_the_sum_is_not_the_score_both_are_told(name, plan):
     network[0].weight.data *= 3
     with pytest.warns(Seg3dcamWarning, match="full_grad is not complete here") as caught:
         result = FullGrad(network, sliding_window=plan)(x, targets.ClassLogit(1, "volume"))
-    numbers = re.search(r"sums to (\S+), the score to (\S+?)\. ", str(caught[0].message))
+    numbers = re.search(r"sums to (\S+), what it takes apart to (\S+?)\. ", str(caught[0].message))
     total = result.maps["input"].sum().item()
     assert float(numbers[1]) == pytest.approx(total, rel=1e-3)
     assert float(numbers[2]) == pytest.approx(result.score.item(), rel=1e-3)

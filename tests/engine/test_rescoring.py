@@ -74,7 +74,9 @@ class Brute:
         self.target = fixed(target, logits)
         self.score = self.target(logits)
         region = region_of(self.target, logits)
-        self.voxels = 1 if region is None else int(region.sum())
+        # Of a sum over a region the mean is taken, of any other score the score itself.
+        is_sum = region is not None and not isinstance(self.target, targets.SoftDice)
+        self.voxels = int(region.sum()) if is_sum else 1
 
         case = toy.cut(copy.deepcopy(network), int(layer), x)
         parts = parts_of(case, plan, lambda logits: logits.sum((1, 2, 3, 4)))

@@ -1,0 +1,53 @@
+"""Checks of the numbers that a user gives as settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from seg3dcam.errors import ConfigError
+
+
+def check_whole_number(what: str, value: Any, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number from `least` up.
+
+    >>> check_whole_number("steps", 0)
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.ConfigError: steps 0: a whole number from 1 up
+    """
+    if not is_whole(value) or value < least:
+        raise ConfigError(f"{what} {value!r}: a whole number from {least} up")
+
+
+def check_number(
+    what: str, value: Any, *, above: float | None = None, least: float | None = None, of: str = ""
+) -> None:
+    """Raise ConfigError unless `value` is a finite number, above or from a bound up.
+
+    Args:
+        of: what is counted, such as "GB".
+
+    >>> check_number("memory_gb", -1, above=0, of="GB")
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.ConfigError: memory_gb -1: a finite number of GB above 0
+    """
+    legal = is_number(value) and math.isfinite(value)
+    if legal and (above is None or value > above) and (least is None or value >= least):
+        return
+    bound = "" if above is None else f" above {above:g}"
+    bound += "" if least is None else f" from {least:g} up"
+    raise ConfigError(f"{what} {value!r}: a finite number{' of ' * bool(of)}{of}{bound}")
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether something is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether something is a number; True and False are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
