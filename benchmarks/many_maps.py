@@ -77,9 +77,10 @@ def eigen_memory(size: int, channels: int) -> None:
 
     layers = [torch.nn.Conv3d(1, channels, 1), torch.nn.ReLU(), torch.nn.Conv3d(channels, 2, 1)]
     cam = EigenCAM(torch.nn.Sequential(*layers), "1")
-    cam(torch.rand(1, 1, 8, 8, 8), 1)
+    target = targets.ClassLogit(1, region="volume")
+    cam(torch.rand(1, 1, 8, 8, 8), target)
     x = torch.rand(1, 1, size, size, size)
-    grown, _ = growth(lambda: cam(x, targets.ClassLogit(1, region="volume")))
+    grown, _ = growth(lambda: cam(x, target))
     print(f"  EigenCAM   +{grown:.0f} MB, forward pass included: "
           f"{grown / megabytes:.2f} times the activations in all")  # fmt: skip
 

@@ -370,10 +370,10 @@ class Capture:
 
     def _refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
         """Raise, or drop the layer and look at it no more."""
+        self._drop(layer, reason)
         self._gone.add(layer)
         for of_the_pass in (self._tensors, self._given, self._layouts):
             of_the_pass.pop(layer, None)
-        self._drop(layer, reason)
 
     def _drop(self, layer: LayerRef, reason: str | LayerError) -> None:
         """Raise, or drop the layer where others may do without it."""

@@ -10,11 +10,22 @@ import copy
 
 import pytest
 import torch
+from monai.networks.nets import DynUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
+from seg3dcam import (
+    AblationCAM,
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    WindowPlan,
+    targets,
+)
+from seg3dcam.cam import each_by
 from seg3dcam.capture import capturing
+from seg3dcam.engine.run import needs_graph
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.layers import resolve_layers
 from seg3dcam.layouts import INPUT
@@ -486,6 +497,7 @@ def test_layers_of_a_pattern_are_dropped_where_they_give_no_map(x, seed):
     net = Odd().double()
     layers = resolve_layers(net, ["*", "block.act*"])
     assert {str(layer) for layer in layers} == set(REASONS)
+    seen = {layer for layer in layers if REASONS[str(layer)] is None or str(layer) == "aside"}
     with capturing(net, layers) as capture:
         for _ in range(2):  # dropped once is dropped for good
             logits = capture.forward(x)
@@ -493,12 +505,12 @@ def test_layers_of_a_pattern_are_dropped_where_they_give_no_map(x, seed):
             assert [str(layer) for layer in gradients] == [
                 str(layer) for layer in layers if REASONS[str(layer)] is None
             ]
-            assert set(capture.activations) == set(gradients) == set(capture.shapes)
+            assert set(capture.activations) == seen == set(capture.shapes)
             for layer, reason in capture.dropped.items():
                 assert REASONS[str(layer)] in reason
-        assert set(capture.observe_layers(x)) == set(gradients)
+        assert set(capture.observe_layers(x)) == seen
         capture.observe(x, copy=True)
-        assert set(capture.activations) == set(gradients)
+        assert set(capture.activations) == seen
     for layer, gradient in gradients.items():
         (alone,) = resolve_layers(net, layer.name)
         torch.testing.assert_close(gradient, captured(net, x, seed, alone.name)[2])
@@ -552,6 +564,39 @@ def test_all_explains_every_convolution_that_can_be(x, seed):
         gradients = capture.gradients(capture.forward(x), seed)
     assert [str(layer) for layer in gradients] == ["stem", "block.conv", "head.0", "head.2"]
     assert [str(layer) for layer in capture.dropped] == ["spare", "aside"]
+
+
+@pytest.mark.parametrize("plan", [None, WindowPlan(8, cache_gb=0), WindowPlan(8)])
+@pytest.mark.parametrize("other", [AblationCAM, EigenCAM, GradCAMPlusPlus])
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+def test_a_layer_without_a_gradient_does_not_stop_the_others(other, plan):
+    """In training this network's heads of the coarser levels are compared; here they feed nothing.
+
+    Later passes, for which it was said that this layer is there, must still find it.
+    """
+    head = "deep_supervision_heads.0.conv.conv"
+    kernels, strides = (3, 3, 3), (1, 2, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = DynUNet(
+            2, 1, 2, kernels, strides, (2, 2), filters=(2, 3, 4), deep_supervision=True
+        ).eval()
+    x = torch.rand(2, 1, 8, 16, generator=torch.Generator().manual_seed(1))
+    names = ["input_block.conv1.conv", "output_block.conv.conv"]
+    cams, alone = (
+        [HiResCAM(net, layers, sliding_window=plan), other(net, layers, sliding_window=plan)]
+        for layers in ("all", names)
+    )
+    found = each_by(cams, x, [VOLUME])[0]
+    for result, expected in zip(found, each_by(alone, x, [VOLUME])[0], strict=True):
+        assert "does not depend on" in result.dropped[head]
+        assert head not in result.layers
+        assert len(result.layers) > 5
+        for name in names:
+            torch.testing.assert_close(result.layers[name].values, expected.layers[name].values)
+    assert head in other(net, "all", sliding_window=plan)(x, VOLUME).dropped or not needs_graph(
+        cams[1]._function
+    )
 
 
 # --------------------------------------------------------------------- more than the first gradient

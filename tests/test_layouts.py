@@ -359,12 +359,15 @@ class Block(nn.Module):
 
 
 class Back(nn.Module):
-    def __init__(self, channels, last):
+    """Takes what the block gives, and where it `tells`, with a module of a known type."""
+
+    def __init__(self, channels, last, tells):
         super().__init__()
-        self.head, self.last = nn.Conv3d(channels, 2, 1), last
+        self.head, self.last, self.tells = nn.Conv3d(channels, 2, 1), last, tells
 
     def forward(self, y):
-        return self.head(y.movedim(-1, 1) if self.last else y)
+        y = y.movedim(-1, 1) if self.last else y
+        return self.head(y if self.tells else 1 * y)
 
 
 class Functional(nn.Module):
@@ -378,9 +381,9 @@ class Functional(nn.Module):
         return nn.functional.conv3d(x, self.kernel, padding=1)
 
 
-def block_net(channels, *, last=False, functional=False, fixed=None):
+def block_net(channels, *, last=False, functional=False, fixed=None, tells=False):
     layers = Functional(channels) if functional else nn.Conv3d(1, channels, 3, padding=1)
-    return seeded(nn.Sequential(Block(layers, last, fixed), Back(channels, last)))
+    return seeded(nn.Sequential(Block(layers, last, fixed), Back(channels, last, tells)))
 
 
 @pytest.mark.parametrize("functional", [False, True])
@@ -401,12 +404,18 @@ def test_a_block_whose_channels_could_be_voxels(channels, last, functional):
 
 
 @pytest.mark.parametrize(
-    ("channels", "functional", "known"),
-    [(4, False, True), (8, False, False), (4, True, False)],
+    ("channels", "functional", "tells", "known"),
+    [
+        (4, False, False, True),
+        (8, False, False, False),
+        (4, True, False, False),
+        (8, True, True, True),
+        (4, True, True, True),
+    ],
 )
-def test_a_network_of_fixed_size_is_told_by_its_convolutions(channels, functional, known):
-    """Where all lengths are equal, a permutation would not be seen."""
-    net = block_net(channels, functional=functional, fixed=(8, 8, 8))
+def test_a_network_of_fixed_size_is_told_by_its_convolutions(channels, functional, tells, known):
+    """Where all lengths are equal, a permutation would not be seen; the very tensor tells."""
+    net = block_net(channels, functional=functional, fixed=(8, 8, 8), tells=tells)
     x = random_input(2, 1, 8, 8, 8)
     layers = resolve_layers(net, "0")
     if known:
@@ -451,6 +460,116 @@ def test_finding_out_leaves_no_trace():
     assert not any(module._forward_hooks for module in net.modules())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+class Cat(nn.Module):
+    """A skip connection around the coarser level, as MONAI's UNet has."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv3d(4, 4, 2, stride=2)
+        self.up = nn.Sequential(nn.ConvTranspose3d(4, 4, 2, stride=2), nn.Dropout(0.2))
+
+    def forward(self, x):
+        return torch.cat([x, self.up(self.down(x))], 1)
+
+
+class Turned(nn.Module):
+    """Channels last between two modules; in its middle, an activation keeps that."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.lin = nn.PReLU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lin(self.act(x.movedim(1, -1))).movedim(-1, 1)
+
+
+def count_runs(net):
+    """Return a list that grows with every run of the network's first convolution."""
+    runs = []
+    net[0].register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+@pytest.mark.parametrize("mode", ["count", "observe", "leaf"])
+@pytest.mark.parametrize("layers", [["2"], ["0", "1", "2", "2.up", "2.up.1", "3.act"], ["1"]])
+@pytest.mark.parametrize("size", [(8, 8, 8), (4, 4, 8), (8, 8, 4)])
+def test_what_modules_take_and_give_costs_no_pass(mode, layers, size):
+    """Concatenated, activated, dropped out: the very tensor goes on to a module that tells."""
+    net = seeded(
+        nn.Sequential(
+            nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(True), Cat(), Turned(), nn.Conv3d(8, 2, 1)
+        )
+    )
+    runs, x = count_runs(net), random_input(2, 1, *size)
+    given = {}
+    for name in layers:
+        net.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: given.update({name: o.detach().clone()})
+        )
+    net(x)
+    expected = {k: v.movedim(-1, 1) if k == "3.act" else v for k, v in given.items()}
+    runs.clear()
+    with capturing(net, resolve_layers(net, layers)) as capture:
+        if mode == "leaf":
+            capture.forward(x)
+        else:
+            capture.observe(x, copy=mode == "observe")
+        assert {str(k): v for k, v in capture.shapes.items()} == {
+            k: tuple(v.shape[2:]) for k, v in expected.items()
+        }
+        assert len(runs) == 1
+        for layer, found in capture.activations.items():
+            torch.testing.assert_close(found, expected[str(layer)])
+
+
+def test_modules_that_contradict_each_other_settle_nothing():
+    """A convolution and a Linear take the same tensor: longer inputs decide."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.LayerNorm(8), nn.Conv3d(8, 8, 1)
+
+        def forward(self, y):
+            return self.norm(self.conv(y))
+
+    net = seeded(nn.Sequential(nn.Conv3d(1, 8, 1), Both(), nn.Conv3d(8, 2, 1)))
+    x = random_input(1, 1, 8, 8, 8)
+    with (
+        capturing(net, resolve_layers(net, "1")) as capture,
+        pytest.raises(LayerError, match="Say which"),
+    ):
+        capture.observe(x, copy=False)  # a LayerNorm refuses longer inputs
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+def test_what_was_found_out_is_kept():
+    net, x = block_net(8, functional=True), random_input(1, 1, 8, 8, 8)
+    runs = []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    layers, settled = resolve_layers(net, "0"), {}
+    for passes in (3, 1):
+        runs.clear()
+        with capturing(net, layers, None, settled) as capture:
+            capture.forward(x)
+        assert len(runs) == passes
+        assert settled == {layers[0]: channels_first}
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.parametrize("functional", [True, False])
+def test_the_second_call_of_a_cam_costs_one_pass(functional):
+    net, x = block_net(8, functional=functional), random_input(1, 1, 8, 8, 8)
+    runs = []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    cam = HiResCAM(net, "0")
+    cam(x, VOLUME)
+    assert len(runs) == 3 + 3  # two for the layout; one for each axis of the grid
+    runs.clear()
+    cam(x, VOLUME)
+    assert len(runs) == 1
 
 
 # -------------------------------------------------------------------------- a user's own layout

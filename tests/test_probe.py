@@ -350,6 +350,16 @@ def test_a_users_grid_of_tokens_is_measured_at_the_inputs_own_size(name):
     assert_grid(grids[layers[0]], (4, 4), (1.5, 1.5))
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 12), (9, 5, 7), (32, 64, 33)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 2, 2), (1, 1, 1), (1, 2, 1), (5, 1, 4), (3, 3, 3)]
+)
+def test_what_sees_padding_alone_does_not_count(kernel, stride, padding, shape):
+    net = nn.Sequential(nn.Conv3d(1, 4, kernel, stride, padding), nn.ReLU())
+    offset = (kernel - 1) / 2 - padding
+    assert_grid(grids_of(net, shape, ["0"])["0"], (stride,) * 3, (offset,) * 3)
+
+
 # -------------------------------------------------------------------- what cannot be measured
 
 

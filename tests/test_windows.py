@@ -127,7 +127,8 @@ def place_by_hand(
     Along an axis where every window starts on the layer's grid the maps are added there, otherwise
     at voxels. With `weights` (*roi), the weighted mean is taken instead of the sum.
     """
-    steps = [2 if all(start % 2 == 0 for start in row) else 1 for row in zip(*windows.starts, strict=True)]
+    rows = zip(*windows.starts, strict=True)
+    steps = [2 if all(start % 2 == 0 for start in row) else 1 for row in rows]
     grid = FeatureGrid(tuple(maps.shape[1:]), (2.0,) * 3, (0.0,) * 3)
     sizes = tuple(roi // step for roi, step in zip(windows.roi, steps, strict=True))
     maps = interpolate(maps, grid, FeatureGrid(sizes, tuple(map(float, steps)), (0.0,) * 3))

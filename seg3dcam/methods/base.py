@@ -122,7 +122,7 @@ class Method:
 
     def ceiling(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
         """Return what the map would be if nothing cancelled: it tells small from noise."""
-        return weighted_sum(self.features(a, g).abs(), weights.ceiling)
+        return weighted_size(self.features(a, g), weights.ceiling)
 
     def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
         """Return the map (B, *S), given the complete one of the volume."""
@@ -137,6 +137,14 @@ def weighted_sum(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tens
         weights: (B, C), or (B, C, *S') with S' being 1 or S along each axis.
     """
     return torch.einsum("bc...,bc...->b...", activations, weights.to(activations))
+
+
+def weighted_size(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the same with the sizes of the activations; channel weights take little memory."""
+    if weights.ndim > 2:
+        return weighted_sum(activations.abs(), weights)
+    parts = [weighted_sum(block.abs(), weights) for (block,) in in_blocks([activations.flatten(2)])]
+    return torch.cat(parts, -1).reshape(len(activations), *activations.shape[2:])
 
 
 def positive_side_up(values: torch.Tensor) -> torch.Tensor:

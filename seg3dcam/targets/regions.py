@@ -111,16 +111,21 @@ def nonzero(mask: Mask, view_grid: Sequence[int]) -> torch.Tensor:
 def labels(truth: Mask, view_grid: Sequence[int]) -> torch.Tensor:
     """Return a label map as (B, *S): bool, or whole numbers."""
     values = _plain(truth, "truth")
-    whole = torch.tensor(True)
-    if values.is_floating_point():
-        whole = (values == values.round()) & torch.isfinite(values)
+    _check_labels(values)
+    return _fitted(values, view_grid, "truth")
+
+
+def _check_labels(values: torch.Tensor) -> None:
+    """Refuse a truth that holds anything but whole numbers."""
+    if not values.is_floating_point():
+        return
+    whole = (values == values.round()) & torch.isfinite(values)
     if not whole.all():
         raise TargetError(
             f"the truth holds {int((~whole).sum())} values that are no whole numbers, such as "
             f"{values[~whole].flatten()[0].item():g}; legal are labels or a boolean mask. Was a "
             "label map interpolated? Resample it with the nearest neighbour"
         )
-    return _fitted(values, view_grid, "truth")
 
 
 def _plain(mask: Mask, what: str) -> torch.Tensor:
@@ -644,6 +649,8 @@ def as_region(given: Region) -> RegionKind:
 def placed_region(region: Region, move: Move) -> Region:
     """Return the region with its mask or truth brought onto the network's grid."""
     if isinstance(region, AgainstTruth):
+        if isinstance(region.truth, OnItsGrid):  # here, since a coarser grid may miss a fraction
+            _check_labels(torch.as_tensor(region.truth.data))
         return replace(region, truth=placed_mask(region.truth, move))
     return region if isinstance(region, str | RegionKind) else placed_mask(region, move)
 
