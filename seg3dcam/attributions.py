@@ -23,6 +23,11 @@ class InputAttribution(BaseCAM):
 
     method = "gradient"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, for provenance."""
+        return {name: getattr(self._function, name) for name in self.own_settings}
+
     def _configured(self, settings: Mapping[str, Any]) -> Comparator:
         check_settings(self, settings, self.own_settings)
         return Comparator(self.method, **settings)  # type: ignore[arg-type]

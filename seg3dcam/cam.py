@@ -143,6 +143,12 @@ class BaseCAM:
         """
         return [row[0] for row in each_by([self], x, targets)]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, for provenance."""
+        function = self._function
+        return asdict(function) if hasattr(function, "__dataclass_fields__") else {}
+
     def _configured(self, settings: Mapping[str, Any]) -> Any:
         """Return the method's function with these settings."""
         check_settings(self, settings, self.own_settings)
@@ -278,7 +284,7 @@ def _result(
         affine=affine,
         windows=len(first.windows),
         region_voxels=asked.region_voxels,
-        settings=settings_of(cam._function),
+        settings=cam.settings,
         dropped={str(layer): reason for layer, reason in dropped.items()},
     )
 
@@ -289,11 +295,6 @@ def check_settings(cam: BaseCAM, settings: Mapping[str, Any], legal: Sequence[st
         if name not in legal:
             choices = nearest(name, legal) if legal else "this method has none"
             raise ConfigError(f"{type(cam).__name__} has no setting {name!r}: {choices}")
-
-
-def settings_of(function: Any) -> dict[str, Any]:
-    """Return a method's settings, for provenance."""
-    return asdict(function) if hasattr(function, "__dataclass_fields__") else {}
 
 
 def _is_auto(spec: LayerSpec) -> bool:

@@ -13,7 +13,7 @@ from scipy.ndimage import map_coordinates
 from torch import nn
 from toy import PACKED, Nested, linear_head_case, plain, random_input, seeded, skip_case
 
-from seg3dcam import GradCAM, SegModel, WindowPlan, load_scan, targets
+from seg3dcam import GradCAM, SegModel, WindowPlan, features, load_scan, targets
 from seg3dcam.errors import InputError, LayerError, TargetError
 from seg3dcam.features import feature_maps, features_of_scan
 from seg3dcam.geometry import FeatureGrid
@@ -145,6 +145,24 @@ def test_windows_are_blended_by_their_shares(stride, plan, shape):
             found = feature_maps(network, x, "1", sliding_window=plan, axis=axis, index=index)
             assert found.grid == whole
             np.testing.assert_allclose(found.values, expected.take(index, 1 + axis), atol=1e-6)
+
+
+def test_windows_may_lie_on_several_devices(monkeypatch):
+    """Those kept from the first pass lie where the scan is, the others where the network is."""
+    seen = []
+
+    def at(values, _, to):  # interpolation looks at values, which meta tensors do not have
+        seen.append(values.device.type)
+        return values.new_zeros(len(values), *to.shape)
+
+    monkeypatch.setattr(features, "_at", at)
+    windows = plan_windows(WindowPlan(8, overlap=0.5), (8, 8, 12))
+    grid, whole = (FeatureGrid((4, 4, n), (2.0,) * 3, (0.0,) * 3) for n in (4, 6))
+    parts = [(0, torch.zeros(3, 4, 4, 4, device="meta")), (1, torch.zeros(3, 4, 4, 4))]
+    assert len(windows) == len(parts)
+    blended = features._blended(whole, grid, windows, parts)
+    assert (blended.device.type, tuple(blended.shape)) == ("meta", (3, 4, 4, 6))
+    assert seen == ["meta", "meta", "cpu", "meta"]  # values and shares of either window
 
 
 def test_the_grid_ends_with_the_volume_not_with_the_padding():
