@@ -102,6 +102,7 @@ class BaseCAM:
             raise ConfigError(f"progress {progress!r}: a function of (step, done, total), or None")
         self._function = self._configured(settings)
         self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
+        self._settled: dict[LayerRef, Layout] = {}  # layouts that needed evidence
         self._layers: list[LayerRef] | None = None
         if not looks_at_layers(self._function):
             self._layers = []
@@ -161,7 +162,7 @@ class BaseCAM:
         """Measure the layers' grids, once for each shape of input."""
         key = (tuple(example.shape), tuple(shapes.items()))
         if shapes and key not in self._grids:
-            self._grids[key] = measure_grids(self.model, example, shapes)
+            self._grids[key] = measure_grids(self.model, example, shapes, self._settled)
             for layer, grid in self._grids[key].items():
                 if not grid.measured and max(grid.stride) > 1:
                     _tell(
@@ -203,7 +204,7 @@ def each_by(
         for f in functions
         if hasattr(f, "whole_axes")
     )
-    with capturing(lead.model, layers, lead.output) as capture:
+    with capturing(lead.model, layers, lead.output, lead._settled) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
         first = predict(
             capture,

@@ -291,7 +291,7 @@ class FullGrad(BaseCAM):
 
     Formula: map = psi(x G_x) + sum over layers of psi(b_k G_k), on the input's own voxels.
     Paper: Srinivas & Fleuret 2019, arXiv:1905.00780.
-    Cost: 2 forward, 1 backward, with the activations of all layers in memory, and one small pass
+    Cost: 2 forward, 1 backward, with the activations of all layers in memory, and two small passes
         for each axis; one more forward for a network with nn.Linear.
     Class-specific: yes, with a target that is.
     Undefined: of a score that is not linear in the logits (log-odds) it takes the slope apart;

@@ -113,6 +113,7 @@ class Capture:
         self._input_shape: torch.Size = torch.Size()
         self._runs: dict[LayerRef, int] = {}
         self._tensors: dict[LayerRef, torch.Tensor] = {}
+        self._versions: dict[LayerRef, int] = {}
         self._given: dict[LayerRef, torch.Size] = {}
         self._layouts: dict[LayerRef, Layout] = {}
         self._witnesses = Witnesses(())
@@ -120,6 +121,7 @@ class Capture:
         self._settled = settled
         self._gone: set[LayerRef] = set()  # dropped, and not even looked at
         self._multipliers: dict[LayerRef, torch.Tensor] = {}
+        self._copies = False
 
     @property
     def device(self) -> torch.device:
@@ -169,8 +171,7 @@ class Capture:
         self._stop_early, self._weights = True, weights or {}
         try:
             with torch.no_grad():
-                with contextlib.suppress(_LayersReached):
-                    self._run(x, "observe")
+                self._run(x, "observe")
                 self._read_layers(x)
         finally:
             self._stop_early, self._weights = False, {}
@@ -282,11 +283,27 @@ class Capture:
         return select_output(output, self._output, tuple(x.shape[2:]))
 
     def _run(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> Any:
+        """Return the network's output, None where it was stopped at the last layer.
+
+        Observed activations are copied only where something after the layer works in place on them:
+        that is seen afterwards, by their version, and the pass is run again.
+        """
+        own = x.clone() if mode == "observe" and not self._copies else x
+        self._begin(x)
+        output = None
+        with contextlib.suppress(_LayersReached):
+            output = self._call(own, mode)
+        if any(t._version != self._versions[layer] for layer, t in self._tensors.items()):
+            self._copies = True
+            return self._run(x, mode)
+        return output
+
+    def _begin(self, x: torch.Tensor) -> None:
         self._input_shape = x.shape
+        self._versions = {}
         self._runs = {layer: 0 for layer in self._layers if layer not in self._gone}
         self._tensors, self._given, self._layouts = {}, {}, {}
         self._witnesses = Witnesses(x.shape)
-        return self._call(x, mode)
 
     def _call(
         self, x: torch.Tensor, mode: Literal["off", "count", "observe", "leaf", "scale"]
@@ -333,7 +350,8 @@ class Capture:
         if self._mode == "count":
             return None
         if self._mode == "observe":
-            self._tensors[layer] = tensor.detach().clone()
+            kept = tensor.detach().clone() if self._copies else tensor.detach()
+            self._tensors[layer], self._versions[layer] = kept, kept._version
             if self._stop_early and len(self._tensors) == len(self._runs):
                 raise _LayersReached
             return None
@@ -341,7 +359,7 @@ class Capture:
         leaf = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
         passed_on = leaf.clone()
         if self._mode == "leaf":
-            self._tensors[layer] = leaf
+            self._tensors[layer], self._versions[layer] = leaf, leaf._version
             self._witnesses.alike(tensor, passed_on)
         return layer.put(output, passed_on)
 

@@ -44,9 +44,9 @@ def measure_grids(
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    Costs one small forward pass per axis, up to the layers. A layer whose grid is no regular image
-    of the input (attention over all tokens, say) gets the usual convention, `measured=False`, and
-    so do all layers where a kernel is computed from other parameters (weight normalisation).
+    Costs two small forward passes per axis, up to the layers. A layer whose grid is no regular
+    image of the input (attention over all tokens, say) gets the usual convention, `measured=False`,
+    and so do all layers where a kernel is computed from other parameters (weight normalisation).
 
     Args:
         x: (B, C, *S); its shape, dtype and device count, its values do not.
@@ -88,15 +88,27 @@ def _measure_axis(
     fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
     for shape in dict.fromkeys((_handy(full, axis), full)):
         try:
-            seen = capture.observe_layers(_ramps(x, shape, axis), weights)
+            # Not all at once: a layer of many channels at full resolution takes much memory.
+            flat, rising, falling = _ramps(x, shape, axis)
+            pairs = [torch.stack([flat, ramp]) for ramp in (rising, falling)]
+            shown = [_means(capture.observe_layers(pair, weights)) for pair in pairs]
         except (ModelError, LayerError):
             continue
-        for layer, activations in seen.items():
-            fit = _fit(activations, axis, shape[axis], shapes[layer][axis], full[axis])
+        for layer, means in shown[0].items():
+            ramps = (*means, shown[1][layer][1])
+            fit = _fit(ramps, axis, shape[axis], shapes[layer][axis], full[axis])
             fits[layer] = fits[layer] or fit
         if all(fits.values()):
             break
     return fits
+
+
+def _means(activations: Mapping[LayerRef, torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
+    """Return each layer's mean over channels, (B, *s)."""
+    return {
+        layer: torch.cat([item.cpu().double().mean(1) for item in a.split(1)])
+        for layer, a in activations.items()
+    }
 
 
 def _handy(shape: Sequence[int], axis: int) -> tuple[int, ...]:
@@ -117,17 +129,17 @@ def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
 
 
 def _fit(
-    activations: torch.Tensor, axis: int, length: int, full_size: int, full_length: int
+    shown: Sequence[torch.Tensor], axis: int, length: int, full_size: int, full_length: int
 ) -> tuple[float, float] | None:
-    """Fit position = stride * u + offset to what a layer showed of the three ramps."""
-    flat, rising, falling = activations.cpu().double().mean(1)
+    """Fit position = stride * u + offset to what a layer showed of the three ramps, (*s) each."""
+    flat, rising, falling = shown
     others = [a for a in range(flat.ndim) if a != axis]
-    shown = flat != 0  # what sees nothing but padding shows nothing
+    lit = flat != 0  # what sees nothing but padding shows nothing
     line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
-    line = torch.where(shown, line, 0)
+    line = torch.where(lit, line, 0)
     if not torch.isfinite(line).all():
         return None
-    count = shown.sum(others) if others else shown
+    count = lit.sum(others) if others else lit
     position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
     size = len(position)
     trim = size // 4  # padding and transposed convolutions show at the ends

@@ -505,7 +505,8 @@ def test_what_modules_take_and_give_costs_no_pass(mode, layers, size):
         assert {str(k): v for k, v in capture.shapes.items()} == {
             k: tuple(v.shape[2:]) for k, v in given.items()
         }
-        assert len(runs) == 1
+        # What is overwritten after the layer is seen to be only afterwards.
+        assert len(runs) == (2 if mode == "observe" and "0" in layers else 1)
         for layer, found in capture.activations.items():
             torch.testing.assert_close(found, given[str(layer)])
 
@@ -552,7 +553,7 @@ def test_the_second_call_of_a_cam_costs_one_pass(functional):
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     cam = HiResCAM(net, "0")
     cam(x, VOLUME)
-    assert len(runs) == 3 + 6  # two for the layout; for the grid two sizes along each axis
+    assert len(runs) == 3 + 12  # two for the layout; for the grid two sizes along each axis, twice
     runs.clear()
     cam(x, VOLUME)
     assert len(runs) == 1

@@ -440,11 +440,11 @@ def test_measured_once_for_each_shape():
     cam = HiResCAM(net, "2")
     target = targets.MaskOutput()
     cam(torch.ones(1, 1, 32, 32, 32), target)
-    assert len(calls) == 1 + 3  # the pass itself, and one for each axis
+    assert len(calls) == 1 + 6  # the pass itself, and two for each axis
     cam(torch.ones(2, 1, 32, 32, 32), target)
-    assert len(calls) == 1 + 3 + 1
+    assert len(calls) == 1 + 6 + 1
     other = cam(torch.ones(1, 1, 40, 32, 32), target).layers["2"]
-    assert len(calls) == 1 + 3 + 1 + 4
+    assert len(calls) == 1 + 6 + 1 + 7
     assert other.grid == FeatureGrid((10, 8, 8), (4.0,) * 3, (1.0,) * 3)
 
 

@@ -111,10 +111,11 @@ def _missing(
     first: FirstPass, items: Sequence[int], seed: Seed, total: torch.Tensor
 ) -> Iterator[str]:
     """Say so where the contributions, padding's too, do not sum to what was to be explained."""
-    lost = [str(layer) for layer in first.capture.dropped]
+    silent = first.capture.shapes  # those of which the score does not depend on lose nothing
+    lost = [str(layer) for layer in first.capture.dropped if layer not in silent]
     why = (
         f"The biases of {', '.join(lost[:5])}{' and more' * (len(lost) > 5)} are left out: "
-        + next(iter(first.capture.dropped.values()))
+        + next(reason for layer, reason in first.capture.dropped.items() if str(layer) in lost)
         if lost
         else "InstanceNorm, GroupNorm, LayerNorm, attention and activations other than ReLU and "
         "LeakyReLU share out what no bias accounts for, and so do biases outside of layers"
