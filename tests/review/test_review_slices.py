@@ -500,5 +500,6 @@ def test_any_real_type_and_memory_order(tmp_path, kind, order):
 
 
 def test_public_names():
-    assert seg3dcam.review.__all__ == ["WINDOWS", "save_montage", "save_slices"]
+    names = ["WINDOWS", "save_features", "save_montage", "save_slices"]
+    assert seg3dcam.review.__all__ == names
     assert seg3dcam.review.save_slices is save_slices
