@@ -494,6 +494,10 @@ def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+#: Attributes of every module: hooks, submodules, parameters, buffers.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 @contextlib.contextmanager
 def _kept_notes(model: nn.Module) -> Iterator[None]:
     """Put back the tensors that modules keep in attributes of their own.
@@ -502,8 +506,11 @@ def _kept_notes(model: nn.Module) -> Iterator[None]:
     """
 
     def notes(module: nn.Module) -> dict[str, Any]:
-        own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers")}
-        return {name: value for name, value in own.items() if _holds_tensors(value)}
+        return {
+            name: value
+            for name, value in vars(module).items()
+            if name not in _OF_EVERY_MODULE and _holds_tensors(value)
+        }
 
     before = [(module, notes(module)) for module in model.modules()]
     kept = [value for _, notes_before in before for value in notes_before.values()]
@@ -521,9 +528,11 @@ def _kept_notes(model: nn.Module) -> Iterator[None]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    items = items if isinstance(value, dict | list | tuple) else [value]
-    return any(isinstance(item, torch.Tensor) for item in items)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return isinstance(value, torch.Tensor)
+    return any(isinstance(item, torch.Tensor) for item in value)
 
 
 @contextlib.contextmanager
