@@ -17,6 +17,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -161,8 +162,10 @@ def layers(
     """List the layers worth explaining."""
     loaded = load_model(model, trust=trust)
     voxels = _shape(shape, loaded)
-    columns = ["layer", "level", "channels", "voxels", "stride", "MB"]
-    table = Table(*columns, title=f"Layers of {escape(loaded.name)}")
+    table = Table(title=f"Layers of {escape(loaded.name)}")
+    table.add_column("layer", overflow="fold")  # a name that is cut off cannot be used
+    for column in ("level", "channels", "voxels", "stride", "MB"):
+        table.add_column(column, no_wrap=True)
     found = suggest_layers(
         loaded.module, (1, loaded.in_channels or 1, *voxels), output=loaded.output
     )
@@ -228,7 +231,8 @@ def methods() -> None:
         entries = card(cam)
         out.print(f"[bold]{key}[/bold]  {escape(entries.pop('Summary'))}")
         for name, text in entries.items():
-            out.print(f"    {name}: {escape(text)}", style="dim" if name == "Paper" else None)
+            style = "dim" if name == "Paper" else "none"
+            out.print(Padding(f"{name}: {escape(text)}", (0, 0, 0, 4), style=style, expand=False))
 
 
 @app.command()

@@ -27,6 +27,7 @@ from helpers_cases import (
     write_yaml,
 )
 
+import seg3dcam as seg3dcam_package
 from seg3dcam import METHODS
 from seg3dcam.config import Job
 
@@ -97,6 +98,15 @@ def test_methods_lists_every_method_with_a_sentence():
 
 
 # ------------------------------------------------------------------------------------ targets
+
+
+def test_layer_names_are_whole_in_a_narrow_terminal():
+    """A name that is cut off cannot be given to --layer."""
+    model = Path(seg3dcam_package.__file__).parent / "demo" / "model.yaml"
+    rows = [line.split("│") for line in seg3dcam("layers", "--model", model).out.splitlines()]
+    first_column = "".join(row[1].strip() for row in rows if len(row) > 2)
+    assert "model.1.submodule.1.submodule.1.submodule (auto)" in first_column
+    assert "…" not in first_column
 
 
 def test_without_target_every_predicted_class_but_the_background(place):
