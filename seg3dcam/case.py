@@ -29,10 +29,10 @@ from seg3dcam.errors import ConfigError
 from seg3dcam.explain import Explanation, anatomical_axis
 from seg3dcam.export.nifti import write_nifti
 from seg3dcam.files import check_writable, write_json
+from seg3dcam.findings import findings
+from seg3dcam.look import Look
 from seg3dcam.models import SegModel
 from seg3dcam.review import save_montage, save_slices
-from seg3dcam.review.display import choose_window
-from seg3dcam.review.draw import make_palette
 from seg3dcam.scan import Scan
 
 #: Settings that do not change what is written.
@@ -108,26 +108,6 @@ def write_case(
     return record
 
 
-def findings(explanation: Explanation) -> dict[str, Any]:
-    """Return the figures of an explanation, on the scan's grid."""
-    voxel, position = explanation.peak()
-    volume = explanation.volume()
-    mask = explanation.mask
-    millilitres = abs(float(np.linalg.det(explanation.affine[:3, :3]))) / 1000
-    total = float(volume.double().sum())
-    shown = "ok" in explanation.status.values()
-    inside = None
-    if mask is not None and total:
-        inside = float(volume[mask].double().sum()) / total
-    return {
-        "predicted_voxels": None if mask is None else int(mask.sum()),
-        "predicted_ml": None if mask is None else float(mask.sum()) * millilitres,
-        "peak_voxel": voxel if shown else None,
-        "peak_mm": position if shown else None,
-        "cam_inside_prediction": inside,
-    }
-
-
 def unique_names(names: Sequence[str]) -> list[str]:
     """Return names that are safe in file names, and different.
 
@@ -146,7 +126,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
 def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
     """Write labels where classes exclude each other, one mask per class where they may overlap."""
     masks, scan = explanation.prediction.numpy(), explanation.scan
-    if explanation.provenance["model"]["activation"] == "sigmoid" and len(masks) > 1:
+    if not explanation.has_background and len(masks) > 1:
         names = unique_names(explanation.class_names)
         volumes = {f"prediction_{n}": m.astype(np.uint8) for n, m in zip(names, masks, strict=True)}
     else:
@@ -211,11 +191,9 @@ def check_slice(scan: Scan, job: Job) -> None:
         )
 
 
-def check_look(job: Job) -> None:
-    """Raise ConfigError early where the pictures' look is illegal."""
-    make_palette(job.colormap, opacity=0.5)
-    if job.intensity_window is not None:
-        choose_window(np.zeros((1, 1, 1)), job.intensity_window)
+def look_of(job: Job) -> Look:
+    """Return how scan and CAM are shown; ConfigError where that is illegal."""
+    return Look(job.intensity_window, job.threshold, colormap=job.colormap)
 
 
 def _record(folder: Path) -> dict[str, Any]:

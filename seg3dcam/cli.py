@@ -24,7 +24,7 @@ from rich.table import Table
 from seg3dcam.asked import targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
-from seg3dcam.case import case_key, check_look, check_slice, is_done, write_case
+from seg3dcam.case import case_key, check_slice, is_done, look_of, write_case
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.errors import (
     ConfigError,
@@ -272,7 +272,7 @@ def _run(job: Job, *, force: bool, trust: bool = False, truth: Path | None = Non
 def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None:
     started = time.monotonic()
     _check_methods(job)
-    check_look(job)
+    look_of(job)
     sources = [job.scan] if isinstance(job.scan, str) else job.scan
     sources = [*sources, *([job.truth] if job.truth else [])]
     if any(Path(source).resolve().is_relative_to(Path(job.out).resolve()) for source in sources):

@@ -29,7 +29,7 @@ from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of,
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
 from seg3dcam.result import CamResult, Scale, Status, scaled
-from seg3dcam.scan import Scan, corner_gap, load_scan
+from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import (
     ClassLogOdds,
     EveryClass,
@@ -40,12 +40,20 @@ from seg3dcam.targets import (
     uses_truth,
 )
 from seg3dcam.targets.regions import as_region
+from seg3dcam.truth import check_on_grid, truth_mask
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
 #: What may be given as a target: a class name or index, a target, or a family of targets.
 Target = Callable[[torch.Tensor], torch.Tensor]
 TargetSpec = str | int | Target | TargetFamily
+
+#: Status -> why there is no heat, in words.
+NO_HEAT = {
+    "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
+    "nonfinite": "no CAM: the map holds NaN or infinite values",
+    "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
+}
 
 #: Every method by its key.
 ALL_METHODS = {**CAMS, **ATTRIBUTIONS}
@@ -68,6 +76,12 @@ class Explanation:
         native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
             resolution.
         provenance: everything needed to make the map again, ready for JSON.
+        truth: where the class really is, (X, Y, Z) bool; None where that is not known.
+        has_background: class 0 is the background and the classes exclude each other (softmax);
+            False: every class has a channel of its own (sigmoid).
+
+    Raises:
+        InputError: maps, prediction or truth that do not lie on the scan's grid.
     """
 
     scan: Scan
@@ -82,6 +96,22 @@ class Explanation:
     native_spacing: Mapping[str, tuple[float, ...]]
     label: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    truth: torch.Tensor | None = None
+    has_background: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse volumes on another grid, which every writer would draw in a wrong place."""
+        shape = tuple(self.scan.shape)
+        volumes = {f"map of {name}": values.shape for name, values in self.maps.items()}
+        volumes["prediction"] = self.prediction.shape[1:]
+        if self.truth is not None:
+            volumes["truth"] = self.truth.shape
+        for what, found in volumes.items():
+            if tuple(found) != shape:
+                raise InputError(
+                    f"{what}: {tuple(found)} voxels, but the scan has {shape}; both must lie on "
+                    "the scan's own grid. Resample it to the scan"
+                )
 
     @property
     def affine(self) -> np.ndarray:
@@ -97,6 +127,51 @@ class Explanation:
     def mask(self) -> torch.Tensor | None:
         """Where the target's class is predicted, (X, Y, Z) bool; None for a target of your own."""
         return None if self.class_index is None else self.prediction[self.class_index]
+
+    @property
+    def shown_layers(self) -> tuple[str | None, ...]:
+        """What `volume` can show: None, all layers averaged; of several also each by itself."""
+        return (None, *self.maps) if len(self.maps) > 1 else (None,)
+
+    def layer_name(self, layer: str | None = None) -> str:
+        """Say in words which layer a volume is of: "model.1", or "mean of 3 layers"."""
+        if layer is not None:
+            return layer
+        return next(iter(self.maps)) if len(self.maps) == 1 else f"mean of {len(self.maps)} layers"
+
+    def notice(self, layer: str | None = None) -> str:
+        """Say in words why a volume shows no heat; nothing where it does.
+
+        >>> NO_HEAT["zero"]
+        'no CAM: no voxel speaks for the target, or contributions cancel to rounding noise'
+        """
+        found = [self.status[name] for name in (self.maps if layer is None else [layer])]
+        if "nonfinite" in found:
+            return NO_HEAT["nonfinite"]
+        return "" if "ok" in found else NO_HEAT[found[0]]
+
+    def with_truth(self, labels: Scan, label: int | None = None) -> Explanation:
+        """Return the same with the truth of its class, from a label map on the scan's grid.
+
+        Args:
+            labels: what `load_labels` returns.
+            label: the class's label there; None: see `seg3dcam.truth.truth_mask`.
+
+        Raises:
+            TargetError: labels on another grid or of another scheme, or a target that is about
+                no class.
+        """
+        if self.class_index is None:
+            raise TargetError(f"{self.target} is about no class, so there is no truth of it")
+        check_on_grid("truth", labels.shape, labels.affine, self.scan)
+        mask = truth_mask(
+            labels.data[0],
+            label,
+            class_index=self.class_index,
+            class_names=self.class_names,
+            background=self.has_background,
+        )
+        return replace(self, truth=mask)
 
     def volume(self, layer: str | None = None, *, scale: Scale = "max") -> torch.Tensor:
         """Return what is drawn, (X, Y, Z) in [0, 1]: evidence against it cut, layers averaged.
@@ -376,17 +451,7 @@ def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor
         data, affine = mask.as_tensor(), ras_affine(affine, mask.meta.get("space"))
     if data.ndim == len(scan.shape) + 1 and len(data) == 1:
         data = data[0]
-    if tuple(data.shape) != tuple(scan.shape):
-        raise TargetError(
-            f"the mask has {tuple(data.shape)} voxels, the scan {tuple(scan.shape)}: they must lie "
-            "on the same grid. Resample the mask to the scan"
-        )
-    # A tenth of a voxel: other programs round what they write.
-    if corner_gap(affine, scan.affine, scan.shape) > min(scan.spacing) / 10:
-        raise TargetError(
-            "the mask has the scan's shape but lies elsewhere in the patient: its affine is\n"
-            f"{affine}\nand the scan's\n{scan.affine}\nResample the mask to the scan"
-        )
+    check_on_grid("mask", data.shape, affine, scan)
     to_affine = prepared.affine.numpy().astype(np.float64)
     return resample_labels(data, scan.affine, to_affine, prepared.shape[1:])
 
@@ -447,6 +512,7 @@ def _explanation(
         score=float(result.score[0]),
         native_spacing=result.native_spacing,
         label=_label(model, class_index, target),
+        has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
     )
 

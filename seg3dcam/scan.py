@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import nibabel as nib
 import numpy as np
@@ -53,6 +53,8 @@ class Scan:
     - `name`: the file name without folder and suffix; a folder may name a patient.
     - `header`: the source file's header (of the first file, if there were several), which a
       writer copies the geometry from. None for a scan made in memory.
+    - `series`: the slices' DICOM headers without voxels, one for each index of the last axis. None
+      for a scan that was no DICOM series.
 
     >>> scan = Scan(torch.zeros(1, 4, 5, 6), np.diag([0.5, 0.5, 2, 1]), "case")
     >>> scan.shape, scan.spacing
@@ -63,6 +65,7 @@ class Scan:
     affine: npt.NDArray[np.float64]
     name: str
     header: nib.Nifti1Header | None = None
+    series: Sequence[Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

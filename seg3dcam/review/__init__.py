@@ -4,7 +4,7 @@
 the channels of a layer.
 """
 
-from seg3dcam.review.display import WINDOWS
+from seg3dcam.look import WINDOWS
 from seg3dcam.review.features import save_features
 from seg3dcam.review.slices import save_montage, save_slices
 

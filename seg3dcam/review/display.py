@@ -1,7 +1,7 @@
 """From a volume and its affine to flat pictures as a radiologist expects them.
 
 Nothing here draws. `plan_view` looks at the affine once and says how to cut a volume; `cut`
-applies that to any array on the same grid; the rest chooses the grey window and the slices.
+applies that to any array on the same grid; the rest chooses the slices.
 
 Radiological display: the patient's right is on the picture's left; axial pictures have anterior
 up; coronal and sagittal pictures have superior up; sagittal pictures have anterior on the left.
@@ -9,7 +9,6 @@ up; coronal and sagittal pictures have superior up; sagittal pictures have anter
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.geometry import spacing_of
-
-# CT windows in Hounsfield units: name -> (width, level).
-WINDOWS: dict[str, tuple[float, float]] = {
-    "brain": (80, 40),
-    "lung": (1500, -600),
-    "soft tissue": (400, 40),
-    "abdomen": (350, 40),
-    "bone": (2000, 500),
-}
-
-# Without a window: these percentiles of the voxels that are not zero, over the whole volume.
-AUTO_PERCENTILES = (0.5, 99.5)
-# More voxels than this are thinned out before the percentiles: no visible difference.
-AUTO_SAMPLE = 8_000_000
 
 # "relevant" shows at most this many slices.
 MAX_RELEVANT = 20
@@ -72,14 +57,6 @@ class Size(NamedTuple):
     height: int
     width: int
     pixels_per_mm: float
-
-
-class Window(NamedTuple):
-    """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
-
-    low: float
-    high: float
-    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,72 +232,6 @@ def picture_size(view: View, short_side: int, *, long_side: int, keep_detail: bo
         zoom = max(zoom, 1 / min(row_mm, column_mm))
     zoom = min(zoom, long_side / max(height_mm, width_mm))
     return Size(max(1, round(height_mm * zoom)), max(1, round(width_mm * zoom)), zoom)
-
-
-# ---------------------------------------------------------------- grey window
-
-
-def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
-    """Turn a preset's name, (width, level) or None into the values drawn black and white.
-
-    None takes the 0.5 and 99.5 percentiles of the voxels that are finite and not zero, over the
-    whole volume, so all slices look alike.
-
-    Raises:
-        ConfigError: an unknown preset, or a width that is not above 0.
-
-    >>> choose_window(np.zeros((2, 2, 2)), "brain")
-    Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
-    """
-    if window is None:
-        low, high = _auto_range(scan)
-        text = f"{_width_level(low, high)} (0.5–99.5 % of the volume)"
-        return Window(low, high, text)
-    if isinstance(window, str):
-        preset = window.lower().replace("_", " ").replace("-", " ")
-        if preset not in WINDOWS:
-            raise ConfigError(f"unknown window {window!r}; {_nearest_window(preset)}")
-        width, level = WINDOWS[preset]
-        suffix = f" ({preset})"
-    else:
-        width, level = _check_width_level(window)
-        suffix = ""
-    low, high = level - width / 2, level + width / 2
-    return Window(low, high, _width_level(low, high) + suffix)
-
-
-def _nearest_window(preset: str) -> str:
-    return f"{nearest(preset, WINDOWS)}; or (width, level), or None for 0.5–99.5 percentiles"
-
-
-def _check_width_level(window: Sequence[float]) -> tuple[float, float]:
-    try:
-        width, level = (float(number) for number in window)
-    except (TypeError, ValueError):
-        raise ConfigError(f"window must be (width, level), not {window!r}") from None
-    if not (math.isfinite(width) and math.isfinite(level) and width > 0):
-        raise ConfigError(f"window must be a finite (width, level), width > 0, not {window!r}")
-    return width, level
-
-
-def _auto_range(scan: NDArray[Any]) -> tuple[float, float]:
-    values = scan.ravel(order="K")  # no copy, whatever the memory order
-    step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: not in step with a row
-    values = values[::step].astype(np.float32, copy=False)
-    values = values[np.isfinite(values) & (values != 0)]
-    if values.size == 0:
-        return 0.0, 1.0
-    low, high = (float(number) for number in np.percentile(values, AUTO_PERCENTILES))
-    if low == high:  # nearly constant: the few other values may be what matters
-        low, high = float(values.min()), float(values.max())
-    if low == high:  # constant: mid grey
-        half = max(0.5, abs(low) / 100)
-        low, high = low - half, high + half
-    return low, high
-
-
-def _width_level(low: float, high: float) -> str:
-    return f"W {high - low:.4g} L {(high + low) / 2:.4g}"
 
 
 # ---------------------------------------------------------------- slices

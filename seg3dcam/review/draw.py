@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from seg3dcam.errors import ConfigError, nearest
-from seg3dcam.review.display import Letters, Size, Window
+from seg3dcam.look import Window
+from seg3dcam.review.display import Letters, Size
 
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import ConfigError, InputError, OutputError
 from seg3dcam.files import atomic
+from seg3dcam.look import Window, choose_window
 from seg3dcam.review import display, draw
 
 Axis = Literal["axial", "coronal", "sagittal"]
@@ -47,7 +48,7 @@ class Review:
     cam: NDArray[Any] | None
     masks: dict[str, NDArray[np.bool_]]
     notice: str
-    window: display.Window
+    window: Window
     threshold: float
     opacity: float
     palette: draw.Palette
@@ -276,7 +277,7 @@ def prepare(
         cam=heat if drawable else None,
         masks=masks,
         notice=notice,
-        window=display.choose_window(image, window),
+        window=choose_window(image, window),
         threshold=threshold,
         opacity=opacity,
         palette=palette,

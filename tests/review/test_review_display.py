@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from review_phantom import MARKER_MM, ORIENTATIONS, SPACINGS, make_affine, make_scan
 
+from seg3dcam import look
 from seg3dcam.errors import ConfigError, InputError
+from seg3dcam.look import WINDOWS, choose_window
 from seg3dcam.review import display
 
 # Patient directions in RAS mm.
@@ -135,23 +137,23 @@ def test_automatic_window_ignores_zero_and_nan_over_the_volume():
     rng = np.random.default_rng(0)
     inside = rng.normal(1000, 100, 5000)
     scan = np.concatenate([np.zeros(20000), inside, [np.nan, np.inf, -np.inf]]).reshape(1, 1, -1)
-    window = display.choose_window(scan, None)
+    window = choose_window(scan, None)
     expected = np.percentile(inside, (0.5, 99.5))
     np.testing.assert_allclose((window.low, window.high), expected, rtol=1e-5)
 
 
 def test_thinned_out_window_is_close_to_the_full_one(monkeypatch):
     scan = np.random.default_rng(0).gamma(2, 100, (80, 70, 60))
-    full = display.choose_window(scan, None)
-    monkeypatch.setattr(display, "AUTO_SAMPLE", 50_000)
-    thin = display.choose_window(scan, None)
+    full = choose_window(scan, None)
+    monkeypatch.setattr(look, "AUTO_SAMPLE", 50_000)
+    thin = choose_window(scan, None)
     assert thin.low != full.low
     np.testing.assert_allclose((thin.low, thin.high), (full.low, full.high), rtol=0.15)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -1000.0, 1e6, 1e20])
 def test_constant_scan_still_has_a_window(value):
-    window = display.choose_window(np.full((3, 3, 3), value), None)
+    window = choose_window(np.full((3, 3, 3), value), None)
     assert np.isfinite((window.low, window.high)).all()
     assert window.low <= value <= window.high
     assert np.float32(window.low) < np.float32(window.high)
@@ -160,17 +162,17 @@ def test_constant_scan_still_has_a_window(value):
 def test_two_values_with_equal_percentiles_are_both_inside_the_window():
     scan = np.full((50, 50, 50), 5.0)
     scan[0, 0, 0] = 9
-    window = display.choose_window(scan, None)
+    window = choose_window(scan, None)
     assert (window.low, window.high) == (5, 9)
 
 
-@pytest.mark.parametrize("name", display.WINDOWS)
+@pytest.mark.parametrize("name", WINDOWS)
 def test_presets(name):
-    width, level = display.WINDOWS[name]
+    width, level = WINDOWS[name]
     scan = np.zeros((2, 2, 2))
-    named = display.choose_window(scan, name.upper().replace(" ", "_"))
+    named = choose_window(scan, name.upper().replace(" ", "_"))
     assert (named.high - named.low, (named.high + named.low) / 2) == (width, level)
-    assert named[:2] == display.choose_window(scan, (width, level))[:2]
+    assert named[:2] == choose_window(scan, (width, level))[:2]
     assert named.text == f"W {width} L {level} ({name})"
 
 
@@ -187,7 +189,7 @@ def test_presets(name):
 )
 def test_bad_windows_are_refused(window, message):
     with pytest.raises(ConfigError, match=message):
-        display.choose_window(np.zeros((2, 2, 2)), window)
+        choose_window(np.zeros((2, 2, 2)), window)
 
 
 # ---------------------------------------------------------------- slices

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
+from seg3dcam.look import Window
 from seg3dcam.review import draw
-from seg3dcam.review.display import Letters, Size, Window
+from seg3dcam.review.display import Letters, Size
 
 RNG = np.random.default_rng(3)
 

@@ -1,0 +1,190 @@
+"""The numbers beside a picture: where the CAM is, how much of it, and how far it can resolve.
+
+Everything is measured on the scan's grid and given in voxels, mm (RAS) and millilitres.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from seg3dcam.explain import Explanation
+from seg3dcam.geometry import spacing_of, to_world
+
+__all__ = ["Peak", "find_peaks", "findings"]
+
+
+class Peak(NamedTuple):
+    """A local maximum of a CAM: its value in 0..1, its voxel, and its place in RAS mm."""
+
+    value: float
+    voxel: tuple[int, int, int]
+    mm: tuple[float, float, float]
+
+
+def find_peaks(
+    volume: NDArray[np.floating] | torch.Tensor,
+    affine: NDArray[np.float64],
+    *,
+    count: int = 5,
+    apart_mm: float = 10.0,
+    above: float = 0.2,
+) -> list[Peak]:
+    """Find the highest local maxima, highest first.
+
+    Args:
+        volume: (X, Y, Z) in [0, 1].
+        affine: (4, 4) voxel -> RAS mm.
+        count: how many at most.
+        apart_mm: none lies nearer to a higher one than this.
+        above: lower maxima are left out.
+
+    >>> volume = np.zeros((9, 9, 9))
+    >>> volume[1, 1, 1], volume[7, 7, 7] = 1, 0.5
+    >>> [peak.voxel for peak in find_peaks(volume, np.diag([3, 3, 3, 1]))]
+    [(1, 1, 1), (7, 7, 7)]
+    """
+    heat = np.asarray(volume)
+    found: list[Peak] = []
+    # Blocks of about a quarter of the distance: their maxima are few, however large the volume.
+    block = [max(1, math.ceil(apart_mm / 4 / step)) for step in spacing_of(affine)]
+    for value, voxel in _block_maxima(heat, block, above):
+        mm = to_world(affine, voxel)
+        if all(math.dist(mm, higher.mm) >= apart_mm for higher in found) and _is_top(heat, voxel):
+            found.append(Peak(value, voxel, mm))  # type: ignore[arg-type]
+            if len(found) == count:
+                break
+    return found
+
+
+def findings(explanation: Explanation, layer: str | None = None) -> dict[str, Any]:
+    """Return the figures of an explanation, ready for JSON; None where there is nothing to say.
+
+    - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the class's masks.
+    - `peak_voxel`, `peak_mm`, `peaks`: where the CAM is highest.
+    - `peak_to_prediction_mm`, `peak_to_truth_mm`: 0 inside; else to the nearest voxel's centre.
+    - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: parts of the sum of the CAM;
+      outside is outside of both.
+    - `resolution_mm`, `cell_ml`: the size of one voxel of the layer's own grid, of several layers
+      the finest one's.
+    - `warnings`: what a reader must know, in words.
+
+    Args:
+        explanation: what `explain` returns.
+        layer: one layer's name; None averages all.
+    """
+    volume = explanation.volume(layer)
+    affine, prediction, truth = explanation.affine, explanation.mask, explanation.truth
+    names = list(explanation.maps) if layer is None else [layer]
+    resolution = min((explanation.native_spacing[name] for name in names), key=math.prod)
+    peaks = find_peaks(volume, affine, above=0.2) if not explanation.notice(layer) else []
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    cell_ml = math.prod(resolution) / 1000
+    found: dict[str, Any] = {
+        "predicted_voxels": None if prediction is None else int(prediction.sum()),
+        "predicted_ml": None if prediction is None else float(prediction.sum()) * voxel_ml,
+        "truth_voxels": None if truth is None else int(truth.sum()),
+        "truth_ml": None if truth is None else float(truth.sum()) * voxel_ml,
+        "dice": _dice(prediction, truth),
+        "peak_voxel": peaks[0].voxel if peaks else None,
+        "peak_mm": peaks[0].mm if peaks else None,
+        "peaks": [peak._asdict() for peak in peaks],
+        "peak_to_prediction_mm": _distance(peaks, prediction, affine),
+        "peak_to_truth_mm": _distance(peaks, truth, affine),
+        **_shares(volume, prediction, truth),
+        "resolution_mm": resolution,
+        "cell_ml": cell_ml,
+    }
+    return {**found, "warnings": _warnings(explanation, found, layer)}
+
+
+def _block_maxima(
+    heat: NDArray[np.floating], block: Sequence[int], above: float
+) -> list[tuple[float, tuple[int, ...]]]:
+    """Return (value, voxel) of the maximum of every block that reaches `above`, highest first."""
+    found = []
+    edges = [range(0, size, step) for size, step in zip(heat.shape, block, strict=True)]
+    top: Any = heat
+    for axis, starts in enumerate(edges):
+        top = np.maximum.reduceat(top, list(starts), axis=axis)
+    for index in np.argwhere(top >= max(above, np.finfo(np.float32).tiny)):
+        start = [int(i) * step for i, step in zip(index, block, strict=True)]
+        part = heat[tuple(slice(s, s + step) for s, step in zip(start, block, strict=True))]
+        inner = np.unravel_index(int(part.argmax()), part.shape)
+        voxel = tuple(s + int(i) for s, i in zip(start, inner, strict=True))
+        found.append((float(part.max()), voxel))
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def _is_top(heat: NDArray[np.floating], voxel: Sequence[int]) -> bool:
+    """Tell whether no neighbour is higher: else it is a shoulder that a block cut off."""
+    around = tuple(slice(max(0, i - 1), i + 2) for i in voxel)
+    return bool(heat[tuple(voxel)] >= heat[around].max())
+
+
+def _dice(prediction: torch.Tensor | None, truth: torch.Tensor | None) -> float | None:
+    if prediction is None or truth is None:
+        return None
+    total = int(prediction.sum()) + int(truth.sum())
+    return 2 * int((prediction & truth).sum()) / total if total else None
+
+
+def _shares(
+    volume: torch.Tensor, prediction: torch.Tensor | None, truth: torch.Tensor | None
+) -> dict[str, float | None]:
+    """Return which parts of the CAM's sum lie inside the masks, and outside of both."""
+    masks = [mask for mask in (prediction, truth) if mask is not None]
+    total = float(volume.sum(dtype=torch.float64))
+
+    def part(mask: torch.Tensor | None) -> float | None:
+        inside = mask is not None and total > 0
+        return float(volume[mask].sum(dtype=torch.float64)) / total if inside else None
+
+    either = torch.stack(masks).any(0) if masks else None
+    covered = part(either)
+    return {
+        "cam_inside_prediction": part(prediction),
+        "cam_inside_truth": part(truth),
+        "cam_outside": None if covered is None else 1 - covered,
+    }
+
+
+def _distance(
+    peaks: Sequence[Peak], mask: torch.Tensor | None, affine: NDArray[np.float64]
+) -> float | None:
+    """Return the distance in mm from the highest peak to the nearest voxel of a mask."""
+    if not peaks or mask is None or not mask.any():
+        return None
+    if mask[peaks[0].voxel]:
+        return 0.0
+    inside = mask.numpy()
+    box = ndimage.find_objects(inside.view(np.uint8))[0]
+    surface = inside[box] & ~ndimage.binary_erosion(inside[box])
+    voxels = np.argwhere(surface) + [part.start for part in box]
+    offsets = (voxels - np.array(peaks[0].voxel)) @ affine[:3, :3].T
+    return float(np.sqrt((offsets**2).sum(1).min()))
+
+
+def _warnings(explanation: Explanation, found: dict[str, Any], layer: str | None) -> list[str]:
+    """Say in words what makes the CAM hard to read."""
+    words = []
+    if notice := explanation.notice(layer):
+        words.append(notice)
+    silent = [name for name, status in explanation.status.items() if status != "ok"]
+    if layer is None and silent and not notice:
+        words.append(f"without the layers {', '.join(silent)}, whose map is not usable")
+    for name, ml in (("predicted region", "predicted_ml"), ("true region", "truth_ml")):
+        if found[ml] == 0:
+            words.append(f"the {name} is empty")
+        elif found[ml] is not None and found[ml] < found["cell_ml"]:
+            words.append(
+                f"the {name} ({found[ml]:.2g} ml) is smaller than one voxel of the layer's own "
+                f"grid ({found['cell_ml']:.2g} ml): the CAM cannot resolve it"
+            )
+    return words

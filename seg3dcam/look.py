@@ -1,0 +1,197 @@
+"""How a scan and its CAM are shown, the same in every format: grey window, threshold, colours.
+
+Look(window="lung", threshold=0.3, colormap="viridis")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from seg3dcam.errors import ConfigError, nearest
+
+__all__ = ["WINDOWS", "Look", "Window", "choose_window", "colours"]
+
+#: CT windows in Hounsfield units: name -> (width, level).
+WINDOWS: dict[str, tuple[float, float]] = {
+    "brain": (80, 40),
+    "lung": (1500, -600),
+    "soft tissue": (400, 40),
+    "abdomen": (350, 40),
+    "bone": (2000, 500),
+}
+
+#: Without a window: these percentiles of the voxels that are not zero, over the whole volume.
+AUTO_PERCENTILES = (0.5, 99.5)
+#: More voxels than this are thinned out before the percentiles: no visible difference.
+AUTO_SAMPLE = 8_000_000
+
+#: From this value of the CAM on, heat has its full opacity; below, less.
+FULL_OPACITY = 0.5
+
+
+class Window(NamedTuple):
+    """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
+
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a scan and its CAM are shown.
+
+    Attributes:
+        window: (width, level), or "brain", "lung", "soft tissue", "abdomen", "bone" (CT), or None:
+            0.5-99.5 percentile of the voxels that are not zero, over the volume (MR).
+        threshold: lower CAM values are fully transparent.
+        opacity: of the heat where the CAM is 0.5 or more; less below.
+        colormap: any name of matplotlib, or of OpenCV.
+
+    Raises:
+        ConfigError: what cannot be shown, with what is legal.
+
+    >>> Look(colormap="infernal")
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.ConfigError: unknown colormap 'infernal'; did you mean 'inferno'?
+    """
+
+    window: str | Sequence[float] | None = None
+    threshold: float = 0.2
+    opacity: float = 0.5
+    colormap: str = "inferno"
+
+    def __post_init__(self) -> None:
+        """Refuse early what no writer could draw."""
+        if self.window is not None:
+            width_level(self.window)
+        for name in ("threshold", "opacity"):
+            if not 0 <= getattr(self, name) <= 1:  # also refuses NaN
+                raise ConfigError(f"{name} must be in 0..1, not {getattr(self, name)!r}")
+        colours(self.colormap)
+
+    def alpha(self, cam: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Opacity of the heat at CAM values in 0..1: opacity * min(1, cam / 0.5), else 0.
+
+        >>> Look(threshold=0.2, opacity=0.5).alpha(np.array([0.1, 0.25, 0.9])).tolist()
+        [0.0, 0.25, 0.5]
+        """
+        return np.where(cam < self.threshold, 0, self.opacity * np.minimum(1, cam / FULL_OPACITY))
+
+
+# ---------------------------------------------------------------- colours
+
+
+def colours(colormap: str) -> NDArray[np.uint8]:
+    """Red, green and blue of a colormap at 0, 1/255, .. 1: (256, 3).
+
+    Args:
+        colormap: a name of matplotlib, or one of OpenCV in small letters, such as "parula"; where
+            both know it, matplotlib's is taken.
+
+    Raises:
+        ConfigError: a name that neither knows.
+
+    >>> colours("gray")[[0, 255]].tolist()
+    [[0, 0, 0], [255, 255, 255]]
+    """
+    if colormap in matplotlib.colormaps:
+        rgb = matplotlib.colormaps[colormap](np.linspace(0, 1, 256))[:, :3]
+        return (rgb * 255).round().astype(np.uint8)
+    of_opencv = _opencv_colormaps()
+    if colormap in of_opencv:
+        levels = np.arange(256, dtype=np.uint8)[:, None]
+        return cv2.applyColorMap(levels, of_opencv[colormap])[:, 0, ::-1].copy()
+    names = [name for name in matplotlib.colormaps if not name.endswith("_r")] + list(of_opencv)
+    raise ConfigError(f"unknown colormap {colormap!r}; {nearest(str(colormap), names)}")
+
+
+def _opencv_colormaps() -> dict[str, int]:
+    """Name in small letters -> OpenCV's number."""
+    prefix = "COLORMAP_"
+    return {
+        name.removeprefix(prefix).lower(): getattr(cv2, name)
+        for name in dir(cv2)
+        if name.startswith(prefix)
+    }
+
+
+# ---------------------------------------------------------------- grey window
+
+
+def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
+    """Turn a preset's name, (width, level) or None into the values drawn black and white.
+
+    None takes the 0.5 and 99.5 percentiles of the voxels that are finite and not zero, over the
+    whole volume, so all slices look alike.
+
+    Raises:
+        ConfigError: an unknown preset, or a width that is not above 0.
+
+    >>> choose_window(np.zeros((2, 2, 2)), "brain")
+    Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
+    """
+    if window is None:
+        low, high = _auto_range(scan)
+        text = f"{_in_words(low, high)} (0.5–99.5 % of the volume)"
+        return Window(low, high, text)
+    width, level = width_level(window)
+    low, high = level - width / 2, level + width / 2
+    suffix = f" ({_preset(window)})" if isinstance(window, str) else ""
+    return Window(low, high, _in_words(low, high) + suffix)
+
+
+def width_level(window: str | Sequence[float]) -> tuple[float, float]:
+    """Width and level of a preset's name or of a pair of numbers; `ConfigError` for neither.
+
+    >>> width_level("soft_tissue")
+    (400, 40)
+    """
+    if isinstance(window, str):
+        preset = _preset(window)
+        if preset not in WINDOWS:
+            raise ConfigError(
+                f"unknown window {window!r}; {nearest(preset, WINDOWS)}; or (width, level), or "
+                "None for 0.5–99.5 percentiles"
+            )
+        return WINDOWS[preset]
+    try:
+        width, level = (float(number) for number in window)
+    except (TypeError, ValueError):
+        raise ConfigError(f"window must be (width, level), not {window!r}") from None
+    if not (math.isfinite(width) and math.isfinite(level) and width > 0):
+        raise ConfigError(f"window must be a finite (width, level), width > 0, not {window!r}")
+    return width, level
+
+
+def _preset(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
+
+
+def _auto_range(scan: NDArray[Any]) -> tuple[float, float]:
+    values = scan.ravel(order="K")  # no copy, whatever the memory order
+    step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: not in step with a row
+    values = values[::step].astype(np.float32, copy=False)
+    values = values[np.isfinite(values) & (values != 0)]
+    if values.size == 0:
+        return 0.0, 1.0
+    low, high = (float(number) for number in np.percentile(values, AUTO_PERCENTILES))
+    if low == high:  # nearly constant: the few other values may be what matters
+        low, high = float(values.min()), float(values.max())
+    if low == high:  # constant: mid grey
+        half = max(0.5, abs(low) / 100)
+        low, high = low - half, high + half
+    return low, high
+
+
+def _in_words(low: float, high: float) -> str:
+    return f"W {high - low:.4g} L {(high + low) / 2:.4g}"
