@@ -184,10 +184,13 @@ class Explanation:
         for name in names:
             if name not in self.maps:
                 raise InputError(f"no map of layer {name!r}: there are {list(self.maps)}")
-        views = [self.maps[name].clamp(min=0) for name in names if self.status[name] == "ok"]
-        if not views or any(self.status[name] == "nonfinite" for name in names):
+        if self.notice(layer):
             return torch.zeros_like(self.maps[names[0]])
-        return scaled(torch.stack(views).sum(0)[None] / len(names), scale)[0]
+        usable = [self.maps[name] for name in names if self.status[name] == "ok"]
+        fused = usable[0].clamp(min=0)
+        for other in usable[1:]:
+            fused += other.clamp(min=0)
+        return scaled((fused / len(names) if len(names) > 1 else fused)[None], scale)[0]
 
     def slice(self, index: int, axis: Axis = "axial") -> torch.Tensor:
         """Return one slice of `volume` along the scan's axis nearest to an anatomical one.
@@ -529,7 +532,6 @@ def _provenance(
     plan = model.window
     return {
         "scan": {
-            "name": scan.name,
             "shape": scan.shape,
             "spacing_mm": spacing_of(scan.affine),
             "affine": scan.affine,

@@ -273,8 +273,8 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     constant = high - low <= CONSTANT * high.abs()
     height = torch.where(constant, 1, high - bottom)
     shape = (-1, *[1] * (maps.ndim - 1))
-    view = (maps - bottom.view(shape)) / height.view(shape)
-    return view.masked_fill(constant.view(shape), 0)
+    view = maps - bottom.view(shape)  # the one copy: these are the largest arrays there are
+    return view.div_(height.view(shape)).masked_fill_(constant.view(shape), 0)
 
 
 def _check_scale(scale: str) -> None:

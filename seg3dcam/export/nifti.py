@@ -8,19 +8,19 @@ second copy of the volume.
 
 from __future__ import annotations
 
-import gzip
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
+from isal import igzip
 from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
@@ -35,6 +35,7 @@ _MM = 2
 _LONGEST_AXIS = 32767  # NIfTI-1 counts voxels in int16
 _ORTHONORMAL = 1e-4  # ITK refuses direction cosines that are further off
 _SLAB_BYTES = 2**23
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # NIfTI's RGB24
 _QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 _SFORM = ("srow_x", "srow_y", "srow_z")
 
@@ -77,21 +78,42 @@ def write_nifti(
     3.0
     """
     path = Path(path)
-    _check_suffix(path)
-    volume = _checked_volume(volume, path)
-    header = _header(path, tuple(volume.shape), dtype)
-    _set_forms(header, _checked_affine(affine, path), reference, path)
+    volume = checked_volume(volume, path)
+    header = placed_header(path, volume.shape, dtype, affine, reference)
     is_label = header.get_data_dtype().kind in "iu"
     header["intent_code"] = _INTENT_LABEL if is_label else _INTENT_NONE
     header["intent_name"] = _ascii(intent_name, 15)  # C programs want the last byte to be 0
     header["descrip"] = _ascii(description, 79)
     if display_range is not None and not is_label:
         header["cal_min"], header["cal_max"] = display_range
-    with atomic(path) as temporary, _stream(temporary, path) as file:
-        file.write(header.binaryblock)
-        file.write(b"\0\0\0\0")  # no extensions
-        for slab in _slabs(volume):
-            file.write(_as_stored(slab, header.get_data_dtype(), path))
+    return write_slabs(
+        path, header, (as_stored(slab, header.get_data_dtype(), path) for slab in slabs(volume))
+    )
+
+
+def placed_header(
+    path: Path,
+    shape: Sequence[int],
+    dtype: npt.DTypeLike,
+    affine: npt.ArrayLike,
+    reference: nib.Nifti1Header | None,
+) -> nib.Nifti1Header:
+    """Make the header of a volume that lies where `affine` and `reference` say."""
+    _check_suffix(path)
+    header = _header(path, tuple(shape), dtype)
+    _set_forms(header, checked_affine(affine, path), reference, path)
+    return header
+
+
+def write_slabs(path: Path, header: nib.Nifti1Header, voxels: Iterable[bytes | memoryview]) -> Path:
+    """Write a header and its voxels, piece by piece, as they lie in the file."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        zipped = path.name.lower().endswith(".gz")
+        with gzipped(file) if zipped else nullcontext(file) as stream:
+            stream.write(header.binaryblock)
+            stream.write(b"\0\0\0\0")  # no extensions
+            for piece in voxels:
+                stream.write(piece)
     return path
 
 
@@ -100,7 +122,8 @@ def _check_suffix(path: Path) -> None:
         raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NIfTI: .nii, .nii.gz.")
 
 
-def _checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
+def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
+    """Return a volume that a file can hold, without its graph; OutputError for another."""
     if isinstance(volume, torch.Tensor):
         volume = volume.detach().as_subclass(torch.Tensor)
     shape = tuple(volume.shape)
@@ -122,7 +145,7 @@ def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nif
     header.set_data_shape(shape)
     kind = np.dtype(dtype)
     try:
-        if kind.kind not in "iuf":
+        if kind.kind not in "iuf" and kind != RGB:
             raise HeaderDataError
         header.set_data_dtype(kind)
     except HeaderDataError:
@@ -139,7 +162,8 @@ def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nif
 # ------------------------------------------------------------------------------------- geometry
 
 
-def _checked_affine(affine: npt.ArrayLike, path: Path) -> npt.NDArray[np.float64]:
+def checked_affine(affine: npt.ArrayLike, path: Path) -> npt.NDArray[np.float64]:
+    """Return an affine that can be inverted as (4, 4) float64; OutputError for another."""
     matrix = np.array(affine, dtype=np.float64)
     if (
         matrix.shape != (4, 4)
@@ -209,7 +233,7 @@ def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], pa
             f"is exact; programs that read the qform (ITK, 3D Slicer) place voxels up to "
             f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters.",
             Seg3dcamWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -231,20 +255,12 @@ def _ascii(text: str, length: int) -> bytes:
 # --------------------------------------------------------------------------------------- voxels
 
 
-@contextmanager
-def _stream(temporary: Path, final: Path) -> Iterator[BinaryIO]:
-    with temporary.open("wb") as file:
-        if final.name.lower().endswith(".nii"):
-            yield file
-            return
-        # Neither file name nor time inside: the same volume gives the same bytes.
-        with gzip.GzipFile(
-            filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0
-        ) as zipped:
-            yield cast(BinaryIO, zipped)
+def gzipped(file: BinaryIO) -> igzip.IGzipFile:
+    """Compress what is written to a file, fast; the same bytes in, the same bytes out."""
+    return igzip.IGzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0)
 
 
-def _slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
+def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
     """The volume in pieces along z, fetched from the GPU one at a time."""
     x, y, z = volume.shape
     depth = max(1, _SLAB_BYTES // (4 * x * y))
@@ -256,7 +272,7 @@ def _slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
         yield slab
 
 
-def _as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
+def as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
     """One slab as it lies in the file: x runs fastest, then y, then z."""
     if dtype.kind == "f":
         return np.ascontiguousarray(slab.T, dtype=dtype).data

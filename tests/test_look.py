@@ -1,0 +1,65 @@
+"""How scan and CAM are shown: one formula and one table for every format."""
+
+from __future__ import annotations
+
+import cv2
+import matplotlib
+import numpy as np
+import pytest
+
+from seg3dcam.errors import ConfigError
+from seg3dcam.look import WINDOWS, Look, colours, width_level
+
+
+@pytest.mark.parametrize("name", ["inferno", "viridis", "jet", "gray_r"])
+def test_colours_of_matplotlib(name):
+    exact = matplotlib.colormaps[name](np.arange(256))[:, :3] * 255
+    assert np.abs(colours(name) - exact).max() <= 0.5
+
+
+@pytest.mark.parametrize(("name", "number"), [("parula", cv2.COLORMAP_PARULA), ("deepgreen", 21)])
+def test_colours_of_opencv_are_red_green_blue(name, number):
+    bgr = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], number)[:, 0]
+    assert np.array_equal(colours(name), bgr[:, ::-1])
+
+
+def test_matplotlib_comes_first_where_both_know_a_name():
+    exact = matplotlib.colormaps["hot"](np.arange(256))[:, :3] * 255
+    assert np.abs(colours("hot") - exact).max() <= 0.5
+
+
+def test_the_default_rises_in_brightness():
+    """Else a middling value looks strongest, as with jet."""
+
+    def brightness(name):
+        return colours(name) @ np.array([0.2126, 0.7152, 0.0722])
+
+    assert (np.diff(brightness(Look().colormap)) > -0.5).all()
+    assert (np.diff(brightness("jet")) < -0.5).any()
+
+
+def test_alpha_is_zero_below_the_threshold_and_full_from_a_half():
+    cam = np.array([0, 0.19, 0.2, 0.25, 0.5, 1.0])
+    assert Look(threshold=0.2, opacity=0.4).alpha(cam) == pytest.approx([0, 0, 0.16, 0.2, 0.4, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"colormap": "infernoo"}, "unknown colormap 'infernoo'; did you mean 'inferno'"),
+        ({"colormap": "parulla"}, "did you mean 'parula'"),
+        ({"window": "lungs"}, "unknown window 'lungs'; did you mean 'lung'"),
+        ({"window": (0, 40)}, "width > 0"),
+        ({"window": (1, 2, 3)}, r"\(width, level\)"),
+        ({"threshold": 1.01}, "threshold must be in 0..1"),
+        ({"opacity": float("nan")}, "opacity must be in 0..1"),
+    ],
+)
+def test_what_cannot_be_shown(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Look(**settings)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_presets_by_any_spelling(name):
+    assert width_level(name.upper().replace(" ", "-")) == WINDOWS[name]
