@@ -39,7 +39,8 @@ from seg3dcam.targets import (
     placed,
     uses_truth,
 )
-from seg3dcam.targets.regions import as_region
+from seg3dcam.targets.regions import Predicted, Volume, as_region
+from seg3dcam.targets.use import region_of
 from seg3dcam.truth import check_on_grid, truth_mask
 
 Axis = Literal["axial", "coronal", "sagittal"]
@@ -77,11 +78,13 @@ class Explanation:
             resolution.
         provenance: everything needed to make the map again, ready for JSON.
         truth: where the class really is, (X, Y, Z) bool; None where that is not known.
+        region: the voxels that the score sums over, (X, Y, Z) bool, where they are neither the
+            class's mask nor the whole volume: a lesion, a boundary, a given mask. Else None.
         has_background: class 0 is the background and the classes exclude each other (softmax);
             False: every class has a channel of its own (sigmoid).
 
     Raises:
-        InputError: maps, prediction or truth that do not lie on the scan's grid.
+        InputError: maps, prediction, truth or region that do not lie on the scan's grid.
     """
 
     scan: Scan
@@ -97,6 +100,7 @@ class Explanation:
     label: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     truth: torch.Tensor | None = None
+    region: torch.Tensor | None = None
     has_background: bool = True
 
     def __post_init__(self) -> None:
@@ -104,8 +108,8 @@ class Explanation:
         shape = tuple(self.scan.shape)
         volumes = {f"map of {name}": values.shape for name, values in self.maps.items()}
         volumes["prediction"] = self.prediction.shape[1:]
-        if self.truth is not None:
-            volumes["truth"] = self.truth.shape
+        masks = {"truth": self.truth, "region": self.region}
+        volumes.update({name: mask.shape for name, mask in masks.items() if mask is not None})
         for what, found in volumes.items():
             if tuple(found) != shape:
                 raise InputError(
@@ -223,6 +227,12 @@ class Explanation:
     def save_raw(self, path: str | Path, layer: str) -> Path:
         """Write a layer's raw signed map as NIfTI with the scan's own geometry."""
         return self._write(path, self.maps[layer], False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the HTML report."""
+        from seg3dcam.review.report import notebook_view
+
+        return notebook_view(self)
 
     def _write(self, path: str | Path, volume: torch.Tensor, unit_range: bool) -> Path:
         from seg3dcam.export.nifti import write_nifti
@@ -478,6 +488,20 @@ def _prediction_on(scan: Scan, prepared: MetaTensor, result: CamResult) -> torch
     return masks
 
 
+def _region_on(
+    scan: Scan, prepared: MetaTensor, target: Target, logits: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the voxels of a target on the scan's grid, where they are a region of its own."""
+    region: Any = getattr(target, "region", "predicted")
+    if isinstance(as_region(region), Predicted | Volume):
+        return None
+    found = region_of(target, logits)
+    if found is None:
+        return None
+    affine = prepared.affine.numpy().astype(np.float64)
+    return resample_labels(found[0].cpu(), affine, scan.affine, scan.shape).bool()
+
+
 def _explanation(
     scan: Scan,
     prepared: MetaTensor,
@@ -515,6 +539,7 @@ def _explanation(
         score=float(result.score[0]),
         native_spacing=result.native_spacing,
         label=_label(model, class_index, target),
+        region=_region_on(scan, prepared, target, result.logits),
         has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
     )

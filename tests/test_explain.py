@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy import ndimage
 from torch import nn
 
 from seg3dcam import (
@@ -170,6 +171,27 @@ def test_each_class_is_explained_by_its_own_voxels() -> None:
     assert bright.volume()[5:7].min() == 1
     assert not bright.volume()[1:3].any()
     assert torch.equal(dark.mask, torch.as_tensor(voxels < -1))
+
+
+def test_a_lesions_region_is_its_component_on_the_scans_grid() -> None:
+    model, _ = two_classes()
+    data = np.zeros((14, 15, 13), dtype=np.float32)
+    data[2:6, 2:6, 2:6], data[9:11, 9:12, 9:11] = -3, -3
+    scan = load_scan(data, affine=OBLIQUE_LAS)
+    lesions = targets.EveryComponent(1)
+    large, small = explain_each(scan, model, [lesions], layers="0")
+    labelled, count = ndimage.label(large.mask.numpy())
+    assert count == 2
+    assert np.array_equal(large.region.numpy(), labelled == labelled[3, 3, 3])
+    assert np.array_equal(small.region.numpy(), labelled == labelled[10, 10, 10])
+
+
+@pytest.mark.parametrize("region", ["predicted", "volume"])
+def test_a_mask_or_a_whole_volume_is_no_region_of_its_own(region: str) -> None:
+    model, data = two_classes()
+    target = targets.ClassLogit(1, region=region)
+    found = explain(load_scan(data, affine=OBLIQUE_LAS), model, target, layers="0")
+    assert found.region is None
 
 
 def test_slices_are_cut_along_anatomical_axes() -> None:
