@@ -11,7 +11,7 @@ from typing import Any
 from seg3dcam.config import Job
 from seg3dcam.errors import ConfigError, EmptyRegionError
 from seg3dcam.models import SegModel
-from seg3dcam.scan import Scan, load_labels
+from seg3dcam.scan import Scan
 from seg3dcam.targets import (
     Boundary,
     ClassLogit,
@@ -47,15 +47,19 @@ OF_TRUTH: dict[str, Callable[..., Any]] = {
 }
 
 
-def targets_of(job: Job, model: SegModel) -> list[Any] | None:
+def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any] | None:
     """Return the targets of a job; None is every predicted class.
+
+    Args:
+        job: the settings.
+        model: the network and its classes.
+        truth: the label map that `job.truth` names.
 
     Raises:
         ConfigError: settings that do not go together.
         TargetError: no such class.
-        ScanError: the truth cannot be read.
     """
-    _check(job)
+    check_together(job)
     if job.score == "mask_output":
         return [MaskOutput(job.region or "volume", activation=model.activation)]  # type: ignore[arg-type]
     if job.target is None:
@@ -64,7 +68,6 @@ def targets_of(job: Job, model: SegModel) -> list[Any] | None:
     classes = list(dict.fromkeys(model.class_index(name) for name in names))
     if job.label is not None and len(classes) > 1:
         raise ConfigError("label is that of one class in the truth: name one target")
-    truth = None if job.truth is None else load_labels(job.truth)
     return [_target(job, model, index, truth) for index in classes]
 
 
@@ -96,13 +99,13 @@ def _mask(truth: Scan, job: Job, index: int) -> Scan:
     return replace(truth, data=mask.float())
 
 
-def _check(job: Job) -> None:
+def check_together(job: Job) -> None:
     """Raise ConfigError where settings do not go together."""
     needs_class = {
         "score": job.score not in ("log_odds", "mask_output"),
         "region": job.region is not None and job.score != "mask_output",
         "against": job.against is not None,
-        "truth": job.truth is not None,
+        "label": job.label is not None,
     }
     if job.score == "mask_output" and job.target is not None:
         raise ConfigError("score mask_output is about no class: leave out the target")
@@ -121,11 +124,13 @@ def _check(job: Job) -> None:
             "score contrast and against go together: --score contrast --against <other class>"
         )
     needs_truth = job.score == "soft_dice" or job.region in OF_TRUTH
-    if needs_truth != (job.truth is not None):
+    if needs_truth and job.truth is None:
         raise ConfigError(
-            "a truth goes together with score soft_dice and the regions "
-            f"{', '.join(OF_TRUTH)}: --truth <label map on the scan's grid>"
+            f"score soft_dice and the regions {', '.join(OF_TRUTH)} compare with a truth: "
+            "--truth <label map on the scan's grid>"
         )
+    if job.score == "mask_output" and job.truth is not None:
+        raise ConfigError("score mask_output is about no class, so there is no truth of it")
     if job.score == "soft_dice" and job.region is not None:
         raise ConfigError("score soft_dice looks at the whole volume: leave out the region")
     if job.min_voxels != 1 and job.region != "components":

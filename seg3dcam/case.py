@@ -1,13 +1,23 @@
 """A case on disk: everything that one scan's explanation leaves behind, in one folder.
 
-prediction.nii.gz            predicted labels (sigmoid: one file per class)
-cam_<target>.nii.gz          what is looked at: 0 to 1, negative evidence cut, layers averaged
-raw_<target>_<layer>.nii.gz  raw signed map of one layer
-slices/<target>/axial_*.png  scan beside overlay
-montage_<target>.png         the slices that matter
-case.json                    what was done and found; written last
+nifti   prediction.nii.gz              predicted labels (sigmoid: one file per class)
+        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged
+        raw_<target>_<layer>.nii.gz    raw signed map of one layer
+png     slices/<target>/<plane>_*.png  scan beside overlay
+        montage_<target>.png           the slices that matter
+        planes_<target>.png            the three planes through the CAM's peak
+        profile_<target>.png           CAM and prediction, slice by slice
+cine    cine_<target>.webp             a film through the slices
+html    report.html                    all targets, methods and layers, for any browser
+slicer  slicer/scene.mrml              the same for 3D Slicer, with its files beside it
+        slicer/case.mrb                the scene and its files in one
+nrrd    cam_<target>.nrrd
+fused   fused_<target>.nii.gz          scan and CAM in colour, for viewers that cannot blend
+dicom   dicom/                         Secondary Capture, Segmentation, Parametric Map
+always  case.json                      what was done and found; written last
 
-A target is named by its class, and by its region and method where there are several.
+A target is named by its class, and by its region and method where there are several. No file's name
+or content tells the scan's own file name, which may be a patient's: see `Job.case`.
 """
 
 from __future__ import annotations
@@ -16,33 +26,56 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from seg3dcam.config import Job
 from seg3dcam.errors import ConfigError
 from seg3dcam.explain import Explanation, anatomical_axis
+from seg3dcam.export.dicom import DicomExport
+from seg3dcam.export.fused import write_fused
 from seg3dcam.export.nifti import write_nifti
+from seg3dcam.export.nrrd import write_nrrd
+from seg3dcam.export.slicer import SlicerScene
 from seg3dcam.files import check_writable, write_json
 from seg3dcam.findings import findings
 from seg3dcam.look import Look
 from seg3dcam.models import SegModel
-from seg3dcam.review import save_montage, save_slices
+from seg3dcam.review import (
+    Report,
+    review_explanation,
+    save_cine,
+    save_montage,
+    save_planes,
+    save_profile,
+    save_slices,
+)
 from seg3dcam.scan import Scan
 
 #: Settings that do not change what is written.
 _WHERE = {"scan", "model", "out", "device", "truth"}
 
 
-def case_key(scan: Scan, model: SegModel, job: Job) -> str:
-    """Return a hash of scan, weights and settings: same key, same results."""
+def scan_code(scan: Scan) -> str:
+    """Return a hash of the scan's voxels and place."""
     digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
     digest.update(np.ascontiguousarray(scan.affine).data)
+    return digest.hexdigest()
+
+
+def case_name(scan: Scan, job: Job) -> str:
+    """Return the scan's name for everybody's eyes: what the job says, else a code."""
+    return job.case or f"scan {scan_code(scan)[:8]}"
+
+
+def case_key(scan: Scan, model: SegModel, job: Job) -> str:
+    """Return a hash of scan, weights and settings: same key, same results."""
+    digest = hashlib.sha256(scan_code(scan).encode())
     if job.truth is not None:
         digest.update(Path(job.truth).read_bytes())
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
@@ -68,6 +101,16 @@ def is_done(folder: str | Path, key: str) -> bool:
     return record.get("key") == key and all((Path(folder) / name).is_file() for name in files)
 
 
+class _Joint(Protocol):
+    """A writer that shows several explanations together; it keeps none of their volumes."""
+
+    def add(self, explanation: Explanation, name: str) -> None:
+        """Take one more."""
+
+    def finish(self) -> list[Path]:
+        """Write what shows all, and return every file."""
+
+
 def write_case(
     folder: str | Path, explanations: Iterable[Explanation], job: Job, *, key: str = ""
 ) -> Mapping[str, Any]:
@@ -85,23 +128,33 @@ def write_case(
     files: list[Path] = []
     cases: list[dict[str, Any]] = []
     names: list[str] = []
+    joint: list[_Joint] = []
+    case = ""
     for explanation in explanations:
+        if not cases:
+            case = case_name(explanation.scan, job)
+            joint = [_JOINT[f](folder, look_of(job), case) for f in job.formats if f in _JOINT]
+            if "nifti" in job.formats:
+                files += _write_prediction(folder, explanation)
         several = len(job.methods) > 1
         names.append(f"{explanation.label} {explanation.method}" if several else explanation.label)
         name = unique_names(names)[-1]
-        if not cases:
-            files += _write_prediction(folder, explanation)
-        files += _write_maps(folder, explanation, name)
-        if job.pictures:
-            files += _write_pictures(folder, explanation, name, job)
+        for kind in job.formats:
+            if kind in _SINGLE:
+                files += _SINGLE[kind](folder, explanation, name, job, case)
+        for writer in joint:
+            writer.add(explanation, name)
         cases.append(
             {"label": explanation.label, **explanation.provenance, "found": findings(explanation)}
         )
+    for writer in joint:
+        files += writer.finish()
     record = {
-        "seg3dcam": cases[0]["versions"]["seg3dcam"],
+        "seg3dcam": version("seg3dcam"),
+        "case": case,
         "key": key,
         "job": {k: v for k, v in job.model_dump().items() if k not in _WHERE},
-        "files": [str(file.relative_to(folder)) for file in files],
+        "files": [str(file.relative_to(folder)) for file in dict.fromkeys(files)],
         "explanations": cases,
     }
     write_json(folder / "case.json", record)
@@ -121,6 +174,19 @@ def unique_names(names: Sequence[str]) -> list[str]:
         taken = {other.lower() for other in found}  # on some disks A is a
         found.append(next(choice for choice in choices if choice.lower() not in taken))
     return found
+
+
+def _write_nifti(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    layers = unique_names(list(explanation.maps))
+    return [
+        explanation.save(folder / f"cam_{name}.nii.gz"),
+        *(
+            explanation.save_raw(folder / f"raw_{name}_{short}.nii.gz", layer)
+            for short, layer in zip(layers, explanation.maps, strict=True)
+        ),
+    ]
 
 
 def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
@@ -148,46 +214,77 @@ def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
     ]
 
 
-def _write_maps(folder: Path, explanation: Explanation, name: str) -> list[Path]:
-    layers = unique_names(list(explanation.maps))
-    return [
-        explanation.save(folder / f"cam_{name}.nii.gz"),
-        *(
-            explanation.save_raw(folder / f"raw_{name}_{short}.nii.gz", layer)
-            for short, layer in zip(layers, explanation.maps, strict=True)
-        ),
-    ]
-
-
-def _write_pictures(folder: Path, explanation: Explanation, name: str, job: Job) -> list[Path]:
-    scan = explanation.scan
-    mask = explanation.mask
-    layers = ", ".join(explanation.maps)
-    view: dict[str, Any] = {
-        "prediction": None if mask is None else mask.numpy(),
-        "axis": job.axis,
-        "window": job.intensity_window,
-        "threshold": job.threshold,
-        "colormap": job.colormap,
-        "title": explanation.label,
-        "caption": {"method": explanation.method, "layer": layers, "target": explanation.target},
-    }
-    volumes = (scan.data[0].numpy(), explanation.volume().float().numpy(), explanation.affine)
+def _write_png(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    files: list[Path] = []
     which: Literal["relevant"] | int = "relevant" if job.slice is None else job.slice
-    files = save_slices(folder / "slices" / name, *volumes, slices=which, **view)
-    if job.slice is None:
-        files.append(save_montage(folder / f"montage_{name}.png", *volumes, **view))
+    for axis in job.axes:
+        review = review_explanation(explanation, look_of(job), axis=axis, slices=which, case=case)
+        files += save_slices(folder / "slices" / name, review)
+        if axis == job.axes[0] and job.slice is None:
+            files += [
+                save_montage(folder / f"montage_{name}.png", review),
+                save_planes(folder / f"planes_{name}.png", review),
+                save_profile(folder / f"profile_{name}.png", review),
+            ]
     return files
+
+
+def _write_cine(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    review = review_explanation(
+        explanation, look_of(job), axis=job.axes[0], slices="all", case=case
+    )
+    return [save_cine(folder / f"cine_{name}.webp", review)]
+
+
+def _write_nrrd(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    volume = explanation.volume().float().numpy()
+    return [write_nrrd(folder / f"cam_{name}.nrrd", volume, explanation.affine)]
+
+
+def _write_fused(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    return [write_fused(folder / f"fused_{name}.nii.gz", explanation, look_of(job))]
+
+
+#: Formats with files for each explanation, and formats with files that show all of them.
+_SINGLE: dict[str, Callable[[Path, Explanation, str, Job, str], list[Path]]] = {
+    "nifti": _write_nifti,
+    "png": _write_png,
+    "cine": _write_cine,
+    "nrrd": _write_nrrd,
+    "fused": _write_fused,
+}
+_JOINT: dict[str, Callable[[Path, Look, str], _Joint]] = {
+    "html": lambda folder, look, case: Report(folder / "report.html", look, case),
+    "slicer": lambda folder, look, case: SlicerScene(folder / "slicer", look, case),
+    "dicom": lambda folder, look, case: DicomExport(folder / "dicom", look, case),
+}
 
 
 def check_slice(scan: Scan, job: Job) -> None:
     """Raise ConfigError early where the wanted slice lies outside of the scan."""
     if job.slice is None:
         return
-    size = scan.shape[anatomical_axis(scan.affine, job.axis)]
+    size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
     if not 0 <= job.slice < size:
         raise ConfigError(
-            f"{job.axis} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+        )
+
+
+def check_formats(scan: Scan, job: Job) -> None:
+    """Raise ConfigError early where a format cannot be written for this scan."""
+    if "dicom" in job.formats and scan.series is None:
+        raise ConfigError(
+            "format dicom: its objects belong to a patient and a study, which only a DICOM series "
+            "names: give the series' folder as the scan, or leave this format out"
         )
 
 

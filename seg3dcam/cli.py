@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 import yaml
@@ -21,10 +20,17 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from seg3dcam.asked import targets_of
+from seg3dcam.asked import check_together, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
-from seg3dcam.case import case_key, check_slice, is_done, look_of, write_case
+from seg3dcam.case import (
+    case_key,
+    check_formats,
+    check_slice,
+    is_done,
+    look_of,
+    write_case,
+)
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.errors import (
     ConfigError,
@@ -40,8 +46,9 @@ from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.review import save_features
-from seg3dcam.scan import load_scan
+from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
+from seg3dcam.truth import check_on_grid
 
 app = typer.Typer(
     add_completion=False,
@@ -51,6 +58,11 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+#: Files with names of their own, in a few words.
+_WHAT = {"report.html": "report", "scene.mrml": "3D Slicer", "case.mrb": "3D Slicer"}
+#: Files that are named, though they lie in a folder with many others.
+_OPEN_FIRST = {"scene.mrml", "case.mrb"}
 
 #: A step is shown with a progress bar once it has taken this many seconds.
 PATIENCE = 2.0
@@ -73,7 +85,9 @@ def main() -> None:
 def explain(
     scan: Annotated[
         list[str] | None,
-        typer.Argument(help="NIfTI file; several files are the channels of one scan"),
+        typer.Argument(
+            help="NIfTI file or folder of a DICOM series; several files are one scan's channels"
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="model spec, a YAML file")] = None,
     target: Annotated[
@@ -95,7 +109,8 @@ def explain(
     ] = None,
     against: Annotated[str | None, typer.Option(help="the other class of --score contrast")] = None,
     truth: Annotated[
-        str | None, typer.Option(help="label map on the scan's grid, for regions and soft_dice")
+        str | None,
+        typer.Option(help="label map on the scan's grid: drawn, measured; regions, soft_dice"),
     ] = None,
     label: Annotated[
         int | None, typer.Option(help="the class's label in the truth; default: its index")
@@ -119,17 +134,31 @@ def explain(
         Path | None, typer.Option(help="a whole job as YAML; options override it")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = None,
-    axis: Annotated[
-        str | None, typer.Option(help="plane of the PNGs: axial, coronal, sagittal")
+    case: Annotated[
+        str | None,
+        typer.Option(help="the scan's name in pictures and reports; default: a code, no file name"),
     ] = None,
-    slice: Annotated[int | None, typer.Option(help="one slice only: its voxel index")] = None,
-    pictures: Annotated[bool | None, typer.Option(help="write PNGs")] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="nifti, png, html, slicer (these four by default), cine, nrrd, fused, dicom; "
+            "repeatable"
+        ),
+    ] = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(help="plane of the PNGs: axial, coronal, sagittal; repeatable; default: all"),
+    ] = None,
+    slice: Annotated[
+        int | None,
+        typer.Option(help="one slice only, by its voxel index along the axis; default axial"),
+    ] = None,
     intensity_window: Annotated[
         str | None, typer.Option(help="'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="CAM below is transparent")] = None,
     colormap: Annotated[
-        str | None, typer.Option(help="any matplotlib name; default inferno")
+        str | None, typer.Option(help="any name of matplotlib or OpenCV; default inferno")
     ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="allow the model's own Python code to run")
@@ -253,32 +282,30 @@ def demo(
         scan=str(scan),
         model=str(Path(package.__file__).with_name("model.yaml")),
         out=str(Path(out) / "explained"),
+        truth=str(truth),
+        case="demo",
         method=method,
         layer=layer,
     )
     _print("scan", scan)
     _print("truth", truth)
-    _run(job, force=force, truth=truth)
+    _run(job, force=force)
 
 
-def _run(job: Job, *, force: bool, trust: bool = False, truth: Path | None = None) -> None:
+def _run(job: Job, *, force: bool, trust: bool = False) -> None:
     """Explain one scan as a job says."""
     try:
-        _explain_job(job, force, trust, truth)
+        _explain_job(job, force, trust)
     except KeyboardInterrupt:
         _complain("interrupted; nothing half-written was left behind", 130)
 
 
-def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None:
+def _explain_job(job: Job, force: bool, trust: bool) -> None:
     started = time.monotonic()
     _check_methods(job)
+    _check_places(job)
+    check_together(job)
     look_of(job)
-    sources = [job.scan] if isinstance(job.scan, str) else job.scan
-    sources = [*sources, *([job.truth] if job.truth else [])]
-    if any(Path(source).resolve().is_relative_to(Path(job.out).resolve()) for source in sources):
-        raise ConfigError(
-            f"out {job.out}: the scan or the truth lies in this folder; choose another"
-        )
     check_writable(Path(job.out))
     model = load_model(job.model, trust=trust)
     model.module.to(_device(job.device))
@@ -288,7 +315,11 @@ def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None
             job.scan if isinstance(job.scan, str) or len(job.scan) > 1 else job.scan[0]
         )
         check_slice(scan, job)
-        targets = targets_of(job, model)
+        check_formats(scan, job)
+        truth = None if job.truth is None else load_labels(job.truth)
+        if truth is not None:
+            check_on_grid("truth", truth.shape, truth.affine, scan)
+        targets = targets_of(job, model, truth)
         key = case_key(scan, model, job)
         if is_done(job.out, key) and not force:
             out.print(
@@ -306,9 +337,25 @@ def _explain_job(job: Job, force: bool, trust: bool, truth: Path | None) -> None
             **job.settings,
         )
         progress("writing", 0, 1)
+        if truth is not None:
+            labels = truth
+            explanations = (e.with_truth(labels, job.label) for e in explanations)
         record = write_case(job.out, explanations, job, key=key)
-    _report(record, job, truth)
+    _report(record, job)
     out.print(f"{time.monotonic() - started:.0f} s")
+
+
+def _check_places(job: Job) -> None:
+    """Raise ConfigError where results would lie among the scan's files, or the other way."""
+    out = Path(job.out).resolve()
+    scans = [Path(s).resolve() for s in ([job.scan] if isinstance(job.scan, str) else job.scan)]
+    truth = [Path(job.truth).resolve()] if job.truth else []
+    if any(source.is_relative_to(out) for source in [*scans, *truth]):
+        raise ConfigError(
+            f"out {job.out}: the scan or the truth lies in this folder; choose another"
+        )
+    if any(scan.is_dir() and out.is_relative_to(scan) for scan in scans):
+        raise ConfigError(f"out {job.out}: it lies in the scan's own folder; choose another")
 
 
 def _check_methods(job: Job) -> None:
@@ -323,18 +370,20 @@ def _check_methods(job: Job) -> None:
             raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
-def _report(record: Mapping[str, Any], job: Job, truth: Path | None) -> None:
+def _report(record: Mapping[str, Any], job: Job) -> None:
     """Print what was found and where every file is."""
-    columns = ["class", "predicted", "peak (R, A, S mm)", "CAM inside", "status"]
-    table = Table(*columns, title="What the network looked at", show_lines=False)
+    compared = job.truth is not None
+    columns = ["class", "predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside"]
+    table = Table(*columns, "status", title="What the network looked at", show_lines=False)
     several = len(job.methods) > 1
     for case in record["explanations"]:
         found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
-        ml = found["predicted_ml"]
+        ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
             escape(case["label"]) + (f" ({case['method']['name']})" if several else ""),
             "" if ml is None else f"{ml:.1f} ml",
+            *["" if dice is None else f"{dice:.2f}"] * compared,
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
             "" if inside is None else f"{100 * inside:.0f} %",
             ", ".join(sorted(status)),
@@ -344,34 +393,20 @@ def _report(record: Mapping[str, Any], job: Job, truth: Path | None) -> None:
     for name, layer in case["layers"].items():
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
         out.print(f"{case['method']['name']} at layer {escape(name)}: resolution {size} mm")
-    if truth is not None:
-        _report_truth(record, job, truth)
+    for explained in record["explanations"]:
+        for warning in explained["found"]["warnings"]:
+            out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
     folder = Path(job.out)
-    slices: dict[Path, int] = {}
+    folders: dict[Path, int] = {}
     for name in record["files"]:
         file = folder / name
-        if file.parent == folder:
-            _print(file.name.split("_")[0].removesuffix(".nii.gz"), file)
+        if file.parent == folder or file.name in _OPEN_FIRST:
+            _print(_WHAT.get(file.name, file.name.split("_")[0].removesuffix(".nii.gz")), file)
         else:
-            slices[file.parent] = slices.get(file.parent, 0) + 1
-    for place, count in slices.items():
-        _print(f"{count} slice{'s' * (count > 1)}", place)
+            folders[file.parent] = folders.get(file.parent, 0) + 1
+    for place, count in folders.items():
+        _print(f"{count} file{'s' * (count > 1)}", place)
     _print("record", folder / "case.json")
-
-
-def _report_truth(record: Mapping[str, Any], job: Job, truth: Path) -> None:
-    """Compare the demo's prediction with what was planted."""
-    true = load_scan(truth).data[0].numpy()
-    predicted = load_scan(Path(job.out) / "prediction.nii.gz").data[0].numpy()
-    names = record["explanations"][0]["model"]["classes"]
-    dice = {
-        name: 2
-        * np.sum((true == c) & (predicted == c))
-        / max(1, np.sum(true == c) + np.sum(predicted == c))
-        for c, name in enumerate(names)
-        if c
-    }
-    out.print("Dice with the truth: " + ", ".join(f"{n} {d:.2f}" for n, d in dice.items()))
 
 
 def _job_of_file(path: Path) -> dict[str, Any]:

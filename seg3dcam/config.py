@@ -133,6 +133,11 @@ RegionName = Literal[
 ]
 
 
+Format = Literal["nifti", "png", "cine", "html", "slicer", "nrrd", "fused", "dicom"]
+
+Axis = Literal["axial", "coronal", "sagittal"]
+
+
 class Job(_Settings):
     """One run of `seg3dcam explain`; the command line's options override it."""
 
@@ -147,28 +152,57 @@ class Job(_Settings):
         None, description="voxels that the score sums over; none: the score's own"
     )
     against: str | int | None = Field(None, description="the other class of score contrast")
-    truth: str | None = Field(None, description="label map on the scan's grid, a NIfTI file")
+    truth: str | None = Field(
+        None, description="label map on the scan's grid, a NIfTI file: drawn and measured"
+    )
     label: int | None = Field(None, description="the class's label in the truth; none: its index")
     min_voxels: int = Field(1, ge=1, description="of a component, in the network's voxels")
     layer: list[str] | str = "auto"
     method: list[str] | str = "hires_cam"
     settings: dict[str, Any] = Field({}, description="of the method, such as window: 4 of xres_cam")
     device: str = "auto"
-    axis: Literal["axial", "coronal", "sagittal"] = "axial"
-    slice: int | None = None
-    pictures: bool = True
+    case: str | None = Field(
+        None,
+        description="the scan's name in pictures, reports and case.json; none: a code made of its "
+        "voxels, since the name of a file may name the patient",
+    )
+    format: list[Format] | Format = Field(
+        ["nifti", "png", "html", "slicer"], description="what is written; see `seg3dcam.case`"
+    )
+    axis: list[Axis] | Axis | None = Field(
+        None, description="planes of the pictures; none: all three, or axial for a slice alone"
+    )
+    slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
     intensity_window: str | tuple[float, float] | None = Field(
         None, description="a preset such as 'soft tissue', or [width, level]; none: percentiles"
     )
     threshold: float = Field(0.2, ge=0, lt=1)
     colormap: str = "inferno"
 
-    @field_validator("target", "layer", "method", mode="before")
+    @field_validator("target", "layer", "method", "format", "axis", mode="before")
     @classmethod
     def _not_none_at_all(cls, given: Any) -> Any:
         if isinstance(given, list) and not given:
             raise ValueError("an empty list: name one or more, or leave the key out")
         return given
+
+    @model_validator(mode="after")
+    def _one_plane_of_one_slice(self) -> Job:
+        if self.slice is not None and len(self.axes) > 1:
+            raise ValueError(f"slice {self.slice} is one of a plane: give one axis, such as axial")
+        return self
+
+    @property
+    def formats(self) -> list[Format]:
+        """What is written, each once."""
+        return list(dict.fromkeys([self.format] if isinstance(self.format, str) else self.format))
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The planes of the pictures, each once."""
+        if self.axis is None:
+            return ["axial", "coronal", "sagittal"] if self.slice is None else ["axial"]
+        return list(dict.fromkeys([self.axis] if isinstance(self.axis, str) else self.axis))
 
     @property
     def methods(self) -> list[str]:

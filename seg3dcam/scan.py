@@ -18,7 +18,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -29,8 +29,10 @@ import numpy.typing as npt
 import torch
 from nibabel.spatialimages import HeaderDataError
 
+from seg3dcam.dicom_slice import is_dicom
 from seg3dcam.errors import InputError, ScanError, Seg3dcamWarning
 from seg3dcam.geometry import ras_affine, spacing_of
+from seg3dcam.series import read_series
 
 __all__ = ["SAME_GRID_MM", "Scan", "corner_gap", "load_scan"]
 
@@ -50,7 +52,8 @@ class Scan:
 
     - `data`: (C, X, Y, Z) float32, one entry of C per channel (modality).
     - `affine`: (4, 4) float64, voxel index -> mm in RAS (x to the right, y forward, z up).
-    - `name`: the file name without folder and suffix; a folder may name a patient.
+    - `name`: the file name without folder and suffix, "scan" for a DICOM series; a folder may name
+      a patient.
     - `header`: the source file's header (of the first file, if there were several), which a
       writer copies the geometry from. None for a scan made in memory.
     - `series`: the slices' DICOM headers without voxels, one for each index of the last axis. None
@@ -93,6 +96,7 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     `source` is one of
     - a path to a `.nii` or `.nii.gz` file: (X, Y, Z), or (X, Y, Z, C) with channels last;
     - a list of such paths, one file per channel, all on one grid (within 0.001 mm);
+    - a folder that holds one DICOM series, or a list of its files: see `seg3dcam.series`;
     - a MONAI `MetaTensor`, (X, Y, Z) or (C, X, Y, Z), which knows its affine;
     - a numpy array or a tensor of these shapes, together with `affine`, (4, 4) voxel -> RAS mm;
     - a `Scan`, which is returned as it is.
@@ -101,7 +105,9 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     that one float32 copy. An array is copied; a tensor that is float32 already is shared.
 
     Raises `ScanError` for a file that is missing, damaged or no NIfTI, for complex, colour, 2-D or
-    5-D data, for an affine that is no affine, and for voxels that are all zero or not finite. Warns
+    5-D data, for a DICOM series with gaps, for several series, for an affine that is no affine, and
+    for voxels that are all zero or not finite. Raises `MissingExtraError` for DICOM where pydicom
+    or SimpleITK is not installed. Warns
     (`Seg3dcamWarning`) where the header does not say where the scan lies, measures in other units
     than mm, or where a channel has one single value.
 
@@ -138,8 +144,8 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
         return _checked([Path(path) for path in source])
     raise ScanError(
         f"a scan cannot be made of {_described(source)}. Legal: a path to a .nii or .nii.gz file, "
-        "a list of such paths (one per channel), a MONAI MetaTensor, a numpy array or tensor with "
-        "affine=, a Scan."
+        "a list of such paths (one per channel), a folder with one DICOM series, a MONAI "
+        "MetaTensor, a numpy array or tensor with affine=, a Scan."
     )
 
 
@@ -257,9 +263,25 @@ class _Plan:
 
 
 def _checked(paths: list[Path]) -> Scan:
+    if len(paths) == 1 and _is_folder(paths[0]):
+        return _from_series(paths[0])
+    if all(is_dicom(path) for path in paths):
+        return _from_series(paths)
     scan = _from_files(paths)
     _check_voxels(scan.data, ", ".join(map(str, paths)))
     return scan
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # a name too long: said where the file is read
+        return path.is_dir()
+    return False
+
+
+def _from_series(source: Path | list[Path]) -> Scan:
+    series = read_series(source)
+    _check_voxels(torch.from_numpy(series.voxels)[None], "the DICOM series")
+    return Scan(torch.from_numpy(series.voxels)[None], series.affine, "scan", None, series.headers)
 
 
 def _from_files(paths: list[Path]) -> Scan:
@@ -328,8 +350,8 @@ def _check_path(path: Path) -> None:
     with _errors_explained(path):
         if path.is_dir():
             raise ScanError(
-                f"{path} is a folder. Legal: one .nii or .nii.gz file, or a list of them, one per "
-                "channel. Name the files; convert a DICOM folder to NIfTI first (dcm2niix)."
+                f"{path} is a folder. Legal here: one .nii or .nii.gz file, or a list of them, one "
+                "per channel. Name the files; a DICOM folder is given alone, as a scan."
             )
         path.stat()
     if not _SUFFIX.search(path.name):

@@ -37,6 +37,9 @@ OBLIQUE = np.array(
         [0, 0, 0, 1],
     ]
 )
+#: Options for volumes and PNGs, without what takes longer to write.
+PICTURES = ("--format", "nifti", "--format", "png")
+
 SHAPE = (20, 24, 18)
 CLASSES = ["background", "organ", "lesion"]
 
@@ -165,7 +168,8 @@ class Place:
 
     def explain(self, *options: object, scans: Sequence[Path] = ()) -> Outcome:
         """Run `seg3dcam explain` on the scan, without pictures unless asked for."""
-        pictures = () if {"--pictures", "--slice"} & set(options) else ("--no-pictures",)
+        wanted = {"--format", "--slice"} & set(options)
+        pictures = () if "--format" in wanted else PICTURES if wanted else ("--format", "nifti")
         words = (*(scans or [self.scan]), "--model", self.model, "--out", self.out)
         return seg3dcam("explain", *words, *pictures, *options)
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers_cases import (
     OBLIQUE,
+    PICTURES,
     SHAPE,
     Place,
     arguments,
@@ -509,15 +510,15 @@ BAD_OPTIONS = {
     "slice before the scan": (["--slice", -1], ["axial slice -1: legal are 0 to 17"]),
     "coronal slice": (["--slice", 24, "--axis", "coronal"], ["coronal slice 24", "0 to 23"]),
     "unknown colormap": (
-        ["--pictures", "--colormap", "infernoo"],
+        [*PICTURES, "--colormap", "infernoo"],
         ["colormap 'infernoo'", "did you mean 'inferno'"],
     ),
     "unknown intensity window": (
-        ["--pictures", "--intensity-window", "lungs"],
+        [*PICTURES, "--intensity-window", "lungs"],
         ["window 'lungs'", "did you mean 'lung'"],
     ),
     "negative intensity window": (
-        ["--pictures", "--intensity-window", "-5,3"],
+        [*PICTURES, "--intensity-window", "-5,3"],
         ["window", "width > 0", "-5"],
     ),
 }
@@ -530,9 +531,9 @@ def test_bad_option(place, options, said):
 
 @pytest.mark.parametrize("name", ["unknown class", "unknown layer", "unknown colormap"])
 def test_a_bad_option_leaves_the_earlier_case_as_it_was(place, name):
-    assert place.explain("--pictures").code == 0
+    assert place.explain(*PICTURES).code == 0
     case = contents(place.out)
-    assert place.explain("--pictures", *BAD_OPTIONS[name][0]).code == 2
+    assert place.explain(*PICTURES, *BAD_OPTIONS[name][0]).code == 2
     assert contents(place.out) == case
 
 
@@ -689,7 +690,7 @@ def test_a_full_disk(place, monkeypatch):
         code, said = done.returncode, done.stderr
     else:
         monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC, 5))
-        outcome = place.explain("--pictures")
+        outcome = place.explain(*PICTURES)
         code, said, after = outcome.code, outcome.err, place.out
     assert code == 1
     assert said.startswith("error: ")

@@ -11,6 +11,7 @@ import pytest
 from helpers_cases import (
     IN_LESION,
     OBLIQUE,
+    PICTURES,
     Place,
     contents,
     voxels,
@@ -78,7 +79,7 @@ def test_raw_map_is_signed_and_the_cam_is_its_positive_part(place):
 
 
 def test_case_json_lists_every_file(place):
-    assert place.explain("--pictures").code == 0
+    assert place.explain(*PICTURES).code == 0
     assert file_names(place) == {*place.record["files"], "case.json"}
     assert "slices/lesion/axial_008.png" in place.record["files"]
 
@@ -102,7 +103,7 @@ def test_nothing_says_where_the_scan_was(tmp_path):
     folder.mkdir()
     place = Place.at(folder)
     elsewhere = tmp_path / "results"
-    assert place.explain("--pictures", "--out", elsewhere).code == 0
+    assert place.explain(*PICTURES, "--out", elsewhere).code == 0
     for name, content in contents(elsewhere).items():
         if content is None:
             continue
@@ -128,7 +129,7 @@ def refuse(*args, **kwargs):
 
 def test_case_json_comes_last(place, monkeypatch):
     monkeypatch.setattr("seg3dcam.case.save_montage", refuse)
-    outcome = place.explain("--pictures")
+    outcome = place.explain(*PICTURES)
     assert outcome.code == 1
     assert "montage.png cannot be written" in outcome.err
     assert (place.out / "cam_organ.nii.gz").is_file()  # it did get that far
@@ -136,30 +137,30 @@ def test_case_json_comes_last(place, monkeypatch):
 
 
 def test_a_failure_takes_the_earlier_case_json_with_it(place, monkeypatch):
-    assert place.explain("--pictures").code == 0
+    assert place.explain(*PICTURES).code == 0
     monkeypatch.setattr("seg3dcam.case.save_montage", refuse)
-    assert place.explain("--pictures", "--method", "grad_cam").code == 1
+    assert place.explain(*PICTURES, "--method", "grad_cam").code == 1
     assert not (place.out / "case.json").exists()
 
 
 def test_the_run_after_a_failure_is_whole(place, tmp_path_factory, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("seg3dcam.case.save_montage", refuse)
-        place.explain("--pictures")
-    assert place.explain("--pictures").code == 0
+        place.explain(*PICTURES)
+    assert place.explain(*PICTURES).code == 0
     fresh = Place.at(tmp_path_factory.mktemp("fresh"))
-    fresh.explain("--pictures")
+    fresh.explain(*PICTURES)
     assert contents(place.out) == contents(fresh.out)
 
 
 def test_no_temporary_file_stays(place, monkeypatch):
     monkeypatch.setattr("seg3dcam.case.save_montage", refuse)
-    place.explain("--pictures")
+    place.explain(*PICTURES)
     assert not [name for name in file_names(place) if "/." in f"/{name}"]
 
 
 def test_what_an_earlier_case_left_is_replaced(place):
-    place.explain("--pictures")
+    place.explain(*PICTURES)
     place.explain("--target", "organ")
     assert file_names(place) == {*place.record["files"], "case.json"}
     assert not list(place.out.glob("**/*lesion*"))
@@ -177,7 +178,7 @@ def test_foreign_files_stay(place):
     for name, content in mine.items():
         (place.out / name).parent.mkdir(parents=True, exist_ok=True)
         (place.out / name).write_bytes(content)
-    place.explain("--pictures")
+    place.explain(*PICTURES)
     place.explain("--target", "organ")
     assert mine.items() <= contents(place.out).items()
 
@@ -241,13 +242,13 @@ def test_unique_names(names, safe):
 def test_odd_class_names_stay_inside_the_folder(place):
     write_model(place.folder, classes=["background", "../../x", "Läsion a/b"])
     before = contents(place.folder)
-    assert place.explain("--pictures").code == 0
+    assert place.explain(*PICTURES).code == 0
     outside = {k: v for k, v in contents(place.folder).items() if not k.startswith("out")}
     assert outside == before
     classes = [case["target"]["class"] for case in place.record["explanations"]]
     assert classes == ["../../x", "Läsion a/b"]
     assert {"cam_x.nii.gz", "cam_L_sion_a_b.nii.gz"} <= file_names(place)
-    assert place.explain("--pictures", "--target", "Läsion a/b").code == 0
+    assert place.explain(*PICTURES, "--target", "Läsion a/b").code == 0
 
 
 # ----------------------------------------------------------------------------- odd, but legal

@@ -18,6 +18,7 @@ from helpers_cases import (
     IN_BACKGROUND,
     IN_LESION,
     IN_ORGAN,
+    PICTURES,
     Place,
     contents,
     seg3dcam,
@@ -258,7 +259,7 @@ def test_axial_is_the_patients_not_the_arrays(place):
 
 
 def test_pictures_show_relevant_slices_and_a_montage(place):
-    assert place.explain("--target", "lesion", "--pictures").code == 0
+    assert place.explain("--target", "lesion", *PICTURES).code == 0
     found = slices(place)
     assert "montage_lesion.png" in found
     assert "slices/lesion/axial_008.png" in found  # through the lesion
@@ -266,7 +267,7 @@ def test_pictures_show_relevant_slices_and_a_montage(place):
 
 
 def test_no_pictures(place):
-    assert place.explain("--no-pictures").code == 0
+    assert place.explain("--format", "nifti").code == 0
     assert slices(place) == []
 
 
@@ -284,7 +285,7 @@ def job(place):
         "out": str(place.out),
         "target": "lesion",
         "method": "grad_cam",
-        "pictures": False,
+        "format": "nifti",
     }
     return write_yaml(folder / "job.yaml", content)
 
@@ -308,7 +309,9 @@ def test_options_paths_are_relative_to_the_shell(place, job, monkeypatch):
     monkeypatch.chdir(place.folder)
     other = write_scan(place.folder / "other.nii.gz", voxels() * 1.01)
     assert seg3dcam("explain", other.name, "--config", job).code == 0
-    assert place.record["explanations"][0]["scan"]["name"] == "other"
+    brightness = place.record["case"]
+    assert seg3dcam("explain", "--config", job).code == 0
+    assert place.record["case"] != brightness  # another scan, another code
 
 
 def test_the_output_folder_is_relative_to_the_job_file_too(place, job, monkeypatch):
@@ -326,7 +329,7 @@ def test_a_job_file_lists_channels(tmp_path):
         "scan": ["a.nii.gz", "b.nii.gz"],
         "model": "model.yaml",
         "out": str(place.out),
-        "pictures": False,
+        "format": "nifti",
     }
     assert seg3dcam("explain", "--config", write_yaml(tmp_path / "job.yaml", content)).code == 0
     assert list(explained(place)) == ["organ", "lesion"]
@@ -376,9 +379,9 @@ def test_device_not_in_this_machine(place, machine, device, cuda, said):
 
 
 def test_a_rerun_skips_what_is_done(place):
-    assert place.explain("--pictures").code == 0
+    assert place.explain(*PICTURES).code == 0
     stamps = {path: path.stat().st_mtime_ns for path in place.out.rglob("*")}
-    outcome = place.explain("--pictures")
+    outcome = place.explain(*PICTURES)
     assert outcome.code == 0
     assert "holds this case already" in " ".join(outcome.out.split())
     assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*")} == stamps
@@ -405,7 +408,7 @@ def test_force_does_it_again_with_the_same_result(place):
         ("--target", "lesion"),
         ("--layer", "model.0"),
         ("--score", "mask_output"),
-        ("--pictures",),
+        (*PICTURES,),
         ("--slice", 8),
     ],
     ids=lambda change: " ".join(map(str, change)),
@@ -463,18 +466,18 @@ def test_a_case_that_lost_a_file_is_done_again(place):
 
 def test_every_path_on_stdout_exists(place, tmp_path_factory):
     place = Place.at(tmp_path_factory.mktemp("a folder whose name is so long that it fills a line"))
-    outcome = place.explain("--pictures")
+    outcome = place.explain(*PICTURES)
     assert outcome.code == 0
     assert {place.out / "case.json", place.out / "cam_lesion.nii.gz"} <= set(outcome.files)
     assert all(path.exists() for path in outcome.files)
     listed = {path for path in outcome.files if path.is_file()}
     assert listed == {path for path in place.out.iterdir() if path.is_file()}
-    again = place.explain("--pictures").out
+    again = place.explain(*PICTURES).out
     assert str(place.out) in again  # not broken over two lines
 
 
 def test_nothing_on_stderr_when_it_is_no_terminal(place):
-    assert place.explain("--pictures").err == ""
+    assert place.explain(*PICTURES).err == ""
 
 
 def test_a_warning_is_one_line(place):

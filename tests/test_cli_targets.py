@@ -123,8 +123,9 @@ def test_scores_over_regions(place, score, region):
     [
         (("--score", "contrast", "--target", "lesion"), "contrast and against go together"),
         (("--against", "organ", "--target", "lesion"), "contrast and against go together"),
-        (("--region", "false_negatives", "--target", "lesion"), "a truth goes together with"),
-        (("--truth", "t.nii.gz", "--target", "lesion"), "a truth goes together with"),
+        (("--region", "false_negatives", "--target", "lesion"), "compare with a truth"),
+        (("--score", "soft_dice", "--target", "lesion"), "compare with a truth"),
+        (("--score", "mask_output", "--truth", "scan.nii.gz"), "so there is no truth of it"),
         (("--region", "boundary"), "region 'boundary' needs a class"),
         (("--label", 2, "--target", "lesion"), "label is that of a class in the truth"),
         (("--score", "mask_output", "--region", "components"), "is about no class"),
@@ -148,7 +149,7 @@ def test_what_does_not_go_together_is_refused(place, options, complaint):
         (
             np.zeros((20, 24, 17)),
             OBLIQUE,
-            r"the mask has (20, 24, 17) voxels, the scan (20, 24, 18)",
+            r"the truth has (20, 24, 17) voxels, the scan (20, 24, 18)",
         ),
         (true_labels(), OBLIQUE + np.eye(4, k=3) * 3, "lies elsewhere in the patient"),
         (np.zeros(SHAPE), OBLIQUE, "the region is empty"),
@@ -161,6 +162,29 @@ def test_a_truth_on_another_grid_is_refused(place, labels, affine, complaint):
     assert outcome.code in (1, 2)
     assert complaint in outcome.complaint
     assert not (place.out / "case.json").exists()
+
+
+def test_a_truth_alone_is_drawn_and_measured(place):
+    truth = write_truth(place, true_labels())
+    assert place.explain("--truth", truth, "--format", "nifti").code == 0
+    prediction = place.volume("prediction.nii.gz")
+    assert set(by_label(place)) == {"organ", "lesion"}
+    for index, label in [(1, "organ"), (2, "lesion")]:
+        found = by_label(place)[label]["found"]
+        true, predicted = true_labels() == index, prediction == index
+        assert found["truth_voxels"] == true.sum()
+        dice = 2 * (true & predicted).sum() / (true.sum() + predicted.sum())
+        assert found["dice"] == pytest.approx(dice)
+        assert not by_label(place)[label]["target"]["uses_truth"]
+
+
+def test_a_truth_with_labels_of_another_scheme_is_refused(place):
+    truth = write_truth(place, np.where(true_labels() == 2, 255, 0))
+    outcome = place.explain("--target", "lesion", "--truth", truth)
+    assert outcome.code == 2
+    assert "the truth holds label 255" in outcome.complaint
+    assert place.explain("--target", "lesion", "--truth", truth, "--label", 255).code == 0
+    assert by_label(place)["lesion"]["found"]["truth_voxels"] == (true_labels() == 2).sum()
 
 
 def test_label_of_the_class_in_the_truth(place):

@@ -96,7 +96,7 @@ def test_values_of_the_ct_job_are_the_defaults():
     job = validate(read_yaml(ROOT / "configs" / "ct_job.yaml"), Job, "ct_job.yaml")
     defaults = Job(scan="", model="")
     changed = {key for key in Job.model_fields if getattr(job, key) != getattr(defaults, key)}
-    assert changed == {"scan", "model", "out", "target", "intensity_window"}
+    assert changed == {"scan", "model", "out", "target", "intensity_window", "axis"}
 
 
 def test_an_example_job_runs(tmp_path):
@@ -175,7 +175,9 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
         (Prepare, {"crop_foreground": "perhaps"}, r"crop_foreground: .*boolean.*'perhaps'"),
         (Prepare, {"orientation": "ras"}, r"orientation: .*'ras'"),
         (Job, {"scan": "a"}, r"^file\.yaml:\n  model: missing$"),
-        (Job, {"scan": "a", "model": "b", "pictures": "maybe"}, r"pictures: .*boolean.*'maybe'"),
+        (Job, {"scan": "a", "model": "b", "format": "pdf"}, r"format: .*'nifti', 'png'.*'pdf'"),
+        (Job, {"scan": "a", "model": "b", "format": []}, r"format: an empty list"),
+        (Job, {"scan": "a", "model": "b", "slice": 3, "axis": ["axial", "coronal"]}, "one axis"),
         (ModelSpec, {"factory": "os.system", "weights": "w", "classes": ["a"]}, r"factory: .*os"),
         (ModelSpec, {"nets": 1}, r"nets: unknown key, .*\n  weights: missing"),
     ],

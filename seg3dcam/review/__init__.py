@@ -1,11 +1,35 @@
 """Pictures for the reader: review a CAM slice by slice, as radiologists look at scans.
 
-`save_slices` writes one PNG per slice, `save_montage` one PNG of several slices, `save_features`
-the channels of a layer.
+    review = review_explanation(explanation, Look(window="lung"), case="case 7")
+    save_slices("slices", review)
+
+A `Review` holds what the pictures of one case share; `review_volumes` makes one from arrays.
+`save_slices` writes one PNG per slice, `save_montage` one PNG of several, `save_planes` the three
+planes through the peak, `save_profile` curves along the slices, `save_cine` a film, `save_report`
+one HTML page of everything; `save_features` the channels of a layer.
 """
 
 from seg3dcam.look import WINDOWS
+from seg3dcam.review.cine import save_cine
 from seg3dcam.review.features import save_features
-from seg3dcam.review.slices import save_montage, save_slices
+from seg3dcam.review.montage import save_montage
+from seg3dcam.review.plan import Review, review_explanation, review_volumes
+from seg3dcam.review.planes import save_planes
+from seg3dcam.review.profile import save_profile
+from seg3dcam.review.report import Report, save_report
+from seg3dcam.review.slices import save_slices
 
-__all__ = ["WINDOWS", "save_features", "save_montage", "save_slices"]
+__all__ = [
+    "WINDOWS",
+    "Report",
+    "Review",
+    "review_explanation",
+    "review_volumes",
+    "save_cine",
+    "save_features",
+    "save_montage",
+    "save_planes",
+    "save_profile",
+    "save_report",
+    "save_slices",
+]

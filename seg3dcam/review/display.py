@@ -183,6 +183,24 @@ def cut(view: View, volume: NDArray[Any], index: int) -> NDArray[Any]:
     return plane
 
 
+def pixel_of(view: View, voxel: Sequence[float], size: Size) -> tuple[float, float]:
+    """Row and column of a voxel's centre in a picture, in pixels from its top left corner.
+
+    >>> view = plan_view((4, 4, 4), np.eye(4), "axial")  # x to the right, y up: both flipped
+    >>> pixel_of(view, (0, 3, 2), Size(40, 40, 10.0))
+    (5.0, 35.0)
+    """
+
+    def along(axis: int, pixels: int, flipped: bool) -> float:
+        part = (voxel[axis] + 0.5) / view.shape[axis]
+        return pixels * (1 - part if flipped else part)
+
+    return (
+        along(view.row_axis, size.height, view.flip_rows),
+        along(view.column_axis, size.width, view.flip_columns),
+    )
+
+
 def spacing_mm(view: View) -> tuple[float, float]:
     """Height and width of one voxel of the view's pictures, in mm."""
     sizes = spacing_of(view.affine)
@@ -201,17 +219,30 @@ def obliquity_degrees(affine: ArrayLike) -> float:
     return float(np.degrees(np.arccos(np.clip(along, 0, 1))).max())
 
 
+def position_mm(view: View, index: float) -> float:
+    """Where a slice lies at its centre: mm towards `PLANES[view.axis].across`."""
+    centre = (np.array(view.shape) - 1) / 2
+    centre[view.slice_axis] = index
+    world = "RAS".index(PLANES[view.axis].across)
+    return float(view.affine[world, :3] @ centre + view.affine[world, 3])
+
+
 def position_text(view: View, index: int) -> str:
     """Say where slice `index` lies: mm from the origin of the patient's space, at its centre.
 
     >>> position_text(plan_view((9, 9, 9), np.diag([1, 1, 2, 1]), "axial"), 3)
     'S 6.0 mm'
     """
-    centre = (np.array(view.shape) - 1) / 2
-    centre[view.slice_axis] = index
-    world = "RAS".index(PLANES[view.axis].across)
-    mm = float(view.affine[world, :3] @ centre + view.affine[world, 3])
-    return f"{'RAS'[world] if mm >= 0 else 'LPI'[world]} {abs(mm):.1f} mm"
+    return f"{side_text(PLANES[view.axis].across, position_mm(view, index))} mm"
+
+
+def side_text(side: str, mm: float) -> str:
+    """Say how far something lies to a side of the origin, without a sign.
+
+    >>> side_text("R", 12.04), side_text("S", -3.5)
+    ('R 12.0', 'I 3.5')
+    """
+    return f"{side if mm >= 0 else OPPOSITE[side]} {abs(mm):.1f}"
 
 
 def picture_size(view: View, short_side: int, *, long_side: int, keep_detail: bool = True) -> Size:
@@ -247,6 +278,21 @@ def slice_profile(view: View, volume: NDArray[Any]) -> tuple[NDArray[Any], NDArr
 def peak_slice(largest: NDArray[Any], total: NDArray[np.float64]) -> int:
     """Index of the slice with the highest value; of several, the one with the largest sum."""
     return int(np.lexsort((total, largest))[-1])
+
+
+def peak_voxel(view: View, volume: NDArray[Any], index: int) -> tuple[int, int, int]:
+    """Voxel of the highest value in slice `index`; of equal ones the nearest to their middle.
+
+    >>> volume = np.zeros((5, 5, 2))
+    >>> volume[1:4, 1:4, 1] = 1
+    >>> peak_voxel(plan_view((5, 5, 2), np.eye(4), "axial"), volume, 1)
+    (2, 2, 1)
+    """
+    plane = np.moveaxis(volume, view.slice_axis, 0)[index]
+    tops = np.argwhere(plane == plane.max())
+    nearest_to_middle = tops[((tops - tops.mean(0)) ** 2).sum(1).argmin()]
+    x, y, z = (int(n) for n in np.insert(nearest_to_middle, view.slice_axis, index))
+    return x, y, z
 
 
 def choose_slices(
@@ -301,9 +347,18 @@ def _spread(relevant: NDArray[np.bool_], peak: int | None, limit: int) -> list[i
         candidates[peak] = True
     if not candidates.any():
         candidates[:] = True
-    chosen = np.flatnonzero(candidates)
-    if len(chosen) > limit:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
-        if peak is not None and peak not in chosen:
-            chosen[np.abs(chosen - peak).argmin()] = peak
+    return thin_out(np.flatnonzero(candidates).tolist(), limit, keep=peak)
+
+
+def thin_out(indices: Sequence[int], limit: int, keep: int | None = None) -> list[int]:
+    """Leave at most `limit` of the indices, evenly spread, with `keep` if it is one of them.
+
+    >>> thin_out([1, 2, 3, 4, 5], 3), thin_out([1, 2, 3, 4, 5], 3, keep=4)
+    ([1, 3, 5], [1, 4, 5])
+    """
+    if len(indices) <= limit:
+        return list(indices)
+    chosen = np.array(indices)[np.linspace(0, len(indices) - 1, limit).round().astype(int)]
+    if keep is not None and keep in indices and keep not in chosen:
+        chosen[np.abs(chosen - keep).argmin()] = keep
     return [int(index) for index in chosen]

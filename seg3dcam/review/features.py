@@ -19,14 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.errors import ConfigError, InputError, nearest
-from seg3dcam.review import display, draw
-from seg3dcam.review.slices import (
-    MONTAGE_PIXELS,
-    MONTAGE_SHAPE,
-    RESEARCH_ONLY,
-    make_folder,
-    write_png,
-)
+from seg3dcam.look import colours
+from seg3dcam.review import display, frame, text
+from seg3dcam.review.draw import Colour, Picture
+from seg3dcam.review.montage import MONTAGE_PIXELS, MONTAGE_SHAPE
+from seg3dcam.review.page import RESEARCH_ONLY, make_folder, write_png
 
 if TYPE_CHECKING:
     from seg3dcam.features import FeatureMaps
@@ -42,7 +39,7 @@ MOSAIC_PIXELS = 7_000_000
 
 LABEL_SIZE = 12
 NARROWEST = 640  # of a mosaic, so that its header can be read
-FRAME: draw.Colour = (70, 70, 70)
+FRAME: Colour = (70, 70, 70)
 
 # A channel that varies by less than this fraction of its values is constant: the rest is rounding.
 ROUNDING = 1e-6
@@ -57,6 +54,7 @@ class Sheet:
         pixel: height and width of a voxel.
         lows, highs: (C,) each channel's own range; NaN where it holds NaN or infinity.
         scale: (low, high) of the whole layer; None: each channel's own.
+        colours: (256, 3), blue, green, red.
         chosen: the channels that are drawn, in this order.
     """
 
@@ -67,7 +65,7 @@ class Sheet:
     lows: NDArray[np.float64]
     highs: NDArray[np.float64]
     scale: tuple[float, float] | None
-    palette: draw.Palette
+    colours: NDArray[np.uint8]
     chosen: list[int]
 
 
@@ -91,7 +89,7 @@ def save_features(
             `rank_000_channel_017.png`) and `mosaic.png`; made if missing. Of a layer with more
             channels than fit on 12 million pixels the mosaic has pages, `mosaic_1.png` and so on.
         features: what `seg3dcam.features.feature_maps` returned.
-        colormap: any colormap of matplotlib.
+        colormap: any colormap of matplotlib or OpenCV.
         scale: "channel": from each channel's own minimum to its maximum, a constant channel is
             black; "layer": one scale for all channels of the slice, a constant layer is black.
             A channel with NaN or infinite values is black and labelled so.
@@ -167,34 +165,34 @@ def prepare(
             if scale == "layer" and known.any()
             else None
         ),
-        palette=draw.make_palette(colormap, 1.0),
+        colours=colours(colormap)[:, ::-1],
         chosen=_chosen_channels(features, channels)[:top],
     )
 
 
-def draw_channel(sheet: Sheet, channel: int) -> draw.Picture:
+def draw_channel(sheet: Sheet, channel: int) -> Picture:
     """Draw a channel and nothing else, (height, width, 3) uint8 in OpenCV's order."""
     size = block_size(sheet.planes.shape[1:], sheet.pixel, PICTURE, shrink=False)
     return _draw_plane(sheet, channel, size)
 
 
-def draw_mosaic(sheet: Sheet, columns: int | None = None, *, page: int = 0) -> draw.Picture:
+def draw_mosaic(sheet: Sheet, columns: int | None = None, *, page: int = 0) -> Picture:
     """Draw a page of the mosaic: labelled tiles in rows, below a header."""
     size, cell = _layout(sheet)
     pages = _pages(sheet, columns)
     across = _columns(sheet, columns, cell)
     tiles = [_draw_tile(sheet, channel, size, cell) for channel in pages[page]]
     rows = [
-        draw.stack_columns(tiles[n : n + across], 2 * draw.GAP)
+        frame.stack_columns(tiles[n : n + across], 2 * text.GAP)
         for n in range(0, len(tiles), across)
     ]
-    body = draw.stack_rows(rows)
-    body = np.pad(body, ((draw.GAP, 0), (draw.MARGIN, draw.MARGIN), (0, 0)))
+    body = frame.stack_rows(rows)
+    body = np.pad(body, ((text.GAP, 0), (text.MARGIN, text.MARGIN), (0, 0)))
     width = max(NARROWEST, body.shape[1])
-    footer = draw.text_block([RESEARCH_ONLY, ""], width, draw.AMBER)
+    footer = text.text_block([RESEARCH_ONLY, ""], width, text.AMBER)
     number = f"page {page + 1} of {len(pages)}" if len(pages) > 1 else ""
-    return draw.stack_rows(
-        [*_header(sheet, width, size, number), body, footer[: -draw.line_height() // 2]]
+    return frame.stack_rows(
+        [*_header(sheet, width, size, number), body, footer[: -text.line_height() // 2]]
     )
 
 
@@ -270,19 +268,19 @@ def _layout(sheet: Sheet) -> tuple[tuple[int, int], tuple[int, int]]:
     finest = min(sheet.pixel)
     native = max(math.ceil(n * s / finest) for n, s in zip(shape, sheet.pixel, strict=True))
     words = [_label(sheet, channel) for channel in sheet.chosen]
-    tall = draw.line_height(LABEL_SIZE) * len(words[0]) + 2
+    tall = text.line_height(LABEL_SIZE) * len(words[0]) + 2
     usual, most = (
-        math.isqrt(pixels // len(sheet.chosen)) - tall - 2 * draw.GAP
+        math.isqrt(pixels // len(sheet.chosen)) - tall - 2 * text.GAP
         for pixels in (MOSAIC_PIXELS, MONTAGE_PIXELS)
     )
     side = max(SMALLEST_TILE, min(TILE, usual), min(native, most))
     height, width = block_size(shape, sheet.pixel, side, shrink=True)
-    widest = max(draw.text_width(line, LABEL_SIZE, True) for lines in words for line in lines)
+    widest = max(text.text_width(line, LABEL_SIZE, True) for lines in words for line in lines)
     return (height, width), (height + 2 + tall, max(width + 2, widest))
 
 
 def _columns(sheet: Sheet, columns: int | None, cell: tuple[int, int]) -> int:
-    height, width = (n + 2 * draw.GAP for n in cell)
+    height, width = (n + 2 * text.GAP for n in cell)
     count = min(len(sheet.chosen), max(1, MONTAGE_PIXELS // (height * width)))
     wide = max(1, round(math.sqrt(count * MONTAGE_SHAPE * height / width)))
     return min(wide if columns is None else columns, len(sheet.chosen))
@@ -292,7 +290,7 @@ def _pages(sheet: Sheet, columns: int | None) -> list[list[int]]:
     """Return the channels of each page: full rows, as many as its pixels allow."""
     _, cell = _layout(sheet)
     across = _columns(sheet, columns, cell)
-    height, width = (n + 2 * draw.GAP for n in cell)
+    height, width = (n + 2 * text.GAP for n in cell)
     size = across * max(1, MONTAGE_PIXELS // (height * width * across))
     return [sheet.chosen[n : n + size] for n in range(0, len(sheet.chosen), size)]
 
@@ -300,7 +298,7 @@ def _pages(sheet: Sheet, columns: int | None) -> list[list[int]]:
 # ---------------------------------------------------------------- pictures
 
 
-def _draw_plane(sheet: Sheet, channel: int, size: tuple[int, int]) -> draw.Picture:
+def _draw_plane(sheet: Sheet, channel: int, size: tuple[int, int]) -> Picture:
     """Draw a channel with (height, width) pixels, each of the voxel under its centre."""
     low, high = sheet.scale or (sheet.lows[channel], sheet.highs[channel])
     if not _varies(low, high) or not np.isfinite(sheet.lows[channel]):
@@ -311,37 +309,35 @@ def _draw_plane(sheet: Sheet, channel: int, size: tuple[int, int]) -> draw.Pictu
         ((np.arange(pixels) + 0.5) * voxels / pixels).astype(int)
         for pixels, voxels in zip(size, level.shape, strict=True)
     )
-    return sheet.palette.pure[level[np.ix_(rows, columns)], 0]
+    return sheet.colours[level[np.ix_(rows, columns)]]
 
 
-def _draw_tile(
-    sheet: Sheet, channel: int, size: tuple[int, int], cell: tuple[int, int]
-) -> draw.Picture:
+def _draw_tile(sheet: Sheet, channel: int, size: tuple[int, int], cell: tuple[int, int]) -> Picture:
     """Draw a channel in a thin frame below its label; what is left below separates the rows."""
-    tile = np.zeros((cell[0] + 2 * draw.GAP, cell[1], 3), np.uint8)
+    tile = np.zeros((cell[0] + 2 * text.GAP, cell[1], 3), np.uint8)
     lines = _label(sheet, channel)
     for row, line in enumerate(lines):
-        top, first = row * draw.line_height(LABEL_SIZE), row == 0
-        draw.put_text(tile, line, 0, top, draw.WHITE if first else draw.GREY, LABEL_SIZE, first)
+        top, first = row * text.line_height(LABEL_SIZE), row == 0
+        text.put_text(tile, line, 0, top, text.WHITE if first else text.GREY, LABEL_SIZE, first)
     top = cell[0] - size[0] - 2
     tile[top : cell[0], : size[1] + 2] = FRAME
     tile[top + 1 : cell[0] - 1, 1 : size[1] + 1] = _draw_plane(sheet, channel, size)
     return tile
 
 
-def _colour_bar(sheet: Sheet) -> draw.Picture:
+def _colour_bar(sheet: Sheet) -> Picture:
     """Draw a strip of the colours between the words for its ends."""
     low, high = (f"{n:.3g}" for n in sheet.scale) if sheet.scale else ("its minimum", "its maximum")
-    left = draw.MARGIN + draw.text_width(low) + draw.GAP
+    left = text.MARGIN + text.text_width(low) + text.GAP
     right = left + 160
     bar = np.zeros(
-        (draw.GAP + draw.line_height(), right + 2 * draw.GAP + draw.text_width(high), 3), np.uint8
+        (text.GAP + text.line_height(), right + 2 * text.GAP + text.text_width(high), 3), np.uint8
     )
-    draw.put_text(bar, low, draw.MARGIN, draw.GAP)
+    text.put_text(bar, low, text.MARGIN, text.GAP)
     strip = np.linspace(0, 255, right - left).round().astype(np.uint8)
-    bar[draw.GAP + 4 : draw.GAP + 16, left:right] = sheet.palette.pure[strip, 0]
-    cv2.rectangle(bar, (left - 1, draw.GAP + 3), (right, draw.GAP + 16), draw.GREY, 1)
-    draw.put_text(bar, high, right + draw.GAP, draw.GAP)
+    bar[text.GAP + 4 : text.GAP + 16, left:right] = sheet.colours[strip]
+    cv2.rectangle(bar, (left - 1, text.GAP + 3), (right, text.GAP + 16), text.GREY, 1)
+    text.put_text(bar, high, right + text.GAP, text.GAP)
     return bar
 
 
@@ -374,21 +370,21 @@ def _label(sheet: Sheet, channel: int) -> list[str]:
     return [f"channel {channel}", *weight, extent]
 
 
-def _header(sheet: Sheet, width: int, size: tuple[int, int], page: str) -> list[draw.Picture]:
+def _header(sheet: Sheet, width: int, size: tuple[int, int], page: str) -> list[Picture]:
     """Say which layer and slice this is, and what the colours mean."""
-    room = width - 2 * draw.MARGIN
+    room = width - 2 * text.MARGIN
     features = sheet.features
     count, shown = len(features.values), len(sheet.chosen)
     several = f"{count} channel{'s' * (count > 1)}"
     title = [
-        draw.clean_text(f"layer {features.layer}"),
+        text.clean_text(f"layer {features.layer}"),
         several if shown == count else f"{shown} of {several}",
         *([page] if page else []),
     ]
-    title = draw.wrap_items(title, room, draw.TITLE_SIZE, bold=True)
+    title = text.wrap_items(title, room, text.TITLE_SIZE, bold=True)
     blocks = [
-        draw.text_block(title, width, size=draw.TITLE_SIZE, bold=True),
-        draw.text_block(draw.wrap_items(_facts(sheet), room), width, draw.GREY),
+        text.text_block(title, width, size=text.TITLE_SIZE, bold=True),
+        text.text_block(text.wrap_items(_facts(sheet), room), width, text.GREY),
     ]
     rows, columns = sheet.planes.shape[1:]
     if size[0] < rows or size[1] < columns:
@@ -396,7 +392,7 @@ def _header(sheet: Sheet, width: int, size: tuple[int, int], page: str) -> list[
             f"shrunk to {size[0]} x {size[1]} of {rows} x {columns} voxels by leaving some out: "
             "the channels' own pictures show all"
         )
-        blocks.append(draw.text_block(draw.wrap_items([notice], room), width, draw.AMBER))
+        blocks.append(text.text_block(text.wrap_items([notice], room), width, text.AMBER))
     return [*blocks, _colour_bar(sheet)]
 
 
@@ -421,7 +417,7 @@ def _facts(sheet: Sheet) -> list[str]:
         facts.append(f"{view.axis}, {display.position_text(view, features.index)}")
         facts.append(f"left {edges.left}, right {edges.right}, top {edges.top}")
     if features.weights is not None:
-        facts.append(draw.clean_text(f"ranked by Grad-CAM weight for {features.target}"))
+        facts.append(text.clean_text(f"ranked by Grad-CAM weight for {features.target}"))
     own = "each channel on its own scale, constant channels are black"
     return [*facts, "one scale for all channels" if sheet.scale else own]
 

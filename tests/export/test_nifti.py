@@ -364,7 +364,7 @@ def test_a_failed_rewrite_leaves_the_good_file(tmp_path, volume, suffix, moment,
         if moment == "replace":
             patch.setattr("os.replace", full)
         else:
-            patch.setattr("seg3dcam.export.nifti._slabs", half)
+            patch.setattr("seg3dcam.export.nifti.slabs", half)
         for name in (path.name, f"new{suffix}"):
             with pytest.raises(OutputError, match=rf"{name} cannot be written .*The disk is full"):
                 write_nifti(tmp_path / name, volume + 1, np.eye(4))

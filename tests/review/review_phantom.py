@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import cv2
 import nibabel
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+
+from seg3dcam.look import Look
+from seg3dcam.review import Review, frame, review_volumes, text
 
 # In patient space: size in mm, and the marker's centre from the middle (R, A, S positive).
 CUBE_MM = 120.0
@@ -46,8 +57,57 @@ def make_scan(
     return scan, index
 
 
+def review_of(scan: Any, cam: Any, affine: Any, **settings: Any) -> Review:
+    """The review of arrays, the fields of its look among the settings."""
+    look = {f.name: settings.pop(f.name) for f in fields(Look) if f.name in settings}
+    return review_volumes(scan, cam, affine, look=Look(**look), **settings)
+
+
 def brightest(picture: NDArray[np.uint8]) -> tuple[float, float]:
     """Centre of the bright blob, (row, column) in pixels from the picture's top left corner."""
     weight = np.maximum(picture[..., 0].astype(float) - 40, 0)
     rows, columns = np.indices(weight.shape) + 0.5
     return (rows * weight).sum() / weight.sum(), (columns * weight).sum() / weight.sum()
+
+
+def read(file: Path) -> NDArray[np.uint8]:
+    """The pixels of a PNG, blue green red."""
+    picture = cv2.imread(str(file))
+    assert picture is not None
+    return picture
+
+
+def blob_case(
+    shape: tuple[int, int, int] = (30, 32, 12), spacing: tuple[float, float, float] = (1, 1, 3)
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Noise, and a box of heat that rises with k; with its affine."""
+    rng = np.random.default_rng(1)
+    scan = rng.normal(100, 30, shape)
+    cam = np.zeros(shape)
+    cam[5:15, 8:20, 3:9] = np.linspace(0.1, 1, 6)
+    return scan, cam, np.diag([*spacing, 1.0])
+
+
+def find(picture: NDArray[np.uint8], part: NDArray[np.uint8]) -> tuple[int, int]:
+    """Row and column where a part stands in a picture, to the pixel."""
+    match = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
+    left, top = cv2.minMaxLoc(match)[2]
+    there = picture[top : top + part.shape[0], left : left + part.shape[1]]
+    np.testing.assert_array_equal(there, part)
+    return top, left
+
+
+@contextmanager
+def written_words() -> Iterator[list[str]]:
+    """All lines of text that are written into pictures, as the text function gets them."""
+    lines: list[str] = []
+    real = text.put_text
+
+    def spy(picture: Any, line: str, *rest: Any, **more: Any) -> None:
+        lines.append(line)
+        real(picture, line, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (text, frame):
+            patch.setattr(module, "put_text", spy)
+        yield lines

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.look import Window
-from seg3dcam.review import draw
+from seg3dcam.look import Look, Window
+from seg3dcam.review import draw, frame, text
 from seg3dcam.review.display import Letters, Size
 
 RNG = np.random.default_rng(3)
@@ -32,7 +32,9 @@ def blend_slowly(grey, cam, threshold, opacity, colormap):
 def test_heat_follows_the_formula(colormap, opacity):
     grey = RNG.integers(0, 256, (24, 25), dtype=np.uint8)
     cam = (RNG.integers(0, 256, (24, 25)) / 255).astype(np.float32)  # on the 256 levels
-    heat = draw.draw_heat(grey, cam, 0.3, draw.make_palette(colormap, opacity))
+    heat = draw.draw_heat(
+        grey, cam, 0.3, draw.make_palette(Look(colormap=colormap, opacity=opacity))
+    )
     # Three roundings to whole numbers.
     np.testing.assert_allclose(heat, blend_slowly(grey, cam, 0.3, opacity, colormap), atol=1.5)
 
@@ -40,17 +42,25 @@ def test_heat_follows_the_formula(colormap, opacity):
 def test_below_the_threshold_every_grey_is_unchanged():
     grey = np.arange(256, dtype=np.uint8)[None].repeat(50, 0)
     cam = np.linspace(0, 0.1999, 50, dtype=np.float32)[:, None].repeat(256, 1)
-    heat = draw.draw_heat(grey, cam, 0.2, draw.make_palette("inferno", 1.0))
+    heat = draw.draw_heat(grey, cam, 0.2, draw.make_palette(Look(colormap="inferno", opacity=1.0)))
     np.testing.assert_array_equal(heat, grey[..., None].repeat(3, -1))
     at_threshold = np.full_like(cam, 0.2)
     assert (
-        draw.draw_heat(grey, at_threshold, 0.2, draw.make_palette("inferno", 1.0)) != heat
+        draw.draw_heat(
+            grey, at_threshold, 0.2, draw.make_palette(Look(colormap="inferno", opacity=1.0))
+        )
+        != heat
     ).any()
 
 
 def test_zero_is_never_drawn_even_without_a_threshold():
     grey = np.arange(256, dtype=np.uint8)[None]
-    heat = draw.draw_heat(grey, np.zeros((1, 256), np.float32), 0, draw.make_palette("jet", 1.0))
+    heat = draw.draw_heat(
+        grey,
+        np.zeros((1, 256), np.float32),
+        0,
+        draw.make_palette(Look(colormap="jet", opacity=1.0)),
+    )
     np.testing.assert_array_equal(heat, grey[..., None].repeat(3, -1))
 
 
@@ -91,7 +101,7 @@ def test_outline_surrounds_the_region_and_leaves_it_free(name):
     mask = np.zeros((60, 60), np.uint8)
     mask[20:40, 15:45] = 1
     picture = np.full((60, 60, 3), 200, np.uint8)
-    draw.draw_outline(picture, mask, draw.LINES[name])
+    draw.draw_outlines(picture, {name: mask})
     coloured = (picture == draw.LINES[name].colour).all(-1)
     distance = cv2.distanceTransform(1 - mask, cv2.DIST_C, 3)
     inside = cv2.distanceTransform(mask, cv2.DIST_C, 3)
@@ -109,17 +119,29 @@ def test_the_two_outlines_differ_in_colour_and_in_style():
     covered = {}
     for name, line in draw.LINES.items():
         picture = np.zeros((80, 80, 3), np.uint8)
-        draw.draw_outline(picture, mask, line)
+        draw.draw_outlines(picture, {name: mask})
         covered[name] = (picture == line.colour).all(-1).sum()
     assert 0.4 < covered["prediction"] / covered["truth"] < 0.8  # dashed, solid
     assert draw.LINES["prediction"].colour != draw.LINES["truth"].colour
+
+
+def test_where_two_outlines_coincide_both_are_seen():
+    mask = np.zeros((80, 80), np.uint8)
+    mask[20:60, 20:60] = 1
+    picture = np.full((80, 80, 3), 200, np.uint8)
+    draw.draw_outlines(picture, {"truth": mask, "prediction": mask})
+    seen = {name: (picture == line.colour).all(-1).sum() for name, line in draw.LINES.items()}
+    assert seen["truth"] > 0.3 * seen["prediction"]
+    assert seen["prediction"] > 0.3 * seen["truth"]
 
 
 @pytest.mark.parametrize("colormap", ["inferno", "jet", "viridis"])
 def test_outlines_stand_out_from_any_heat_on_any_grey(colormap):
     grey = np.arange(256, dtype=np.uint8)[None].repeat(256, 0)
     cam = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(256, 1)
-    heat = draw.draw_heat(grey, cam, 0.2, draw.make_palette(colormap, 0.5)).astype(int)
+    heat = draw.draw_heat(
+        grey, cam, 0.2, draw.make_palette(Look(colormap=colormap, opacity=0.5))
+    ).astype(int)
     for line in draw.LINES.values():
         # Against the heat itself or against the dark rim beside the line.
         contrast = np.abs(heat - line.colour).max(-1)
@@ -129,17 +151,17 @@ def test_outlines_stand_out_from_any_heat_on_any_grey(colormap):
 
 def test_unknown_colormap_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown colormap 'infrno'; did you mean 'inferno'"):
-        draw.make_palette("infrno", 0.5)
+        draw.make_palette(Look(colormap="infrno", opacity=0.5))
 
 
 def test_scale_bar_has_its_length_in_pixels():
     picture = np.zeros((400, 400, 3), np.uint8)
-    framed = draw.frame_picture(picture, Letters("", "", "", ""), 2.5, (400, 400))
-    row = framed[-draw.MARGIN // 2, :, 0]
-    length = draw.scale_length(0.22 * 400 / 2.5)
+    framed = frame.frame_picture(picture, Letters("", "", "", ""), 2.5, (400, 400))
+    row = framed[-text.MARGIN // 2, :, 0]
+    length = frame.scale_length(0.22 * 400 / 2.5)
     assert length == 20
-    assert (row[draw.MARGIN :][: length_pixels(length, 2.5)] == draw.WHITE[0]).all()
-    assert row[draw.MARGIN + length_pixels(length, 2.5)] == 0
+    assert (row[text.MARGIN :][: length_pixels(length, 2.5)] == text.WHITE[0]).all()
+    assert row[text.MARGIN + length_pixels(length, 2.5)] == 0
 
 
 def length_pixels(length, pixels_per_mm):
@@ -148,41 +170,41 @@ def length_pixels(length, pixels_per_mm):
 
 @pytest.mark.parametrize("longest", [0.011, 0.5, 0.99, 1, 3, 49, 50, 51, 1234])
 def test_scale_length_is_round_and_long(longest):
-    length = draw.scale_length(longest)
+    length = frame.scale_length(longest)
     assert longest / 2.5 < length <= longest
     assert f"{length:e}"[0] in "125"
 
 
 def test_the_frame_leaves_the_picture_untouched_and_centred():
     picture = RNG.integers(0, 256, (100, 60, 3), dtype=np.uint8)
-    framed = draw.frame_picture(picture, Letters("R", "L", "A", "P"), 1.0, (320, 320))
-    top, left = draw.MARGIN + 110, draw.MARGIN + 130
+    framed = frame.frame_picture(picture, Letters("R", "L", "A", "P"), 1.0, (320, 320))
+    top, left = text.MARGIN + 110, text.MARGIN + 130
     np.testing.assert_array_equal(framed[top : top + 100, left : left + 60], picture)
-    assert framed.shape == (320 + 2 * draw.MARGIN, 320 + 2 * draw.MARGIN, 3)
+    assert framed.shape == (320 + 2 * text.MARGIN, 320 + 2 * text.MARGIN, 3)
 
 
 def test_wrapped_text_fits_and_loses_nothing():
     items = ["short", "a" * 300, "several words " * 30, "layer: encoder.4", ""]
-    lines = draw.wrap_items(items, 300)
-    assert max(draw.text_width(line) for line in lines) <= 300
+    lines = text.wrap_items(items, 300)
+    assert max(text.text_width(line) for line in lines) <= 300
     kept = "".join(lines).replace(" ", "").replace("·", "")
     assert kept == "".join(items).replace(" ", "")
 
 
 def test_text_becomes_one_line_without_control_characters():
-    assert draw.clean_text("a\nb\t\x1bc\u202ed  e") == "a b c d e"
+    assert text.clean_text("a\nb\t\x1bc\u202ed  e") == "a b c d e"
 
 
 def test_text_is_drawn_and_stays_inside_the_picture():
     picture = np.zeros((30, 40, 3), np.uint8)
-    draw.put_text(picture, "µ longer than the picture", -5, 20)
+    text.put_text(picture, "µ longer than the picture", -5, 20)
     assert picture.max() > 200
     assert (picture[:20] == 0).all()
 
 
 def test_colour_bar_shows_the_colormap_and_nothing_below_the_threshold():
-    palette = draw.make_palette("inferno", 0.5)
-    bar = draw.draw_colour_bar(palette, 0.5)
+    palette = draw.make_palette(Look(colormap="inferno", opacity=0.5))
+    bar = frame.draw_colour_bar(palette, 0.5)
     np.testing.assert_array_equal(bar[12, 10], palette.pure[255, 0])
     np.testing.assert_array_equal(bar[80, 10], palette.pure[round(255 * (1 - 68 / 275)), 0])
     assert (bar[200:280, 10:20] == 0).all()

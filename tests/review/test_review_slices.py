@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from pathlib import Path
 
 import cv2
@@ -13,14 +14,17 @@ from review_phantom import (
     MARKER_MM,
     ORIENTATIONS,
     SPACINGS,
+    blob_case,
     brightest,
     make_affine,
     make_scan,
+    read,
+    review_of,
+    written_words,
 )
 
-import seg3dcam.review
-from seg3dcam.errors import ConfigError, InputError, OutputError
-from seg3dcam.review import display, draw, save_montage, save_slices, slices
+from seg3dcam.errors import InputError, OutputError
+from seg3dcam.review import display, draw, page, save_montage, save_slices, slices, text
 
 TILT = nibabel.eulerangles.euler2mat(0.25, 0.1, 0.2)
 # Where the marker's mm go: (across the picture from its centre to the right, and down).
@@ -31,29 +35,15 @@ RIGHT_DOWN = {
 }
 
 
-def read(file: Path):
-    picture = cv2.imread(str(file))
-    assert picture is not None
-    return picture
-
-
 def panels(picture, view, short=slices.SLICE_SHORT):
     """The scan and the overlay inside their margins, from a PNG of one slice without a title."""
     size = display.picture_size(view, short, long_side=slices.SLICE_LONG)
     cell = max(short, size.height), max(short, size.width)
-    top = draw.MARGIN + (cell[0] - size.height) // 2
-    left = draw.MARGIN + (cell[1] - size.width) // 2
-    second = left + cell[1] + 2 * draw.MARGIN + draw.GAP
+    top = text.MARGIN + (cell[0] - size.height) // 2
+    left = text.MARGIN + (cell[1] - size.width) // 2
+    second = left + cell[1] + 2 * text.MARGIN + text.GAP
     down = slice(top, top + size.height)
     return picture[down, left : left + size.width], picture[down, second : second + size.width]
-
-
-def blob_case(shape=(30, 32, 12), spacing=(1.0, 1.0, 3.0)):
-    rng = np.random.default_rng(1)
-    scan = rng.normal(100, 30, shape)
-    cam = np.zeros(shape)
-    cam[5:15, 8:20, 3:9] = np.linspace(0.1, 1, 6)
-    return scan, cam, np.diag([*spacing, 1.0])
 
 
 # ---------------------------------------------------------------- orientation in the file
@@ -69,7 +59,7 @@ def test_marker_is_where_the_patient_has_it(tmp_path, axis, codes, spacing):
     index = int(voxel[view.slice_axis])
     cam = scan == 100
     (file,) = save_slices(
-        tmp_path, scan, cam, affine, axis=axis, slices=index, window=(100, 50), opacity=0
+        tmp_path, review_of(scan, cam, affine, axis=axis, slices=index, window=(100, 50), opacity=0)
     )
     assert file.name == f"{axis}_{index:03d}.png"
     for picture in panels(read(file), view):
@@ -90,7 +80,7 @@ def test_marker_of_an_oblique_scan_is_on_the_same_side(tmp_path, axis, codes):
     scan, voxel = make_scan(shape, affine, MARKER_MM)
     view = display.plan_view(shape, affine, axis)
     (file,) = save_slices(
-        tmp_path, scan, scan * 0, affine, axis=axis, slices=int(voxel[view.slice_axis])
+        tmp_path, review_of(scan, scan * 0, affine, axis=axis, slices=int(voxel[view.slice_axis]))
     )
     raw, _ = panels(read(file), view)
     row, column = brightest(raw)
@@ -121,9 +111,7 @@ def test_all_storage_orders_of_one_patient_give_the_same_picture(tmp_path, axis)
         reference = display.plan_view(scan.shape, affine, axis)
         index = 6 if codes[view.slice_axis] in "RAS" else view.slice_count - 1 - 6
         assert display.position_text(view, index) == display.position_text(reference, 6)
-        review = slices.prepare(
-            store(scan), store(cam), stored, prediction=store(prediction), axis=axis
-        )
+        review = review_of(store(scan), store(cam), stored, prediction=store(prediction), axis=axis)
         size = display.picture_size(view, 320, long_side=1024)
         pictures.append(np.hstack(slices.draw_pair(review, index, size)))
     for picture in pictures[1:]:
@@ -137,7 +125,9 @@ def test_a_cube_in_mm_is_square_in_the_file(tmp_path, axis):
     scan[30:80, 20:70, 12:20] = 1  # 40 mm each way
     view = display.plan_view(shape, affine, axis)
     index = {"axial": 15, "coronal": 40, "sagittal": 50}[axis]
-    (file,) = save_slices(tmp_path, scan, scan, affine, axis=axis, slices=index, window=(1, 0.5))
+    (file,) = save_slices(
+        tmp_path, review_of(scan, scan, affine, axis=axis, slices=index, window=(1, 0.5))
+    )
     bright = panels(read(file), view)[0][..., 0] > 127
     rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
@@ -152,7 +142,7 @@ def test_a_cube_in_mm_is_square_in_the_file(tmp_path, axis):
 def test_overlay_equals_the_scan_exactly_where_the_cam_is_below_the_threshold(tmp_path):
     scan, cam, affine = blob_case((30, 32, 12))
     view = display.plan_view(scan.shape, affine, "axial")
-    (file,) = save_slices(tmp_path, scan, cam, affine, slices=6, threshold=0.3)
+    (file,) = save_slices(tmp_path, review_of(scan, cam, affine, slices=6, threshold=0.3))
     raw, overlay = panels(read(file), view)
     size = display.picture_size(view, slices.SLICE_SHORT, long_side=slices.SLICE_LONG)
     heat = draw.resize_smooth(display.cut(view, cam, 6), size)
@@ -168,7 +158,7 @@ def test_the_same_value_has_the_same_colour_in_every_slice(tmp_path):
     cam[2:8, 2:8] = 0.4  # in every slice
     cam[12:18, 12:18, 1] = 1.0  # only here
     view = display.plan_view(scan.shape, np.eye(4), "axial")
-    files = save_slices(tmp_path, scan, cam, np.eye(4), slices=[0, 1, 3])
+    files = save_slices(tmp_path, review_of(scan, cam, np.eye(4), slices=[0, 1, 3]))
     overlays = [panels(read(file), view)[1] for file in files]
     size = display.picture_size(view, slices.SLICE_SHORT, long_side=slices.SLICE_LONG)
     there = draw.resize_mask(display.cut(view, (cam == 0.4), 0), size) > 0
@@ -182,7 +172,7 @@ def test_the_same_value_has_the_same_colour_in_every_slice(tmp_path):
 def test_scan_and_overlay_share_the_window_over_the_volume(tmp_path):
     scan = np.zeros((20, 20, 3))
     scan[..., 0], scan[..., 1], scan[..., 2] = 10, 20, 30
-    review = slices.prepare(scan, np.zeros_like(scan), np.eye(4), slices="all")
+    review = review_of(scan, np.zeros_like(scan), np.eye(4), slices="all")
     size = display.picture_size(review.view, 64, long_side=1024)
     greys = [np.unique(slices.draw_pair(review, n, size)[0]).tolist() for n in range(3)]
     assert greys == [[0], [128], [255]]
@@ -207,31 +197,31 @@ def one_voxel(value):
 )
 def test_no_heat_is_said_in_words_and_drawn_nowhere(tmp_path, cam, words):
     scan = np.random.default_rng(0).random((9, 9, 9))
-    review = slices.prepare(scan, cam, np.eye(4), slices="all")
+    review = review_of(scan, cam, np.eye(4), slices="all")
     assert words in review.notice
     size = display.picture_size(review.view, 400, long_side=1024)
     raw, overlay = slices.draw_pair(review, 4, size)
     np.testing.assert_array_equal(overlay, raw)
-    (file,) = save_slices(tmp_path, scan, cam, np.eye(4), slices=4)
+    (file,) = save_slices(tmp_path, review_of(scan, cam, np.eye(4), slices=4))
     raw, overlay = panels(read(file), review.view)
     differs = (raw != overlay).any(-1)
     assert differs.any()  # the words
-    amber = (overlay == draw.AMBER).all(-1)
+    amber = (overlay == text.AMBER).all(-1)
     assert amber.sum() > 50
     assert not differs[overlay.shape[0] // 4 :].any()
 
 
 def test_only_the_threshold_decides_that_a_map_is_shown():
     scan, cam, affine = blob_case()
-    assert slices.prepare(scan, cam, affine, threshold=1.0).notice == ""
-    assert slices.prepare(scan, cam, affine, threshold=0.0).indices == [3, 4, 5, 6, 7, 8]
+    assert review_of(scan, cam, affine, threshold=1.0).notice == ""
+    assert review_of(scan, cam, affine, threshold=0.0).indices == [3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 37.5), (-0.2, 1)])
 def test_a_map_on_another_scale_is_refused(low, high):
     cam = np.linspace(low, high, 64).reshape(4, 4, 4)
     with pytest.raises(InputError, match=rf"goes from {low} to {high}: scale it once"):
-        slices.prepare(cam, cam, np.eye(4))
+        review_of(cam, cam, np.eye(4))
 
 
 # ---------------------------------------------------------------- what is shown
@@ -242,7 +232,9 @@ def test_relevant_slices_are_those_with_heat_or_prediction(tmp_path):
     prediction = np.zeros(scan.shape, np.uint8)
     prediction[3, 3, 1] = 1
     # cam: 0.1, 0.28, 0.46, ... in slices 3 to 8
-    files = save_slices(tmp_path, scan, cam, affine, prediction=prediction, threshold=0.2)
+    files = save_slices(
+        tmp_path, review_of(scan, cam, affine, prediction=prediction, threshold=0.2)
+    )
     expected = [f"axial_{n:03d}.png" for n in (1, 4, 5, 6, 7, 8)]
     assert [file.name for file in files] == expected
     assert sorted(file.name for file in tmp_path.iterdir()) == expected
@@ -251,7 +243,7 @@ def test_relevant_slices_are_those_with_heat_or_prediction(tmp_path):
 def test_outlines_are_on_the_overlay_only(tmp_path):
     scan, cam, affine = blob_case()
     kinds = {"prediction": cam > 0.5, "truth": cam > 0.7}
-    review = slices.prepare(scan, cam, affine, **kinds)
+    review = review_of(scan, cam, affine, **kinds)
     size = display.picture_size(review.view, 320, long_side=1024)
     raw, overlay = slices.draw_pair(review, 7, size)
     assert (raw[..., 0] == raw[..., 2]).all()
@@ -263,28 +255,22 @@ def test_all_slices_of_a_case_have_one_size(tmp_path):
     scan, cam, affine = blob_case((30, 32, 120))
     cam = np.zeros(scan.shape)
     cam[..., 99] = 1
-    files = save_slices(tmp_path, scan, cam, affine, slices=[0, 9, 99, 119], title="A title")
+    files = save_slices(
+        tmp_path, review_of(scan, cam, affine, slices=[0, 9, 99, 119], title="A title")
+    )
     assert len({read(file).shape for file in files}) == 1
 
 
-def footer_words(monkeypatch, tmp_path, *args, **keywords):
-    """Everything that is written into the picture, as the text function gets it."""
-    written = []
-    real = draw.put_text
-
-    def spy(picture, text, *rest, **more):
-        written.append(text)
-        real(picture, text, *rest, **more)
-
-    monkeypatch.setattr(draw, "put_text", spy)
-    save_slices(tmp_path, *args, **keywords)
-    return " ".join(written)
+def footer_words(tmp_path, *args, **keywords):
+    """Everything that is written into the pictures of slices."""
+    with written_words() as lines:
+        save_slices(tmp_path, review_of(*args, **keywords))
+    return " ".join(lines)
 
 
-def test_the_footer_says_what_a_reader_needs(monkeypatch, tmp_path):
+def test_the_footer_says_what_a_reader_needs(tmp_path):
     scan, cam, affine = blob_case()
     words = footer_words(
-        monkeypatch,
         tmp_path,
         scan,
         cam,
@@ -296,7 +282,7 @@ def test_the_footer_says_what_a_reader_needs(monkeypatch, tmp_path):
         caption={"class": "tumour", "layer": "encoder.4", "method": "Grad-CAM"},
         prediction=cam > 0.5,
     )
-    for text in (
+    for said in (
         "Case 7",
         "axial slice 9/12 (voxel index k = 8)",
         "S 24.0 mm",
@@ -311,120 +297,28 @@ def test_the_footer_says_what_a_reader_needs(monkeypatch, tmp_path):
         "prediction",
         "5 mm",
     ):
-        assert text in words
+        assert said in words
     assert "oblique" not in words
     assert "truth" not in words
 
 
-def test_obliquity_is_mentioned_from_ten_degrees(monkeypatch, tmp_path):
+def test_obliquity_is_mentioned_from_ten_degrees(tmp_path):
     scan, cam, _ = blob_case()
     for degrees, said in ((9, False), (12, True)):
         affine = np.eye(4)
         affine[:3, :3] = nibabel.eulerangles.euler2mat(z=np.radians(degrees))
-        words = footer_words(monkeypatch, tmp_path, scan, cam, affine, slices=6)
+        words = footer_words(tmp_path, scan, cam, affine, slices=6)
         assert (f"oblique scan: {degrees}°" in words) == said
+        assert ("mm at the slice's centre" in words) == said
 
 
 def test_extreme_shapes_can_be_drawn(tmp_path):
     for shape in ((1, 1, 1), (300, 2, 5), (2, 2, 90), (1200, 1100, 1)):
         scan = np.ones(shape)
         for axis in display.PLANES:
-            save_slices(tmp_path, scan, scan, np.eye(4), axis=axis, slices=0, prediction=scan)
-
-
-# ---------------------------------------------------------------- montage
-
-
-def test_montage_holds_the_pairs_of_its_slices(tmp_path):
-    scan, cam, affine = blob_case()
-    path = save_montage(tmp_path / "new" / "case.png", scan, cam, affine, slices=[4, 8], columns=1)
-    picture = read(path)
-    review = slices.prepare(scan, cam, affine, slices=[4, 8])
-    size = display.picture_size(
-        review.view, slices.MONTAGE_SHORT, long_side=3 * slices.MONTAGE_SHORT, keep_detail=False
-    )
-    tops = []
-    for index in (4, 8):
-        for pair_side in slices.draw_pair(review, index, size):
-            match = cv2.matchTemplate(picture, pair_side, cv2.TM_SQDIFF)
-            tops.append(cv2.minMaxLoc(match)[2][::-1])
-            top, left = tops[-1]
-            there = picture[top : top + size.height, left : left + size.width]
-            np.testing.assert_array_equal(there, pair_side)
-    (raw_a, heat_a, raw_b, heat_b) = tops
-    assert raw_a[0] == heat_a[0] < raw_b[0] == heat_b[0]
-    assert raw_a[1] == raw_b[1] < heat_a[1] == heat_b[1]
-
-
-def test_columns_decide_the_shape_of_the_montage():
-    scan, cam, affine = blob_case()
-    review = slices.prepare(scan, cam, affine, slices=[3, 4, 5, 6])
-    heights, widths, _ = zip(
-        *(slices.draw_montage(review, n).shape for n in (1, 2, 4)), strict=True
-    )
-    assert heights[0] > heights[1] > heights[2]
-    assert widths[0] < widths[1] < widths[2]
-
-
-def test_a_montage_of_very_many_slices_stays_small():
-    scan = np.random.default_rng(0).random((16, 16, 200))
-    picture = slices.draw_montage(slices.prepare(scan, scan, np.eye(4), slices="all"))
-    assert picture.shape[0] * picture.shape[1] < 2 * slices.MONTAGE_PIXELS
-
-
-def test_bad_montage_settings_are_refused(tmp_path):
-    scan, cam, affine = blob_case()
-    with pytest.raises(ConfigError, match=r"must end in \.png, not 'case\.jpg'"):
-        save_montage(tmp_path / "case.jpg", scan, cam, affine)
-    with pytest.raises(ConfigError, match="columns must be 1 or more"):
-        save_montage(tmp_path / "case.png", scan, cam, affine, columns=0)
-
-
-# ---------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize("name", ["cam", "prediction", "truth"])
-def test_other_shapes_are_refused_with_both_shapes(name):
-    arrays = {"cam": np.zeros((4, 5, 6)), name: np.zeros((4, 5, 7))}
-    message = rf"{name} is \(4, 5, 7\), scan is \(4, 5, 6\)"
-    with pytest.raises(InputError, match=message):
-        slices.prepare(np.zeros((4, 5, 6)), affine=np.eye(4), **arrays)
-
-
-@pytest.mark.parametrize(
-    ("scan", "message"),
-    [
-        (np.zeros((4, 4)), r"scan must be \(X, Y, Z\) with at least one voxel, not \(4, 4\)"),
-        (np.zeros((4, 0, 4)), "at least one voxel"),
-        (np.zeros((4, 4, 4), complex), "real numbers, not complex128"),
-        (np.zeros((1, 4, 4, 4)), r"not \(1, 4, 4, 4\)"),
-    ],
-)
-def test_bad_scans_are_refused(scan, message):
-    with pytest.raises(InputError, match=message):
-        slices.prepare(scan, scan, np.eye(4))
-
-
-def test_label_maps_are_refused_as_masks():
-    volume = np.zeros((3, 3, 3), np.uint8)
-    volume[0] = 2
-    with pytest.raises(InputError, match=r"prediction must be a mask of 0 and 1; .* == label"):
-        slices.prepare(volume, volume * 0, np.eye(4), prediction=volume)
-
-
-@pytest.mark.parametrize("name", ["threshold", "opacity"])
-@pytest.mark.parametrize("value", [-0.1, 1.1, np.nan])
-def test_fractions_outside_0_to_1_are_refused(name, value):
-    volume = np.zeros((3, 3, 3))
-    with pytest.raises(ConfigError, match=rf"{name} must be in 0\.\.1"):
-        slices.prepare(volume, volume, np.eye(4), **{name: value})
-
-
-def test_slice_out_of_range_writes_nothing(tmp_path):
-    scan, cam, affine = blob_case()
-    with pytest.raises(InputError, match=r"slice index 12 is outside 0\.\.11"):
-        save_slices(tmp_path / "new", scan, cam, affine, slices=[3, 12])
-    assert not (tmp_path / "new").exists()
+            save_slices(
+                tmp_path, review_of(scan, scan, np.eye(4), axis=axis, slices=0, prediction=scan)
+            )
 
 
 # ---------------------------------------------------------------- files
@@ -432,7 +326,7 @@ def test_slice_out_of_range_writes_nothing(tmp_path):
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     scan, cam, affine = blob_case()
-    (file,) = save_slices(tmp_path, scan, cam, affine, slices=6)
+    (file,) = save_slices(tmp_path, review_of(scan, cam, affine, slices=6))
     before = file.read_bytes()
     real = Path.write_bytes
 
@@ -442,7 +336,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OutputError, match=r"axial_006\.png cannot be written \(No space left"):
-        save_slices(tmp_path, scan, cam, affine, slices=6, window=(1, 0))
+        save_slices(tmp_path, review_of(scan, cam, affine, slices=6, window=(1, 0)))
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
@@ -459,7 +353,7 @@ def test_files_are_renamed_from_their_own_folder(tmp_path, monkeypatch):
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", spy)
-    (file,) = save_slices(tmp_path, scan, cam, affine, slices=6)
+    (file,) = save_slices(tmp_path, review_of(scan, cam, affine, slices=6))
     ((temporary, target),) = moves
     assert target == file
     assert temporary.parent == file.parent
@@ -471,12 +365,12 @@ def test_a_folder_that_cannot_be_made_or_used(tmp_path):
     scan, cam, affine = blob_case()
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"cannot make the folder .*file"):
-        save_slices(tmp_path / "file", scan, cam, affine)
+        save_slices(tmp_path / "file", review_of(scan, cam, affine))
     with pytest.raises(OutputError, match=r"cannot make the folder .*file"):
-        save_montage(tmp_path / "file" / "case.png", scan, cam, affine)
+        save_montage(tmp_path / "file" / "case.png", review_of(scan, cam, affine))
     (tmp_path / "case.png").mkdir()
     with pytest.raises(OutputError, match=r"case\.png is a folder"):
-        save_montage(tmp_path / "case.png", scan, cam, affine)
+        save_montage(tmp_path / "case.png", review_of(scan, cam, affine))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["case.png", "file"]
 
 
@@ -486,7 +380,7 @@ def test_inputs_are_not_changed(tmp_path):
     copies = [array.copy() for array in arrays]
     for array in arrays:
         array.flags.writeable = False
-    save_slices(tmp_path, *arrays[:3], prediction=arrays[3], truth=arrays[3])
+    save_slices(tmp_path, review_of(*arrays[:3], prediction=arrays[3], truth=arrays[3]))
     for array, copy in zip(arrays, copies, strict=True):
         np.testing.assert_array_equal(array, copy)
 
@@ -496,10 +390,36 @@ def test_inputs_are_not_changed(tmp_path):
 def test_any_real_type_and_memory_order(tmp_path, kind, order):
     scan, cam, affine = blob_case()
     scan = np.asarray(scan.clip(0, 255), dtype=kind, order=order)
-    save_slices(tmp_path, scan, (cam > 0.5).astype(kind, order=order), affine, slices=6)
+    save_slices(tmp_path, review_of(scan, (cam > 0.5).astype(kind, order=order), affine, slices=6))
 
 
-def test_public_names():
-    names = ["WINDOWS", "save_features", "save_montage", "save_slices"]
-    assert seg3dcam.review.__all__ == names
-    assert seg3dcam.review.save_slices is save_slices
+# ---------------------------------------------------------------- several at a time
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_threads_write_the_same_bytes_in_the_same_order(tmp_path, monkeypatch, workers):
+    scan, cam, affine = blob_case()
+    review = review_of(scan, cam, affine, slices=[7, 2, 5, 3, 11, 0], prediction=cam > 0.4)
+    monkeypatch.setattr(page, "WORKERS", 1)
+    alone = save_slices(tmp_path / "alone", review)
+    monkeypatch.setattr(page, "WORKERS", workers)
+    together = save_slices(tmp_path / "together", review)
+    names = [f"axial_{n:03d}.png" for n in (7, 2, 5, 3, 11, 0)]
+    assert [file.name for file in alone] == [file.name for file in together] == names
+    for one, other in zip(alone, together, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_after_an_error_no_further_slice_is_begun(monkeypatch):
+    monkeypatch.setattr(page, "WORKERS", 2)
+    begun = []
+
+    def work(index):
+        begun.append(index)
+        if index == 3:
+            raise OutputError("the disk is full")
+        time.sleep(0.01)
+
+    with pytest.raises(OutputError, match="the disk is full"):
+        page.each_slice(work, range(500))
+    assert len(begun) < 50

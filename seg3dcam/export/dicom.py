@@ -1,0 +1,384 @@
+"""Explanations as DICOM objects of the patient's own study, beside the series they explain.
+
+    save_dicom("dicom", explanations, Look(window="lung"))
+
+<name>_pictures/0001.dcm ..    Secondary Capture: slices in colour, for every viewer
+<name>_map.dcm                 Parametric Map: the CAM itself, 0 to 1, float32
+<name>_segments.dcm            Segmentation: the prediction, and the CAM from the threshold on
+
+All of them lie in the frame of reference of the source series and name its slices, so that a viewer
+can link them; frames are found by their position. Pictures are not compressed, since that is what
+every viewer takes: about 1.1 MB for a slice of 512 x 512.
+
+UIDs are made of the content: a second run with the same result gives the same objects, which an
+archive has already; another result gets other UIDs, since an archive keeps the first object of a
+UID whatever comes later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from seg3dcam.cams import CAMS
+from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.explain import Explanation
+from seg3dcam.export.dicom_picture import (
+    CAUTION,
+    PicturePlan,
+    draw_picture,
+    masks_of,
+    plan_picture,
+    shown_words,
+)
+from seg3dcam.export.dicom_source import (
+    check_installed,
+    checked_series,
+    decimals,
+    make_uid,
+    one_line,
+    references,
+    save_object,
+    source_item,
+)
+from seg3dcam.look import Look
+
+__all__ = ["DicomExport", "save_dicom"]
+
+_NAME = "seg3dcam"
+#: The letters of a picture's edges in DICOM: along R, A and S, for less and for more.
+_SIDES = (("L", "R"), ("P", "A"), ("F", "H"))
+
+Frames = NDArray[np.float32]
+Masks = Mapping[str, NDArray[np.bool_]]
+
+
+def save_dicom(
+    folder: str | Path,
+    explanations: Explanation | Iterable[Explanation],
+    look: Look = Look(),  # noqa: B008 (frozen)
+    *,
+    case: str = "case",
+) -> list[Path]:
+    """Write explanations of a DICOM series as Secondary Capture, Parametric Map and Segmentation.
+
+    Of several layers the mean is written, as `Explanation.volume` gives it. Where there is no heat
+    the pictures say so in words, and the segmentation holds the prediction alone; a map of NaN or
+    infinite values is not written. An empty region is no segment, and without a segment there is no
+    segmentation.
+
+    Args:
+        folder: is created if it is missing.
+        explanations: one or several.
+        look: window, threshold, opacity and colours of the pictures; the threshold also of the
+            segment.
+        case: the scan's name in the pictures.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: the scan was not loaded from a DICOM series, or not left as it was.
+        MissingExtraError: highdicom is not installed.
+        OutputError: the folder cannot be written.
+
+    Warns (`Seg3dcamWarning`) where a map or a segmentation is not written.
+    """
+    export = DicomExport(folder, look, case)
+    listed = [explanations] if isinstance(explanations, Explanation) else explanations
+    for number, explanation in enumerate(listed, start=1):
+        export.add(explanation, f"target_{number}")
+    return export.finish()
+
+
+class DicomExport:
+    """DICOM objects, written one explanation at a time; arguments are those of `save_dicom`."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        look: Look = Look(),  # noqa: B008 (frozen)
+        case: str = "case",
+    ) -> None:
+        self._folder = Path(folder)
+        self._look = look
+        self._case = case
+        self._count = 0
+        self._files: list[Path] = []
+
+    def add(self, explanation: Explanation, name: str) -> None:
+        """Write the objects of one explanation; `name` is for file names."""
+        check_installed()
+        headers = checked_series(explanation)
+        heat = _as_frames(explanation.volume().float().numpy())
+        masks = {key: _as_frames(mask) for key, mask in masks_of(explanation).items()}
+        plan = _plan(explanation, headers, heat, masks, self._look, self._case, self._count)
+        self._files += _write_pictures(plan, heat, masks, self._folder / f"{name}_pictures")
+        self._files += _write_map(plan, heat, self._folder / f"{name}_map.dcm")
+        segments = _segments(plan, heat, masks)
+        del heat, masks  # what comes next takes the most memory
+        self._files += _write_segments(plan, segments, self._folder / f"{name}_segments.dcm")
+        self._count += 1
+
+    def finish(self) -> list[Path]:
+        """Return all files."""
+        return self._files
+
+
+# ---------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the objects of one explanation share; `content` is a hash of what they show."""
+
+    explanation: Explanation
+    headers: Sequence[Any]
+    references: Sequence[Any]
+    picture: PicturePlan
+    look: Look
+    content: str
+    series_number: int
+
+    @property
+    def words(self) -> str:
+        """What is shown, and why there is no heat if there is none."""
+        notice = self.explanation.notice()
+        shown = ", ".join(shown_words(self.explanation))
+        return f"{shown}; {notice}" if notice else shown
+
+    def uid(self, *parts: object) -> str:
+        return make_uid(self.content, *parts)
+
+    def identity(self, kind: str, number: int) -> dict[str, Any]:
+        """Return what highdicom asks of the one object of a series."""
+        return {
+            "series_instance_uid": self.uid(kind),
+            "sop_instance_uid": self.uid(kind, 0),
+            "series_number": self.series_number + number,
+            "instance_number": 1,
+            "series_description": self.description(kind),
+            "manufacturer": _NAME,
+            "manufacturer_model_name": _NAME,
+            "software_versions": version(_NAME),
+        }
+
+    def description(self, kind: str) -> str:
+        return one_line(f"research CAM {kind}: {self.words}")
+
+
+def _plan(
+    explanation: Explanation,
+    headers: Sequence[Any],
+    heat: Frames,
+    masks: Masks,
+    look: Look,
+    case: str,
+    count: int,
+) -> _Plan:
+    picture = plan_picture(explanation, look, case)
+    digest = hashlib.sha256(heat.data)
+    for mask in masks.values():
+        digest.update(mask.data)
+    digest.update(picture.blank.data)  # all the words
+    shown = (headers[0].SeriesInstanceUID, version(_NAME), look, list(masks), explanation.target)
+    digest.update(repr(shown).encode())
+    return _Plan(
+        explanation=explanation,
+        headers=headers,
+        references=references(headers, explanation.scan.spacing[2]),
+        picture=picture,
+        look=look,
+        content=digest.hexdigest(),
+        series_number=100 * int(headers[0].get("SeriesNumber") or 0) + 3 * count + 1,
+    )
+
+
+def _as_frames(volume: NDArray[Any]) -> NDArray[Any]:
+    """Turn (columns, rows, slices) into contiguous (slices, rows, columns)."""
+    return np.ascontiguousarray(volume.T)
+
+
+# ---------------------------------------------------------------------------- Secondary Capture
+
+
+def _write_pictures(plan: _Plan, heat: Frames, masks: Masks, folder: Path) -> list[Path]:
+    """Write one picture per slice."""
+    scan = plan.explanation.scan.data[0].numpy()
+    silent = bool(plan.explanation.notice())
+    files = []
+    for k, header in enumerate(plan.headers):
+        picture = draw_picture(
+            plan.picture,
+            scan[:, :, k].T,
+            None if silent else heat[k],
+            {name: mask[k] for name, mask in masks.items()},
+            f"slice {k + 1}/{len(plan.headers)}",
+        )
+        image = _capture(plan, picture, k)
+        files.append(save_object(image, header, folder / f"{k + 1:04d}.dcm"))
+    return files
+
+
+def _capture(plan: _Plan, picture: NDArray[np.uint8], k: int) -> Any:
+    from highdicom.sc import SCImage
+
+    header = plan.headers[k]
+    right, down = nib.aff2axcodes(plan.explanation.affine, _SIDES)[:2]
+    image = SCImage(
+        pixel_array=picture,
+        photometric_interpretation="RGB",
+        bits_allocated=8,
+        coordinate_system="PATIENT",
+        patient_orientation=(right, down),
+        study_instance_uid=header.StudyInstanceUID,
+        **{
+            **plan.identity("pictures", 0),
+            "sop_instance_uid": plan.uid("pictures", k),
+            "instance_number": k + 1,
+        },
+    )
+    _place(plan, image, header)
+    image.ImageType = ["DERIVED", "SECONDARY"]
+    image.BurnedInAnnotation = "NO"  # the standard asks for what tells the patient: nothing does
+    image.DerivationDescription = one_line(f"{plan.words}. {CAUTION}", 1024)
+    image.SourceImageSequence = [source_item(header)]
+    return image
+
+
+def _place(plan: _Plan, image: Any, header: Any) -> None:
+    """Say where a picture lies: its first pixel is in the margin, outside of the slice."""
+    position = np.array(header.ImagePositionPatient, np.float64)
+    right, down = np.array(header.ImageOrientationPatient, np.float64).reshape(2, 3)
+    down_mm, right_mm = (float(step) for step in header.PixelSpacing)
+    column, row = plan.picture.corner
+    corner = position + right * right_mm * column + down * down_mm * row
+    zoom = plan.picture.zoom
+    image.ImagePositionPatient = decimals(corner)
+    image.ImageOrientationPatient = header.ImageOrientationPatient
+    image.PixelSpacing = decimals([down_mm / zoom, right_mm / zoom])
+    image.FrameOfReferenceUID = plan.references[0].FrameOfReferenceUID
+    image.PositionReferenceIndicator = header.get("PositionReferenceIndicator")
+
+
+# ------------------------------------------------------------------------------- Parametric Map
+
+
+def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
+    """Write the CAM itself, unless it is not finite."""
+    if "nonfinite" in plan.explanation.status.values():
+        _warn(f"no DICOM Parametric Map was written: {plan.explanation.notice()}")
+        return []
+    from highdicom import VOILUTTransformation
+    from highdicom.pm import ParametricMap, RealWorldValueMapping
+    from pydicom.sr.codedict import codes
+
+    is_cam = plan.explanation.method in CAMS
+    mapping = RealWorldValueMapping(
+        lut_label="CAM",
+        lut_explanation=one_line(f"relative, not a probability: {plan.words}"),
+        unit=codes.UCUM.NoUnits,
+        value_range=(0.0, 1.0),
+        slope=1.0,
+        intercept=0.0,
+        quantity_definition=codes.DCM.ClassActivation if is_cam else codes.DCM.Saliency,
+    )
+    image = ParametricMap(
+        source_images=plan.references,
+        pixel_array=heat,
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[mapping],
+        voi_lut_transformations=[VOILUTTransformation(window_center=0.5, window_width=1.0)],
+        content_label="CAM",
+        content_description=one_line(plan.words),
+        device_serial_number="none",
+        **plan.identity("map", 1),
+    )
+    return [save_object(image, plan.headers[0], path)]
+
+
+# --------------------------------------------------------------------------------- Segmentation
+
+
+def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.bool_]]:
+    """Return what is not empty: the prediction, and the CAM from the threshold on."""
+    found = {name: mask for name, mask in masks.items() if name == "prediction"}
+    if not plan.explanation.notice():
+        found["CAM"] = (heat >= plan.look.threshold) & (heat > 0)
+    return {name: mask for name, mask in found.items() if mask.any()}
+
+
+def _write_segments(plan: _Plan, segments: Masks, path: Path) -> list[Path]:
+    """Write the slices that hold a segment."""
+    if not segments:
+        _warn(
+            "no DICOM Segmentation was written: the prediction is empty, and no CAM reaches the "
+            "threshold"
+        )
+        return []
+    from highdicom.seg import Segmentation
+
+    of_each = np.stack([mask.any(axis=(1, 2)) for mask in segments.values()])
+    filled = np.flatnonzero(of_each.any(axis=0)).tolist()
+    image = Segmentation(
+        source_images=[plan.references[k] for k in filled],
+        pixel_array=np.stack([mask[filled] for mask in segments.values()], axis=-1),
+        segmentation_type="BINARY",
+        segment_descriptions=_described(plan, list(segments)),
+        content_label="CAM",
+        content_description=one_line(plan.words),
+        device_serial_number="none",
+        **plan.identity("segments", 2),
+    )
+    return [save_object(image, plan.headers[0], path)]
+
+
+def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
+    """Say what each segment is and what made it."""
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription
+    from pydicom.sr.codedict import codes
+
+    explanation = plan.explanation
+    shown = explanation.class_name
+    weights = explanation.provenance.get("model", {}).get("weights_sha256", "unknown")
+    #: Name -> label, and the algorithm's name and version.
+    table = {
+        "prediction": (f"prediction: {shown}", "segmentation network", str(weights)),
+        "CAM": (
+            f"CAM from {plan.look.threshold:.2f}: {shown}",
+            f"{_NAME} {explanation.method}",
+            version(_NAME),
+        ),
+    }
+    found = []
+    for number, name in enumerate(names, start=1):
+        label, algorithm, release = table[name]
+        made_by = AlgorithmIdentificationSequence(
+            name=one_line(algorithm),
+            family=codes.DCM.ArtificialIntelligence,
+            version=one_line(release),
+        )
+        described = SegmentDescription(
+            segment_number=number,
+            segment_label=one_line(label),
+            segmented_property_category=codes.SCT.SpatialAndRelationalConcept,
+            segmented_property_type=codes.NCIt.ImagingRegionOfInterest,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=made_by,
+        )
+        found.append(described)
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, Seg3dcamWarning, stacklevel=4)

@@ -1,0 +1,200 @@
+"""Slices as any DICOM viewer shows them: scan, heat and outlines in colour, words in the margins.
+
+`plan_picture` decides once for a series what all slices share; `draw_picture` fills in a slice.
+A picture keeps the rows and columns of its source slice, enlarged by a whole number where they are
+few, so its place in the patient is exact. Letters and words stand in black margins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import cv2
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from seg3dcam.explain import Explanation
+from seg3dcam.look import Look, Window, choose_window
+from seg3dcam.review.display import OPPOSITE, Letters, Size
+from seg3dcam.review.draw import (
+    Palette,
+    Picture,
+    draw_grey,
+    draw_heat,
+    draw_outlines,
+    make_palette,
+    resize_mask,
+    resize_smooth,
+)
+from seg3dcam.review.frame import draw_legend, stack_rows
+from seg3dcam.review.text import (
+    AMBER,
+    GAP,
+    GREY,
+    MARGIN,
+    clean_text,
+    put_centred,
+    put_text,
+    text_block,
+    text_width,
+    wrap_items,
+)
+
+#: A slice with fewer pixels along its longer side is enlarged: words would be too wide for it.
+SMALLEST_SIDE = 400
+
+CAUTION = "CAM, research use only, not for diagnosis"
+_BAR = (120, 10)  # the colour bar's width and height
+
+
+@dataclass(frozen=True, eq=False)
+class PicturePlan:
+    """What all pictures of a series share.
+
+    Attributes:
+        rows, columns: of the source slices.
+        zoom: pixels of the picture for one of the source, along each side.
+        blank: a picture without its slice, (height, width, 3) in OpenCV's order.
+        letters: the patient's sides at the edges.
+        look, window, palette: how it is drawn.
+    """
+
+    rows: int
+    columns: int
+    zoom: int
+    blank: Picture
+    letters: Letters
+    look: Look
+    window: Window
+    palette: Palette
+
+    @property
+    def corner(self) -> tuple[float, float]:
+        """The source's (column, row) at the centre of the picture's first pixel: outside of it."""
+        # Enlarged 2 times, the first part of a source pixel lies 1/4 to the left of its centre.
+        outside = -(MARGIN + (self.zoom - 1) / 2) / self.zoom
+        return outside, outside
+
+
+def plan_picture(explanation: Explanation, look: Look, case: str) -> PicturePlan:
+    """Choose size, window and words; the array's axes are columns, rows and slices."""
+    columns, rows, _ = explanation.scan.shape
+    zoom = max(1, math.ceil(SMALLEST_SIDE / max(rows, columns)))
+    letters = _edge_letters(explanation.affine)
+    palette = make_palette(look)
+    window = choose_window(explanation.scan.data[0].numpy(), look.window)
+    return PicturePlan(
+        rows=rows,
+        columns=columns,
+        zoom=zoom,
+        blank=_blank(explanation, look, case, window, palette, letters, zoom),
+        letters=letters,
+        look=look,
+        window=window,
+        palette=palette,
+    )
+
+
+def draw_picture(
+    plan: PicturePlan,
+    scan: NDArray[np.float32],
+    heat: NDArray[np.float32] | None,
+    masks: Mapping[str, NDArray[np.bool_]],
+    title: str,
+) -> Picture:
+    """Draw one slice, (height, width, 3) uint8 in the order red, green, blue.
+
+    Args:
+        scan, heat, masks: (rows, columns); masks by a name of `review.draw.LINES`.
+        title: which slice it is, above it at the left.
+    """
+    height, width = plan.rows * plan.zoom, plan.columns * plan.zoom
+    size = Size(height, width, 1.0)
+    grey = draw_grey(scan, plan.window, size)
+    if heat is None:
+        picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    else:
+        smooth = resize_smooth(heat, size)
+        picture = draw_heat(grey, smooth, plan.look.threshold, plan.palette)
+    draw_outlines(picture, {name: resize_mask(mask, size) for name, mask in masks.items()})
+    page = plan.blank.copy()
+    page[MARGIN : MARGIN + height, MARGIN : MARGIN + width] = picture
+    put_text(page, title, MARGIN, 3)
+    return cv2.cvtColor(page, cv2.COLOR_BGR2RGB)
+
+
+def _edge_letters(affine: NDArray[np.float64]) -> Letters:
+    right, bottom = nib.aff2axcodes(affine)[:2]
+    return Letters(left=OPPOSITE[right], right=right, top=OPPOSITE[bottom], bottom=bottom)
+
+
+def _blank(
+    explanation: Explanation,
+    look: Look,
+    case: str,
+    window: Window,
+    palette: Palette,
+    letters: Letters,
+    zoom: int,
+) -> Picture:
+    """Draw everything but the slice: letters beside it, words below it."""
+    columns, rows, _ = explanation.scan.shape
+    height, width = rows * zoom + 2 * MARGIN, columns * zoom + 2 * MARGIN
+    frame = np.zeros((height, width, 3), np.uint8)
+    middle_x, middle_y = width // 2, height // 2
+    put_centred(frame, letters.top, middle_x, MARGIN // 2)
+    put_centred(frame, letters.bottom, middle_x, height - MARGIN // 2)
+    put_centred(frame, letters.left, MARGIN // 2, middle_y)
+    put_centred(frame, letters.right, width - MARGIN // 2, middle_y)
+
+    room = width - 2 * MARGIN
+    notice = explanation.notice()
+    blocks = [frame]
+    if notice:
+        blocks.append(text_block(wrap_items([notice], room), width, AMBER))
+    else:
+        blocks.append(_colour_bar(palette, look.threshold, width))
+    if outlined := [name for name, mask in masks_of(explanation).items() if mask.any()]:
+        blocks.append(draw_legend({name: name for name in outlined}, width))
+    facts = [case, *shown_words(explanation), f"window {window.text}"]
+    if not notice:
+        facts.append(f"CAM shown from {look.threshold:.2f}")
+    blocks.append(text_block(wrap_items([clean_text(fact) for fact in facts], room), width))
+    blocks.append(text_block([CAUTION, ""], width, AMBER))
+    return stack_rows(blocks)
+
+
+def _colour_bar(palette: Palette, threshold: float, width: int) -> Picture:
+    """Draw the colours from 0 to 1 in one line; what is not shown stays black."""
+    line = text_block(["0"], width)
+    wide, tall = _BAR
+    left, top = MARGIN + text_width("0 ") + 4, (line.shape[0] - tall) // 2 + 2
+    value = np.linspace(0, 1, wide, dtype=np.float32)[None].repeat(tall, 0)
+    bar = cv2.applyColorMap(cv2.convertScaleAbs(value, alpha=255), palette.pure)
+    bar[value < threshold] = 0
+    line[top : top + tall, left : left + wide] = bar
+    cv2.rectangle(line, (left - 1, top - 1), (left + wide, top + tall), GREY, 1)
+    put_text(line, "1   relative, not a probability", left + wide + GAP, GAP)
+    return line
+
+
+def shown_words(explanation: Explanation) -> list[str]:
+    """Return class, layer and method, and which layers are left out of the mean."""
+    silent = [name for name, status in explanation.status.items() if status != "ok"]
+    words = [
+        explanation.label or explanation.class_name,
+        explanation.layer_name(),
+        explanation.method,
+    ]
+    if silent and not explanation.notice():
+        words.append(f"without {', '.join(silent)}, whose map is not usable")
+    return words
+
+
+def masks_of(explanation: Explanation) -> dict[str, NDArray[np.bool_]]:
+    """Return prediction and truth of the target's class, (columns, rows, slices), where known."""
+    masks = {"truth": explanation.truth, "prediction": explanation.mask}
+    return {name: mask.numpy() for name, mask in masks.items() if mask is not None}

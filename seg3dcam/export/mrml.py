@@ -1,0 +1,230 @@
+"""The text of a 3D Slicer scene: which nodes there are, and how they refer to each other.
+
+Slicer takes a scene apart without a word where a reference leads nowhere, so everything that the
+scene names is in it. What each setting is for stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from xml.etree import ElementTree as ET
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Slice view -> its x and y axis and its normal in RAS: radiological, as Slicer has them.
+VIEWS = {
+    "Red": ((-1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "Green": ((-1, 0, 0), (0, 0, 1), (0, 1, 0)),
+    "Yellow": ((0, -1, 0), (0, 0, 1), (-1, 0, 0)),
+}
+#: CAMs from here on are drawn at least: where there is nothing there is no heat.
+LEAST_THRESHOLD = 0.01
+#: Around the scan in a slice view.
+MARGIN = 1.05
+
+#: No fill, which would hide the CAM.
+OUTLINES = {
+    "visibility": "true",
+    "visibility2D": "true",
+    "Visibility2DFill": "false",
+    "Visibility2DOutline": "true",
+    "sliceIntersectionThickness": "2",
+}
+LEGEND = {
+    "visibility": "true",
+    "visibility2D": "true",
+    "titleText": "CAM, relative",
+    "labelFormat": "%.2f",
+    "position": "0.95 0.5",
+    "size": "0.12 0.5",
+    "orientation": "Vertical",
+}
+
+_TABLE = "vtkMRMLColorTableNodeCAM1"
+_GREY = "vtkMRMLColorTableNodeGrey"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A volume as the scene shows it.
+
+    - `name`, `description`, `attributes`: what its node says in words.
+    - `file`: in the scene's folder; letters, digits, dots, hyphens and underscores.
+    - `low`, `high`: the values drawn in the first and the last colour.
+    - `threshold`: a CAM's, transparent below; None: a scan, in grey.
+    - `heat`: a CAM that shows any.
+    """
+
+    name: str
+    file: str
+    low: float
+    high: float
+    threshold: float | None = None
+    heat: bool = False
+    description: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the slice views look, in RAS mm: slices through `point`; the scan fills a box."""
+
+    point: NDArray[np.float64]
+    middle: NDArray[np.float64]
+    size: NDArray[np.float64]
+    spacing: float
+
+
+def scene_xml(
+    volumes: Sequence[Shown],
+    place: Place,
+    *,
+    table: tuple[str, str],
+    masks: str | None,
+    opacity: float,
+    folder: str = "",
+) -> bytes:
+    """Write a scene: the first volume in the background, the first CAM with heat over it.
+
+    Args:
+        volumes: scans, then CAMs.
+        place: where the slice views look.
+        table: name and file of the CAMs' colours.
+        masks: the segmentation's file, if there is one.
+        opacity: of the CAM.
+        folder: of the files, relative to the scene's: "" or such as "Data/".
+    """
+    root = ET.Element("MRML")
+    _add_table(root, *table, folder)
+    for number, volume in enumerate(volumes, 1):
+        _add_volume(root, number, volume, folder)
+    if masks is not None:
+        _add_masks(root, folder + masks)
+    front = next((n for n, volume in enumerate(volumes, 1) if volume.heat), None)
+    _add_views(root, front, opacity, place)
+    ET.indent(root)
+    return ET.tostring(root, encoding="UTF-8", xml_declaration=True) + b"\n"
+
+
+def _add_table(root: ET.Element, name: str, file: str, folder: str) -> None:
+    storage = "vtkMRMLColorTableStorageNodeCAM1"
+    _add(root, "ColorTableStorage", storage, {"fileName": folder + file})
+    table = {"name": name, "type": "13", "numcolors": "256"}  # 13: a table from a file
+    _add(root, "ColorTable", _TABLE, table, {"storage": storage})
+
+
+def _add_volume(root: ET.Element, number: int, volume: Shown, folder: str) -> None:
+    storage = f"vtkMRMLVolumeArchetypeStorageNode{number}"
+    display = f"vtkMRMLScalarVolumeDisplayNode{number}"
+    legend = f"vtkMRMLColorLegendDisplayNode{number}"
+    is_cam = volume.threshold is not None
+    colour = {
+        "colorNodeID": _TABLE if is_cam else _GREY,
+        "autoWindowLevel": "0",  # else window and level are made anew from the voxels
+        "window": repr(volume.high - volume.low),
+        "level": repr((volume.high + volume.low) / 2),
+    }
+    if volume.threshold is not None:
+        colour |= {
+            "applyThreshold": "1",
+            "lowerThreshold": repr(max(volume.threshold, LEAST_THRESHOLD)),
+            "upperThreshold": "1000000",
+        }
+    words = {
+        "name": volume.name,
+        "description": volume.description,
+        "attributes": _attributes(volume.attributes),
+    }
+    displays = f"{display} {legend}" if is_cam else display
+    _add(root, "VolumeArchetypeStorage", storage, {"fileName": folder + volume.file})
+    _add(root, "VolumeDisplay", display, colour)
+    if is_cam:
+        _add(root, "ColorLegendDisplay", legend, LEGEND, {"primaryDisplay": display})
+    _add(root, "Volume", _volume_id(number), words, {"display": displays, "storage": storage})
+
+
+def _add_masks(root: ET.Element, file: str) -> None:
+    storage, display = "vtkMRMLSegmentationStorageNode1", "vtkMRMLSegmentationDisplayNode1"
+    links = {
+        "display": display,
+        "storage": storage,
+        "referenceImageGeometryRef": _volume_id(1),
+    }
+    _add(root, "SegmentationStorage", storage, {"fileName": file})
+    _add(root, "SegmentationDisplay", display, OUTLINES)
+    _add(root, "Segmentation", "vtkMRMLSegmentationNode1", {"name": "Masks"}, links)
+
+
+def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place) -> None:
+    shown = {"backgroundVolume": _volume_id(1)}
+    chosen = {"ActiveVolume": _volume_id(1)}
+    if front is not None:
+        shown["foregroundVolume"] = chosen["SecondaryVolume"] = _volume_id(front)
+    # A singleton's tag or a layout's name: the application's own nodes take the settings over.
+    singleton = {"singletonTag": "Singleton"}
+    _add(root, "Selection", "vtkMRMLSelectionNodeSingleton", singleton, chosen)
+    side = float(place.size.max()) * MARGIN
+    for view, axes in VIEWS.items():
+        blend = {"layoutName": view, "foregroundOpacity": repr(opacity), "linkedControl": "1"}
+        # Slicer fits no view to a scene: without these the slices lie at the origin.
+        where = {
+            "name": view,
+            "layoutName": view,
+            "fieldOfView": _numbers([side, side, place.spacing]),
+            "sliceToRAS": _numbers(_slice_to_ras(axes, place).ravel()),
+            "rulerType": "thin",
+        }
+        _add(root, "SliceComposite", f"vtkMRMLSliceCompositeNode{view}", blend, shown)
+        _add(root, "Slice", f"vtkMRMLSliceNode{view}", where)
+
+
+def _slice_to_ras(axes: Sequence[Sequence[float]], place: Place) -> NDArray[np.float64]:
+    """The slice goes through the point, the middle of the picture is that of the scan."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(axes).T
+    normal = matrix[:3, 2]
+    matrix[:3, 3] = place.middle + normal * (normal @ (place.point - place.middle))
+    return matrix
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def _add(
+    root: ET.Element,
+    tag: str,
+    identifier: str,
+    settings: Mapping[str, str],
+    links: Mapping[str, str] | None = None,
+) -> None:
+    """Append a node; `links` is role -> identifiers of other nodes."""
+    found = {"id": identifier} | {key: _plain(text) for key, text in settings.items() if text}
+    if links:
+        found["references"] = "".join(f"{role}:{to};" for role, to in links.items())
+    ET.SubElement(root, tag, found)
+
+
+def _volume_id(number: int) -> str:
+    return f"vtkMRMLScalarVolumeNode{number}"
+
+
+def _attributes(values: Mapping[str, str]) -> str:
+    """Write a node's own attributes as Slicer does.
+
+    >>> _attributes({"Layer": "a;b", "Class": "50% stenosis"})
+    'Layer:a%3Bb;Class:50%25 stenosis'
+    """
+    return ";".join(
+        f"{key}:{value.replace('%', '%25').replace(';', '%3B')}" for key, value in values.items()
+    )
+
+
+def _plain(text: str) -> str:
+    """Return a text without line breaks, and without the letters that XML forbids."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _numbers(values: Sequence[float] | NDArray[np.float64]) -> str:
+    return " ".join(repr(float(value)) for value in values)

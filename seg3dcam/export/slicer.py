@@ -1,0 +1,288 @@
+"""A case for 3D Slicer: opened with one click, everything in its place, colour and window.
+
+    save_scene("slicer", explanations, Look(window="soft tissue"))
+
+scene.mrml             what to open in the folder
+case.mrb               the same in one file, ready to be sent
+scan.nrrd              of several channels, scan_1.nrrd and so on
+cam_<n>_<target>.nrrd  what `Explanation.volume` shows; of several layers also each by itself
+cam.ctbl               the CAMs' colours
+masks.seg.nrrd         prediction and truth of every class, and every lesion explained
+
+Volumes are NRRD, Slicer's own format: NIfTI rounds a place to float32, and Slicer reads no shear
+(gantry tilt) from it. Slicer draws the CAM with one opacity from the threshold on.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seg3dcam.errors import InputError
+from seg3dcam.explain import Explanation
+from seg3dcam.export.mrml import Place, Shown, scene_xml
+from seg3dcam.export.nrrd import Segment, segment, write_nrrd, write_segments
+from seg3dcam.files import atomic
+from seg3dcam.geometry import spacing_of, to_world
+from seg3dcam.look import Look, choose_window, colours
+from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
+from seg3dcam.targets.regions import components
+
+__all__ = ["SlicerScene", "save_scene"]
+
+#: Hue of the first class's outlines, and how far those of further classes may lie from it.
+HUES = {"prediction": (1 / 2, 0.2), "truth": (1 / 3, -0.15), "lesion": (0.8, 0.15)}
+_GOLDEN = 0.618  # a fraction of a range that never comes near an earlier one
+
+#: On the network's grid and on the scan's a lesion's volume differs by less than this factor.
+SAME_LESION = 1.25
+
+_TABLE, _MASKS = "cam.ctbl", "masks.seg.nrrd"
+
+CAUTION = "Relative, not a probability. Research use only, not for diagnosis."
+
+
+class Grid(NamedTuple):
+    """Voxels along each axis, and voxel -> RAS mm."""
+
+    shape: tuple[int, ...]
+    affine: NDArray[np.float64]
+
+
+def save_scene(
+    folder: str | Path,
+    explanations: Explanation | Iterable[Explanation],
+    look: Look = Look(),  # noqa: B008 (frozen)
+    *,
+    case: str = "case",
+) -> list[Path]:
+    """Write a 3D Slicer scene of one scan's explanations; open `scene.mrml` or `case.mrb`.
+
+    Args:
+        folder: is created if it is missing.
+        explanations: one or several of the same scan; the first with heat is shown.
+        look: window, threshold, opacity and colours.
+        case: the scan's name in Slicer.
+
+    Returns:
+        The files, the scene first.
+
+    Raises:
+        InputError: no explanation, or explanations of different scans.
+        OutputError: the folder cannot be written.
+    """
+    scene = SlicerScene(folder, look, case)
+    listed = [explanations] if isinstance(explanations, Explanation) else explanations
+    for explanation in listed:
+        scene.add(explanation, explanation.label)
+    return scene.finish()
+
+
+class SlicerScene:
+    """A 3D Slicer scene that grows by one explanation at a time and keeps none of their volumes.
+
+    Arguments are those of `save_scene`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        look: Look = Look(),  # noqa: B008 (frozen)
+        case: str = "case",
+    ) -> None:
+        self._folder = Path(folder)
+        self._look = look
+        self._case = case
+        self._grid: Grid | None = None
+        self._scans: list[Shown] = []
+        self._cams: list[Shown] = []
+        self._segments: dict[tuple[str, str], Segment] = {}
+        self._peak: tuple[float, ...] | None = None
+
+    def add(self, explanation: Explanation, name: str) -> None:
+        """Write an explanation's volumes and remember its masks; `name` is for file names."""
+        scan = explanation.scan
+        if self._grid is None:
+            self._grid = Grid(tuple(scan.shape), scan.affine)
+            self._add_channels(scan)
+        _check_same(scan, self._grid)
+        for layer in explanation.shown_layers:
+            self._add_cam(explanation, name, layer)
+        self._add_masks(explanation)
+
+    def finish(self) -> list[Path]:
+        """Write what belongs to all of them, and return every file, the scene first."""
+        if self._grid is None:
+            raise InputError("no explanation was given, so there is nothing to show in 3D Slicer")
+        files = [self._folder / volume.file for volume in (*self._scans, *self._cams)]
+        files.append(_write_table(self._folder / _TABLE, self._look.colormap))
+        if masks := list(self._segments.values()):
+            files.append(write_segments(self._folder / _MASKS, masks, *self._grid))
+        scene, bundle = self._folder / "scene.mrml", self._folder / "case.mrb"
+        with atomic(scene) as temporary:
+            temporary.write_bytes(self._xml(self._grid))
+        _write_bundle(bundle, _safe(self._case), self._xml(self._grid, "Data/"), files)
+        return [scene, bundle, *files]
+
+    def _add_channels(self, scan: Scan) -> None:
+        """Write every channel as a volume of its own: Slicer refuses 4-D ones."""
+        several = len(scan.data) > 1
+        for number, channel in enumerate(scan.data, 1):
+            low, high, words = choose_window(channel.numpy(), self._look.window)
+            shown = Shown(
+                name=f"{self._case}, channel {number}" if several else self._case,
+                file=f"scan_{number}.nrrd" if several else "scan.nrrd",
+                low=low,
+                high=high,
+                description=words,
+            )
+            self._scans.append(shown)
+            write_nrrd(self._folder / shown.file, channel, scan.affine)
+
+    def _add_cam(self, explanation: Explanation, name: str, layer: str | None) -> None:
+        """Write a CAM; one without heat too, so that its name can say why there is none."""
+        volume, notice = explanation.volume(layer), explanation.notice(layer)
+        layer_name = explanation.layer_name(layer)
+        words = f"CAM {explanation.label}, {explanation.method}, {layer_name}"
+        part = name if layer is None else f"{name}_{layer}"
+        shown = Shown(
+            name=f"{words} ({notice})" if notice else words,
+            file=f"cam_{len(self._cams) + 1}_{_safe(part)}.nrrd",
+            low=0.0,
+            high=1.0,
+            threshold=self._look.threshold,
+            heat=not notice,
+            description=f"{explanation.target}. {CAUTION}",
+            attributes={
+                "Class": explanation.class_name,
+                "Target": explanation.target,
+                "Layer": layer_name,
+                "Method": explanation.method,
+                "Use": CAUTION,
+            },
+        )
+        self._cams.append(shown)
+        write_nrrd(self._folder / shown.file, volume, explanation.affine)
+        if self._peak is None and shown.heat:
+            voxel = [int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape)]
+            self._peak = to_world(explanation.affine, voxel)
+
+    def _add_masks(self, explanation: Explanation) -> None:
+        name = explanation.class_name
+        masks = {
+            ("prediction", f"{name}, prediction"): explanation.mask,
+            ("truth", f"{name}, truth"): explanation.truth,
+            ("lesion", explanation.label): _lesion(explanation),
+        }
+        for (kind, title), mask in masks.items():
+            if mask is not None and (kind, title) not in self._segments:
+                before = sum(earlier == kind for earlier, _ in self._segments)
+                self._segments[kind, title] = segment(mask, title, outline(kind, before))
+
+    def _xml(self, grid: Grid, folder: str = "") -> bytes:
+        return scene_xml(
+            [*self._scans, *self._cams],
+            _place(grid, self._peak, self._segments.values()),
+            table=(f"CAM {self._look.colormap}", _TABLE),
+            masks=_MASKS if self._segments else None,
+            opacity=self._look.opacity,
+            folder=folder,
+        )
+
+
+# ---------------------------------------------------------------------------------------- places
+
+
+def _check_same(scan: Scan, grid: Grid) -> None:
+    same = tuple(scan.shape) == grid.shape
+    if not same or corner_gap(scan.affine, grid.affine, grid.shape) > SAME_GRID_MM:
+        raise InputError(
+            f"a scan of {tuple(scan.shape)} voxels beside one of {grid.shape}, or elsewhere in the "
+            "patient: a 3D Slicer scene shows one scan. Write a scene for each"
+        )
+
+
+def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment]) -> Place:
+    """Look at the CAM's peak, else at the first mask, else at the middle of the scan."""
+    corners = np.array(list(itertools.product(*((-0.5, size - 0.5) for size in grid.shape))))
+    corners = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    low, high = corners.min(0), corners.max(0)
+    middle = (low + high) / 2
+    filled = (mask for mask in masks if mask.inside.size)
+    if peak is None and (mask := next(filled, None)):
+        centre = [(part.start + part.stop - 1) / 2 for part in mask.box]
+        peak = to_world(grid.affine, centre)
+    point = middle if peak is None else np.array(peak)
+    return Place(point, middle, high - low, min(spacing_of(grid.affine)))
+
+
+def _lesion(explanation: Explanation) -> torch.Tensor | None:
+    """Return the one predicted lesion that a target is about, (X, Y, Z); None where none is.
+
+    The label has its rank by size on the network's grid, where volumes differ a little. None, too,
+    where another lesion is of nearly that volume: nobody could tell which of them was meant.
+    """
+    rest = explanation.label.removeprefix(explanation.class_name)
+    rank = re.fullmatch(r".* component (\d+)", rest)
+    record = explanation.provenance
+    if rank is None or explanation.mask is None or not record:
+        return None
+    wanted = abs(np.linalg.det(record["prepared"]["affine"])) * record["target"]["region_voxels"]
+    ranks, sizes = components(explanation.mask)
+    volumes = np.array(sizes) * abs(np.linalg.det(explanation.affine))
+    alike = np.flatnonzero(np.abs(np.log(volumes / wanted)) < np.log(SAME_LESION))
+    return ranks == int(rank[1]) if alike.tolist() == [int(rank[1])] else None
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def outline(kind: str, number: int) -> tuple[float, float, float]:
+    """Colour of the outlines of one class's masks, 0 the first: red, green and blue in 0..1.
+
+    >>> outline("prediction", 0), outline("truth", 0)
+    ((0.0, 1.0, 1.0), (0.0, 1.0, 0.0))
+    """
+    first, width = HUES[kind]
+    return colorsys.hsv_to_rgb(first + width * (number * _GOLDEN % 1), 1.0, 1.0)
+
+
+def _write_table(path: Path, colormap: str) -> Path:
+    """Write a colour table as Slicer reads it: number, name, red, green, blue, opacity."""
+    rows = [
+        f"{level} {level / 255:.3f} {red} {green} {blue} 255"
+        for level, (red, green, blue) in enumerate(colours(colormap).tolist())
+    ]
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join([f"# {colormap}", *rows, ""]), encoding="ascii")
+    return path
+
+
+def _write_bundle(path: Path, case: str, scene: bytes, files: Iterable[Path]) -> None:
+    """Zip scene and files, uncompressed: the volumes are compressed already."""
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as bundle:
+        bundle.writestr(zipfile.ZipInfo(f"{case}/scene.mrml"), scene)
+        for file in files:
+            entry = zipfile.ZipInfo(f"{case}/Data/{file.name}")
+            entry.file_size = file.stat().st_size  # from 2 GiB on an entry is another
+            with file.open("rb") as source, bundle.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, 2**20)
+
+
+def _safe(name: str) -> str:
+    """Return a name that Slicer takes in a file's.
+
+    >>> _safe("../Läsion 1")
+    'L_sion_1'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:60] or "case"

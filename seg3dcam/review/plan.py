@@ -1,0 +1,321 @@
+"""What all pictures of one case share: volumes, look, words, and how the slices are cut.
+
+review = review_explanation(explanation, Look(window="lung"))
+review = review_volumes(scan, cam, affine, prediction=mask, slices="all")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seg3dcam.errors import InputError
+from seg3dcam.explain import Explanation
+from seg3dcam.look import Look, Window, choose_window
+from seg3dcam.review import display, draw, frame
+from seg3dcam.review.text import clean_text
+
+Axis = Literal["axial", "coronal", "sagittal"]
+SliceSetting = str | int | Sequence[int]
+
+USUAL = Look()
+
+
+class Profile(NamedTuple):
+    """Figures of every slice along one axis, each (N,).
+
+    Attributes:
+        largest: highest value of the CAM; None without a CAM to draw, and so is `total`.
+        total: sum of the CAM.
+        volumes: "truth" and "prediction", those that are known, in ml.
+    """
+
+    largest: NDArray[Any] | None
+    total: NDArray[np.float64] | None
+    volumes: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Review:
+    """Everything that the pictures of one case share; from `review_volumes` or `_explanation`.
+
+    Attributes:
+        scan: (X, Y, Z).
+        cam: (X, Y, Z) in [0, 1]; None where there is nothing to draw.
+        masks: "truth" and "prediction", those that are known, (X, Y, Z) bool.
+        affine: (4, 4), voxel index -> RAS mm.
+        look: the settings; `window` is what they give for this scan.
+        notice: why there is no heat, in words; "" where there is.
+        peak: the voxel where the CAM is highest; None without a CAM.
+        view, profile, indices: how slices are cut, the figures of each, and those to show.
+        title, caption: words for the header and for the footer.
+    """
+
+    scan: NDArray[Any]
+    cam: NDArray[Any] | None
+    masks: dict[str, NDArray[np.bool_]]
+    affine: NDArray[np.float64]
+    look: Look
+    window: Window
+    notice: str
+    peak: tuple[int, int, int] | None
+    view: display.View
+    profile: Profile
+    indices: list[int]
+    title: str
+    caption: list[str]
+
+    @property
+    def peak_slice(self) -> int | None:
+        """The slice that holds the peak, None without a CAM."""
+        return None if self.peak is None else self.peak[self.view.slice_axis]
+
+    @cached_property
+    def palette(self) -> draw.Palette:
+        """The colours of the heat."""
+        return draw.make_palette(self.look)
+
+    @cached_property
+    def colour_bar(self) -> draw.Picture:
+        """What the colours mean, as a picture."""
+        return frame.draw_colour_bar(self.palette, self.look.threshold)
+
+    def along(self, axis: Axis, slices: SliceSetting = "relevant") -> Review:
+        """Return the same case cut along another axis, or with other slices; copies no volume.
+
+        Raises:
+            ConfigError, InputError: an unknown axis or word, an index outside the scan.
+
+        >>> cam = np.zeros((6, 7, 8))
+        >>> cam[1, 2, 3] = 1
+        >>> review = review_volumes(cam, cam, np.eye(4))
+        >>> review.indices, review.along("coronal").indices
+        ([3], [2])
+        """
+        view = display.plan_view(self.scan.shape, self.affine, axis)
+        profile = self.profile
+        if view.slice_axis != self.view.slice_axis:
+            profile = _profile(view, self.cam, self.masks)
+        shown = _chosen(slices, view, profile, self.look.threshold, self.peak)
+        return replace(self, view=view, profile=profile, indices=shown)
+
+
+def review_volumes(
+    scan: ArrayLike,
+    cam: ArrayLike,
+    affine: ArrayLike,
+    *,
+    look: Look = USUAL,
+    prediction: ArrayLike | None = None,
+    truth: ArrayLike | None = None,
+    axis: Axis = "axial",
+    slices: SliceSetting = "relevant",
+    title: str = "",
+    caption: Mapping[str, object] | None = None,
+    notice: str = "",
+) -> Review:
+    """Check everything and choose what all pictures of a case share; copies no volume.
+
+    Args:
+        scan: (X, Y, Z), any real numbers.
+        cam: (X, Y, Z) in [0, 1], already scaled once for the whole volume. All zero, or with NaN:
+            no heat is drawn and the pictures say so.
+        affine: (4, 4), voxel index -> RAS mm.
+        look: window, threshold, opacity and colours.
+        prediction: (X, Y, Z) mask, drawn as a dashed cyan outline.
+        truth: (X, Y, Z) mask, drawn as a solid green outline.
+        axis: "axial", "coronal" or "sagittal"; an oblique scan is cut along its own axes.
+        slices: voxel indices along the scan's own array axis that is closest to the anatomical
+            one (what a NIfTI viewer shows, also in the file names); "all"; or "relevant": where
+            the CAM reaches the threshold or the prediction is present, at most 20, with the peak.
+        title: the first line of the pictures.
+        caption: more for the footer, e.g. {"class": "tumour", "layer": "encoder.4"}.
+        notice: why the CAM must not be drawn, where that is known; it is written instead.
+
+    Raises:
+        InputError: shapes that differ, an index outside the scan, a CAM outside [0, 1].
+        ConfigError: an unknown axis.
+
+    Example:
+        >>> scan, cam = np.ones((24, 24, 12)), np.zeros((24, 24, 12))
+        >>> cam[5:10, 5:10, 6] = 1
+        >>> review = review_volumes(scan, cam, np.diag([1, 1, 3, 1]))
+        >>> review.indices, review.peak, review.notice
+        ([6], (7, 7, 6), '')
+        >>> review_volumes(scan, 0 * cam, np.eye(4)).notice
+        'no CAM: the map is zero'
+    """
+    image = _check_volume(scan, "scan")
+    heat = _check_volume(cam, "cam", image.shape)
+    masks = {
+        name: _check_mask(mask, name, image.shape)
+        for name, mask in (("truth", truth), ("prediction", prediction))
+        if mask is not None
+    }
+    view = display.plan_view(image.shape, affine, axis)
+    notice = clean_text(notice) or _missing_heat(heat)
+    shown = None if notice else heat
+    profile = _profile(view, shown, masks)
+    peak = None
+    if shown is not None and profile.largest is not None and profile.total is not None:
+        notice = _faint_heat(profile.largest.max(), look.threshold)
+        highest = display.peak_slice(profile.largest, profile.total)
+        peak = display.peak_voxel(view, shown, highest)
+    return Review(
+        scan=image,
+        cam=shown,
+        masks=masks,
+        affine=view.affine,
+        look=look,
+        window=choose_window(image, look.window),
+        notice=notice,
+        peak=peak,
+        view=view,
+        profile=profile,
+        indices=_chosen(slices, view, profile, look.threshold, peak),
+        title=clean_text(title),
+        caption=[
+            f"{clean_text(key)}: {clean_text(value)}" for key, value in (caption or {}).items()
+        ],
+    )
+
+
+def review_explanation(
+    explanation: Explanation,
+    look: Look = USUAL,
+    *,
+    layer: str | None = None,
+    axis: Axis = "axial",
+    slices: SliceSetting = "relevant",
+    case: str = "",
+) -> Review:
+    """Plan the pictures of an explanation: its scan, CAM, prediction and truth, and its words.
+
+    Args:
+        explanation: what `explain` returns.
+        look: window, threshold, opacity and colours.
+        layer: one layer's name; None averages all.
+        axis, slices: as for `review_volumes`.
+        case: what the scan is called in the title. Nothing is taken from file names or headers.
+
+    Raises:
+        InputError, ConfigError: as `review_volumes`, and an unknown layer.
+    """
+    mask, truth = explanation.mask, explanation.truth
+    words = (case, explanation.label or explanation.class_name)
+    return review_volumes(
+        explanation.scan.data[0].numpy(),
+        explanation.volume(layer).numpy(),
+        explanation.affine,
+        look=look,
+        prediction=None if mask is None else mask.numpy(),
+        truth=None if truth is None else truth.numpy(),
+        axis=axis,
+        slices=slices,
+        title=" · ".join(word for word in words if word),
+        caption=_caption(explanation, layer),
+        notice=explanation.notice(layer),
+    )
+
+
+# ---------------------------------------------------------------- words
+
+
+def _caption(explanation: Explanation, layer: str | None) -> dict[str, str]:
+    names = list(explanation.maps) if layer is None else [layer]
+    finest = min((explanation.native_spacing[name] for name in names), key=math.prod)
+    silent = [name for name in names if explanation.status[name] != "ok"]
+    words = {
+        "class": explanation.class_name,
+        "layer": explanation.layer_name(layer),
+        "method": explanation.method,
+        "target": explanation.target,
+        "score": f"{explanation.score:.6g}",
+        "CAM resolution": " x ".join(f"{mm:.3g}" for mm in finest) + " mm",
+    }
+    if silent and len(silent) < len(names):
+        words["without the layers, whose map is not usable"] = ", ".join(silent)
+    return words
+
+
+def _missing_heat(heat: NDArray[Any]) -> str:
+    """Say in words why there is no heat, or nothing where there is; refuse another scale."""
+    low, high = float(heat.min()), float(heat.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "no CAM: the map holds NaN or infinite values"
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"cam must be in 0..1, but goes from {low:.4g} to {high:.4g}: scale it once for the "
+            "whole volume, for example cam.clip(0) / cam.max()"
+        )
+    return "" if high > 0 else "no CAM: the map is zero"
+
+
+def _faint_heat(high: float, threshold: float) -> str:
+    if high >= threshold:
+        return ""
+    return f"no CAM at the threshold {threshold:.2f}: the map's maximum is {high:.2g}"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _profile(
+    view: display.View, cam: NDArray[Any] | None, masks: Mapping[str, NDArray[np.bool_]]
+) -> Profile:
+    others = (view.row_axis, view.column_axis)
+    voxel_ml = abs(float(np.linalg.det(view.affine[:3, :3]))) / 1000
+    largest, total = (None, None) if cam is None else display.slice_profile(view, cam)
+    volumes = {name: np.count_nonzero(mask, axis=others) * voxel_ml for name, mask in masks.items()}
+    return Profile(largest, total, volumes)
+
+
+def _chosen(
+    slices: SliceSetting,
+    view: display.View,
+    profile: Profile,
+    threshold: float,
+    peak: Sequence[int] | None,
+) -> list[int]:
+    relevant = np.zeros(view.slice_count, bool)
+    if profile.largest is not None:
+        relevant |= profile.largest >= max(threshold, np.finfo(np.float32).tiny)
+    if "prediction" in profile.volumes:
+        relevant |= profile.volumes["prediction"] > 0
+    return display.choose_slices(slices, relevant, None if peak is None else peak[view.slice_axis])
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_volume(
+    volume: ArrayLike, name: str, shape: tuple[int, ...] | None = None
+) -> NDArray[Any]:
+    array = np.asarray(volume)
+    if shape is not None and array.shape != shape:
+        raise InputError(
+            f"{name} and scan must have one shape: {name} is {array.shape}, scan is {shape}"
+        )
+    if array.ndim != 3 or array.size == 0:
+        raise InputError(f"{name} must be (X, Y, Z) with at least one voxel, not {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name} must hold real numbers, not {array.dtype}")
+    return array
+
+
+def _check_mask(mask: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    array = _check_volume(mask, name, shape)
+    if array.dtype == bool:
+        return array
+    inside = array == 1
+    if not (inside | (array == 0)).all():
+        raise InputError(
+            f"{name} must be a mask of 0 and 1; of a label map take one class: {name} == label"
+        )
+    return inside

@@ -1,0 +1,384 @@
+"""One HTML file to review CAMs with: double click, offline, in any browser, without WebGL.
+
+save_report("case.html", explanations, Look(window="abdomen"), case="case 12")
+
+The page (`report/`) draws three planes from the scan's slices, stored once as 8-bit pictures, from
+maps on coarser grids, and from masks of one bit a voxel; `report_data` makes these.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import date
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
+from seg3dcam.explain import Explanation
+from seg3dcam.files import atomic
+from seg3dcam.findings import findings
+from seg3dcam.geometry import spacing_of
+from seg3dcam.look import WINDOWS, Look, choose_window, colours
+from seg3dcam.review import report_data as data
+from seg3dcam.review.display import edge_letters, obliquity_degrees, plan_view
+from seg3dcam.scan import SAME_GRID_MM, corner_gap
+
+__all__ = ["LIMIT_MB", "Report", "notebook_view", "save_report"]
+
+#: A file of this size still goes by mail.
+LIMIT_MB = 15.0
+#: Notebooks keep every output inside their own file.
+NOTEBOOK_MB = 6.0
+NOTEBOOK_HEIGHT = 820
+
+#: All maps together take at most half of the file, each one at most this part of what is left.
+MAP_SHARE = 1 / 8
+
+#: Figures that the list of peaks says better.
+PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}
+
+SCRIPTS = ("volume.js", "draw.js", "view.js", "feedback.js")
+#: Layer -> the number of its map in the page, and the value that is 1 there.
+Kept = dict[str, tuple[int, float]]
+
+PAGE_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def save_report(
+    path: str | os.PathLike[str],
+    explanations: Explanation | Iterable[Explanation],
+    look: Look | None = None,
+    *,
+    case: str = "",
+    limit_mb: float = LIMIT_MB,
+) -> Path:
+    """Save a page to review one or several explanations of a scan.
+
+    The scan is stored as well as `limit_mb` allows, from every grey code to shrunk slices, and the
+    page says how. Nothing of the scan's name or path gets into it.
+
+    Args:
+        path: the file, ending in .html.
+        explanations: all of one scan, for example what `explain_each` returns.
+        look: window, threshold, opacity and colours that the page starts with.
+        case: how the page names the case; empty: not at all.
+        limit_mb: largest size of the file, in millions of bytes.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: another suffix, or a limit that is not above 0.
+        InputError: no explanation, or explanations of scans on different grids.
+        OutputError: the file cannot be written.
+
+    Warns:
+        Seg3dcamWarning: the file is larger than `limit_mb`, whatever is done.
+
+    Example:
+        >>> import tempfile
+        >>> from seg3dcam.scan import load_scan
+        >>> voxels = np.random.default_rng(0).normal(40, 12, (16, 16, 8))
+        >>> scan, cam = load_scan(voxels, affine=np.eye(4)), torch.zeros(16, 16, 8)
+        >>> cam[4, 5, 6] = 1
+        >>> explanation = Explanation(
+        ...     scan, {"conv": cam}, {"conv": "ok"}, torch.ones(1, 16, 16, 8).bool(), ["lesion"],
+        ...     "log-odds", "hires_cam", 0, 1.0, {"conv": (1.0, 1.0, 1.0)}, "lesion")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_report(folder + "/case.html", explanation).stat().st_size < 500_000
+        True
+    """
+    report = Report(path, look or Look(), case, limit_mb=limit_mb)
+    for one in [explanations] if isinstance(explanations, Explanation) else explanations:
+        report.add(one, f"{one.label} {one.method}")
+    return report.finish()[0]
+
+
+def notebook_view(explanation: Explanation, look: Look | None = None) -> str:
+    """Return the page of one explanation as an HTML fragment, for the output of a notebook."""
+    page = _Page(look or Look(), "", NOTEBOOK_MB)
+    page.add(explanation, explanation.label)
+    srcdoc = html.escape("".join(page.parts()))
+    # Without allow-same-origin the page can reach nothing of the notebook.
+    return (
+        f'<iframe srcdoc="{srcdoc}" title="CAM review" sandbox="allow-scripts allow-downloads" '
+        f'style="width: 100%; height: {NOTEBOOK_HEIGHT}px; border: 0"></iframe>'
+    )
+
+
+class Report:
+    """Writes the page of a case whose explanations come one by one.
+
+    Args:
+        path: the file, ending in .html.
+        look: what the page starts with.
+        case: how the page names the case; empty: not at all.
+        limit_mb: largest size of the file, in millions of bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        look: Look,
+        case: str = "",
+        *,
+        limit_mb: float = LIMIT_MB,
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in (".html", ".htm"):
+            raise ConfigError(f"the report's path must end in .html, not {self.path.name!r}")
+        if not limit_mb > 0:  # also refuses NaN
+            raise ConfigError(f"limit_mb must be above 0, not {limit_mb!r}")
+        self._page = _Page(look, case, limit_mb)
+
+    def add(self, explanation: Explanation, name: str) -> None:
+        """Reduce an explanation to what the page shows; its volumes are not kept."""
+        self._page.add(explanation, name)
+
+    def finish(self) -> list[Path]:
+        """Write the file."""
+        with (
+            atomic(self.path) as temporary,
+            temporary.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.writelines(self._page.parts())
+        size = self.path.stat().st_size
+        if size > self._page.limit:
+            warnings.warn(
+                f"{self.path.name} has {size / 1e6:.1f} MB, more than {self._page.limit / 1e6:g}: "
+                "the scan cannot be stored any smaller. Explain fewer targets and layers in one "
+                "report, crop the scan, or raise limit_mb",
+                Seg3dcamWarning,
+                stacklevel=2,
+            )
+        return [self.path]
+
+
+# ---------------------------------------------------------------- what the page holds
+
+
+class _Page:
+    """Collects small things; `parts` joins them to the text of a page."""
+
+    def __init__(self, look: Look, case: str, limit_mb: float) -> None:
+        self.look, self.case, self.limit = look, case, limit_mb * 1e6
+        self.frame: data.Frame | None = None
+        self.items: list[dict[str, Any]] = []
+        self.maps: list[dict[str, Any]] = []
+        self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile, each mask once
+
+    def add(self, explanation: Explanation, name: str) -> None:
+        if self.frame is None:
+            self._add_scan(explanation)
+        frame = self.frame
+        assert frame is not None
+        shape, affine = explanation.scan.shape, explanation.affine
+        if shape != frame.shape or corner_gap(self.affine, affine, shape) > SAME_GRID_MM:
+            raise InputError(
+                f"{explanation.label}: its scan lies on another grid ({shape} voxels) than that of "
+                f"the first explanation ({frame.shape}). A report is about one scan: write one "
+                "report for each"
+            )
+        model = explanation.provenance.get("model", {})
+        kept = self._add_maps(explanation)
+        self.items.append(
+            {
+                "name": name,
+                "label": explanation.label or explanation.class_name,
+                "class": explanation.class_name,
+                "target": explanation.target,
+                "method": explanation.method,
+                "model": str(model.get("name", "")),
+                "score": f"{explanation.score:.4g}",
+                "prediction": self._add_mask(explanation.mask),
+                "truth": self._add_mask(explanation.truth),
+                "layers": [
+                    self._layer(explanation, layer, kept) for layer in explanation.shown_layers
+                ],
+            }
+        )
+
+    def _add_scan(self, explanation: Explanation) -> None:
+        scan, affine = explanation.scan, explanation.affine
+        voxels = scan.data[0].numpy()
+        self.affine = affine
+        self.frame = frame = data.plan_frame(scan.shape, affine)
+        window = choose_window(voxels, self.look.window)
+        ct = data.is_ct(float(voxels.min()), self.look.window)
+        self.greys = data.grey_codes(voxels, frame, window, ct)
+        degrees = obliquity_degrees(affine)
+        planes = ("axial", "coronal", "sagittal")
+        self.scan = {
+            "shape": frame.by_axis(scan.shape),
+            "spacing": frame.by_axis(spacing_of(affine)),
+            "affine": frame.affine.tolist(),
+            "axes": frame.by_axis("ijk"),
+            "flipped": list(reversed(frame.flips)),
+            "letters": {p: edge_letters(plan_view(scan.shape, affine, p)) for p in planes},
+            "oblique": round(degrees) if degrees > 1 else 0,
+            "channels": len(scan.data),
+            "values": [float(f"{value:.6g}") for value in self.greys.values],
+            "window": {"low": window.low, "high": window.high, "text": window.text},
+            "presets": WINDOWS if ct else {},
+        }
+
+    def _add_mask(self, mask: torch.Tensor | None) -> int | None:
+        """Keep a mask unless it is known already, and return its number."""
+        if mask is None:
+            return None
+        assert self.frame is not None
+        packed = _base64(data.pack_mask(mask, self.frame))
+        if packed not in self.masks:
+            self.masks[packed] = {"profile": data.mask_profile(mask, self.frame)}
+        return list(self.masks).index(packed)
+
+    def _layer(self, explanation: Explanation, layer: str | None, kept: Kept) -> dict[str, Any]:
+        """Return what the page says of one layer, or of all together."""
+        frame, notice = self.frame, explanation.notice(layer)
+        assert frame is not None
+        found = findings(explanation, layer)
+        shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
+        peaks = [
+            {**peak, "at": frame.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
+            for peak in found["peaks"]
+        ]
+        volume = None if notice else explanation.volume(layer)
+        names = explanation.maps if layer is None else [layer]
+        return {
+            "name": explanation.layer_name(layer),
+            "notice": notice,
+            "found": shown,
+            "peaks": peaks,
+            "maps": [] if volume is None else _weights(explanation, names, volume, kept),
+            "profile": None if volume is None else data.map_profile(volume, frame),
+        }
+
+    def _add_maps(self, explanation: Explanation) -> Kept:
+        """Keep every usable layer's map: layer -> its number, and the value that is 1 in it."""
+        assert self.frame is not None
+        spacing, provenance = explanation.scan.spacing, explanation.provenance
+        kept = {}
+        for layer, values in explanation.maps.items():
+            largest = float(values.max())
+            if explanation.status[layer] != "ok" or not largest > 0:
+                continue
+            nodes = None
+            if layer in provenance.get("layers", {}):
+                prepared = provenance["prepared"]["affine"]
+                nodes = data.nodes_of(provenance["layers"][layer], prepared, explanation.affine)
+            cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
+            room = self.limit / 2 - sum(len(one["data"]) for one in self.maps)
+            packed = data.pack_map(
+                values.float() / largest, self.frame, nodes, cells, room * MAP_SHARE * 3 / 4
+            )
+            kept[layer] = len(self.maps), largest
+            self.maps.append({**packed._asdict(), "data": _base64(packed.data)})
+        return kept
+
+    def parts(self) -> Iterator[str]:
+        """Yield the page's text, piece by piece."""
+        if self.frame is None:
+            raise InputError("a report needs at least one explanation: call add() before finish()")
+        script = "".join(map(_source, SCRIPTS))
+        style = _source("view.css")
+        content = {
+            "policy": "; ".join(
+                [
+                    "default-src 'none'",
+                    f"script-src '{_digest(script)}'",
+                    f"style-src '{_digest(style)}'",
+                    "base-uri 'none'",
+                    "form-action 'none'",
+                ]
+            ),
+            "style": style,
+            "maps": "\n".join(one["data"] for one in self.maps),
+            "masks": "\n".join(self.masks),
+            "script": script,
+        }
+        page = _source("page.html")
+        taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
+        # Base64 writes 4 letters for 3 bytes; a line ends after each slice.
+        count = len(self.greys.codes)
+        room = (self.limit - taken) * 3 / 4 - 4 * count - 1000
+        slices = data.pack_slices(self.greys.codes, room)
+        content["slices"] = "\n".join(map(_base64, slices.pictures))
+        content["meta"] = _json(self._meta(slices))
+        for number, part in enumerate(PAGE_SLOT.split(page)):
+            yield content[part] if number % 2 else part
+
+    def _meta(self, slices: data.Slices | None) -> dict[str, Any]:
+        stored = (
+            {}
+            if slices is None
+            else {
+                "shape": slices.shape,
+                "step": slices.step,
+                "start": [(step - 1) / 2 for step in slices.step],
+                "mime": slices.mime,
+                "text": slices.encoding.text,
+            }
+        )
+        return {
+            "version": version("seg3dcam"),
+            "date": date.today().isoformat(),
+            "case": self.case,
+            "scan": {**self.scan, "stored": stored},
+            "look": {
+                "threshold": self.look.threshold,
+                "opacity": self.look.opacity,
+                "colours": colours(self.look.colormap).tolist(),
+            },
+            "zero": data.ZERO_CODE,
+            "maps": [{k: v for k, v in one.items() if k != "data"} for one in self.maps],
+            "masks": list(self.masks.values()),
+            "items": self.items,
+        }
+
+
+def _weights(
+    explanation: Explanation, names: Iterable[str], volume: torch.Tensor, kept: Kept
+) -> list[tuple[int, float]]:
+    """Say which maps the page adds up to draw `volume`: their numbers and weights.
+
+    `Explanation.volume` adds layers in their own units and divides by the sum's largest value;
+    each of the page's maps is divided by its own.
+    """
+    peak = np.unravel_index(int(volume.argmax()), volume.shape)
+    found = {name: kept[name] for name in names if name in kept}
+    height = sum(max(0.0, float(explanation.maps[name][peak])) for name in found)
+    return [(number, largest / height) for number, largest in found.values()] if height else []
+
+
+# ---------------------------------------------------------------- text
+
+
+def _source(name: str) -> str:
+    return (files("seg3dcam.review") / "report" / name).read_text(encoding="utf-8")
+
+
+def _base64(blob: bytes) -> str:
+    return base64.b64encode(blob).decode("ascii")
+
+
+def _digest(text: str) -> str:
+    """What a policy calls the one script, or style, that may run."""
+    return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
+
+
+def _json(value: Any) -> str:
+    """Write JSON that no text in it can end early, as `</script>` would."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,128 @@
+// What the reader thinks, and in which order the CAM and the prediction were seen.
+
+const opened = Date.now();
+const story = []; // [seconds since the page was opened, what happened]
+const remarks = [];
+let saved = true;
+
+function tell(event) {
+  story.push([Math.round((Date.now() - opened) / 100) / 10, event]);
+}
+
+function hideCam() {
+  tell("CAMs hidden");
+  show({ readFirst: true, at: middleOfPrediction(), zoom: 1, centre: null });
+  refill();
+}
+
+function showCam() {
+  tell(`prediction of ${item().label} read`);
+  read.add(item().label);
+  show({});
+  refill();
+}
+
+// Label of a target -> whether its prediction had been read when its CAM was first seen.
+const firstLooks = new Map();
+
+function noteFirstLook() {
+  const { label } = item();
+  if (isHidden() || firstLooks.has(label)) return;
+  firstLooks.set(label, read.has(label) ? "yes" : "no");
+  tell(`CAM of ${label} shown`);
+}
+
+// "CAM of lesion shown at 0 s; CAMs hidden at 4.1 s; ..": tells a first look from a second one.
+const order = () => story.map(([seconds, event]) => `${event} at ${seconds} s`).join("; ");
+
+function remark() {
+  const verdict = document.querySelector("[name=verdict]:checked")?.value;
+  if (!verdict) return null;
+  const { label, method, name, model } = item();
+  const mm = toMm(state.at);
+  const voxel = ownVoxel(state.at);
+  const [low, high] = state.window;
+  const fixed = (value, digits) => +value.toFixed(digits);
+  return {
+    time: new Date().toISOString(),
+    case: meta.case,
+    name,
+    target: label,
+    class: item().class,
+    layer: layer().name,
+    method,
+    model,
+    verdict,
+    comment: byId("comment").value.trim(),
+    initials: byId("initials").value.trim(),
+    plane: state.plane,
+    r_mm: fixed(mm[0], 2),
+    a_mm: fixed(mm[1], 2),
+    s_mm: fixed(mm[2], 2),
+    i: voxel[0],
+    j: voxel[1],
+    k: voxel[2],
+    threshold: state.threshold,
+    opacity: state.opacity,
+    window_width: fixed(high - low, 3),
+    window_level: fixed((high + low) / 2, 3),
+    cam_shown: state.heat && heatNow() ? "yes" : "no",
+    read_first: firstLooks.get(label) ?? "CAM not seen yet",
+    order: order(),
+    seg3dcam: meta.version,
+  };
+}
+
+function noteRemark() {
+  const made = remark();
+  if (!made) {
+    byId("noted").textContent = "Choose useful, misleading or unclear first.";
+    return false;
+  }
+  remarks.push(made);
+  saved = false;
+  document.querySelector("[name=verdict]:checked").checked = false;
+  byId("comment").value = "";
+  byId("noted").textContent =
+    `${remarks.length} noted; nothing leaves this page until you save it.`;
+  return true;
+}
+
+function save(kind) {
+  const isOpen = document.querySelector("[name=verdict]:checked") || byId("comment").value.trim();
+  if ((isOpen || !remarks.length) && !noteRemark()) return;
+  const [text, type] =
+    kind === "csv" ? [asCsv(remarks), "text/csv"] : [JSON.stringify(remarks, null, 2), "application/json"];
+  const stamp = new Date().toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "_");
+  const link = element("a", {
+    href: URL.createObjectURL(new Blob([text], { type })),
+    download: `cam_feedback_${stamp}.${kind}`,
+  });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  saved = true;
+  byId("noted").textContent = `Saved ${remarks.length} as ${link.download}`;
+}
+
+// For spreadsheets: a byte order mark, and no cell that would be run as a formula.
+function asCsv(rows) {
+  const cell = (value) => {
+    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return `"${text.replaceAll('"', '""')}"`;
+  };
+  const table = [Object.keys(rows[0]), ...rows.map(Object.values)];
+  return "\ufeff" + table.map((row) => row.map(cell).join(",") + "\r\n").join("");
+}
+
+function listenToFeedback() {
+  byId("hide").onclick = hideCam;
+  byId("read").onclick = showCam;
+  byId("note").onclick = noteRemark;
+  byId("save-csv").onclick = () => save("csv");
+  byId("save-json").onclick = () => save("json");
+  window.addEventListener("beforeunload", (event) => {
+    if (!saved) event.preventDefault();
+  });
+}
+
+start().catch(failed);
