@@ -591,6 +591,11 @@ def _provenance(
                 "stride": layer.window_grid.stride,
                 "offset": layer.window_grid.offset,
                 "offset_measured": layer.window_grid.measured,
+                "map": {
+                    "shape": layer.grid.shape,
+                    "stride": layer.grid.stride,
+                    "offset": layer.grid.offset,
+                },
                 "spacing_mm": result.native_spacing[name],
                 "raw_min": float(layer.values.min()),
                 "raw_max": float(layer.values.max()),

@@ -145,7 +145,7 @@ def _layers(segments: Iterable[Segment]) -> list[list[Segment]]:
         free = (
             layer
             for layer in layers
-            if not any(_overlap(new, other) for other in layer)
+            if len(layer) < _MOST_LABELS and not any(_overlap(new, other) for other in layer)
         )
         layer = next(free, None)
         if layer is None:
