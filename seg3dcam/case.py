@@ -23,10 +23,8 @@ or content tells the scan's own file name, which may be a patient's: see `Job.ca
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +40,7 @@ from seg3dcam.export.fused import write_fused
 from seg3dcam.export.nifti import write_nifti
 from seg3dcam.export.nrrd import write_nrrd
 from seg3dcam.export.slicer import SlicerScene
-from seg3dcam.files import check_writable, write_json
+from seg3dcam.files import check_writable, unique_names, write_json
 from seg3dcam.findings import findings
 from seg3dcam.look import Look
 from seg3dcam.models import SegModel
@@ -159,21 +157,6 @@ def write_case(
     }
     write_json(folder / "case.json", record)
     return record
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Return names that are safe in file names, and different.
-
-    >>> unique_names(["grey matter", "grey_matter", "../x", "Läsion"])
-    ['grey_matter', 'grey_matter_2', 'x', 'L_sion']
-    """
-    found: list[str] = []
-    for name in names:
-        safe = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[:60] or "target"
-        choices = (safe if n == 1 else f"{safe}_{n}" for n in itertools.count(1))
-        taken = {other.lower() for other in found}  # on some disks A is a
-        found.append(next(choice for choice in choices if choice.lower() not in taken))
-    return found
 
 
 def _write_nifti(

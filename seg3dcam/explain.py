@@ -29,7 +29,7 @@ from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of,
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
 from seg3dcam.result import CamResult, Scale, Status, scaled
-from seg3dcam.scan import Scan, load_scan
+from seg3dcam.scan import Scan, load_labels, load_scan
 from seg3dcam.targets import (
     ClassLogOdds,
     EveryClass,
@@ -154,11 +154,11 @@ class Explanation:
             return NO_HEAT["nonfinite"]
         return "" if "ok" in found else NO_HEAT[found[0]]
 
-    def with_truth(self, labels: Scan, label: int | None = None) -> Explanation:
+    def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
         """Return the same with the truth of its class, from a label map on the scan's grid.
 
         Args:
-            labels: what `load_labels` returns.
+            labels: a NIfTI file, or a scan of whole numbers.
             label: the class's label there; None: see `seg3dcam.truth.truth_mask`.
 
         Raises:
@@ -167,6 +167,7 @@ class Explanation:
         """
         if self.class_index is None:
             raise TargetError(f"{self.target} is about no class, so there is no truth of it")
+        labels = labels if isinstance(labels, Scan) else load_labels(labels)
         check_on_grid("truth", labels.shape, labels.affine, self.scan)
         mask = truth_mask(
             labels.data[0],

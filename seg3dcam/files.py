@@ -8,10 +8,12 @@ there before stays as it was.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 
 from seg3dcam.errors import OutputError
 
-__all__ = ["atomic", "check_writable", "write_json"]
+__all__ = ["atomic", "check_writable", "unique_names", "write_json"]
 
 _PREFIX = ".seg3dcam-"
 
@@ -104,6 +106,21 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
         with suppress(OSError):
             probe.unlink()
     return folder
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return names that are safe in file names, and different.
+
+    >>> unique_names(["grey matter", "grey_matter", "../x", "Läsion"])
+    ['grey_matter', 'grey_matter_2', 'x', 'L_sion']
+    """
+    found: list[str] = []
+    for name in names:
+        safe = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_")[:60] or "target"
+        choices = (safe if n == 1 else f"{safe}_{n}" for n in itertools.count(1))
+        taken = {other.lower() for other in found}  # on some disks A is a
+        found.append(next(choice for choice in choices if choice.lower() not in taken))
+    return found
 
 
 def _temporary(folder: Path, suffix: str) -> Path:

@@ -29,10 +29,9 @@ import numpy.typing as npt
 import torch
 from nibabel.spatialimages import HeaderDataError
 
-from seg3dcam.dicom_slice import is_dicom
 from seg3dcam.errors import InputError, ScanError, Seg3dcamWarning
 from seg3dcam.geometry import ras_affine, spacing_of
-from seg3dcam.series import read_series
+from seg3dcam.series import is_dicom, read_series
 
 __all__ = ["SAME_GRID_MM", "Scan", "corner_gap", "load_scan"]
 

@@ -19,8 +19,8 @@ from helpers_cases import (
     write_scan,
 )
 
-from seg3dcam.case import unique_names
 from seg3dcam.errors import OutputError
+from seg3dcam.files import unique_names
 
 
 @pytest.fixture

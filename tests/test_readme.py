@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from seg3dcam.cams import CAMS
-from seg3dcam.config import ModelSpec, validate
+from seg3dcam.config import Format, ModelSpec, validate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,14 +19,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_python_examples_run(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(blocks("python")[number], {"__name__": "readme"})
-    written = [file.name for file in tmp_path.glob("*.nii.gz")]
-    assert written == [["cam.nii.gz"], ["lesion.nii.gz"], []][number]
+    written = {file.name for file in tmp_path.iterdir()} - {"demo"}
+    of_pictures = {"report.html", "slicer", "slices"}
+    assert written == [{"cam.nii.gz"}, {"lesion.nii.gz"}, of_pictures, set()][number]
 
 
 def test_the_model_spec_is_legal() -> None:
@@ -33,8 +35,9 @@ def test_the_model_spec_is_legal() -> None:
     validate(yaml.safe_load(spec), ModelSpec, "README.md")
 
 
-def test_every_method_is_in_the_table() -> None:
-    assert set(re.findall(r"^\| `(\w+)` \|", README.read_text(), re.MULTILINE)) == set(CAMS)
+def test_every_method_and_every_format_is_in_a_table() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", README.read_text(), re.MULTILINE))
+    assert listed == set(CAMS) | set(get_args(Format))
 
 
 def test_the_two_commands_are_those_of_ci() -> None:

@@ -95,8 +95,10 @@ def save_dicom(
     """
     export = DicomExport(folder, look, case)
     listed = [explanations] if isinstance(explanations, Explanation) else explanations
-    for number, explanation in enumerate(listed, start=1):
-        export.add(explanation, f"target_{number}")
+    names: list[str] = []
+    for explanation in listed:
+        names.append(explanation.label)
+        export.add(explanation, unique_names(names)[-1])
     return export.finish()
 
 
@@ -249,6 +251,7 @@ def _capture(plan: _Plan, picture: NDArray[np.uint8], k: int) -> Any:
     )
     _place(plan, image, header)
     image.ImageType = ["DERIVED", "SECONDARY"]
+    image.ConversionType = "WSD"  # made by a workstation
     image.BurnedInAnnotation = "NO"  # the standard asks for what tells the patient: nothing does
     image.DerivationDescription = one_line(f"{plan.words}. {CAUTION}", 1024)
     image.SourceImageSequence = [source_item(header)]

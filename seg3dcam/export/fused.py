@@ -81,7 +81,7 @@ def blended(
     [100, 178]
     """
     picture = np.repeat(level.round().astype(np.uint8)[..., None], 3, -1)
-    warm = cam > 0
+    warm = cam >= look.threshold
     alpha = look.alpha(cam[warm])[:, None]
     heat = table[(cam[warm] * 255).round().astype(np.uint8)]
     picture[warm] = (level[warm][:, None] * (1 - alpha) + heat * alpha).round()

@@ -83,6 +83,7 @@ def scene_xml(
     *,
     table: tuple[str, str],
     masks: str | None,
+    hidden: Sequence[str],
     opacity: float,
     folder: str = "",
 ) -> bytes:
@@ -93,6 +94,7 @@ def scene_xml(
         place: where the slice views look.
         table: name and file of the CAMs' colours.
         masks: the segmentation's file, if there is one.
+        hidden: its segments that are not visible at first.
         opacity: of the CAM.
         folder: of the files, relative to the scene's: "" or such as "Data/".
     """
@@ -101,7 +103,7 @@ def scene_xml(
     for number, volume in enumerate(volumes, 1):
         _add_volume(root, number, volume, folder)
     if masks is not None:
-        _add_masks(root, folder + masks)
+        _add_masks(root, folder + masks, hidden)
     front = next((n for n, volume in enumerate(volumes, 1) if volume.heat), None)
     _add_views(root, front, opacity, place)
     ET.indent(root)
@@ -145,7 +147,7 @@ def _add_volume(root: ET.Element, number: int, volume: Shown, folder: str) -> No
     _add(root, "Volume", _volume_id(number), words, {"display": displays, "storage": storage})
 
 
-def _add_masks(root: ET.Element, file: str) -> None:
+def _add_masks(root: ET.Element, file: str, hidden: Sequence[str]) -> None:
     storage, display = "vtkMRMLSegmentationStorageNode1", "vtkMRMLSegmentationDisplayNode1"
     links = {
         "display": display,
@@ -153,7 +155,9 @@ def _add_masks(root: ET.Element, file: str) -> None:
         "referenceImageGeometryRef": _volume_id(1),
     }
     _add(root, "SegmentationStorage", storage, {"fileName": file})
-    _add(root, "SegmentationDisplay", display, OUTLINES)
+    invisible = "".join(f"{segment} Visible:false|" for segment in hidden)
+    outlines = OUTLINES | {"SegmentationDisplayProperties": invisible}
+    _add(root, "SegmentationDisplay", display, outlines)
     _add(root, "Segmentation", "vtkMRMLSegmentationNode1", {"name": "Masks"}, links)
 
 

@@ -257,7 +257,8 @@ def _ascii(text: str, length: int) -> bytes:
 
 def gzipped(file: BinaryIO) -> igzip.IGzipFile:
     """Compress what is written to a file, fast; the same bytes in, the same bytes out."""
-    return igzip.IGzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0)
+    # Level 3 is as fast as 1, whose choice of matches now and then depends on what the memory held.
+    return igzip.IGzipFile(filename="", mode="wb", compresslevel=3, fileobj=file, mtime=0)
 
 
 def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:

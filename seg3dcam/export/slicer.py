@@ -7,10 +7,11 @@ case.mrb               the same in one file, ready to be sent
 scan.nrrd              of several channels, scan_1.nrrd and so on
 cam_<n>_<target>.nrrd  what `Explanation.volume` shows; of several layers also each by itself
 cam.ctbl               the CAMs' colours
-masks.seg.nrrd         prediction and truth of every class, and every lesion explained
+masks.seg.nrrd         prediction and truth of every class, and every region explained: lesions
 
 Volumes are NRRD, Slicer's own format: NIfTI rounds a place to float32, and Slicer reads no shear
-(gantry tilt) from it. Slicer draws the CAM with one opacity from the threshold on.
+(gantry tilt) from it. Slicer draws a CAM with one opacity from the threshold on. All masks are in
+the scene; those of the CAM that is shown are visible at first.
 """
 
 from __future__ import annotations
@@ -25,27 +26,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explain import Explanation
 from seg3dcam.export.mrml import Place, Shown, scene_xml
-from seg3dcam.export.nrrd import Segment, segment, write_nrrd, write_segments
+from seg3dcam.export.nrrd import Segment, segment, segment_id, write_nrrd, write_segments
 from seg3dcam.files import atomic
 from seg3dcam.geometry import spacing_of, to_world
 from seg3dcam.look import Look, choose_window, colours
 from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
-from seg3dcam.targets.regions import components
 
 __all__ = ["SlicerScene", "save_scene"]
 
 #: Hue of the first class's outlines, and how far those of further classes may lie from it.
-HUES = {"prediction": (1 / 2, 0.2), "truth": (1 / 3, -0.15), "lesion": (0.8, 0.15)}
+HUES = {"prediction": (1 / 2, 0.2), "truth": (1 / 3, -0.15), "region": (0.8, 0.15)}
 _GOLDEN = 0.618  # a fraction of a range that never comes near an earlier one
-
-#: On the network's grid and on the scan's a lesion's volume differs by less than this factor.
-SAME_LESION = 1.25
 
 _TABLE, _MASKS = "cam.ctbl", "masks.seg.nrrd"
 
@@ -57,6 +53,13 @@ class Grid(NamedTuple):
 
     shape: tuple[int, ...]
     affine: NDArray[np.float64]
+
+
+class Front(NamedTuple):
+    """What is seen at first: the keys of its masks, and the CAM's peak in RAS mm."""
+
+    masks: list[tuple[str, str]]
+    peak: tuple[float, ...] | None
 
 
 def save_scene(
@@ -107,7 +110,7 @@ class SlicerScene:
         self._scans: list[Shown] = []
         self._cams: list[Shown] = []
         self._segments: dict[tuple[str, str], Segment] = {}
-        self._peak: tuple[float, ...] | None = None
+        self._front: Front | None = None
 
     def add(self, explanation: Explanation, name: str) -> None:
         """Write an explanation's volumes and remember its masks; `name` is for file names."""
@@ -116,9 +119,11 @@ class SlicerScene:
             self._grid = Grid(tuple(scan.shape), scan.affine)
             self._add_channels(scan)
         _check_same(scan, self._grid)
-        for layer in explanation.shown_layers:
-            self._add_cam(explanation, name, layer)
-        self._add_masks(explanation)
+        peaks = [self._add_cam(explanation, name, layer) for layer in explanation.shown_layers]
+        masks = self._add_masks(explanation)
+        peak = next((peak for peak in peaks if peak is not None), None)
+        if self._front is None or (self._front.peak is None and peak is not None):
+            self._front = Front(masks, peak)
 
     def finish(self) -> list[Path]:
         """Write what belongs to all of them, and return every file, the scene first."""
@@ -149,8 +154,13 @@ class SlicerScene:
             self._scans.append(shown)
             write_nrrd(self._folder / shown.file, channel, scan.affine)
 
-    def _add_cam(self, explanation: Explanation, name: str, layer: str | None) -> None:
-        """Write a CAM; one without heat too, so that its name can say why there is none."""
+    def _add_cam(
+        self, explanation: Explanation, name: str, layer: str | None
+    ) -> tuple[float, ...] | None:
+        """Write a CAM and return its peak in RAS mm.
+
+        One without heat is written too, so that its name can say why there is none.
+        """
         volume, notice = explanation.volume(layer), explanation.notice(layer)
         layer_name = explanation.layer_name(layer)
         words = f"CAM {explanation.label}, {explanation.method}, {layer_name}"
@@ -173,28 +183,35 @@ class SlicerScene:
         )
         self._cams.append(shown)
         write_nrrd(self._folder / shown.file, volume, explanation.affine)
-        if self._peak is None and shown.heat:
-            voxel = [int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape)]
-            self._peak = to_world(explanation.affine, voxel)
+        if notice:
+            return None
+        voxel = [int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape)]
+        return to_world(explanation.affine, voxel)
 
-    def _add_masks(self, explanation: Explanation) -> None:
+    def _add_masks(self, explanation: Explanation) -> list[tuple[str, str]]:
+        """Remember an explanation's masks, each once, and return their keys."""
         name = explanation.class_name
         masks = {
             ("prediction", f"{name}, prediction"): explanation.mask,
             ("truth", f"{name}, truth"): explanation.truth,
-            ("lesion", explanation.label): _lesion(explanation),
+            ("region", explanation.label): explanation.region,
         }
-        for (kind, title), mask in masks.items():
-            if mask is not None and (kind, title) not in self._segments:
+        given = {key: mask for key, mask in masks.items() if mask is not None}
+        for (kind, title), mask in given.items():
+            if (kind, title) not in self._segments:
                 before = sum(earlier == kind for earlier, _ in self._segments)
                 self._segments[kind, title] = segment(mask, title, outline(kind, before))
+        return list(given)
 
     def _xml(self, grid: Grid, folder: str = "") -> bytes:
+        front = self._front or Front([], None)
+        shown = [self._segments[key] for key in front.masks]
         return scene_xml(
             [*self._scans, *self._cams],
-            _place(grid, self._peak, self._segments.values()),
+            _place(grid, front.peak, shown),
             table=(f"CAM {self._look.colormap}", _TABLE),
             masks=_MASKS if self._segments else None,
+            hidden=[segment_id(n) for n, k in enumerate(self._segments) if False],
             opacity=self._look.opacity,
             folder=folder,
         )
@@ -224,24 +241,6 @@ def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment])
         peak = to_world(grid.affine, centre)
     point = middle if peak is None else np.array(peak)
     return Place(point, middle, high - low, min(spacing_of(grid.affine)))
-
-
-def _lesion(explanation: Explanation) -> torch.Tensor | None:
-    """Return the one predicted lesion that a target is about, (X, Y, Z); None where none is.
-
-    The label has its rank by size on the network's grid, where volumes differ a little. None, too,
-    where another lesion is of nearly that volume: nobody could tell which of them was meant.
-    """
-    rest = explanation.label.removeprefix(explanation.class_name)
-    rank = re.fullmatch(r".* component (\d+)", rest)
-    record = explanation.provenance
-    if rank is None or explanation.mask is None or not record:
-        return None
-    wanted = abs(np.linalg.det(record["prepared"]["affine"])) * record["target"]["region_voxels"]
-    ranks, sizes = components(explanation.mask)
-    volumes = np.array(sizes) * abs(np.linalg.det(explanation.affine))
-    alike = np.flatnonzero(np.abs(np.log(volumes / wanted)) < np.log(SAME_LESION))
-    return ranks == int(rank[1]) if alike.tolist() == [int(rank[1])] else None
 
 
 # ----------------------------------------------------------------------------------------- files

@@ -24,7 +24,7 @@ MOST_FRAMES = 300
 # The whole film takes about so long; each frame is shown for a time within these limits.
 FILM_MS, FASTEST_MS, SLOWEST_MS = 15_000, 50, 200
 
-QUALITY, EFFORT = 80, 1
+QUALITY, EFFORT = 80, 2
 
 
 def save_cine(path: str | os.PathLike[str], review: Review) -> Path:

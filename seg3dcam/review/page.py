@@ -31,9 +31,10 @@ RESEARCH_ONLY = "research use only, not for diagnosis"
 # OpenCV and the disk work outside of Python's lock. More threads would only hold more pictures.
 WORKERS = min(4, os.cpu_count() or 1)
 
-# Little compression, and one filter for all rows: three times as fast, files a little larger.
+# Little compression; and one filter for all rows, where OpenCV lets choose: half the time, and
+# files larger by a fiftieth.
 PNG_SETTINGS = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # older ones have no choice: they take this filter
+if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     PNG_SETTINGS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
 
 Result = TypeVar("Result")

@@ -25,8 +25,8 @@ from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 from seg3dcam.look import WINDOWS, Window
 from seg3dcam.review.display import plan_view
 
-#: Parts of the 256 grey codes: for the chosen window, for each CT window, for the whole range.
-SHARES = {"window": 0.6, "preset": 0.06, "range": 0.1}
+#: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
+SHARES = {"window": 0.5, "range": 0.1, "presets": 0.4}
 #: A scan that reaches down to this value is a CT: in MR and PET there is nothing so far below 0.
 CT_AIR = -800.0
 
@@ -40,7 +40,7 @@ MAX_BLOCK_MM = 20.0
 #: The code of 0 in a map. What is below is never drawn, but it says where the map crosses 0.
 ZERO_CODE = 55
 #: Planes along each axis where the error is measured, besides the one through the peak.
-ERROR_PLANES = 9
+ERROR_PLANES = 4
 
 
 # ---------------------------------------------------------------- display order
@@ -148,12 +148,14 @@ def _code_curve(
     lowest: float, highest: float, window: Window, ct: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return values and the part of all codes that lies below each: linear in between."""
+    presets = WINDOWS.values() if ct else ()
+    roots = sum(math.sqrt(width) for width, _ in presets)  # wide ones need more codes, not in step
     spans = [
         (lowest, highest, SHARES["range"]),
         (window.low, window.high, SHARES["window"]),
         *(
-            (level - width / 2, level + width / 2, SHARES["preset"])
-            for width, level in (WINDOWS.values() if ct else ())
+            (level - width / 2, level + width / 2, SHARES["presets"] * math.sqrt(width) / roots)
+            for width, level in presets
         ),
     ]
     knots = np.unique(
@@ -410,13 +412,23 @@ def _largest_error(values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid
     for axis, size in enumerate(values.shape):
         others = np.linspace(0, size - 1, min(size, ERROR_PLANES)).astype(int)
         for index in {int(peak[axis]), *others.tolist()}:
-            shape, offset = list(values.shape), [0.0] * values.ndim
-            shape[axis], offset[axis] = 1, float(index)
-            plane = FeatureGrid(tuple(shape), (1.0,) * values.ndim, tuple(offset))
-            drawn = interpolate(coarse, grid, plane).clamp(min=0)
-            wanted = values.narrow(axis, index, 1).clamp(min=0)
-            largest = max(largest, float((drawn - wanted).abs().max()))
+            wanted = values.narrow(axis, index, 1).movedim(axis, 0)
+            # The plane's own axis first: what is left is small.
+            drawn = interpolate(
+                coarse.movedim(axis, 0),
+                _axis_first(grid, axis),
+                FeatureGrid(tuple(wanted.shape), (1.0, 1.0, 1.0), (float(index), 0.0, 0.0)),
+            )
+            gap = drawn.clamp_(min=0) - wanted.clamp(min=0)
+            largest = max(largest, float(gap.abs().max()))
     return largest
+
+
+def _axis_first(grid: FeatureGrid, axis: int) -> FeatureGrid:
+    order = [axis, *(other for other in range(3) if other != axis)]
+    return FeatureGrid(
+        *(tuple(of[n] for n in order) for of in (grid.shape, grid.stride, grid.offset))
+    )
 
 
 # ---------------------------------------------------------------- masks and profiles
@@ -432,7 +444,7 @@ def map_profile(volume: torch.Tensor, frame: Frame) -> list[dict[str, list[float
     """Return the largest value and the sum of every slice, across x, y and z."""
     # Two axes are left after the first step, so a large volume is read only twice.
     largest = [volume.amax(2), volume.amax(0)]
-    total = [volume.sum(2, dtype=torch.float64), volume.sum(0, dtype=torch.float64)]
+    total = [volume.sum(2), volume.sum(0)]
     return _ordered(
         frame,
         [

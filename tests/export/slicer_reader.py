@@ -139,6 +139,7 @@ def segments(node):
             "voxels": len(where),
             "middle": where.mean(0).tolist() if len(where) else None,
             "fill": shown.GetVisibility2DFill(),
+            "visible": shown.GetSegmentVisibility(all_of_it.GetNthSegmentID(number)),
             "outline": shown.GetVisibility2DOutline(),
             "of": node.GetNodeReferenceID("referenceImageGeometryRef"),
         }

@@ -355,6 +355,10 @@ def test_the_same_result_gives_the_same_objects(axial, tmp_path):
     assert len(set(first)) == axial.scan.shape[2] + 2
     assert all(pydicom.uid.UID(uid).is_valid for uid in first)
     assert not set(first) & set(uids(tmp_path / "3", Look(window="lung", threshold=0.3)))
+    assert not set(first) & {
+        pydicom.dcmread(file).SOPInstanceUID
+        for file in save_dicom(tmp_path / "5", axial, LOOK, case="another name")
+    }
     other = replace(axial, maps={"model.1": axial.maps["model.1"] ** 2})
     assert not set(first) & set(uids(tmp_path / "4", LOOK, other))
 

@@ -90,7 +90,7 @@ def blob_case(
 
 def find(picture: NDArray[np.uint8], part: NDArray[np.uint8]) -> tuple[int, int]:
     """Row and column where a part stands in a picture, to the pixel."""
-    match = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
+    match = cv2.matchTemplate(picture[..., 0], part[..., 0], cv2.TM_SQDIFF)
     left, top = cv2.minMaxLoc(match)[2]
     there = picture[top : top + part.shape[0], left : left + part.shape[1]]
     np.testing.assert_array_equal(there, part)

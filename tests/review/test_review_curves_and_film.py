@@ -17,6 +17,7 @@ from seg3dcam.review import (
     save_cine,
     save_planes,
     save_profile,
+    text,
 )
 
 # ---------------------------------------------------------------- profile
@@ -112,6 +113,9 @@ def test_frames_are_the_slices_in_order(tmp_path):
     assert len(frames) == review.view.slice_count == 14
     assert frames.shape == drawn.shape
     assert loops == 0  # for ever
+    amber = np.array(text.AMBER)  # blue green red
+    assert (drawn[0] == amber[::-1]).all(-1).any()
+    assert not (drawn[0] == amber).all(-1).any()
     assert set(times) == {200}
     assert np.abs(frames.astype(np.int16) - drawn).mean((1, 2, 3)).max() < 2.5
     few = frames[:, None, ::3, ::3].astype(np.int16) - drawn[:, ::3, ::3]

@@ -53,6 +53,14 @@ def test_below_the_threshold_every_grey_is_unchanged():
     ).any()
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7])
+def test_a_value_at_the_threshold_is_drawn_also_between_two_levels(threshold):
+    grey, cam = np.full((1, 1), 90, np.uint8), np.full((1, 1), threshold, np.float32)
+    look = Look(threshold=threshold, opacity=1.0)
+    heat = draw.draw_heat(grey, cam, threshold, draw.make_palette(look))
+    assert (heat != 90).any()
+
+
 def test_zero_is_never_drawn_even_without_a_threshold():
     grey = np.arange(256, dtype=np.uint8)[None]
     heat = draw.draw_heat(
@@ -108,6 +116,8 @@ def test_outline_surrounds_the_region_and_leaves_it_free(name):
     assert distance[coloured].max() <= 2
     assert inside[coloured].max(initial=0) <= 1
     changed = (picture != 200).any(-1)
+    beside = (cv2.dilate(coloured.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0) & ~coloured
+    assert (picture[beside] == 200 // 3).all()
     assert changed[coloured].all()
     assert not changed[inside > 3].any()
     assert not changed[distance > 4].any()

@@ -72,6 +72,13 @@ def test_every_voxel_is_a_block_of_its_colour(tmp_path, colormap):
             np.testing.assert_array_equal(block, np.broadcast_to(expected, block.shape))
 
 
+def test_colours_of_opencv_are_known_too():
+    sheet = drawing.prepare(flat([[[0, 1]]]), colormap="deepgreen")
+    picture = drawing.draw_channel(sheet, 0)
+    expected = cv2.applyColorMap(np.array([[0, 255]], np.uint8), cv2.COLORMAP_DEEPGREEN)[0]
+    np.testing.assert_array_equal(picture[0, [0, -1]], expected)
+
+
 def test_scale_of_the_layer_is_that_of_all_channels(tmp_path):
     features = flat([[[0, 1]], [[2, 4]], [[3, 3]]])
     *files, _ = save_features(tmp_path, features, scale="layer")

@@ -207,7 +207,7 @@ function refill() {
 const trouble = new Set();
 
 function fillNotices() {
-  const words = isHidden() ? [] : layer().found.warnings;
+  const words = isHidden() ? [] : layer().found.warnings.concat(coarseWarning());
   const all = [...trouble, ...words];
   byId("notices").replaceChildren(
     ...all.map((text) => element("p", { className: "notice", textContent: text })),
@@ -217,6 +217,12 @@ function fillNotices() {
 function warn(text) {
   trouble.add(text);
   fillNotices();
+}
+
+function coarseWarning() {
+  const error = errorOf(layer());
+  if (error < 0.05) return [];
+  return `this layer's CAM is too detailed for this file: it is drawn smoother than it is, by up to ${error.toFixed(2)}`;
 }
 
 function fillPeaks() {
@@ -630,11 +636,15 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
+// How far the CAM in this file is off, at most, where it was measured.
+function errorOf({ maps: used }) {
+  const sum = used.reduce((all, [number, weight]) => all + weight * meta.maps[number].error, 0);
+  return Math.max(sum, 0.005);
+}
+
 function mapText() {
-  const errorOf = (layer) =>
-    layer.maps.reduce((sum, [number, weight]) => sum + weight * meta.maps[number].error, 0);
   const errors = items.flatMap((one) => one.layers.map(errorOf));
-  return `CAM: within ${Math.max(0.005, ...errors).toFixed(3)} of its values.`;
+  return `CAM: within ${Math.max(...errors).toFixed(3)} of its values.`;
 }
 
 const failed = (error) =>

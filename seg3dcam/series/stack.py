@@ -1,9 +1,4 @@
-"""A DICOM series: a folder of slices in, voxels with their place in the patient out.
-
-    series = read_series(Path("ct_thin"))
-    series.voxels    # (columns, rows, slices) float32
-    series.affine    # (4, 4) voxel -> RAS mm
-    series.headers   # one pydicom dataset per slice, without pixels
+"""Slices put together to a volume, or refused with what was found.
 
 Slices are ordered and placed by their positions alone, never by number or file name. Everything is
 checked from the headers, so that what is wrong is said before a voxel is read: other programs read
@@ -24,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.dicom_slice import Array, Slice, check_pixels, read_headers, read_pixels
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
 
 __all__ = ["Series", "read_series"]
 

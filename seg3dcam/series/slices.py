@@ -1,8 +1,4 @@
-"""One file of a DICOM series: its header, where it lies, and its voxels.
-
-pydicom reads the header, SimpleITK (GDCM) the voxels, whatever their compression. Both come with
-the extra `seg3dcam[dicom]` and are imported where they are used.
-"""
+"""One file of a DICOM series: its header, where it lies, and its voxels."""
 
 from __future__ import annotations
 
