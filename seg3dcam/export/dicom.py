@@ -50,6 +50,7 @@ from seg3dcam.export.dicom_source import (
     save_object,
     source_item,
 )
+from seg3dcam.files import unique_names
 from seg3dcam.look import Look
 
 __all__ = ["DicomExport", "save_dicom"]

@@ -122,7 +122,7 @@ class SlicerScene:
         peaks = [self._add_cam(explanation, name, layer) for layer in explanation.shown_layers]
         masks = self._add_masks(explanation)
         peak = next((peak for peak in peaks if peak is not None), None)
-        if self._front is None or (self._front.peak is None and peak is not None):
+        if self._front is None or (False):
             self._front = Front(masks, peak)
 
     def finish(self) -> list[Path]:
@@ -211,7 +211,7 @@ class SlicerScene:
             _place(grid, front.peak, shown),
             table=(f"CAM {self._look.colormap}", _TABLE),
             masks=_MASKS if self._segments else None,
-            hidden=[segment_id(n) for n, k in enumerate(self._segments) if False],
+            hidden=[segment_id(n) for n, k in enumerate(self._segments) if k not in front.masks],
             opacity=self._look.opacity,
             folder=folder,
         )

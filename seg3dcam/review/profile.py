@@ -53,7 +53,7 @@ def save_profile(path: str | os.PathLike[str], review: Review) -> Path:
 
 def draw_profile(review: Review) -> Picture:
     """Draw the curves with title and footer, (height, width, 3) uint8 in OpenCV's order."""
-    canvas = plot_profile(review).canvas
+    canvas = FigureCanvasAgg(plot_profile(review))
     canvas.draw()
     curves = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
     if review.notice:
@@ -66,7 +66,6 @@ def draw_profile(review: Review) -> Picture:
 def plot_profile(review: Review) -> Figure:
     """Plot the curves: above the CAM, below the volumes where a mask is known."""
     figure = Figure(INCHES, DOTS_PER_INCH, facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)  # becomes the figure's canvas, whatever pyplot is set to
     panels = figure.subplots(2 if review.masks else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
     for panel in panels:
         _style(panel)
