@@ -122,7 +122,7 @@ class SlicerScene:
         peaks = [self._add_cam(explanation, name, layer) for layer in explanation.shown_layers]
         masks = self._add_masks(explanation)
         peak = next((peak for peak in peaks if peak is not None), None)
-        if self._front is None or (False):
+        if self._front is None or (self._front.peak is None and peak is not None):
             self._front = Front(masks, peak)
 
     def finish(self) -> list[Path]:
@@ -194,7 +194,7 @@ class SlicerScene:
         masks = {
             ("prediction", f"{name}, prediction"): explanation.mask,
             ("truth", f"{name}, truth"): explanation.truth,
-            ("region", explanation.label): explanation.region,
+            ("region", explanation.label): None,
         }
         given = {key: mask for key, mask in masks.items() if mask is not None}
         for (kind, title), mask in given.items():

@@ -274,14 +274,14 @@ class _Page:
             largest = float(values.max())
             if explanation.status[layer] != "ok" or not largest > 0:
                 continue
-            nodes = None
+            lattice = None
             if layer in provenance.get("layers", {}):
                 prepared = provenance["prepared"]["affine"]
-                nodes = data.nodes_of(provenance["layers"][layer], prepared, explanation.affine)
+                lattice = data.lattice_of(provenance["layers"][layer], prepared, explanation.affine)
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             room = self.limit / 2 - sum(len(one["data"]) for one in self.maps)
             packed = data.pack_map(
-                values.float() / largest, self.frame, nodes, cells, room * MAP_SHARE * 3 / 4
+                values.float() / largest, self.frame, lattice, cells, room * MAP_SHARE * 3 / 4
             )
             kept[layer] = len(self.maps), largest
             self.maps.append({**packed._asdict(), "data": _base64(packed.data)})

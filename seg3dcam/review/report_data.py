@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ CT_AIR = -800.0
 
 #: A map may be drawn this far from its value; a finer grid is taken where it is further off.
 MAP_ERROR = 0.02
-#: Where a layer's grid is not known: voxels of the page to one of the layer, per axis; the last
+#: Where a layer's voxels do not serve: voxels of the page to one of the layer, per axis; the last
 #: is the scan's own grid.
 MAP_PARTS = (2.0, 4.0, math.inf)
 #: Blocks that are averaged to make a map small are at most this large.
@@ -279,78 +279,97 @@ class PackedMap(NamedTuple):
     error: float
 
 
+class Lattice(NamedTuple):
+    """Where a layer's voxels lie along each of the scan's axes: at offset + stride * k."""
+
+    stride: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
 def pack_map(
     values: torch.Tensor,
     frame: Frame,
-    nodes: FeatureGrid | None,
+    lattice: Lattice | None,
     cells: Sequence[float],
     limit: float,
 ) -> PackedMap:
     """Pack a map, (X, Y, Z), whose largest value is 1, on the coarsest grid that is good enough.
 
     Args:
-        nodes: the layer's own grid in voxels of the scan, between whose voxels the map was
-            interpolated, so that nothing is lost on it. None: not known, or not parallel.
+        lattice: the layer's voxels in the scan, between which the map was interpolated, so that
+            nothing is lost on them. None: not known, or not parallel to the scan's axes.
         cells: scan voxels to one voxel of the layer's own grid, for each axis.
-        limit: bytes. Where no good grid needs less, blocks of voxels are averaged.
+        limit: bytes. Where no grid needs less, blocks of voxels are averaged.
     """
+    candidates = (_packed(*read, values, frame) for read in _ways_to_read(values, lattice, cells))
+    best: PackedMap | None = None
+    for packed in candidates:
+        if len(packed.data) <= limit and (best is None or packed.error < best.error):
+            best = packed
+        if len(packed.data) > limit or packed.error <= MAP_ERROR:
+            break
+    return best or _packed_blocks(values, frame, limit)
+
+
+def lattice_of(
+    layer: Mapping[str, Any], prepared_affine: ArrayLike, affine: NDArray[np.float64]
+) -> Lattice | None:
+    """Return where a layer's voxels lie in the scan, from what `explain` keeps as provenance.
+
+    None where its axes are not those of the scan, which may have been turned for the network.
+    """
+    window = FeatureGrid(tuple(layer["shape"]), tuple(layer["stride"]), tuple(layer["offset"]))
+    matrix = np.linalg.inv(affine) @ window.affine(np.asarray(prepared_affine))
+    steps = np.abs(matrix[:3, :3])
+    stride = steps.max(1)
+    one_to_one = len(set(steps.argmax(1).tolist())) == 3
+    if not one_to_one or (steps.sum(1) - stride).max() > 1e-6 * stride.min():
+        return None
+    return Lattice(tuple(stride.tolist()), tuple(matrix[:3, 3].tolist()))
+
+
+def _ways_to_read(
+    values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float]
+) -> Iterator[tuple[torch.Tensor, FeatureGrid]]:
+    """Yield a map on the layer's own voxels, then on even grids, the last one the scan's."""
     own = FeatureGrid.of_voxels(values.shape)
-    if nodes is not None:
-        grid = _nodes_or_voxels(nodes, own)
-        packed = _packed(_at_nodes(values, grid), grid, values, frame)
-    else:
-        for parts in MAP_PARTS:
-            grid = _even_grid(own, [cell / parts for cell in cells])
-            packed = _packed(interpolate(values, own, grid), grid, values, frame)
-            if packed.error <= MAP_ERROR or len(packed.data) > limit:
-                break
-    spacing = frame.spacing
-    side = min(spacing)
-    while len(packed.data) > limit and side < MAX_BLOCK_MM:
+    if lattice is not None:
+        grid = _nodes_or_voxels(lattice, values.shape)
+        yield _at_nodes(values, grid), grid
+    for parts in MAP_PARTS:
+        grid = _even_grid(values.shape, [cell / parts for cell in cells])
+        yield interpolate(values, own, grid), grid
+
+
+def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float) -> PackedMap:
+    """Average blocks of voxels, the larger the smaller `limit` is."""
+    side = min(frame.spacing)
+    while True:
         side *= 1.5
-        block = [max(1, round(side / mm)) for mm in spacing]
-        block = [min(by, size) for by, size in zip(block, values.shape, strict=True)]
+        block = [
+            min(size, max(1, round(side / mm)))
+            for mm, size in zip(frame.spacing, values.shape, strict=True)
+        ]
         means = avg_pool3d(values[None], block, ceil_mode=True)[0]
         offset = tuple((by - 1) / 2 for by in block)
         grid = FeatureGrid(tuple(means.shape), tuple(map(float, block)), offset)
         packed = _packed(means, grid, values, frame)
-    return packed
+        if len(packed.data) <= limit or side > MAX_BLOCK_MM:
+            return packed
 
 
-def nodes_of(
-    layer: Mapping[str, Any], prepared_affine: ArrayLike, affine: NDArray[np.float64]
-) -> FeatureGrid | None:
-    """Return a layer's grid in voxels of the scan, from what `explain` keeps as provenance.
-
-    None where its axes are not those of the scan, which may have been turned for the network.
-    """
-    grid = FeatureGrid(tuple(layer["shape"]), tuple(layer["stride"]), tuple(layer["offset"]))
-    matrix = np.linalg.inv(affine) @ grid.affine(np.asarray(prepared_affine))
-    steps = np.abs(matrix[:3, :3])
-    axes = steps.argmax(1)
-    stride = steps.max(1)
-    if len(set(axes.tolist())) < 3 or (steps.sum(1) - stride).max() > 1e-6 * stride.min():
-        return None
-    shape = np.array(grid.shape)[axes]
-    backwards = np.minimum(matrix[range(3), axes], 0)
-    first = matrix[:3, 3] + backwards * (shape - 1)
-    return FeatureGrid(tuple(shape.tolist()), tuple(stride.tolist()), tuple(first.tolist()))
-
-
-def _nodes_or_voxels(nodes: FeatureGrid, own: FeatureGrid) -> FeatureGrid:
+def _nodes_or_voxels(lattice: Lattice, shape: Sequence[int]) -> FeatureGrid:
     """Take the nodes that two of the scan's voxels tell of; where they are dense, its voxels."""
     lines = []
-    for axis, size in enumerate(own.shape):
-        line = nodes.line(axis)
-        (count,), (stride,), (offset,) = line.shape, line.stride, line.offset
-        first = max(0, math.ceil((1 - offset) / stride) - 1)
-        last = min(count - 1, math.floor((size - 2 - offset) / stride) + 1)
+    for size, stride, offset in zip(shape, *lattice, strict=True):
+        first = math.ceil((1 - offset) / stride) - 1
+        last = math.floor((size - 2 - offset) / stride) + 1
         if stride >= 2 and last > first:
             lines.append((last - first + 1, stride, offset + stride * first))
         else:
             lines.append((size, 1.0, 0.0))
-    shape, strides, offsets = zip(*lines, strict=True)
-    return FeatureGrid(shape, strides, offsets)
+    sizes, strides, offsets = zip(*lines, strict=True)
+    return FeatureGrid(sizes, strides, offsets)
 
 
 def _at_nodes(values: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
@@ -370,10 +389,10 @@ def _at_nodes(values: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
     return values
 
 
-def _even_grid(own: FeatureGrid, factors: Sequence[float]) -> FeatureGrid:
+def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
     """Return a grid from the first to the last voxel with at most `factors` voxels a step."""
     sizes, steps = [], []
-    for n, by in zip(own.shape, factors, strict=True):
+    for n, by in zip(shape, factors, strict=True):
         sizes.append(math.ceil((n - 1) / max(1, by)) + 1)
         steps.append((n - 1) / (sizes[-1] - 1) if n > 1 else 1.0)
     return FeatureGrid(tuple(sizes), tuple(steps), (0.0,) * len(sizes))

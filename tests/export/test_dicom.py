@@ -559,5 +559,5 @@ def test_the_source_is_left_as_it_was(axial, tmp_path):
 
 def test_file_names_tell_no_patient(axial, tmp_path):
     names = [str(Path(f).relative_to(tmp_path)) for f in save_dicom(tmp_path, axial, LOOK)]
-    assert names[0] == "target_1_pictures/0001.dcm"
+    assert names[0] == "lesion_pictures/0001.dcm"
     assert not any(word in name for name in names for word in ("ller", "P-1"))
