@@ -194,7 +194,7 @@ class SlicerScene:
         masks = {
             ("prediction", f"{name}, prediction"): explanation.mask,
             ("truth", f"{name}, truth"): explanation.truth,
-            ("region", explanation.label): None,
+            ("region", explanation.label): explanation.region,
         }
         given = {key: mask for key, mask in masks.items() if mask is not None}
         for (kind, title), mask in given.items():

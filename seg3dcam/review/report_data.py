@@ -32,9 +32,8 @@ CT_AIR = -800.0
 
 #: A map may be drawn this far from its value; a finer grid is taken where it is further off.
 MAP_ERROR = 0.02
-#: Where a layer's voxels do not serve: voxels of the page to one of the layer, per axis; the last
-#: is the scan's own grid.
-MAP_PARTS = (2.0, 4.0, math.inf)
+#: Grids that are tried for a map: voxels of the page to one of the layer, along each axis.
+MAP_PARTS = (1, 2, 4)
 #: Blocks that are averaged to make a map small are at most this large.
 MAX_BLOCK_MM = 20.0
 #: The code of 0 in a map. What is below is never drawn, but it says where the map crosses 0.
@@ -331,14 +330,18 @@ def lattice_of(
 def _ways_to_read(
     values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float]
 ) -> Iterator[tuple[torch.Tensor, FeatureGrid]]:
-    """Yield a map on the layer's own voxels, then on even grids, the last one the scan's."""
+    """Yield a map on coarse grids first, on the scan's own at last."""
     own = FeatureGrid.of_voxels(values.shape)
-    if lattice is not None:
-        grid = _nodes_or_voxels(lattice, values.shape)
-        yield _at_nodes(values, grid), grid
     for parts in MAP_PARTS:
-        grid = _even_grid(values.shape, [cell / parts for cell in cells])
-        yield interpolate(values, own, grid), grid
+        if lattice is None:
+            grid = _even_grid(values.shape, [cell / parts for cell in cells])
+            yield interpolate(values, own, grid), grid
+        else:
+            # Sliding windows may have put layer grids side by side: then halves or quarters fit.
+            stride = tuple(step / parts for step in lattice.stride)
+            grid = _nodes_or_voxels(Lattice(stride, lattice.offset), values.shape)
+            yield _at_nodes(values, grid), grid
+    yield values, own
 
 
 def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float) -> PackedMap:
