@@ -282,6 +282,7 @@ def demo(
         scan=str(scan),
         model=str(Path(package.__file__).with_name("model.yaml")),
         out=str(Path(out) / "explained"),
+        target=["lesion", "grey matter", "white matter"],
         truth=str(truth),
         case="demo",
         method=method,
