@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 
 from seg3dcam import SliceGradCAM
 from seg3dcam.export import write_nifti
-from seg3dcam.review import save_slices
+from seg3dcam.review import review_volumes, save_slices
 
 SLICE = 10
 LAYERS = ("encoder", "decoder")
@@ -144,7 +144,8 @@ def main(out: Path) -> float:
     # By hand: nothing; the map never comes back to the patient. Here: a file on the scan's grid.
     write_nifti(out / "scan.nii.gz", x[0, 0], AFFINE, display_range=None)
     result.save(out / "cam.nii.gz", affine=AFFINE, scale="minmax", per_layer=True)
-    (picture,) = save_slices(out, x[0, 0], volume[0], AFFINE, slices=SLICE)
+    review = review_volumes(x[0, 0], volume[0], AFFINE, slices=SLICE)
+    (picture,) = save_slices(out, review)
     print(f"wrote {out / 'scan.nii.gz'}, {out / 'cam.nii.gz'}, {picture}")
 
     maps, fused = by_hand(network, x)

@@ -200,17 +200,18 @@ def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
 def _write_png(
     folder: Path, explanation: Explanation, name: str, job: Job, case: str
 ) -> list[Path]:
-    files: list[Path] = []
     which: Literal["relevant"] | int = "relevant" if job.slice is None else job.slice
-    for axis in job.axes:
-        review = review_explanation(explanation, look_of(job), axis=axis, slices=which, case=case)
-        files += save_slices(folder / "slices" / name, review)
-        if axis == job.axes[0] and job.slice is None:
-            files += [
-                save_montage(folder / f"montage_{name}.png", review),
-                save_planes(folder / f"planes_{name}.png", review),
-                save_profile(folder / f"profile_{name}.png", review),
-            ]
+    first, *others = job.axes
+    review = review_explanation(explanation, look_of(job), axis=first, slices=which, case=case)
+    files = save_slices(folder / "slices" / name, review)
+    for axis in others:
+        files += save_slices(folder / "slices" / name, review.along(axis, which))
+    if job.slice is None:
+        files += [
+            save_montage(folder / f"montage_{name}.png", review),
+            save_planes(folder / f"planes_{name}.png", review),
+            save_profile(folder / f"profile_{name}.png", review),
+        ]
     return files
 
 

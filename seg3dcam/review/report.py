@@ -43,8 +43,8 @@ LIMIT_MB = 15.0
 NOTEBOOK_MB = 6.0
 NOTEBOOK_HEIGHT = 820
 
-#: All maps together take at most half of the file, each one at most this part of what is left of it.
-MAP_SHARE = 1 / 4
+#: All maps together take at most half of the file, each one at most this part of what is left.
+MAP_SHARE = 1 / 3
 
 #: Figures that the list of peaks says better.
 PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}

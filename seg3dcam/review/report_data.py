@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.nn.functional import avg_pool3d
+from torch.nn.functional import avg_pool3d, max_pool3d
 
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 from seg3dcam.look import WINDOWS, Window
@@ -341,7 +341,7 @@ def _ways_to_read(
             stride = tuple(step / parts for step in lattice.stride)
             grid = _nodes_or_voxels(Lattice(stride, lattice.offset), values.shape)
             yield _at_nodes(values, grid), grid
-    yield values, own
+    yield values.clamp(min=0), own  # each voxel alone: what is below zero tells nothing
 
 
 def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float) -> PackedMap:
@@ -404,6 +404,9 @@ def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
 def _packed(
     coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame
 ) -> PackedMap:
+    # What is below zero, and has no neighbour above, is never seen: zeros need no room.
+    seen = max_pool3d(coarse[None], 3, stride=1, padding=1)[0] > 0
+    coarse = torch.where(seen, coarse, 0)
     ends = [min(-1e-6, float(coarse.min())), max(1.0, float(coarse.max()))]
     above, below = (255 - ZERO_CODE) / ends[1], ZERO_CODE / -ends[0]
     codes = (torch.where(coarse < 0, coarse * below, coarse * above) + ZERO_CODE).round_().byte()
