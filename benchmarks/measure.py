@@ -48,6 +48,11 @@ def growth(function: Callable[[], object]) -> tuple[float, object]:
     return _status("VmHWM") - before, result
 
 
+def resident() -> float:
+    """Return how many MB this process holds now. Linux only."""
+    return _status("VmRSS")
+
+
 def _status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":"))

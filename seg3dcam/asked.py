@@ -26,6 +26,7 @@ from seg3dcam.targets import (
     SoftDice,
     TruePositives,
 )
+from seg3dcam.truth import check_on_grid, truth_mask
 
 #: Score -> target of one class, summed over a region.
 SCORES: dict[str, Callable[..., Any]] = {
@@ -64,8 +65,7 @@ def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any
         return [MaskOutput(job.region or "volume", activation=model.activation)]  # type: ignore[arg-type]
     if job.target is None:
         return None
-    names = job.target if isinstance(job.target, list) else [job.target]
-    classes = list(dict.fromkeys(model.class_index(name) for name in names))
+    classes = _classes(job, model)
     if job.label is not None and len(classes) > 1:
         raise ConfigError("label is that of one class in the truth: name one target")
     return [_target(job, model, index, truth) for index in classes]
@@ -93,10 +93,30 @@ def _mask(truth: Scan, job: Job, index: int) -> Scan:
     if not mask.any():
         found = ", ".join(f"{value:g}" for value in truth.data.unique().tolist()[:12])
         raise EmptyRegionError(
-            f"{job.truth} has no voxel of label {label}; it has {found}. Say with label= which is "
-            "the class's"
+            f"{job.truth} has no voxel of label {label}; it has {found}. Say with label (--label) "
+            "which is the class's"
         )
     return replace(truth, data=mask.float())
+
+
+def check_truth(truth: Scan, scan: Scan, job: Job, model: SegModel) -> None:
+    """Raise TargetError early where a truth lies elsewhere, or has labels of another scheme."""
+    check_on_grid("truth", truth.shape, truth.affine, scan)
+    background = model.activation == "softmax" and len(model.class_names) > 1
+    for index in _classes(job, model) or [int(background)]:
+        truth_mask(
+            truth.data[0],
+            job.label,
+            class_index=index,
+            class_names=model.class_names,
+            background=background,
+        )
+
+
+def _classes(job: Job, model: SegModel) -> list[int]:
+    """Return the indices of the classes that a job names, each once."""
+    named = job.target if isinstance(job.target, list) else [job.target]
+    return list(dict.fromkeys(model.class_index(name) for name in named if name is not None))
 
 
 def check_together(job: Job) -> None:

@@ -287,7 +287,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _remove_earlier(folder: Path) -> None:
     """Remove what an earlier case.json lists, and it first: a run that dies leaves none."""
-    files = _record(folder).get("files")
+    record = _record(folder)
+    files = record.get("files") if "seg3dcam" in record else None  # else it is somebody else's
     listed = [str(name) for name in files] if isinstance(files, list) else []
     (folder / "case.json").unlink(missing_ok=True)
     for name in listed:

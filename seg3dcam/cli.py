@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import time
 import warnings
@@ -20,7 +21,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from seg3dcam.asked import check_together, targets_of
+from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
 from seg3dcam.case import (
@@ -48,7 +49,6 @@ from seg3dcam.models import SegModel, load_model
 from seg3dcam.review import save_features
 from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
-from seg3dcam.truth import check_on_grid
 
 app = typer.Typer(
     add_completion=False,
@@ -59,10 +59,8 @@ app = typer.Typer(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-#: Files with names of their own, in a few words.
-_WHAT = {"report.html": "report", "scene.mrml": "3D Slicer", "case.mrb": "3D Slicer"}
-#: Files that are named, though they lie in a folder with many others.
-_OPEN_FIRST = {"scene.mrml", "case.mrb"}
+#: What to open first, and where.
+_OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb": "in one file"}
 
 #: A step is shown with a progress bar once it has taken this many seconds.
 PATIENCE = 2.0
@@ -127,7 +125,7 @@ def explain(
         typer.Option(help="repeatable; default: hires_cam; `seg3dcam methods` lists them"),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option(help="one of the method's, as window=4; repeatable")
+        list[str] | None, typer.Option(help="one setting of the method, as window=4; repeatable")
     ] = None,
     out: Annotated[str | None, typer.Option(help="output folder; default: seg3dcam_out")] = None,
     config: Annotated[
@@ -141,31 +139,39 @@ def explain(
     format: Annotated[
         list[str] | None,
         typer.Option(
-            help="nifti, png, html, slicer (these four by default), cine, nrrd, fused, dicom; "
-            "repeatable"
+            help="what is written: nifti, png, html, slicer (these four by default), cine, nrrd, "
+            "fused, dicom; repeatable"
         ),
     ] = None,
     axis: Annotated[
         list[str] | None,
-        typer.Option(help="plane of the PNGs: axial, coronal, sagittal; repeatable; default: all"),
+        typer.Option(
+            help="plane of PNGs and film: axial, coronal, sagittal; repeatable; default: all"
+        ),
     ] = None,
     slice: Annotated[
         int | None,
-        typer.Option(help="one slice only, by its voxel index along the axis; default axial"),
+        typer.Option(help="PNG of one slice only, by its voxel index along --axis (axial)"),
     ] = None,
     intensity_window: Annotated[
-        str | None, typer.Option(help="'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL")
+        str | None,
+        typer.Option(
+            help="grey values: 'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL; default: "
+            "percentiles"
+        ),
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="CAM below is transparent")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="CAM below is not drawn; default: 0.2")
+    ] = None,
     colormap: Annotated[
-        str | None, typer.Option(help="any name of matplotlib or OpenCV; default inferno")
+        str | None, typer.Option(help="any name of matplotlib or OpenCV; default: inferno")
     ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="allow the model's own Python code to run")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="do again what is done")] = False,
 ) -> None:
-    """Explain a scan; leave CAM volumes, PNGs and case.json in a folder."""
+    """Explain a scan: CAM volumes, PNGs, a page for the browser and a scene for 3D Slicer."""
     given = dict(locals())
     content = _job_of_file(config) if config else {}
     options = {k: v for k, v in given.items() if k in Job.model_fields and v is not None}
@@ -319,7 +325,7 @@ def _explain_job(job: Job, force: bool, trust: bool) -> None:
         check_formats(scan, job)
         truth = None if job.truth is None else load_labels(job.truth)
         if truth is not None:
-            check_on_grid("truth", truth.shape, truth.affine, scan)
+            check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
         key = case_key(scan, model, job)
         if is_done(job.out, key) and not force:
@@ -343,7 +349,7 @@ def _explain_job(job: Job, force: bool, trust: bool) -> None:
             explanations = (e.with_truth(labels, job.label) for e in explanations)
         record = write_case(job.out, explanations, job, key=key)
     _report(record, job)
-    out.print(f"{time.monotonic() - started:.0f} s")
+    out.print(f"done in {time.monotonic() - started:.0f} s")
 
 
 def _check_places(job: Job) -> None:
@@ -390,23 +396,32 @@ def _report(record: Mapping[str, Any], job: Job) -> None:
             ", ".join(sorted(status)),
         )
     out.print(table)
-    case = record["explanations"][0]
-    for name, layer in case["layers"].items():
+    layers = {k: v for case in record["explanations"] for k, v in case["layers"].items()}
+    for name, layer in layers.items():
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
-        out.print(f"{case['method']['name']} at layer {escape(name)}: resolution {size} mm")
+        out.print(f"resolution at layer {escape(name)}: {size} mm", soft_wrap=True)
     for explained in record["explanations"]:
         for warning in explained["found"]["warnings"]:
             out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
-    folder = Path(job.out)
-    folders: dict[Path, int] = {}
-    for name in record["files"]:
-        file = folder / name
-        if file.parent == folder or file.name in _OPEN_FIRST:
-            _print(_WHAT.get(file.name, file.name.split("_")[0].removesuffix(".nii.gz")), file)
+    _print_files(Path(job.out), [Path(name) for name in record["files"]])
+
+
+def _print_files(folder: Path, files: list[Path]) -> None:
+    """Print what to open first; of the rest, files of a kind or of a folder on one line."""
+    first = [(where, file) for name, where in _OPEN.items() for file in files if file.name == name]
+    for where, file in first:
+        _print(where, folder / file)
+    alike: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        kind = re.split("[_.]", file.parts[0])[0]
+        pattern = f"{kind}_*{''.join(file.suffixes)}" if len(file.parts) == 1 else file.parts[0]
+        if file.name not in _OPEN:
+            alike.setdefault((kind, pattern), []).append(file)
+    for (kind, pattern), found in alike.items():
+        if len(found) == 1:
+            _print(kind, folder / found[0])
         else:
-            folders[file.parent] = folders.get(file.parent, 0) + 1
-    for place, count in folders.items():
-        _print(f"{count} file{'s' * (count > 1)}", place)
+            _print(f"{len(found)} files", folder / pattern)
     _print("record", folder / "case.json")
 
 

@@ -166,10 +166,10 @@ class Job(_Settings):
         description="the scan's name in pictures, reports and case.json; none: a code made of its "
         "voxels, since the name of a file may name the patient",
     )
-    format: list[Format] | Format = Field(
+    format: list[Format] = Field(
         ["nifti", "png", "html", "slicer"], description="what is written; see `seg3dcam.case`"
     )
-    axis: list[Axis] | Axis | None = Field(
+    axis: list[Axis] | None = Field(
         None, description="planes of the pictures; none: all three, or axial for a slice alone"
     )
     slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
@@ -186,6 +186,11 @@ class Job(_Settings):
             raise ValueError("an empty list: name one or more, or leave the key out")
         return given
 
+    @field_validator("format", "axis", mode="before")
+    @classmethod
+    def _one_alone(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _one_plane_of_one_slice(self) -> Job:
         if self.slice is not None and len(self.axes) > 1:
@@ -195,14 +200,14 @@ class Job(_Settings):
     @property
     def formats(self) -> list[Format]:
         """What is written, each once."""
-        return list(dict.fromkeys([self.format] if isinstance(self.format, str) else self.format))
+        return list(dict.fromkeys(self.format))
 
     @property
     def axes(self) -> list[Axis]:
         """The planes of the pictures, each once."""
         if self.axis is None:
             return ["axial", "coronal", "sagittal"] if self.slice is None else ["axial"]
-        return list(dict.fromkeys([self.axis] if isinstance(self.axis, str) else self.axis))
+        return list(dict.fromkeys(self.axis))
 
     @property
     def methods(self) -> list[str]:

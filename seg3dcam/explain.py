@@ -25,7 +25,14 @@ from seg3dcam.cam import BaseCAM, each_by
 from seg3dcam.cams import CAMS
 from seg3dcam.engine.passes import Progress, check_resolution, silent
 from seg3dcam.errors import ConfigError, InputError, ModelError, TargetError, nearest
-from seg3dcam.geometry import ras_affine, resample, resample_labels, spacing_of, to_world
+from seg3dcam.geometry import (
+    peak_voxel,
+    ras_affine,
+    resample,
+    resample_labels,
+    spacing_of,
+    to_world,
+)
 from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
 from seg3dcam.result import CamResult, Scale, Status, scaled
@@ -212,8 +219,7 @@ class Explanation:
 
     def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Return the voxel and the RAS position in mm of the map's maximum."""
-        volume = self.volume()
-        voxel = tuple(int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape))
+        voxel = peak_voxel(self.volume())
         return voxel, to_world(self.affine, voxel)
 
     def save(self, path: str | Path, *, layer: str | None = None, scale: Scale = "max") -> Path:

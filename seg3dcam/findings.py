@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from seg3dcam.explain import Explanation
-from seg3dcam.geometry import spacing_of, to_world
+from seg3dcam.geometry import plateau_middle, spacing_of, to_world
 
 __all__ = ["Peak", "find_peaks", "findings"]
 
@@ -52,14 +52,19 @@ def find_peaks(
     """
     heat = np.asarray(volume)
     found: list[Peak] = []
-    # Blocks of about a quarter of the distance: their maxima are few, however large the volume.
+    # Blocks of about a quarter of the distance: few, however large the volume.
     block = [max(1, math.ceil(apart_mm / 4 / step)) for step in spacing_of(affine)]
-    for value, voxel in _block_maxima(heat, block, above):
+    starts = _highest_blocks(heat, block, above)
+    while len(starts) and len(found) < count:
+        voxel = plateau_middle(heat, _highest_voxel(heat, starts[0], block))
         mm = to_world(affine, voxel)
-        if all(math.dist(mm, higher.mm) >= apart_mm for higher in found) and _is_top(heat, voxel):
-            found.append(Peak(value, voxel, mm))  # type: ignore[arg-type]
-            if len(found) == count:
-                break
+        far = all(math.dist(mm, higher.mm) >= apart_mm for higher in found)
+        starts = starts[1:]
+        if far and _is_top(heat, voxel):
+            found.append(Peak(float(heat[voxel]), voxel, mm))  # type: ignore[arg-type]
+            # Of a wide plateau there would be very many.
+            away = (starts + np.array(block) / 2 - voxel) @ affine[:3, :3].T
+            starts = starts[np.linalg.norm(away, axis=1) >= apart_mm]
     return found
 
 
@@ -86,11 +91,12 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
     peaks = find_peaks(volume, affine, above=0.2) if not explanation.notice(layer) else []
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     cell_ml = math.prod(resolution) / 1000
+    predicted, true = _count(prediction), _count(truth)
     found: dict[str, Any] = {
-        "predicted_voxels": None if prediction is None else int(prediction.sum()),
-        "predicted_ml": None if prediction is None else float(prediction.sum()) * voxel_ml,
-        "truth_voxels": None if truth is None else int(truth.sum()),
-        "truth_ml": None if truth is None else float(truth.sum()) * voxel_ml,
+        "predicted_voxels": predicted,
+        "predicted_ml": None if predicted is None else predicted * voxel_ml,
+        "truth_voxels": true,
+        "truth_ml": None if true is None else true * voxel_ml,
         "dice": _dice(prediction, truth),
         "peak_voxel": peaks[0].voxel if peaks else None,
         "peak_mm": peaks[0].mm if peaks else None,
@@ -104,22 +110,27 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
     return {**found, "warnings": _warnings(explanation, found, layer)}
 
 
-def _block_maxima(
+def _highest_blocks(
     heat: NDArray[np.floating], block: Sequence[int], above: float
-) -> list[tuple[float, tuple[int, ...]]]:
-    """Return (value, voxel) of the maximum of every block that reaches `above`, highest first."""
-    found = []
-    edges = [range(0, size, step) for size, step in zip(heat.shape, block, strict=True)]
+) -> NDArray[np.intp]:
+    """Return the first voxels (N, 3) of the blocks that no neighbour exceeds, highest first.
+
+    Of several equal ones the first comes first, as everywhere (`seg3dcam.geometry.peak_voxel`).
+    """
     top: Any = heat
-    for axis, starts in enumerate(edges):
-        top = np.maximum.reduceat(top, list(starts), axis=axis)
-    for index in np.argwhere(top >= max(above, np.finfo(np.float32).tiny)):
-        start = [int(i) * step for i, step in zip(index, block, strict=True)]
-        part = heat[tuple(slice(s, s + step) for s, step in zip(start, block, strict=True))]
-        inner = np.unravel_index(int(part.argmax()), part.shape)
-        voxel = tuple(s + int(i) for s, i in zip(start, inner, strict=True))
-        found.append((float(part.max()), voxel))
-    return sorted(found, key=lambda pair: -pair[0])
+    for axis, (size, step) in enumerate(zip(heat.shape, block, strict=True)):
+        top = np.maximum.reduceat(top, np.arange(0, size, step), axis=axis)
+    high = (top >= max(above, np.finfo(np.float32).tiny)) & (top == ndimage.maximum_filter(top, 3))
+    blocks = np.argwhere(high)
+    return (blocks * block)[np.argsort(-top[high], kind="stable")]
+
+
+def _highest_voxel(
+    heat: NDArray[np.floating], start: NDArray[np.intp], block: Sequence[int]
+) -> tuple[int, ...]:
+    part = heat[tuple(slice(s, s + step) for s, step in zip(start, block, strict=True))]
+    inner = np.unravel_index(int(part.argmax()), part.shape)
+    return tuple(int(s) + int(i) for s, i in zip(start, inner, strict=True))
 
 
 def _is_top(heat: NDArray[np.floating], voxel: Sequence[int]) -> bool:
@@ -128,29 +139,35 @@ def _is_top(heat: NDArray[np.floating], voxel: Sequence[int]) -> bool:
     return bool(heat[tuple(voxel)] >= heat[around].max())
 
 
+def _count(mask: torch.Tensor | None) -> int | None:
+    # By numpy: torch makes 8 bytes of every voxel first.
+    return None if mask is None else int(np.count_nonzero(mask))
+
+
 def _dice(prediction: torch.Tensor | None, truth: torch.Tensor | None) -> float | None:
     if prediction is None or truth is None:
         return None
-    total = int(prediction.sum()) + int(truth.sum())
-    return 2 * int((prediction & truth).sum()) / total if total else None
+    total = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    return 2 * np.count_nonzero(prediction & truth) / total if total else None
 
 
 def _shares(
     volume: torch.Tensor, prediction: torch.Tensor | None, truth: torch.Tensor | None
 ) -> dict[str, float | None]:
     """Return which parts of the CAM's sum lie inside the masks, and outside of both."""
-    masks = [mask for mask in (prediction, truth) if mask is not None]
-    total = float(volume.sum(dtype=torch.float64))
+    heat = volume.numpy()
+    masks = [mask.numpy() for mask in (prediction, truth) if mask is not None]
+    total = float(heat.sum(dtype=np.float64))
 
-    def part(mask: torch.Tensor | None) -> float | None:
-        inside = mask is not None and total > 0
-        return float(volume[mask].sum(dtype=torch.float64)) / total if inside else None
+    def part(mask: NDArray[np.bool_] | None) -> float | None:
+        if mask is None or total <= 0:
+            return None
+        return float(heat.sum(dtype=np.float64, where=mask)) / total
 
-    either = torch.stack(masks).any(0) if masks else None
-    covered = part(either)
+    covered = part(np.logical_or.reduce(masks) if masks else None)
     return {
-        "cam_inside_prediction": part(prediction),
-        "cam_inside_truth": part(truth),
+        "cam_inside_prediction": part(None if prediction is None else prediction.numpy()),
+        "cam_inside_truth": part(None if truth is None else truth.numpy()),
         "cam_outside": None if covered is None else 1 - covered,
     }
 

@@ -111,8 +111,8 @@ def colours(colormap: str) -> NDArray[np.uint8]:
     if colormap in of_opencv:
         levels = np.arange(256, dtype=np.uint8)[:, None]
         return cv2.applyColorMap(levels, of_opencv[colormap])[:, 0, ::-1].copy()
-    names = [name for name in matplotlib.colormaps if not name.endswith("_r")] + list(of_opencv)
-    raise ConfigError(f"unknown colormap {colormap!r}; {nearest(str(colormap), names)}")
+    names = {name for name in matplotlib.colormaps if not name.endswith("_r")} | set(of_opencv)
+    raise ConfigError(f"unknown colormap {colormap!r}; {nearest(str(colormap), sorted(names))}")
 
 
 def _opencv_colormaps() -> dict[str, int]:
@@ -141,9 +141,8 @@ def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> W
     Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
     """
     if window is None:
-        low, high = _auto_range(scan)
-        text = f"{_in_words(low, high)} (0.5–99.5 % of the volume)"
-        return Window(low, high, text)
+        low, high, source = _auto_range(scan)
+        return Window(low, high, f"{_in_words(low, high)} ({source})")
     width, level = width_level(window)
     low, high = level - width / 2, level + width / 2
     suffix = f" ({_preset(window)})" if isinstance(window, str) else ""
@@ -177,20 +176,23 @@ def _preset(name: str) -> str:
     return name.lower().replace("_", " ").replace("-", " ")
 
 
-def _auto_range(scan: NDArray[Any]) -> tuple[float, float]:
+def _auto_range(scan: NDArray[Any]) -> tuple[float, float, str]:
+    """Return the values drawn black and white, and what they are."""
     values = scan.ravel(order="K")  # no copy, whatever the memory order
     step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: not in step with a row
     values = values[::step].astype(np.float32, copy=False)
     values = values[np.isfinite(values) & (values != 0)]
     if values.size == 0:
-        return 0.0, 1.0
+        return 0.0, 1.0, "no value but 0"
     low, high = (float(number) for number in np.percentile(values, AUTO_PERCENTILES))
-    if low == high:  # nearly constant: the few other values may be what matters
-        low, high = float(values.min()), float(values.max())
-    if low == high:  # constant: mid grey
-        half = max(0.5, abs(low) / 100)
-        low, high = low - half, high + half
-    return low, high
+    if low < high:
+        return low, high, "0.5–99.5 % of the volume"
+    # Nearly constant: the few other values may be what matters.
+    low, high = float(values.min()), float(values.max())
+    if low < high:
+        return low, high, "all values of the volume"
+    half = max(0.5, abs(low) / 100)  # mid grey
+    return low - half, high + half, f"constant: no value but {low:.4g}"
 
 
 def _in_words(low: float, high: float) -> str:

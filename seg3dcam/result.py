@@ -259,7 +259,7 @@ class CamResult:
 
 
 def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Scale each item (B, *S) on its own; a constant or zero one becomes zeros.
+    """Scale each item (B, *S) on its own, in place; a constant or zero one becomes zeros.
 
     >>> scaled(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "minmax").tolist()
     [[0.0, 1.0], [0.0, 0.0]]
@@ -273,8 +273,8 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     constant = high - low <= CONSTANT * high.abs()
     height = torch.where(constant, 1, high - bottom)
     shape = (-1, *[1] * (maps.ndim - 1))
-    view = maps - bottom.view(shape)  # the one copy: these are the largest arrays there are
-    return view.div_(height.view(shape)).masked_fill_(constant.view(shape), 0)
+    maps -= bottom.view(shape)
+    return maps.div_(height.view(shape)).masked_fill_(constant.view(shape), 0)
 
 
 def _check_scale(scale: str) -> None:

@@ -106,9 +106,8 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     Raises `ScanError` for a file that is missing, damaged or no NIfTI, for complex, colour, 2-D or
     5-D data, for a DICOM series with gaps, for several series, for an affine that is no affine, and
     for voxels that are all zero or not finite. Raises `MissingExtraError` for DICOM where pydicom
-    or SimpleITK is not installed. Warns
-    (`Seg3dcamWarning`) where the header does not say where the scan lies, measures in other units
-    than mm, or where a channel has one single value.
+    or SimpleITK is not installed. Warns (`Seg3dcamWarning`) where the header does not say where the
+    scan lies, measures in other units than mm, or where a channel has one single value.
 
     >>> scan = load_scan(np.arange(24.0).reshape(2, 3, 4), affine=np.diag([1, 1, 3, 1]))
     >>> scan

@@ -60,9 +60,10 @@ def truth_mask(
     Traceback (most recent call last):
         ...
     seg3dcam.errors.TargetError: the truth holds label 255, and the network has the classes 0 to 1.
-    Say with label= which is that of 'lesion'
+    Say with label (--label) which is that of 'lesion'
     """
-    found = {int(value) for value in labels.unique().tolist()} - {0}
+    runs = labels.flatten().unique_consecutive()  # few: all voxels take seconds to sort
+    found = {int(value) for value in runs.unique().tolist()} - {0}
     name = class_names[class_index]
     if label is not None:
         wanted, legal = label, {label}
@@ -78,6 +79,6 @@ def truth_mask(
         listed = ", ".join(str(value) for value in sorted(found)[:12])
         raise TargetError(
             f"the truth holds label{'s' * (len(found) > 1)} {listed}, and {among}.\n"
-            f"Say with label= which is that of {name!r}"
+            f"Say with label (--label) which is that of {name!r}"
         )
     return labels == wanted

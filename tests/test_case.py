@@ -198,13 +198,23 @@ def test_a_forged_case_json_removes_nothing_elsewhere(place, listed):
     precious.write_text("keep")
     place.out.mkdir()
     files = [listed.format(folder=place.folder)]
-    (place.out / "case.json").write_text(json.dumps({"files": files}))
+    (place.out / "case.json").write_text(json.dumps({"seg3dcam": "1", "files": files}))
     assert place.explain().code == 0
     assert precious.read_text() == "keep"
 
 
+def test_another_programs_case_json_removes_nothing(place):
+    place.out.mkdir()
+    (place.out / "notes.txt").write_text("keep")
+    (place.out / "case.json").write_text(json.dumps({"files": ["notes.txt"]}))
+    assert place.explain().code == 0
+    assert (place.out / "notes.txt").read_text() == "keep"
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"files": null}', '{"files": 3}', '{"files": [1, null]}', "\x00"]
+    "content",
+    ["", "{", "[]", "\x00"]
+    + [f'{{"seg3dcam": "1", "files": {files}}}' for files in ("null", "3", "[1, null]")],
 )
 def test_a_damaged_case_json_is_replaced(place, content):
     place.out.mkdir()

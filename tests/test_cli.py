@@ -468,12 +468,28 @@ def test_every_path_on_stdout_exists(place, tmp_path_factory):
     place = Place.at(tmp_path_factory.mktemp("a folder whose name is so long that it fills a line"))
     outcome = place.explain(*PICTURES)
     assert outcome.code == 0
-    assert {place.out / "case.json", place.out / "cam_lesion.nii.gz"} <= set(outcome.files)
-    assert all(path.exists() for path in outcome.files)
-    listed = {path for path in outcome.files if path.is_file()}
-    assert listed == {path for path in place.out.iterdir() if path.is_file()}
+    named = [path for file in outcome.files for path in file.parent.glob(file.name)]
+    assert set(named) == set(place.out.iterdir())  # files, and the folder of slices
+    assert len(named) == len(set(named))
     again = place.explain(*PICTURES).out
     assert str(place.out) in again  # not broken over two lines
+
+
+def test_few_lines_say_where_many_files_are_and_what_to_open_first(place):
+    formats = [f"--format={name}" for name in ("nifti", "html", "slicer", "nrrd")]
+    outcome = place.explain(*formats, "--layer", "model.0", "--layer", BOTTLENECK)
+    assert [str(file.relative_to(place.out)) for file in outcome.files] == [
+        "report.html",
+        "slicer/scene.mrml",
+        "slicer/case.mrb",
+        "prediction.nii.gz",
+        "cam_*.nii.gz",
+        "raw_*.nii.gz",
+        "cam_*.nrrd",
+        "slicer",
+        "case.json",
+    ]
+    assert "4 files" in outcome.out  # of two classes at two layers each
 
 
 def test_nothing_on_stderr_when_it_is_no_terminal(place):

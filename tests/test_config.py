@@ -175,7 +175,7 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
         (Prepare, {"crop_foreground": "perhaps"}, r"crop_foreground: .*boolean.*'perhaps'"),
         (Prepare, {"orientation": "ras"}, r"orientation: .*'ras'"),
         (Job, {"scan": "a"}, r"^file\.yaml:\n  model: missing$"),
-        (Job, {"scan": "a", "model": "b", "format": "pdf"}, r"format: .*'nifti', 'png'.*'pdf'"),
+        (Job, {"scan": "a", "model": "b", "format": "pdf"}, r"ml:\n  format.0: .*'png'.*'pdf'$"),
         (Job, {"scan": "a", "model": "b", "format": []}, r"format: an empty list"),
         (Job, {"scan": "a", "model": "b", "slice": 3, "axis": ["axial", "coronal"]}, "one axis"),
         (ModelSpec, {"factory": "os.system", "weights": "w", "classes": ["a"]}, r"factory: .*os"),

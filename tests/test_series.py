@@ -269,9 +269,10 @@ def test_several_series(folder, rng):
     with pytest.raises(ScanError) as error:
         load_scan(folder)
     assert (
-        "holds 3 series: series 3 (CT): 12 images of 9 x 7; series 7 (MR): 3 images of 5 x 4; "
-        "series 9 (RTSTRUCT): 1 object without an image. Legal: the slices of one series. Move "
-        "them to a folder of their own, or give them as a list of files."
+        "holds 3 series: series 3 (CT): 12 images of 9 x 7, such as IM0001.dcm; series 7 (MR): 3 "
+        "images of 5 x 4, such as MR0001; series 9 (RTSTRUCT): 1 object without an image, such as "
+        "RS.dcm. Legal: the slices of one series. Move them to a folder of their own, or give them "
+        "as a list of files."
     ) in str(error.value)
     assert "SECRET" not in str(error.value)
 

@@ -45,6 +45,7 @@ from seg3dcam.export.dicom_source import (
     checked_series,
     decimals,
     make_uid,
+    names_patient,
     one_line,
     references,
     save_object,
@@ -58,6 +59,9 @@ __all__ = ["DicomExport", "save_dicom"]
 _NAME = "seg3dcam"
 #: The letters of a picture's edges in DICOM: along R, A and S, for less and for more.
 _SIDES = (("L", "R"), ("P", "A"), ("F", "H"))
+
+#: Series numbers stay below it: DICOM's whole numbers have 32 bits.
+_MOST = 2_000_000_000
 
 Frames = NDArray[np.float32]
 Masks = Mapping[str, NDArray[np.bool_]]
@@ -142,7 +146,10 @@ class DicomExport:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What the objects of one explanation share; `content` is a hash of what they show."""
+    """What the objects of one explanation share.
+
+    `content` is a hash of what they show; `names_patient`: so does the case's name in the pictures.
+    """
 
     explanation: Explanation
     headers: Sequence[Any]
@@ -151,6 +158,7 @@ class _Plan:
     look: Look
     content: str
     series_number: int
+    names_patient: bool
 
     @property
     def words(self) -> str:
@@ -202,7 +210,8 @@ def _plan(
         picture=picture,
         look=look,
         content=digest.hexdigest(),
-        series_number=100 * int(headers[0].get("SeriesNumber") or 0) + 3 * count + 1,
+        series_number=(100 * int(headers[0].get("SeriesNumber") or 0) + 3 * count) % _MOST + 1,
+        names_patient=names_patient(case, headers[0]),
     )
 
 
@@ -253,7 +262,7 @@ def _capture(plan: _Plan, picture: NDArray[np.uint8], k: int) -> Any:
     _place(plan, image, header)
     image.ImageType = ["DERIVED", "SECONDARY"]
     image.ConversionType = "WSD"  # made by a workstation
-    image.BurnedInAnnotation = "NO"  # the standard asks for what tells the patient: nothing does
+    image.BurnedInAnnotation = "YES" if plan.names_patient else "NO"
     image.DerivationDescription = one_line(f"{plan.words}. {CAUTION}", 1024)
     image.SourceImageSequence = [source_item(header)]
     return image

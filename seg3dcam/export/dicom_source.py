@@ -6,6 +6,7 @@ headers that hold only what it needs, and patient and study are then copied as t
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 from collections.abc import Iterable, Sequence
@@ -113,6 +114,13 @@ def references(headers: Sequence[Any], step_mm: float) -> list[Any]:
         source.PositionReferenceIndicator = first.get("PositionReferenceIndicator")
         found.append(source)
     return found
+
+
+def names_patient(text: str, header: Any) -> bool:
+    """Tell whether a text holds the patient's ID, or a part of the patient's name."""
+    given = f"{header.get('PatientID') or ''} {header.get('PatientName') or ''}"
+    words = re.split(r"[\s^=]+", given.casefold())
+    return any(len(word) > 1 and word in text.casefold() for word in words)
 
 
 def source_item(header: Any) -> Any:

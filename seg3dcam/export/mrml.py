@@ -179,6 +179,8 @@ def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place
             "fieldOfView": _numbers([side, side, place.spacing]),
             "sliceToRAS": _numbers(_slice_to_ras(axes, place).ravel()),
             "rulerType": "thin",
+            "orientationMarkerType": "axes",  # with the letters R, A and S
+            "orientationMarkerSize": "medium",
         }
         _add(root, "SliceComposite", f"vtkMRMLSliceCompositeNode{view}", blend, shown)
         _add(root, "Slice", f"vtkMRMLSliceNode{view}", where)

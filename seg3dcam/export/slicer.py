@@ -22,16 +22,25 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explain import Explanation
 from seg3dcam.export.mrml import Place, Shown, scene_xml
-from seg3dcam.export.nrrd import Segment, segment, segment_id, write_nrrd, write_segments
+from seg3dcam.export.nrrd import (
+    Segment,
+    same_voxels,
+    segment,
+    segment_id,
+    write_nrrd,
+    write_segments,
+)
 from seg3dcam.files import atomic
 from seg3dcam.geometry import spacing_of, to_world
 from seg3dcam.look import Look, choose_window, colours
@@ -196,12 +205,18 @@ class SlicerScene:
             ("truth", f"{name}, truth"): explanation.truth,
             ("region", explanation.label): explanation.region,
         }
-        given = {key: mask for key, mask in masks.items() if mask is not None}
-        for (kind, title), mask in given.items():
-            if (kind, title) not in self._segments:
-                before = sum(earlier == kind for earlier, _ in self._segments)
-                self._segments[kind, title] = segment(mask, title, outline(kind, before))
-        return list(given)
+        return [self._kept(*key, mask) for key, mask in masks.items() if mask is not None]
+
+    def _kept(self, kind: str, title: str, mask: torch.Tensor) -> tuple[str, str]:
+        """Return a mask's key: kept once, and beside another mask of its name under a number."""
+        before = sum(earlier == kind for earlier, _ in self._segments)
+        new = segment(mask, title, outline(kind, before))
+        keys = ((kind, title if n == 1 else f"{title} {n}") for n in itertools.count(1))
+        return next(
+            key
+            for key in keys
+            if same_voxels(self._segments.setdefault(key, replace(new, name=key[1])), new)
+        )
 
     def _xml(self, grid: Grid, folder: str = "") -> bytes:
         front = self._front or Front([], None)

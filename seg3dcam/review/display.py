@@ -275,26 +275,6 @@ def slice_profile(view: View, volume: NDArray[Any]) -> tuple[NDArray[Any], NDArr
         return volume.max(axis=others), volume.sum(axis=others, dtype=np.float64)
 
 
-def peak_slice(largest: NDArray[Any], total: NDArray[np.float64]) -> int:
-    """Index of the slice with the highest value; of several, the one with the largest sum."""
-    return int(np.lexsort((total, largest))[-1])
-
-
-def peak_voxel(view: View, volume: NDArray[Any], index: int) -> tuple[int, int, int]:
-    """Voxel of the highest value in slice `index`; of equal ones the nearest to their middle.
-
-    >>> volume = np.zeros((5, 5, 2))
-    >>> volume[1:4, 1:4, 1] = 1
-    >>> peak_voxel(plan_view((5, 5, 2), np.eye(4), "axial"), volume, 1)
-    (2, 2, 1)
-    """
-    plane = np.moveaxis(volume, view.slice_axis, 0)[index]
-    tops = np.argwhere(plane == plane.max())
-    nearest_to_middle = tops[((tops - tops.mean(0)) ** 2).sum(1).argmin()]
-    x, y, z = (int(n) for n in np.insert(nearest_to_middle, view.slice_axis, index))
-    return x, y, z
-
-
 def choose_slices(
     slices: str | int | Sequence[int],
     relevant: NDArray[np.bool_],

@@ -78,12 +78,16 @@ def _footer(review: Review, width: int) -> Picture:
     degrees = display.obliquity_degrees(review.affine)
     items = [f"window {review.window.text}"]
     if degrees > OBLIQUE_NOTE:
-        items.append(f"oblique scan: {degrees:.0f}° off the axes, letters are the nearest")
+        items += [
+            f"oblique scan: {degrees:.0f}° off the axes, letters are the nearest",
+            "mm at a slice's centre",
+        ]
     items += review.caption
-    items += [
-        f"CAM shown from {review.look.threshold:.2f}, opacity {review.look.opacity:.2f}",
-        "one scale for the volume",
-    ]
+    if review.cam is not None:
+        items += [
+            f"CAM shown from {review.look.threshold:.2f}, opacity {review.look.opacity:.2f}",
+            "one scale for the volume",
+        ]
     lines = text_block(wrap_items(items, width - 2 * MARGIN), width, GREY)
     last = text_block([RESEARCH_ONLY, ""], width, AMBER)
     return frame.stack_rows([lines, last[: -line_height() // 2]])

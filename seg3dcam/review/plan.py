@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explain import Explanation
+from seg3dcam.geometry import peak_voxel
 from seg3dcam.look import Look, Window, choose_window
 from seg3dcam.review import display, draw, frame
 from seg3dcam.review.text import clean_text
@@ -64,7 +65,7 @@ class Review:
     look: Look
     window: Window
     notice: str
-    peak: tuple[int, int, int] | None
+    peak: tuple[int, ...] | None
     view: display.View
     profile: Profile
     indices: list[int]
@@ -83,8 +84,9 @@ class Review:
 
     @cached_property
     def colour_bar(self) -> draw.Picture:
-        """What the colours mean, as a picture."""
-        return frame.draw_colour_bar(self.palette, self.look.threshold)
+        """What the colours mean, as a picture; black where there is no heat."""
+        bar = frame.draw_colour_bar(self.palette, self.look.threshold)
+        return bar if self.cam is not None else np.zeros_like(bar)
 
     def along(self, axis: Axis, slices: SliceSetting = "relevant") -> Review:
         """Return the same case cut along another axis, or with other slices; copies no volume.
@@ -163,10 +165,9 @@ def review_volumes(
     shown = None if notice else heat
     profile = _profile(view, shown, masks)
     peak = None
-    if shown is not None and profile.largest is not None and profile.total is not None:
-        notice = _faint_heat(profile.largest.max(), look.threshold)
-        highest = display.peak_slice(profile.largest, profile.total)
-        peak = display.peak_voxel(view, shown, highest)
+    if shown is not None:
+        peak = peak_voxel(shown)
+        notice = _faint_heat(shown[peak], look.threshold)
     return Review(
         scan=image,
         cam=shown,
@@ -196,6 +197,8 @@ def review_explanation(
     case: str = "",
 ) -> Review:
     """Plan the pictures of an explanation: its scan, CAM, prediction and truth, and its words.
+
+    Of a scan with several channels the first is shown, and the footer says so.
 
     Args:
         explanation: what `explain` returns.
@@ -239,6 +242,8 @@ def _caption(explanation: Explanation, layer: str | None) -> dict[str, str]:
         "score": f"{explanation.score:.6g}",
         "CAM resolution": " x ".join(f"{mm:.3g}" for mm in finest) + " mm",
     }
+    if len(explanation.scan.data) > 1:
+        words["scan"] = f"channel 1 of {len(explanation.scan.data)}"
     if silent and len(silent) < len(names):
         words["without the layers, whose map is not usable"] = ", ".join(silent)
     return words

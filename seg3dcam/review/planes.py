@@ -104,8 +104,6 @@ def _draw_plane(
         point = display.pixel_of(view, voxel, size)
         frame.put_pointers(picture, (size.height, size.width), cell, point)
         frame.put_label(picture, words)
-    across = display.PLANES[view.axis].across
-    at = display.side_text(across, to_world(plane.affine, voxel)["RAS".index(across)])
-    label = f"{view.axis}  {view.index_name} = {index},  {at} mm"
+    label = f"{view.axis}  {view.index_name} = {index},  {display.position_text(view, index)}"
     above = text_block([label], framed[0].shape[1])
     return frame.stack_rows([above, framed[0], np.zeros_like(above[:GAP]), framed[1]])

@@ -32,6 +32,7 @@ from seg3dcam.findings import findings
 from seg3dcam.geometry import spacing_of
 from seg3dcam.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review import report_data as data
+from seg3dcam.review import report_maps
 from seg3dcam.review.display import edge_letters, obliquity_degrees, plan_view
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
@@ -43,13 +44,16 @@ LIMIT_MB = 15.0
 NOTEBOOK_MB = 6.0
 NOTEBOOK_HEIGHT = 820
 
-#: All maps together take at most half of the file, each one at most this part of what is left.
+#: Base64 writes 4 letters for 3 bytes.
+BASE64 = 4 / 3
+#: Maps may take what the scan without loss leaves, or half of the file; each one at most this part
+#: of what the ones before it have left.
 MAP_SHARE = 1 / 3
 
 #: Figures that the list of peaks says better.
 PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}
 
-SCRIPTS = ("volume.js", "draw.js", "view.js", "feedback.js")
+SCRIPTS = ("volume.js", "draw.js", "view.js", "panels.js", "feedback.js", "controls.js")
 #: Layer -> the number of its map in the page, and the value that is 1 there.
 Kept = dict[str, tuple[int, float]]
 
@@ -218,6 +222,8 @@ class _Page:
         window = choose_window(voxels, self.look.window)
         ct = data.is_ct(float(voxels.min()), self.look.window)
         self.greys = data.grey_codes(voxels, frame, window, ct)
+        lossless = data.foreseen_bytes(self.greys.codes, data.ENCODINGS[0]) * BASE64
+        self.map_room = self.limit - min(lossless, self.limit / 2)
         degrees = obliquity_degrees(affine)
         planes = ("axial", "coronal", "sagittal")
         self.scan = {
@@ -277,12 +283,15 @@ class _Page:
             lattice = None
             if layer in provenance.get("layers", {}):
                 prepared = provenance["prepared"]["affine"]
-                lattice = data.lattice_of(provenance["layers"][layer], prepared, explanation.affine)
+                lattice = report_maps.lattice_of(
+                    provenance["layers"][layer], prepared, explanation.affine
+                )
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
-            room = self.limit / 2 - sum(len(one["data"]) for one in self.maps)
-            packed = data.pack_map(
-                values.float() / largest, self.frame, lattice, cells, room * MAP_SHARE * 3 / 4
+            share = self.map_room * MAP_SHARE / BASE64
+            packed = report_maps.pack_map(
+                values.float() / largest, self.frame, lattice, cells, share
             )
+            self.map_room -= len(packed.data) * BASE64
             kept[layer] = len(self.maps), largest
             self.maps.append({**packed._asdict(), "data": _base64(packed.data)})
         return kept
@@ -310,9 +319,7 @@ class _Page:
         }
         page = _source("page.html")
         taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
-        # Base64 writes 4 letters for 3 bytes; a line ends after each slice.
-        count = len(self.greys.codes)
-        room = (self.limit - taken) * 3 / 4 - 4 * count - 1000
+        room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # rounding, lines
         slices = data.pack_slices(self.greys.codes, room)
         content["slices"] = "\n".join(map(_base64, slices.pictures))
         content["meta"] = _json(self._meta(slices))
@@ -341,7 +348,7 @@ class _Page:
                 "opacity": self.look.opacity,
                 "colours": colours(self.look.colormap).tolist(),
             },
-            "zero": data.ZERO_CODE,
+            "zero": report_maps.ZERO_CODE,
             "maps": [{k: v for k, v in one.items() if k != "data"} for one in self.maps],
             "masks": list(self.masks.values()),
             "items": self.items,

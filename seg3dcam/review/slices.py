@@ -11,7 +11,7 @@ import numpy as np
 
 from seg3dcam.review import display, draw, frame
 from seg3dcam.review.draw import Picture
-from seg3dcam.review.page import OBLIQUE_NOTE, build_page, each_slice, make_folder, write_png
+from seg3dcam.review.page import build_page, each_slice, make_folder, write_png
 from seg3dcam.review.plan import Review
 from seg3dcam.review.text import GAP, MARGIN, wrap_items
 
@@ -122,11 +122,10 @@ def _slice_lines(review: Review, index: int, room: int) -> list[str]:
     As many lines for every slice, so that all pictures have one size.
     """
     view = review.view
-    oblique = display.obliquity_degrees(review.affine) > OBLIQUE_NOTE
     words = [
         f"{view.axis} slice {index + 1}/{view.slice_count}"
         f" (voxel index {view.index_name} = {index})",
-        display.position_text(view, index) + (" at the slice's centre" if oblique else ""),
+        display.position_text(view, index),
     ]
     if review.profile.largest is not None:
         words.append(f"CAM max in slice {review.profile.largest[index]:.2f}")

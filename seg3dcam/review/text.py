@@ -1,4 +1,8 @@
-"""Lines of text for pictures, in one typeface: the same letters on every machine."""
+"""Lines of text for pictures, in one typeface: the same letters on every machine.
+
+A letter that the typeface lacks (Chinese, Japanese, Korean, emoji) is written as its code, such as
+\\u809d: no two names look alike.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from seg3dcam.review.draw import Colour, Picture
@@ -28,15 +33,36 @@ TITLE_SIZE = 17
 @functools.lru_cache(maxsize=16)
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib: the same letters on every machine."""
+    return ImageFont.truetype(_font_file(bold), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _font_file(bold: bool) -> str:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
+
+
+@functools.cache
+def _letters(bold: bool) -> frozenset[int]:
+    """The codes of all letters in the typeface."""
+    return frozenset(FT2Font(_font_file(bold)).get_charmap())
+
+
+def spelled(text: str, bold: bool = False) -> str:
+    """Replace every letter that the typeface lacks by its code.
+
+    >>> print(spelled("Läsion 肝"))
+    Läsion \\u809d
+    """
+    if text.isascii():
+        return text
+    known = _letters(bold)
+    return "".join(c if ord(c) in known else c.encode("unicode-escape").decode() for c in text)
 
 
 @functools.lru_cache(maxsize=1024)
 def text_mask(text: str, size: int = TEXT_SIZE, bold: bool = False) -> Picture:
     """Render one line of text, (height, width) uint8, 255 = fully covered; do not change it."""
-    font = _font(size, bold)
+    font, text = _font(size, bold), spelled(text, bold)
     ascent, descent = font.getmetrics()
     canvas = Image.new("L", (max(1, math.ceil(font.getlength(text))), ascent + descent))
     ImageDraw.Draw(canvas).text((0, 0), text, fill=255, font=font)
@@ -45,7 +71,7 @@ def text_mask(text: str, size: int = TEXT_SIZE, bold: bool = False) -> Picture:
 
 def text_width(text: str, size: int = TEXT_SIZE, bold: bool = False) -> int:
     """Width of a line of text in pixels."""
-    return math.ceil(_font(size, bold).getlength(text))
+    return math.ceil(_font(size, bold).getlength(spelled(text, bold)))
 
 
 def line_height(size: int = TEXT_SIZE) -> int:

@@ -94,7 +94,8 @@ def _check_one_series(images: Sequence[Slice], where: str) -> None:
         series.setdefault(str(image.header.get("SeriesInstanceUID")), []).append(image)
     if len(series) > 1:
         largest_first = sorted(series.values(), key=len, reverse=True)
-        found = _some([_in_words(members) for members in largest_first], 8, "; ")
+        each = [f"{_in_words(part)}, such as {part[0].path.name}" for part in largest_first]
+        found = _some(each, 8, "; ")
         raise ScanError(f"{where} holds {len(series)} series: {found}. {_HOW_TO_CHOOSE}")
 
 

@@ -382,7 +382,28 @@ def test_several_classes_and_layers(tmp_path):
     assert "mean of 3 layers" in images[0].SeriesDescription
 
 
+@pytest.mark.parametrize(
+    ("case", "burned_in"),
+    [("scan 43a725f6", "NO"), ("P-1", "YES"), ("zoë, left lung", "YES"), ("case 7", "NO")],
+)
+def test_a_case_that_names_the_patient_is_said_to_be_burned_in(tmp_path, case, burned_in):
+    explanation = explained(tmp_path / "in", spacing=(10.0, 9.0, 12.0))
+    files = save_dicom(tmp_path / "out", explanation, LOOK, case=case)
+    assert pydicom.dcmread(files[0]).BurnedInAnnotation == burned_in
+
+
 # -------------------------------------------------------------------------------- unusual sources
+
+
+def test_a_very_large_series_number_gives_legal_ones(tmp_path):
+    def large(header, k):
+        header.SeriesNumber = "99999999"
+
+    explanation = explained(tmp_path / "in", spacing=(10.0, 9.0, 12.0), change=large)
+    files = save_dicom(tmp_path / "out", explanation, LOOK)
+    numbers = [int(pydicom.dcmread(file).SeriesNumber) for file in files]
+    assert len(set(numbers)) == 3
+    assert 0 < min(numbers) <= max(numbers) < 2**31
 
 
 def test_a_name_in_other_letters_is_carried_over(tmp_path):

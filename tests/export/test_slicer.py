@@ -464,6 +464,20 @@ def test_every_explained_lesion_is_a_segment(tmp_path):
     assert len(set(colour_of.values())) == 4
 
 
+def test_masks_of_one_name_stay_apart(tmp_path):
+    """Two given regions, say, or the predictions of two models; the same mask is there once."""
+    whole = lesions([3, 5])[0]
+    halves = torch.zeros(2, *whole.scan.shape, dtype=torch.bool)
+    halves[0, :12], halves[1, 12:] = True, True
+    of_halves = [replace(whole, label="lesion given mask", region=half) for half in halves]
+    save_scene(tmp_path, [*of_halves, of_halves[0]], LOOK)
+    masks, colour_of = segments_of(tmp_path)
+    assert list(masks) == ["lesion, prediction", "lesion given mask", "lesion given mask 2"]
+    for name, half in zip(list(masks)[1:], halves, strict=True):
+        np.testing.assert_array_equal(masks[name], half)
+    assert len(set(colour_of.values())) == 3
+
+
 def segments_of(folder):
     """Name -> mask, and name -> colour."""
     described = slicerio.read_segmentation(str(folder / "masks.seg.nrrd"))

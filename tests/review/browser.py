@@ -85,9 +85,9 @@ class Page:
         unpacked = "return [...maps.values(), ...masks.values()].every(Boolean)"
         self.wait(lambda: self.run(unpacked))
         twice = "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
-        self.driver.execute_async_script(twice.replace("arguments[0]()", "done()").join(
-            ("const done = arguments[0]; ", "")
-        ))
+        self.driver.execute_async_script(
+            twice.replace("arguments[0]()", "done()").join(("const done = arguments[0]; ", ""))
+        )
 
     def wait(self, reached: Callable[[], Any], seconds: float = 30) -> None:
         end = time.monotonic() + seconds

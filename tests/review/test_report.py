@@ -1,4 +1,4 @@
-"""The report's data, read back: where everything is, how exact, how large, and what is not there."""
+"""The report's data, read back: where everything is, how exact, how large, what is not there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_phantom import MARKER, make_phantom, marker_mm, offset_mm, silent
+from helpers_phantom import make_phantom, marker_mm, offset_mm, silent
 from report_reader import Reader
 
 from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarning
@@ -151,7 +151,7 @@ def test_blocks_are_centred_where_their_voxels_are(tmp_path):
     ramp = torch.arange(48.0)[:, None, None].expand(48, 40, 16) / 47
     cam = ramp + 0.2 * torch.rand(ramp.shape)
     explanation = plain(noise(cam.shape), cam, native_spacing={"conv": (1.0, 1.0, 2.0)})
-    page = saved(tmp_path, explanation, limit_mb=0.15)
+    page = saved(tmp_path, explanation, limit_mb=0.1)
     assert page.meta["maps"][0]["step"][0] > 1
     drawn = page.volume(0, 0).mean((1, 2))[4:-4]
     wanted = explanation.volume().numpy().mean((1, 2))[4:-4]
@@ -250,7 +250,9 @@ def test_no_class_no_truth_and_an_empty_prediction(tmp_path, phantom):
     empty = replace(phantom, prediction=torch.zeros_like(phantom.prediction))
     page = saved(tmp_path, empty)
     assert not page.mask(page.meta["items"][0]["prediction"]).any()
-    assert "the predicted region is empty" in page.meta["items"][0]["layers"][0]["found"]["warnings"]
+    assert (
+        "the predicted region is empty" in page.meta["items"][0]["layers"][0]["found"]["warnings"]
+    )
 
 
 def test_several_classes_and_methods_share_masks_and_keep_their_maps(tmp_path, phantom):
@@ -274,7 +276,7 @@ def test_several_classes_and_methods_share_masks_and_keep_their_maps(tmp_path, p
 def test_scans_on_different_grids_are_refused(tmp_path, phantom):
     report = Report(tmp_path / "case.html", CT)
     report.add(phantom, "one")
-    with pytest.raises(InputError, match="lies on another grid.*one report for each"):
+    with pytest.raises(InputError, match=r"lies on another grid.*one report for each"):
         report.add(make_phantom("RAS"), "two")
 
 

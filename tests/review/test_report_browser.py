@@ -65,9 +65,7 @@ def bare(page: Page) -> None:
             page.click(box)
 
 
-def box_of(
-    page: Page, plane: str, explanation: Explanation
-) -> tuple[float, float, float, float]:
+def box_of(page: Page, plane: str, explanation: Explanation) -> tuple[float, float, float, float]:
     """Left, top, width and height of a slice on its canvas: fitted in, with square pixels."""
     columns, rows, _, _ = PLANES[plane]
     shape, spacing = explanation.scan.shape, explanation.scan.spacing
@@ -114,7 +112,9 @@ def test_marker_and_heat_are_where_they_are_in_the_patient(page, phantom, plane)
     for weights in (marker, heat_on(page, plane)):
         found = centre(weights)
         off = np.array(found) - wanted
-        mm = off / [width / shape[columns], height / shape[rows]] * [spacing[columns], spacing[rows]]
+        mm = (
+            off / [width / shape[columns], height / shape[rows]] * [spacing[columns], spacing[rows]]
+        )
         assert np.abs(mm).max() < min(spacing) / 2
 
 
@@ -140,7 +140,9 @@ def test_canvas_shows_the_very_slice(page, phantom):
 
 def test_letters_are_on_the_patients_sides(page):
     sides = {
-        plane: [page.text(f"#{plane} figure .{side}") for side in ("left", "right", "top", "bottom")]
+        plane: [
+            page.text(f"#{plane} figure .{side}") for side in ("left", "right", "top", "bottom")
+        ]
         for plane in PLANES
     }
     assert sides == {
@@ -158,7 +160,9 @@ def test_page_opens_at_the_peak_and_says_where_that_is(page, phantom):
     assert f"voxel {voxel[0]}, {voxel[1]}, {voxel[2]}" in words
     assert "CAM 1.00" in words
     assert "in the prediction" in words
-    page.wait(lambda: "axial slice" in page.run("return document.querySelector('#live').textContent"))
+    page.wait(
+        lambda: "axial slice" in page.run("return document.querySelector('#live').textContent")
+    )
     banner = page.text("header")
     for part in ("case 7", "UNet", "lesion", "mean of 2 layers", "hires_cam", "not run", "0.1"):
         assert part in banner
@@ -230,7 +234,9 @@ def test_heat_follows_threshold_and_opacity_and_the_formula(page, phantom):
 def test_window_changes_both_pictures_alike(page):
     bare(page)
     before = page.pixels("coronal-scan")
-    page.run("[...document.querySelectorAll('#presets button')].find(b => b.innerText == 'bone').click()")
+    page.run(
+        "[...document.querySelectorAll('#presets button')].find(b => b.innerText == 'bone').click()"
+    )
     page.settle()
     assert (page.text("#o-width"), page.text("#o-level")) == ("2000", "500")
     after = page.pixels("coronal-scan")
@@ -434,7 +440,7 @@ def test_feedback_says_what_was_seen(page, phantom, tmp_path):
     page.click("#read")
     page.click("[value=unclear]")
     first, second = read_feedback(page.download(tmp_path, "#save-csv"))
-    assert first["comment"] == "'=1+1 \"quoted\", Läsion"  # no formula in a spreadsheet
+    assert first["comment"] == '\'=1+1 "quoted", Läsion'  # no formula in a spreadsheet
     voxel, mm = phantom.peak()
     assert [first[key] for key in "ijk"] == [str(index) for index in voxel]
     wanted = [float(first[key]) for key in ("r_mm", "a_mm", "s_mm")]
@@ -504,7 +510,9 @@ def test_light_and_dark(page):
     page.prefer("light")
 
 
-@pytest.mark.parametrize(("width", "height", "scale"), [(1000, 700, 1), (1920, 1080, 2), (480, 800, 2)])
+@pytest.mark.parametrize(
+    ("width", "height", "scale"), [(1000, 700, 1), (1920, 1080, 2), (480, 800, 2)]
+)
 def test_nothing_is_cut_off_at_any_size(page, width, height, scale):
     page.resize(width, height, scale)
     page.wait(lambda: page.run("return innerWidth") == width)
@@ -513,7 +521,9 @@ def test_nothing_is_cut_off_at_any_size(page, width, height, scale):
     for name in ("axial-scan", "axial-overlay", "coronal-scan", "sagittal-overlay"):
         shown = page.pixels(name)
         assert min(shown.shape[:2]) > 60 * scale, (name, shown.shape)
-        ratio = page.run("const c = document.getElementById(arguments[0]); return c.width / c.clientWidth", name)
+        ratio = page.run(
+            "const c = document.getElementById(arguments[0]); return c.width / c.clientWidth", name
+        )
         assert ratio == pytest.approx(scale, rel=0.02)
     page.resize(1440, 900)
 

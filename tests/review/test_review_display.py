@@ -67,8 +67,8 @@ def test_slice_index_is_the_voxel_index_and_the_position_is_in_mm(axis, codes):
     view = display.plan_view(shape, affine, axis)
     index = int(voxel[view.slice_axis])
     assert display.cut(view, scan, index).max() == 100
-    largest, total = display.slice_profile(view, scan)
-    assert display.peak_slice(largest, total) == index
+    largest, _ = display.slice_profile(view, scan)
+    assert largest.argmax() == index
     letter, mm, unit = display.position_text(view, index).split()
     world = nibabel.affines.apply_affine(affine, voxel)["RAS".index(letter)]
     assert unit == "mm"
@@ -157,6 +157,8 @@ def test_constant_scan_still_has_a_window(value):
     assert np.isfinite((window.low, window.high)).all()
     assert window.low <= value <= window.high
     assert np.float32(window.low) < np.float32(window.high)
+    assert "no value but" in window.text
+    assert "%" not in window.text
 
 
 def test_two_values_with_equal_percentiles_are_both_inside_the_window():
@@ -164,6 +166,7 @@ def test_two_values_with_equal_percentiles_are_both_inside_the_window():
     scan[0, 0, 0] = 9
     window = choose_window(scan, None)
     assert (window.low, window.high) == (5, 9)
+    assert window.text == "W 4 L 7 (all values of the volume)"
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -225,10 +228,6 @@ def test_without_relevant_slices_they_are_spread_over_the_volume():
 
 def test_the_peak_is_shown_even_where_it_is_below_the_threshold():
     assert display.choose_slices("relevant", mask(9, 1), 5) == [1, 5]
-
-
-def test_the_peak_of_several_equal_ones_has_the_largest_sum():
-    assert display.peak_slice(np.array([1, 0.5, 1, 1]), np.array([2.0, 9, 7, 3])) == 2
 
 
 @pytest.mark.parametrize(

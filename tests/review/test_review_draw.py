@@ -205,6 +205,14 @@ def test_text_becomes_one_line_without_control_characters():
     assert text.clean_text("a\nb\t\x1bc\u202ed  e") == "a b c d e"
 
 
+def test_names_in_letters_that_the_typeface_lacks_stay_different():
+    assert text.spelled("Läsion, опухоль 3 mm²") == "Läsion, опухоль 3 mm²"
+    assert text.spelled("肝", bold=True) == "\\u809d"
+    masks = [text.text_mask(name) for name in ("肝", "肺", "🙂")]
+    assert [mask.shape[1] for mask in masks] == [text.text_width(n) for n in ("肝", "肺", "🙂")]
+    assert not np.array_equal(masks[0], masks[1])
+
+
 def test_text_is_drawn_and_stays_inside_the_picture():
     picture = np.zeros((30, 40, 3), np.uint8)
     text.put_text(picture, "µ longer than the picture", -5, 20)

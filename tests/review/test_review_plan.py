@@ -14,6 +14,7 @@ from review_phantom import blob_case, review_of, written_words
 import seg3dcam.review
 from seg3dcam.errors import ConfigError, InputError
 from seg3dcam.explain import NO_HEAT
+from seg3dcam.findings import findings
 from seg3dcam.look import Look
 from seg3dcam.review import (
     display,
@@ -75,11 +76,15 @@ def test_no_volume_is_copied():
     assert most < scan.nbytes / 10
 
 
-def test_the_middle_of_several_equal_peaks():
-    cam = np.zeros((20, 21, 9))
-    cam[4:11, 6:13, 2] = 1
-    cam[4:11, 6:12, 7] = 1  # smaller
-    assert review_of(cam, cam, np.eye(4)).peak == (7, 9, 2)
+@pytest.mark.parametrize("axis", display.PLANES)
+def test_of_several_equal_peaks_every_plane_and_figure_names_the_same(axis):
+    phantom = make_phantom(spacing=(4.0, 4.0, 5.0))
+    cam = torch.zeros(phantom.scan.shape)
+    cam[14:21, 16:23, 22] = 1
+    cam[4:11, 6:13, 2:5] = 1
+    equal = replace(phantom, maps={"model.1": cam})
+    peak = review_explanation(equal, axis=axis).peak
+    assert peak == equal.peak()[0] == findings(equal)["peak_voxel"] == (7, 9, 3)
 
 
 # ---------------------------------------------------------------- from an explanation
@@ -131,6 +136,14 @@ def test_why_there_is_no_heat_is_written_in_every_picture(tmp_path, writer, stat
     with written_words() as lines:
         WRITERS[writer](tmp_path, review)
     assert NO_HEAT[status].split(":")[1] in " ".join(lines)
+    assert "CAM shown from" not in " ".join(lines)
+    assert not review.colour_bar.any()
+
+
+def test_of_several_channels_it_is_said_which_is_shown():
+    phantom = make_phantom()
+    both = replace(phantom.scan, data=torch.cat([phantom.scan.data, 0 * phantom.scan.data]))
+    assert "scan: channel 1 of 2" in review_explanation(replace(phantom, scan=both)).caption
 
 
 @pytest.mark.parametrize("shape", [(30, 30, 30), (30, 30, 2), (2, 30, 30), (200, 200, 2)])

@@ -124,5 +124,3 @@ function listenToFeedback() {
     if (!saved) event.preventDefault();
   });
 }
-
-start().catch(failed);

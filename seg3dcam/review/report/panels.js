@@ -1,0 +1,191 @@
+// Words, choices and lists around the pictures.
+
+function element(tag, properties = {}, children = []) {
+  const { dataset = {}, ...others } = properties;
+  const made = Object.assign(document.createElement(tag), others);
+  Object.assign(made.dataset, dataset);
+  made.append(...children);
+  return made;
+}
+
+const panels = {};
+
+function buildPlane(plane) {
+  const letters = meta.scan.letters[plane];
+  const sides = ["left", "right", "top", "bottom"];
+  const canvases = ["scan", "overlay"].map((kind) => {
+    const canvas = element("canvas", { id: `${plane}-${kind}` });
+    canvas.setAttribute("role", "img");
+    return canvas;
+  });
+  const bars = canvases.map(() => element("span", { className: "scale" }));
+  const panes = canvases.map((canvas, n) =>
+    element("figure", {}, [
+      canvas,
+      ...sides.map((side, k) =>
+        element("span", { className: `letter ${side}`, textContent: letters[k] }),
+      ),
+      bars[n],
+      element("figcaption", { textContent: n ? "+ CAM" : "scan" }),
+    ]),
+  );
+  const across = PLANES[plane].across;
+  const title = element("h2", {}, [
+    element("button", {
+      type: "button",
+      textContent: plane[0].toUpperCase() + plane.slice(1),
+      title: `Show the ${plane} plane large`,
+      onclick: () => show({ plane }),
+    }),
+    element("span", { className: "place" }),
+  ]);
+  const slider = element("input", { type: "range", min: 0, max: full.shape[across] - 1, step: 1 });
+  slider.setAttribute("aria-label", `${plane} slice`);
+  slider.oninput = () => moveTo(plane, +slider.value);
+  const section = element("section", { id: plane, className: "plane" }, [
+    title,
+    element("div", { className: "pair" }, panes),
+    slider,
+  ]);
+  byId("stage").append(section);
+  panels[plane] = { section, canvases, bars, slider, place: title.querySelector(".place") };
+  canvases.forEach((canvas) => listenTo(canvas, plane));
+}
+
+function fillFacts() {
+  const facts = {
+    Case: meta.case,
+    Model: item().model,
+    Target: item().label,
+    Layer: layer().name,
+    Method: item().method,
+    "Sanity check": "not run",
+    seg3dcam: meta.version,
+    Date: meta.date,
+  };
+  const pairs = Object.entries(facts).filter(([, value]) => value);
+  byId("facts").replaceChildren(...pairs.map(([name, value]) => fact(name, value)));
+}
+
+function fact(name, value) {
+  return element("div", {}, [
+    element("dt", { textContent: name }),
+    element("dd", { textContent: value, title: value }),
+  ]);
+}
+
+function fillChoices() {
+  const labels = [...new Set(items.map((one) => one.label))];
+  const same = [...items.keys()].filter((n) => items[n].label === item().label);
+  const methods = same.map((n) => items[n].method);
+  const repeated = new Set(methods).size < methods.length;
+  fillSelect("target", labels, labels.indexOf(item().label), (n) => {
+    const method = item().method;
+    const with_label = [...items.keys()].filter((k) => items[k].label === labels[n]);
+    choose(with_label.find((k) => items[k].method === method) ?? with_label[0]);
+  });
+  fillSelect(
+    "method",
+    same.map((n) => (repeated ? `${items[n].method} (${items[n].name})` : items[n].method)),
+    same.indexOf(state.item),
+    (n) => choose(same[n]),
+  );
+  fillSelect("layer", item().layers.map((one) => one.name), state.layer, (n) => {
+    show({ layer: n });
+    refill();
+  });
+}
+
+function fillSelect(id, texts, chosen, onChoice) {
+  const select = byId(id);
+  byId(`f-${id}`).hidden = texts.length < 2;
+  select.replaceChildren(...texts.map((text) => element("option", { textContent: text })));
+  select.selectedIndex = chosen;
+  select.onchange = () => onChoice(select.selectedIndex);
+}
+
+// The same layer, if the other explanation has it.
+function choose(number) {
+  const wanted = items[number].layers.findIndex((one) => one.name === layer().name);
+  show({ item: number, layer: Math.max(wanted, 0) });
+  if (isHidden()) jump(middleOfPrediction());
+  refill();
+}
+
+function refill() {
+  fillFacts();
+  fillChoices();
+  fillNotices();
+  fillPeaks();
+  fillNumbers();
+  for (const kind of ["truth", "prediction"]) byId(`f-${kind}`).hidden = item()[kind] === null;
+  byId("hide").hidden = state.readFirst || item().prediction === null;
+  byId("reading").hidden = !isHidden();
+  noteFirstLook();
+  for (const id of ["peaks-section", "profile-section"])
+    byId(id).hidden = isHidden() || !layer().maps.length;
+}
+
+const trouble = new Set();
+
+function fillNotices() {
+  const words = isHidden() ? [] : layer().found.warnings.concat(coarseWarning());
+  const all = [...trouble, ...words];
+  byId("notices").replaceChildren(
+    ...all.map((text) => element("p", { className: "notice", textContent: text })),
+  );
+}
+
+function warn(text) {
+  trouble.add(text);
+  fillNotices();
+}
+
+function coarseWarning() {
+  const error = errorOf(layer());
+  if (error < 0.05) return [];
+  return `this layer's CAM is too detailed for this file: it is drawn smoother than it is, by up to ${error.toFixed(2)}`;
+}
+
+function fillPeaks() {
+  const peaks = isHidden() ? [] : layer().peaks;
+  byId("peaks").replaceChildren(
+    ...peaks.map((peak, n) =>
+      element("li", {}, [
+        element("button", {
+          type: "button",
+          textContent: placeText(peak.mm),
+          onclick: () => jump(peak.at),
+        }),
+        element("span", { textContent: peak.value.toFixed(2) }),
+      ]),
+    ),
+  );
+}
+
+function fillNumbers() {
+  const found = layer().found;
+  const digits = (value, unit, count) => (value === null ? null : value.toPrecision(count) + unit);
+  const ml = (value) => (value === null ? null : `${+value.toPrecision(3)} ml`);
+  const percent = (value) => (value === null ? null : `${(100 * value).toFixed(0)} %`);
+  const mm = (value) => (value === null ? null : value === 0 ? "inside" : `${value.toFixed(1)} mm`);
+  const masks = {
+    "Predicted volume": ml(found.predicted_ml),
+    "True volume": ml(found.truth_ml),
+    Dice: digits(found.dice, "", 2),
+  };
+  const cam = {
+    "CAM inside the prediction": percent(found.cam_inside_prediction),
+    "CAM inside the truth": percent(found.cam_inside_truth),
+    "CAM outside of both": percent(found.cam_outside),
+    "Peak to prediction": mm(found.peak_to_prediction_mm),
+    "Peak to truth": mm(found.peak_to_truth_mm),
+    "CAM resolution": found.resolution_mm.map((x) => x.toFixed(1)).join(" × ") + " mm",
+    "One voxel of the layer": ml(found.cell_ml),
+    "Score explained": String(+item().score),
+  };
+  const shown = Object.entries(isHidden() ? masks : { ...masks, ...cam });
+  byId("numbers").replaceChildren(
+    ...shown.filter(([, value]) => value !== null).map(([name, value]) => fact(name, value)),
+  );
+}
