@@ -174,7 +174,7 @@ class Job(_Settings):
     )
     slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
     intensity_window: str | tuple[float, float] | None = Field(
-        None, description="a preset such as 'soft tissue', or [width, level]; none: percentiles"
+        None, description="a preset such as 'soft tissue', or [width, level]; none: by the scan"
     )
     threshold: float = Field(0.2, ge=0, lt=1)
     colormap: str = "inferno"

@@ -30,6 +30,8 @@ WINDOWS: dict[str, tuple[float, float]] = {
 
 #: Without a window: these percentiles of the voxels that are not zero, over the whole volume.
 AUTO_PERCENTILES = (0.5, 99.5)
+#: A scan whose low percentile is down here is a CT.
+CT_AIR = -800.0
 #: More voxels than this are thinned out before the percentiles: no visible difference.
 AUTO_SAMPLE = 8_000_000
 
@@ -51,7 +53,7 @@ class Look:
 
     Attributes:
         window: (width, level), or "brain", "lung", "soft tissue", "abdomen", "bone" (CT), or None:
-            0.5-99.5 percentile of the voxels that are not zero, over the volume (MR).
+            soft tissue for a CT, else the 0.5-99.5 percentile of the voxels that are not zero.
         threshold: lower CAM values are fully transparent.
         opacity: of the heat where the CAM is 0.5 or more; less below.
         colormap: any name of matplotlib, or of OpenCV.
@@ -131,8 +133,9 @@ def _opencv_colormaps() -> dict[str, int]:
 def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
     """Turn a preset's name, (width, level) or None into the values drawn black and white.
 
-    None takes the 0.5 and 99.5 percentiles of the voxels that are finite and not zero, over the
-    whole volume, so all slices look alike.
+    None takes soft tissue for a scan that holds air in Hounsfield units, as a CT does and MR and
+    PET do not; for others the 0.5 and 99.5 percentiles of the voxels that are finite and not zero.
+    Both count over the whole volume, so all slices look alike.
 
     Raises:
         ConfigError: an unknown preset, or a width that is not above 0.
@@ -185,6 +188,9 @@ def _auto_range(scan: NDArray[Any]) -> tuple[float, float, str]:
     if values.size == 0:
         return 0.0, 1.0, "no value but 0"
     low, high = (float(number) for number in np.percentile(values, AUTO_PERCENTILES))
+    if low < high and low <= CT_AIR:
+        width, level = WINDOWS["soft tissue"]
+        return level - width / 2, level + width / 2, "soft tissue, since there is air as in a CT"
     if low < high:
         return low, high, "0.5–99.5 % of the volume"
     # Nearly constant: the few other values may be what matters.

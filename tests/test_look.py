@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.look import WINDOWS, Look, colours, width_level
+from seg3dcam.look import WINDOWS, Look, choose_window, colours, width_level
 
 
 @pytest.mark.parametrize("name", ["inferno", "viridis", "jet", "gray_r"])
@@ -63,3 +63,14 @@ def test_what_cannot_be_shown(settings, said):
 @pytest.mark.parametrize("name", WINDOWS)
 def test_presets_by_any_spelling(name):
     assert width_level(name.upper().replace(" ", "-")) == WINDOWS[name]
+
+
+def test_a_ct_is_shown_in_soft_tissue_and_an_mr_by_its_percentiles():
+    rng = np.random.default_rng(0)
+    ct = rng.normal(40, 12, (20, 20, 20))
+    ct[:10] = -1000
+    assert choose_window(ct, None)[:2] == (-160, 240)
+    assert "soft tissue" in choose_window(ct, None).text
+    assert choose_window(ct, "lung")[:2] == (-1350, 150)
+    mr = rng.gamma(4, 100, (20, 20, 20))
+    assert choose_window(mr, None)[:2] == pytest.approx(np.percentile(mr, (0.5, 99.5)), rel=1e-6)

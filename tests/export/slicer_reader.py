@@ -24,6 +24,7 @@ DRAWN = (
     "vtkMRMLSegmentationsDisplayableManager2D",
     "vtkMRMLColorLegendDisplayableManager",
     "vtkMRMLRulerDisplayableManager",
+    "vtkMRMLOrientationMarkerDisplayableManager",
 )
 
 

@@ -46,6 +46,7 @@ needs_slicer = pytest.mark.skipif(
     reason="3D Slicer's code: pip install slicer-core",
 )
 READER = Path(__file__).with_name("slicer_reader.py")
+CORNER = np.s_[-110:, -110:]  # of a view: arrows with letters
 LOOK = Look(window="soft tissue", threshold=0.3, opacity=0.4)
 
 
@@ -228,7 +229,8 @@ def test_scan_and_heat_have_their_own_colours(scene, phantom, view):
 @needs_slicer
 @pytest.mark.parametrize("view", ["Red", "Green", "Yellow"])
 def test_outlines_and_legend_are_drawn(scene, phantom, view):
-    drawn, place = scene["drawn"][view], places(scene, view)
+    drawn, place = scene["drawn"][view].copy(), places(scene, view)
+    drawn[CORNER] = 0
     marker = marker_mm(phantom.affine, phantom.scan.shape)
     for colour, shift in (((0, 255, 255), 0), ((0, 255, 0), TRUTH_SHIFT_MM)):
         line = (np.abs(drawn - colour) < 60).all(-1)
@@ -242,6 +244,24 @@ def test_outlines_and_legend_are_drawn(scene, phantom, view):
     legend = drawn[:, int(drawn.shape[1] * 0.85) :]
     for colour in colours("inferno")[[60, 128, 250]].astype(int):
         assert (np.abs(legend - colour) < 12).all(-1).sum() > 5
+
+
+@needs_slicer
+@pytest.mark.parametrize(
+    ("view", "to_the_left", "up"), [("Red", 0, 1), ("Green", 0, 2), ("Yellow", 1, 2)]
+)
+def test_arrows_lead_to_the_patients_right_front_and_head(scene, view, to_the_left, up):
+    """Slicer's own arrows: R is red, A green, S blue, each with its letter."""
+    corner = scene["drawn"][view][CORNER]
+    arrows = {}
+    for axis in (to_the_left, up):
+        strongest = corner[..., axis] - np.delete(corner, axis, -1).max(-1)
+        rows, columns = np.nonzero(strongest > 100)
+        assert len(rows) > 20
+        arrows[axis] = columns.mean(), rows.mean()
+    across, down = np.subtract(arrows[to_the_left], arrows[up])
+    assert across < -10
+    assert down > 10
 
 
 # ---------------------------------------------------------------------------------------- places

@@ -114,9 +114,9 @@ def test_profiles_are_the_volumes_own_sums(tmp_path, phantom):
 
 def test_a_real_layer_is_stored_on_its_own_grid_and_nothing_is_lost(tmp_path):
     network = torch.nn.Sequential(
-        torch.nn.Conv3d(1, 6, 3, stride=2, padding=1),
+        torch.nn.Conv3d(1, 6, 2, stride=2),  # nodes between voxels: at 0.5, 2.5, ..
         torch.nn.ReLU(),
-        torch.nn.Conv3d(6, 6, 3, stride=2, padding=1),
+        torch.nn.Conv3d(6, 6, 2, stride=2),  # at 1.5, 5.5, ..
         torch.nn.ReLU(),
         torch.nn.Upsample(scale_factor=4, mode="trilinear"),
         torch.nn.Conv3d(6, 2, 1),

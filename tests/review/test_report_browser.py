@@ -29,7 +29,14 @@ PLANES = {"axial": (0, 1, 2, True), "coronal": (0, 2, 1, False), "sagittal": (1,
 def phantom() -> Explanation:
     """Axes to the left, back and up: those of the page."""
     explanation = make_phantom("LPS", layers=("model.1", "encoder.4"))
-    return replace(explanation, provenance={"model": {"name": "UNet"}})
+    # A layer between the scan's voxels: the page stores its map on another grid than the scan.
+    grid = {"shape": (24, 21, 14), "stride": (4.0, 4.0, 2.0), "offset": (1.5, 1.5, 0.5)}
+    provenance = {
+        "model": {"name": "UNet"},
+        "prepared": {"affine": explanation.affine},
+        "layers": dict.fromkeys(explanation.maps, grid),
+    }
+    return replace(explanation, provenance=provenance)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +102,7 @@ def test_marker_and_heat_are_where_they_are_in_the_patient(page, phantom, plane)
     bare(page)
     columns, rows, _, down = PLANES[plane]
     left, top, width, height = box_of(page, plane, phantom)
-    shape, spacing = phantom.scan.shape, phantom.scan.spacing
+    shape = phantom.scan.shape
     voxel = np.linalg.inv(phantom.affine) @ [*marker_mm(phantom.affine, shape), 1]
     row = voxel[rows] if down else shape[rows] - 1 - voxel[rows]
     wanted = (
@@ -107,15 +114,13 @@ def test_marker_and_heat_are_where_they_are_in_the_patient(page, phantom, plane)
     assert wanted[0] < left + width / 2
 
     marker = np.maximum(page.pixels(f"{plane}-scan")[..., 0] - 135, 0)
+    assert any(page.run("return meta.maps[0].start"))
     page.click("#heat")
     page.slide("#threshold", 0.5)
     for weights in (marker, heat_on(page, plane)):
         found = centre(weights)
-        off = np.array(found) - wanted
-        mm = (
-            off / [width / shape[columns], height / shape[rows]] * [spacing[columns], spacing[rows]]
-        )
-        assert np.abs(mm).max() < min(spacing) / 2
+        off = np.subtract(found, wanted) / [width / shape[columns], height / shape[rows]]
+        assert np.abs(off).max() < 0.2  # voxels
 
 
 def test_canvas_shows_the_very_slice(page, phantom):
