@@ -179,13 +179,14 @@ def test_a_truth_alone_is_drawn_and_measured(place):
 
 
 def test_a_truth_with_labels_of_another_scheme_is_refused(place):
+    assert place.explain().code == 0
+    earlier = contents(place.out)
     truth = write_truth(place, np.where(true_labels() == 2, 255, 0))
-    outcome = place.explain("--target", "lesion", "--truth", truth)
-    assert outcome.code == 2
-    assert "the truth holds label 255" in outcome.complaint
-    assert contents(place.out) == {}  # before the map is made
-    assert place.explain("--truth", truth).code == 2  # all classes
-    assert contents(place.out) == {}
+    for target in (("--target", "lesion"), ()):  # all classes
+        outcome = place.explain(*target, "--truth", truth)
+        assert outcome.code == 2
+        assert "the truth holds label 255" in outcome.complaint
+        assert contents(place.out) == earlier  # refused before it is replaced
     assert place.explain("--target", "lesion", "--truth", truth, "--label", 255).code == 0
     assert by_label(place)["lesion"]["found"]["truth_voxels"] == (true_labels() == 2).sum()
 
