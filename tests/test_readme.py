@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import cv2
+import numpy as np
 import pytest
 import yaml
+from helpers_cases import seg3dcam
 
 from seg3dcam.cams import CAMS
 from seg3dcam.config import Format, ModelSpec, validate
@@ -45,3 +48,18 @@ def test_the_two_commands_are_those_of_ci() -> None:
     install_and_demo, install_and_test = (line for line in blocks("bash")[:2])
     for command in [*install_and_demo.split(" && "), *install_and_test.split(" && ")]:
         assert command.strip() in ci
+
+
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\((.+?)\)", README.read_text(encoding="utf-8"))
+    assert len(pictures) == 3
+    assert all((README.parent / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.slow
+def test_the_first_picture_is_what_the_demo_writes(tmp_path: Path) -> None:
+    assert seg3dcam("demo", "--out", tmp_path).code == 0
+    made = cv2.imread(str(tmp_path / "explained" / "planes_lesion.png")).astype(float)
+    shown = cv2.imread(str(README.parent / "docs" / "demo_planes.png")).astype(float)
+    assert made.shape == shown.shape
+    assert np.abs(made - shown).mean() < 1  # of 255; another version may round otherwise
