@@ -16,7 +16,8 @@ fused   fused_<target>.nii.gz          scan and CAM in colour, for viewers that 
 dicom   dicom/                         Secondary Capture, Segmentation, Parametric Map
 always  case.json                      what was done and found; written last
 
-A target is named by its class, and by its region and method where there are several. No file's name
+A target is named by its class, and by its region and method where there are several; `case.json`
+says which name is whose. No file's name
 or content tells the scan's own file name, which may be a patient's: see `Job.case`.
 """
 
@@ -142,8 +143,9 @@ def write_case(
                 files += _SINGLE[kind](folder, explanation, name, job, case)
         for writer in joint:
             writer.add(explanation, name)
+        figures = findings(explanation)
         cases.append(
-            {"label": explanation.label, **explanation.provenance, "found": findings(explanation)}
+            {"label": explanation.label, "name": name, **explanation.provenance, "found": figures}
         )
     for writer in joint:
         files += writer.finish()

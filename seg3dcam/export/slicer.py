@@ -42,7 +42,7 @@ from seg3dcam.export.nrrd import (
     write_segments,
 )
 from seg3dcam.files import atomic
-from seg3dcam.geometry import spacing_of, to_world
+from seg3dcam.geometry import peak_voxel, spacing_of, to_world
 from seg3dcam.look import Look, choose_window, colours
 from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
 
@@ -194,8 +194,7 @@ class SlicerScene:
         write_nrrd(self._folder / shown.file, volume, explanation.affine)
         if notice:
             return None
-        voxel = [int(i) for i in np.unravel_index(int(volume.argmax()), volume.shape)]
-        return to_world(explanation.affine, voxel)
+        return to_world(explanation.affine, peak_voxel(volume))
 
     def _add_masks(self, explanation: Explanation) -> list[tuple[str, str]]:
         """Remember an explanation's masks, each once, and return their keys."""

@@ -29,7 +29,7 @@ from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
 from seg3dcam.explain import Explanation
 from seg3dcam.files import atomic
 from seg3dcam.findings import findings
-from seg3dcam.geometry import spacing_of
+from seg3dcam.geometry import peak_voxel, spacing_of
 from seg3dcam.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review import report_data as data
 from seg3dcam.review import report_maps
@@ -112,7 +112,7 @@ def save_report(
 
 def notebook_view(explanation: Explanation, look: Look | None = None) -> str:
     """Return the page of one explanation as an HTML fragment, for the output of a notebook."""
-    page = _Page(look or Look(), "", NOTEBOOK_MB)
+    page = _Page(explanation, look or Look(), "", NOTEBOOK_MB)
     page.add(explanation, explanation.label)
     srcdoc = html.escape("".join(page.parts()))
     # Without allow-same-origin the page can reach nothing of the notebook.
@@ -145,14 +145,19 @@ class Report:
             raise ConfigError(f"the report's path must end in .html, not {self.path.name!r}")
         if not limit_mb > 0:  # also refuses NaN
             raise ConfigError(f"limit_mb must be above 0, not {limit_mb!r}")
-        self._page = _Page(look, case, limit_mb)
+        self._settings = look, case, limit_mb
+        self._page: _Page | None = None
 
     def add(self, explanation: Explanation, name: str) -> None:
         """Reduce an explanation to what the page shows; its volumes are not kept."""
+        if self._page is None:
+            self._page = _Page(explanation, *self._settings)
         self._page.add(explanation, name)
 
     def finish(self) -> list[Path]:
         """Write the file."""
+        if self._page is None:
+            raise InputError("a report needs at least one explanation: call add() before finish()")
         with (
             atomic(self.path) as temporary,
             temporary.open("w", encoding="utf-8", newline="\n") as file,
@@ -174,26 +179,26 @@ class Report:
 
 
 class _Page:
-    """Collects small things; `parts` joins them to the text of a page."""
+    """Collects small things; `parts` joins them to the text of a page about one scan."""
 
-    def __init__(self, look: Look, case: str, limit_mb: float) -> None:
+    def __init__(self, first: Explanation, look: Look, case: str, limit_mb: float) -> None:
         self.look, self.case, self.limit = look, case, limit_mb * 1e6
-        self.frame: data.Frame | None = None
+        self.affine = first.affine
+        self.frame = data.plan_frame(first.scan.shape, first.affine)
+        self.scan, self.greys = self._scan_of(first)
+        lossless = data.foreseen_bytes(self.greys.codes, data.ENCODINGS[0]) * BASE64
+        self.map_room = self.limit - min(lossless, self.limit / 2)
         self.items: list[dict[str, Any]] = []
         self.maps: list[dict[str, Any]] = []
         self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile, each mask once
 
     def add(self, explanation: Explanation, name: str) -> None:
-        if self.frame is None:
-            self._add_scan(explanation)
-        frame = self.frame
-        assert frame is not None
         shape, affine = explanation.scan.shape, explanation.affine
-        if shape != frame.shape or corner_gap(self.affine, affine, shape) > SAME_GRID_MM:
+        if shape != self.frame.shape or corner_gap(self.affine, affine, shape) > SAME_GRID_MM:
             raise InputError(
                 f"{explanation.label}: its scan lies on another grid ({shape} voxels) than that of "
-                f"the first explanation ({frame.shape}). A report is about one scan: write one "
-                "report for each"
+                f"the first explanation ({self.frame.shape}). A report is about one scan: write "
+                "one for each"
             )
         model = explanation.provenance.get("model", {})
         kept = self._add_maps(explanation)
@@ -214,19 +219,16 @@ class _Page:
             }
         )
 
-    def _add_scan(self, explanation: Explanation) -> None:
-        scan, affine = explanation.scan, explanation.affine
+    def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], data.Greys]:
+        """Return what the page says of the scan, and the scan in 8 bits."""
+        scan, affine, frame = explanation.scan, explanation.affine, self.frame
         voxels = scan.data[0].numpy()
-        self.affine = affine
-        self.frame = frame = data.plan_frame(scan.shape, affine)
         window = choose_window(voxels, self.look.window)
         ct = data.is_ct(float(voxels.min()), self.look.window)
-        self.greys = data.grey_codes(voxels, frame, window, ct)
-        lossless = data.foreseen_bytes(self.greys.codes, data.ENCODINGS[0]) * BASE64
-        self.map_room = self.limit - min(lossless, self.limit / 2)
+        greys = data.grey_codes(voxels, frame, window, ct)
         degrees = obliquity_degrees(affine)
         planes = ("axial", "coronal", "sagittal")
-        self.scan = {
+        said = {
             "shape": frame.by_axis(scan.shape),
             "spacing": frame.by_axis(spacing_of(affine)),
             "affine": frame.affine.tolist(),
@@ -235,16 +237,16 @@ class _Page:
             "letters": {p: edge_letters(plan_view(scan.shape, affine, p)) for p in planes},
             "oblique": round(degrees) if degrees > 1 else 0,
             "channels": len(scan.data),
-            "values": [float(f"{value:.6g}") for value in self.greys.values],
+            "values": [float(f"{value:.6g}") for value in greys.values],
             "window": {"low": window.low, "high": window.high, "text": window.text},
             "presets": WINDOWS if ct else {},
         }
+        return said, greys
 
     def _add_mask(self, mask: torch.Tensor | None) -> int | None:
         """Keep a mask unless it is known already, and return its number."""
         if mask is None:
             return None
-        assert self.frame is not None
         packed = _base64(data.pack_mask(mask, self.frame))
         if packed not in self.masks:
             self.masks[packed] = {"profile": data.mask_profile(mask, self.frame)}
@@ -253,7 +255,6 @@ class _Page:
     def _layer(self, explanation: Explanation, layer: str | None, kept: Kept) -> dict[str, Any]:
         """Return what the page says of one layer, or of all together."""
         frame, notice = self.frame, explanation.notice(layer)
-        assert frame is not None
         found = findings(explanation, layer)
         shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
         peaks = [
@@ -273,7 +274,6 @@ class _Page:
 
     def _add_maps(self, explanation: Explanation) -> Kept:
         """Keep every usable layer's map: layer -> its number, and the value that is 1 in it."""
-        assert self.frame is not None
         spacing, provenance = explanation.scan.spacing, explanation.provenance
         kept = {}
         for layer, values in explanation.maps.items():
@@ -298,8 +298,6 @@ class _Page:
 
     def parts(self) -> Iterator[str]:
         """Yield the page's text, piece by piece."""
-        if self.frame is None:
-            raise InputError("a report needs at least one explanation: call add() before finish()")
         script = "".join(map(_source, SCRIPTS))
         style = _source("view.css")
         content = {
@@ -363,7 +361,7 @@ def _weights(
     `Explanation.volume` adds layers in their own units and divides by the sum's largest value;
     each of the page's maps is divided by its own.
     """
-    peak = np.unravel_index(int(volume.argmax()), volume.shape)
+    peak = peak_voxel(volume)
     found = {name: kept[name] for name in names if name in kept}
     height = sum(max(0.0, float(explanation.maps[name][peak])) for name in found)
     return [(number, largest / height) for number, largest in found.values()] if height else []

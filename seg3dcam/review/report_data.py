@@ -21,13 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.geometry import spacing_of
-from seg3dcam.look import WINDOWS, Window
+from seg3dcam.look import CT_AIR, WINDOWS, Window
 from seg3dcam.review.display import plan_view
 
 #: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
 SHARES = {"window": 0.5, "range": 0.1, "presets": 0.4}
-#: A scan that reaches down to this value is a CT: in MR and PET there is nothing so far below 0.
-CT_AIR = -800.0
 
 
 # ---------------------------------------------------------------- display order
