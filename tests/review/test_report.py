@@ -276,7 +276,7 @@ def test_several_classes_and_methods_share_masks_and_keep_their_maps(tmp_path, p
 def test_scans_on_different_grids_are_refused(tmp_path, phantom):
     report = Report(tmp_path / "case.html", CT)
     report.add(phantom, "one")
-    with pytest.raises(InputError, match=r"lies on another grid.*one report for each"):
+    with pytest.raises(InputError, match=r"lies on another grid.*one for each"):
         report.add(make_phantom("RAS"), "two")
 
 
