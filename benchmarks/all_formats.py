@@ -34,7 +34,7 @@ def make_case():
     from helpers_dicom import make_headers
     from scipy.spatial.transform import Rotation
 
-    from seg3dcam.explain import Explanation
+    from seg3dcam.explanation import Explanation
     from seg3dcam.scan import Scan
 
     affine = np.eye(4)

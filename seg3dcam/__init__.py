@@ -22,7 +22,8 @@ from seg3dcam.cams import (
     XGradCAM,
     XResCAM,
 )
-from seg3dcam.explain import Explanation, explain, explain_each
+from seg3dcam.explain import explain, explain_each
+from seg3dcam.explanation import Explanation
 from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.result import CamResult

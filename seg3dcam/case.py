@@ -35,7 +35,7 @@ import numpy as np
 
 from seg3dcam.config import Job
 from seg3dcam.errors import ConfigError
-from seg3dcam.explain import Explanation, anatomical_axis
+from seg3dcam.explanation import Explanation, anatomical_axis
 from seg3dcam.export.dicom import DicomExport
 from seg3dcam.export.fused import write_fused
 from seg3dcam.export.nifti import write_nifti

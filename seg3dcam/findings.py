@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.geometry import plateau_middle, spacing_of, to_world
 
 __all__ = ["Peak", "find_peaks", "findings"]

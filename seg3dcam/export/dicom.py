@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.cams import CAMS
 from seg3dcam.errors import Seg3dcamWarning
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.export.dicom_picture import (
     CAUTION,
     PicturePlan,

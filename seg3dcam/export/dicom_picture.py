@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.look import Look, Window, choose_window
 from seg3dcam.review.display import OPPOSITE, Letters, Size
 from seg3dcam.review.draw import (

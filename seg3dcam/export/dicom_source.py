@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.files import atomic
 from seg3dcam.review.text import clean_text
 

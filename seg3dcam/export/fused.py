@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.export.nifti import RGB, placed_header, slabs, write_slabs
 from seg3dcam.look import Look, choose_window, colours
 

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.export.mrml import Place, Shown, scene_xml
 from seg3dcam.export.nrrd import (
     Segment,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import InputError
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.geometry import peak_voxel
 from seg3dcam.look import Look, Window, choose_window
 from seg3dcam.review import display, draw, frame

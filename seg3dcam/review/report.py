@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.files import atomic
 from seg3dcam.findings import findings
 from seg3dcam.geometry import peak_voxel, spacing_of

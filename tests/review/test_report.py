@@ -13,7 +13,8 @@ from helpers_phantom import make_phantom, marker_mm, offset_mm, silent
 from report_reader import Reader
 
 from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarning
-from seg3dcam.explain import Explanation, explain
+from seg3dcam.explain import explain
+from seg3dcam.explanation import Explanation
 from seg3dcam.look import Look, Window, choose_window, colours
 from seg3dcam.models import SegModel
 from seg3dcam.review import report_data

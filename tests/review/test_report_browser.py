@@ -15,7 +15,7 @@ from browser import Page, open_browser, serve
 from helpers_phantom import make_phantom, marker_mm, silent
 from numpy.typing import NDArray
 
-from seg3dcam.explain import Explanation
+from seg3dcam.explanation import Explanation
 from seg3dcam.geometry import to_world
 from seg3dcam.look import Look
 from seg3dcam.review.report import notebook_view, save_report

@@ -13,7 +13,7 @@ from review_phantom import blob_case, review_of, written_words
 
 import seg3dcam.review
 from seg3dcam.errors import ConfigError, InputError
-from seg3dcam.explain import NO_HEAT
+from seg3dcam.explanation import NO_HEAT
 from seg3dcam.findings import findings
 from seg3dcam.look import Look
 from seg3dcam.review import (

@@ -1,0 +1,227 @@
+"""What an explanation is: the maps of one target on the scan's own grid, and its views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from seg3dcam.errors import InputError, TargetError, nearest
+from seg3dcam.geometry import peak_voxel, to_world
+from seg3dcam.result import Scale, Status, scaled
+from seg3dcam.scan import Scan, load_labels
+from seg3dcam.truth import check_on_grid, truth_mask
+
+Axis = Literal["axial", "coronal", "sagittal"]
+
+#: Status -> why there is no heat, in words.
+NO_HEAT = {
+    "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
+    "nonfinite": "no CAM: the map holds NaN or infinite values",
+    "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One target's maps on the scan's own grid.
+
+    Attributes:
+        scan: the scan, with its affine and header.
+        maps: layer -> raw signed map (X, Y, Z), at least float32; 0 where the network saw nothing.
+        status: layer -> "ok", "zero", "nonfinite" or "degenerate".
+        prediction: (K, X, Y, Z) bool, one mask per class of the network.
+        class_names: one for each of the K classes.
+        target, method: their names.
+        class_index: the class that the target is about, None for a target of your own.
+        score: what was explained.
+        label: class and region in a few words, different for every target of a class.
+        native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
+            resolution.
+        provenance: everything needed to make the map again, ready for JSON.
+        truth: where the class really is, (X, Y, Z) bool; None where that is not known.
+        region: the voxels that the score sums over, (X, Y, Z) bool, where they are neither the
+            class's mask nor the whole volume: a lesion, a boundary, a given mask. Else None.
+        has_background: class 0 is the background and the classes exclude each other (softmax);
+            False: every class has a channel of its own (sigmoid).
+
+    Raises:
+        InputError: maps, prediction, truth or region that do not lie on the scan's grid.
+    """
+
+    scan: Scan
+    maps: Mapping[str, torch.Tensor]
+    status: Mapping[str, Status]
+    prediction: torch.Tensor
+    class_names: Sequence[str]
+    target: str
+    method: str
+    class_index: int | None
+    score: float
+    native_spacing: Mapping[str, tuple[float, ...]]
+    label: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    truth: torch.Tensor | None = None
+    region: torch.Tensor | None = None
+    has_background: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse volumes on another grid, which every writer would draw in a wrong place."""
+        shape = tuple(self.scan.shape)
+        volumes = {f"map of {name}": values.shape for name, values in self.maps.items()}
+        volumes["prediction"] = self.prediction.shape[1:]
+        masks = {"truth": self.truth, "region": self.region}
+        volumes.update({name: mask.shape for name, mask in masks.items() if mask is not None})
+        for what, found in volumes.items():
+            if tuple(found) != shape:
+                raise InputError(
+                    f"{what}: {tuple(found)} voxels, but the scan has {shape}; both must lie on "
+                    "the scan's own grid. Resample it to the scan"
+                )
+
+    @property
+    def affine(self) -> np.ndarray:
+        """The scan's affine, (4, 4) voxel -> RAS mm."""
+        return self.scan.affine
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class that the target is about, or of the target."""
+        return self.target if self.class_index is None else self.class_names[self.class_index]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the target's class is predicted, (X, Y, Z) bool; None for a target of your own."""
+        return None if self.class_index is None else self.prediction[self.class_index]
+
+    @property
+    def shown_layers(self) -> tuple[str | None, ...]:
+        """What `volume` can show: None, all layers averaged; of several also each by itself."""
+        return (None, *self.maps) if len(self.maps) > 1 else (None,)
+
+    def layer_name(self, layer: str | None = None) -> str:
+        """Say in words which layer a volume is of: "model.1", or "mean of 3 layers"."""
+        if layer is not None:
+            return layer
+        return next(iter(self.maps)) if len(self.maps) == 1 else f"mean of {len(self.maps)} layers"
+
+    def notice(self, layer: str | None = None) -> str:
+        """Say in words why a volume shows no heat; nothing where it does.
+
+        >>> NO_HEAT["zero"]
+        'no CAM: no voxel speaks for the target, or contributions cancel to rounding noise'
+        """
+        found = [self.status[name] for name in (self.maps if layer is None else [layer])]
+        if "nonfinite" in found:
+            return NO_HEAT["nonfinite"]
+        return "" if "ok" in found else NO_HEAT[found[0]]
+
+    def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
+        """Return the same with the truth of its class, from a label map on the scan's grid.
+
+        Args:
+            labels: a NIfTI file, or a scan of whole numbers.
+            label: the class's label there; None: see `seg3dcam.truth.truth_mask`.
+
+        Raises:
+            TargetError: labels on another grid or of another scheme, or a target that is about
+                no class.
+        """
+        if self.class_index is None:
+            raise TargetError(f"{self.target} is about no class, so there is no truth of it")
+        labels = labels if isinstance(labels, Scan) else load_labels(labels)
+        check_on_grid("truth", labels.shape, labels.affine, self.scan)
+        mask = truth_mask(
+            labels.data[0],
+            label,
+            class_index=self.class_index,
+            class_names=self.class_names,
+            background=self.has_background,
+        )
+        return replace(self, truth=mask)
+
+    def volume(self, layer: str | None = None, *, scale: Scale = "max") -> torch.Tensor:
+        """Return what is drawn, (X, Y, Z) in [0, 1]: evidence against it cut, layers averaged.
+
+        Args:
+            layer: one layer's name; None averages all.
+            scale: "max", "minmax" or "raw", see `CamResult.volume`.
+        """
+        names = list(self.maps) if layer is None else [layer]
+        for name in names:
+            if name not in self.maps:
+                raise InputError(f"no map of layer {name!r}: there are {list(self.maps)}")
+        if self.notice(layer):
+            return torch.zeros_like(self.maps[names[0]])
+        usable = [self.maps[name] for name in names if self.status[name] == "ok"]
+        fused = usable[0].clamp(min=0)
+        for other in usable[1:]:
+            fused += other.clamp(min=0)
+        return scaled((fused / len(names) if len(names) > 1 else fused)[None], scale)[0]
+
+    def slice(self, index: int, axis: Axis = "axial") -> torch.Tensor:
+        """Return one slice of `volume` along the scan's axis nearest to an anatomical one.
+
+        Args:
+            index: voxel index along that axis of the scan's own array.
+        """
+        dim = anatomical_axis(self.affine, axis)
+        if not 0 <= index < self.scan.shape[dim]:
+            raise InputError(
+                f"{axis} slice {index}: legal are 0 to {self.scan.shape[dim] - 1} for this scan"
+            )
+        return self.volume().select(dim, index)
+
+    def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the voxel and the RAS position in mm of the map's maximum."""
+        voxel = peak_voxel(self.volume())
+        return voxel, to_world(self.affine, voxel)
+
+    def save(self, path: str | Path, *, layer: str | None = None, scale: Scale = "max") -> Path:
+        """Write the volume as NIfTI with the scan's own geometry.
+
+        Args:
+            path: ends in .nii or .nii.gz.
+            scale: "max" writes [0, 1]; "raw" writes positive evidence in its own units.
+        """
+        return self._write(path, self.volume(layer, scale=scale), scale != "raw")
+
+    def save_raw(self, path: str | Path, layer: str) -> Path:
+        """Write a layer's raw signed map as NIfTI with the scan's own geometry."""
+        return self._write(path, self.maps[layer], False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the HTML report."""
+        from seg3dcam.review.report import notebook_view
+
+        return notebook_view(self)
+
+    def _write(self, path: str | Path, volume: torch.Tensor, unit_range: bool) -> Path:
+        from seg3dcam.export.nifti import write_nifti
+
+        return write_nifti(
+            path,
+            volume,
+            self.affine,
+            reference=self.scan.header,
+            intent_name=self.class_name,
+            description=f"{self.method} {self.target}",
+            display_range=(0, 1) if unit_range else None,
+        )
+
+
+def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
+    """Return the array axis nearest to the one that a plane cuts: axial cuts along S.
+
+    >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
+    2
+    """
+    world = {"sagittal": 0, "coronal": 1, "axial": 2}
+    if axis not in world:
+        raise InputError(f"axis {axis!r}: {nearest(axis, world)}")
+    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == world[axis])[0])
