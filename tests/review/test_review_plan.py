@@ -135,7 +135,8 @@ def test_why_there_is_no_heat_is_written_in_every_picture(tmp_path, writer, stat
     assert review.peak is None
     with written_words() as lines:
         WRITERS[writer](tmp_path, review)
-    assert NO_HEAT[status].split(":")[1] in " ".join(lines)
+    # As words: tiles and frames are drawn by several threads.
+    assert set(NO_HEAT[status].split()) <= set(" ".join(lines).split())
     assert "CAM shown from" not in " ".join(lines)
     assert not review.colour_bar.any()
 
