@@ -8,15 +8,23 @@ import json
 import shutil
 import zipfile
 
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
 import pytest
-from helpers_cases import Place, contents
+from helpers_cases import Place, contents, voxels
+from helpers_dicom import write_series
+from helpers_phantom import OBLIQUE
 
 from seg3dcam.config import Job
+from seg3dcam.scan import load_scan
 
 #: DICOM objects name the patient, as the standard wants it.
 FORMATS = [f for f in Job(scan="s", model="m").formats] + ["cine", "nrrd", "fused"]
 EVERY_FORMAT = [word for name in FORMATS for word in ("--format", name)]
 PATIENT = "Zyxwvut^Quentin"
+MORE = ("MRN0042", "19700229")
 MARKS = [b"zyxwvut", b"quentin", b"mrn0042", b"19700229"]
 
 
@@ -83,3 +91,61 @@ def test_a_name_that_is_asked_for_is_shown(tmp_path):
     pictures = [name for name in without if name.endswith(".png")]
     assert pictures
     assert all(without[name] != with_name[name] for name in pictures if "profile" not in name)
+
+
+# ---------------------------------------------------------------------------------- DICOM series
+
+AFFINE = np.eye(4)
+AFFINE[:3, :3], AFFINE[:3, 3] = OBLIQUE @ np.diag([-1.2, -1.2, 2.5]), (30, -20, 410)
+
+
+@pytest.fixture(scope="module")
+def of_a_series(tmp_path_factory):
+    """A DICOM series that names its patient, explained from the command line."""
+    place = Place.at(tmp_path_factory.mktemp("series"), prepare={"intensity": {"range": [0, 1000]}})
+    folder = place.folder / "Zyxwvut"
+
+    def name_the_patient(header, k):
+        header.PatientName, header.PatientID, header.PatientBirthDate = PATIENT, *MORE
+
+    write_series(folder, np.round(voxels() * 1000), AFFINE, "MR", change=name_the_patient)
+    outcome = place.explain(*EVERY_FORMAT, "--format", "dicom", scans=[folder])
+    assert outcome.code == 0, outcome.err
+    return place, folder
+
+
+def test_only_dicom_objects_name_the_patient_of_a_series(of_a_series):
+    place, _ = of_a_series
+    files = contents(place.out)
+    named = set()
+    for name, content in files.items():
+        for part, found in plain(name, content or b""):
+            low = (part.encode() + found).lower()
+            named |= {name for mark in MARKS if mark in low}
+    assert named == {name for name in files if name.endswith(".dcm")}
+    assert len(named) > 30
+
+
+def test_a_series_is_explained_like_the_same_scan_in_nifti(of_a_series, tmp_path):
+    """All formats agree on the place: NIfTI, the DICOM map, and what case.json says."""
+    place, folder = of_a_series
+    scan = load_scan(folder)
+    cam = nib.load(place.out / "cam_lesion.nii.gz")
+    np.testing.assert_allclose(cam.affine, scan.affine, atol=1e-4)
+    header = pydicom.dcmread(place.out / "dicom" / "lesion_map.dcm")
+    assert (header.PatientName, header.PatientID) == (PATIENT, "MRN0042")
+    of_dicom = highdicom.imread(place.out / "dicom" / "lesion_map.dcm").get_volume()
+    to_ras = np.diag([-1, -1, 1, 1]) @ of_dicom.affine
+    frames, rows, columns = np.unravel_index(of_dicom.array.argmax(), of_dicom.array.shape)
+    at = to_ras @ [frames, rows, columns, 1]
+    (lesion,) = [e for e in place.record["explanations"] if e["label"] == "lesion"]
+    largest = np.argwhere(cam.get_fdata() == 1) @ cam.affine[:3, :3].T + cam.affine[:3, 3]
+    assert np.linalg.norm(largest - at[:3], axis=1).min() < 1e-3
+    assert np.linalg.norm(largest - lesion["found"]["peak_mm"], axis=1).min() < 1e-3
+
+    image = nib.Nifti1Image(scan.data[0].numpy(), scan.affine)
+    nib.save(image, place.scan)
+    again = Place(place.folder)
+    assert again.explain("--format", "nifti", "--out", tmp_path / "again").code == 0
+    same = nib.load(tmp_path / "again" / "cam_lesion.nii.gz")
+    np.testing.assert_allclose(same.get_fdata(), cam.get_fdata(), atol=1e-5)
