@@ -146,7 +146,7 @@ def explain(
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="plane of PNGs and film: axial, coronal, sagittal; repeatable; default: all"
+            help="planes of the PNGs, the first also of montage and film: axial, coronal, sagittal; repeatable; default: all"
         ),
     ] = None,
     slice: Annotated[
@@ -157,7 +157,7 @@ def explain(
         str | None,
         typer.Option(
             help="grey values: 'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL; default: "
-            "percentiles"
+            "soft tissue for a CT, else percentiles"
         ),
     ] = None,
     threshold: Annotated[
