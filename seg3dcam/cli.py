@@ -146,7 +146,8 @@ def explain(
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="planes of the PNGs, the first also of montage and film: axial, coronal, sagittal; repeatable; default: all"
+            help="axial, coronal, sagittal: planes of the PNGs, the first also of montage and "
+            "film; repeatable; default: all"
         ),
     ] = None,
     slice: Annotated[
