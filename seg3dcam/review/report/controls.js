@@ -4,7 +4,7 @@ function moveTo(plane, index) {
   const at = state.at.slice();
   const axis = PLANES[plane].across;
   at[axis] = Math.min(Math.max(index, 0), full.shape[axis] - 1);
-  show({ at });
+  show({ at, centre: state.centre?.map((index, n) => (n === axis ? at[n] : index)) });
 }
 
 const moveBy = (plane, slices) => moveTo(plane, state.at[PLANES[plane].across] + slices);
@@ -13,13 +13,11 @@ function jump(at) {
   show({ at: at.slice(), centre: state.centre && at.slice() });
 }
 
-let lastPeak = -1;
 function nextPeak() {
   const peaks = layer().peaks;
   if (isHidden() || !peaks.length) return;
-  const isHere = (peak) => peak.at.every((index, axis) => index === state.at[axis]);
-  lastPeak = peaks[lastPeak] && isHere(peaks[lastPeak]) ? (lastPeak + 1) % peaks.length : 0;
-  jump(peaks[lastPeak].at);
+  const here = peaks.findIndex(({ at }) => at.every((index, axis) => index === state.at[axis]));
+  jump(peaks[(here + 1) % peaks.length].at); // the first one, if the crosshair is on none
 }
 
 // Where the prediction is largest along each axis; without one, the middle.
@@ -34,7 +32,7 @@ function middleOfPrediction() {
 
 function zoomBy(factor) {
   const zoom = Math.min(Math.max(state.zoom * factor, 1), 12);
-  show({ zoom, centre: zoom === 1 ? null : (state.centre ?? state.at.slice()) });
+  show({ zoom, centre: zoom === 1 ? null : state.at.slice() });
 }
 
 function setWindow(low, high) {
@@ -72,7 +70,7 @@ const KEYS = {
 
 // Keys that a focused control needs for itself.
 function isTaken(key, target) {
-  if (target.matches("textarea, select, input:not([type]), dialog, dialog *")) return true;
+  if (byId("help").open || target.matches("textarea, select, input:not([type])")) return true;
   if (target.matches("[type=range], [type=radio]")) return key.length > 1;
   return target.matches("button, [type=checkbox]") && key === " ";
 }
@@ -85,9 +83,12 @@ function onKey(event) {
   KEYS[key]();
 }
 
+const PIXELS_PER_SLICE = 40; // of rolling
+
 function listenTo(canvas, plane) {
   const { columns, rows, upwards } = PLANES[plane];
   let dragged = null;
+  let rolled = 0; // slices, upwards
 
   const point = (event) => {
     const box = canvas.getBoundingClientRect();
@@ -120,8 +121,13 @@ function listenTo(canvas, plane) {
     "wheel",
     (event) => {
       event.preventDefault();
-      if (event.ctrlKey) zoomBy(event.deltaY < 0 ? 1.25 : 1 / 1.25);
-      else moveBy(plane, event.deltaY < 0 ? 1 : -1);
+      // One for a notch of a wheel; two fingers send many small events.
+      const most = event.deltaMode ? 1 : PIXELS_PER_SLICE;
+      const turned = -Math.max(-1, Math.min(1, event.deltaY / most));
+      if (event.ctrlKey) return zoomBy(1.25 ** turned);
+      rolled += turned;
+      moveBy(plane, Math.trunc(rolled));
+      rolled %= 1;
     },
     { passive: false },
   );
@@ -168,6 +174,7 @@ function listenToWindow() {
   };
   byId("width").oninput = byId("level").oninput = onInput;
   const { low, high } = meta.scan.window;
+  byId("window-text").textContent = `Default: ${meta.scan.window.text}`;
   const presets = Object.entries(meta.scan.presets).map(([name, [width, level]]) => [
     name,
     [level - width / 2, level + width / 2],
@@ -215,11 +222,15 @@ function errorOf({ maps: used }) {
 }
 
 function mapText() {
+  if (!meta.maps.length) return "";
   const errors = items.flatMap((one) => one.layers.map(errorOf));
   return `CAM: within ${Math.max(...errors).toFixed(3)} of its values.`;
 }
 
 const failed = (error) =>
-  warn(`This page does not work in this browser: ${error}. Use a browser of 2023 or later.`);
+  warn(
+    `This page cannot be shown completely (${error}). It needs a browser of 2023 or later; if this ` +
+      "is one, the file is damaged: get it again.",
+  );
 
 start().catch(failed);

@@ -38,7 +38,7 @@ function greyTable(low, high) {
 // The scan's slice as a picture of its own size.
 function greyPicture(codes, plane, at, table) {
   const { across, columns, rows } = PLANES[plane];
-  const slice = cut(codes, stored.shape, plane, nearest(at[across], across));
+  const slice = cut((n) => codes[n], stored.shape, plane, nearest(at[across], across));
   const picture = new ImageData(stored.shape[columns], stored.shape[rows]);
   const rgba = new Uint32Array(picture.data.buffer);
   const opaque = Uint32Array.from(table, (grey) => (0xff000000 | (grey * 0x010101)) >>> 0);

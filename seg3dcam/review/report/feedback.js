@@ -88,9 +88,12 @@ function noteRemark() {
   return true;
 }
 
+// Something is chosen or written that is not noted yet.
+const isOpen = () =>
+  document.querySelector("[name=verdict]:checked") !== null || byId("comment").value.trim() !== "";
+
 function save(kind) {
-  const isOpen = document.querySelector("[name=verdict]:checked") || byId("comment").value.trim();
-  if ((isOpen || !remarks.length) && !noteRemark()) return;
+  if ((isOpen() || !remarks.length) && !noteRemark()) return;
   const [text, type] =
     kind === "csv" ? [asCsv(remarks), "text/csv"] : [JSON.stringify(remarks, null, 2), "application/json"];
   const stamp = new Date().toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "_");
@@ -121,6 +124,6 @@ function listenToFeedback() {
   byId("save-csv").onclick = () => save("csv");
   byId("save-json").onclick = () => save("json");
   window.addEventListener("beforeunload", (event) => {
-    if (!saved) event.preventDefault();
+    if (!saved || isOpen()) event.preventDefault();
   });
 }

@@ -1,9 +1,7 @@
 // Words, choices and lists around the pictures.
 
 function element(tag, properties = {}, children = []) {
-  const { dataset = {}, ...others } = properties;
-  const made = Object.assign(document.createElement(tag), others);
-  Object.assign(made.dataset, dataset);
+  const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
 }
@@ -81,8 +79,8 @@ function fillChoices() {
   const repeated = new Set(methods).size < methods.length;
   fillSelect("target", labels, labels.indexOf(item().label), (n) => {
     const method = item().method;
-    const with_label = [...items.keys()].filter((k) => items[k].label === labels[n]);
-    choose(with_label.find((k) => items[k].method === method) ?? with_label[0]);
+    const its = [...items.keys()].filter((k) => items[k].label === labels[n]);
+    choose(its.find((k) => items[k].method === method) ?? its[0]);
   });
   fillSelect(
     "method",

@@ -54,20 +54,22 @@ function unpack() {
   for (const [number] of layer().maps) {
     if (maps.has(number)) continue;
     maps.set(number, null);
-    readMap(lines("maps")[number], meta.maps[number]).then((map) => {
-      maps.set(number, map);
-      schedule();
-    });
+    keep(maps, number, readMap(lines("maps")[number], meta.maps[number]));
   }
   for (const kind of masksOf()) {
     const number = item()[kind];
     if (masks.has(number)) continue;
     masks.set(number, null);
-    readMask(lines("masks")[number]).then((bits) => {
-      masks.set(number, bits);
-      schedule();
-    });
+    keep(masks, number, readMask(lines("masks")[number]));
   }
+}
+
+function keep(unpacked, number, reading) {
+  const done = (value) => {
+    unpacked.set(number, value);
+    schedule();
+  };
+  reading.then(done).catch(failed);
 }
 
 // [map, weight] of what is drawn as heat; null: nothing, or not unpacked yet.
@@ -79,15 +81,17 @@ function heatNow() {
 // ---------------------------------------------------------------- drawing
 
 function draw() {
+  // All places first: a plane that grows takes room from the others.
+  for (const plane of Object.keys(PLANES))
+    panels[plane].section.classList.toggle("large", plane === state.plane);
   for (const plane of Object.keys(PLANES)) drawPlane(plane);
   drawSidebar();
   describe();
 }
 
 function drawPlane(plane) {
-  const { section, canvases, bars, slider, place } = panels[plane];
+  const { canvases, bars, slider, place } = panels[plane];
   const axis = PLANES[plane].across;
-  section.classList.toggle("large", plane === state.plane);
   fitToBox(canvases);
   const heat = state.heat ? heatNow() : null;
   canvases.forEach((canvas, n) => {
@@ -136,7 +140,7 @@ function contourOf(kind, plane) {
   const key = [item()[kind], state.at[across]].join();
   const kept = (contours[kind] ??= {});
   if (kept[plane]?.key !== key) {
-    const slice = cutBits(bits, full.shape, plane, state.at[across]);
+    const slice = cut((n) => bitOf(bits, n), full.shape, plane, state.at[across]);
     kept[plane] = { key, found: outlines(slice, full.shape[columns], full.shape[rows]) };
   }
   return kept[plane].found;
@@ -160,7 +164,10 @@ function drawSidebar() {
     width: round(high - low),
     level: round((high + low) / 2),
   };
-  for (const [id, text] of Object.entries(texts)) byId(`o-${id}`).textContent = text;
+  for (const [id, text] of Object.entries(texts)) {
+    byId(`o-${id}`).textContent = text;
+    byId(id).setAttribute("aria-valuetext", text);
+  }
   Object.assign(byId("threshold"), { value: state.threshold });
   Object.assign(byId("opacity"), { value: state.opacity });
   Object.assign(byId("width"), { value: high - low });
@@ -220,11 +227,12 @@ function describe() {
   const code = codes[nearby[0] + stored.shape[0] * (nearby[1] + stored.shape[1] * nearby[2])];
   const heat = heatNow();
   const inside = masksOf().filter((kind) => masks.get(item()[kind]) && bitAt(masks.get(item()[kind]), at));
+  const without = isHidden() ? "CAM hidden" : layer().maps.length ? "CAM not read yet" : "no CAM";
   const words = [
     placeText(toMm(at)),
     `voxel ${ownVoxel(at).join(", ")}`,
-    `scan ${round(meta.scan.values[code])}`,
-    heat ? `CAM ${sumAt(heat, at).toFixed(2)}` : isHidden() ? "CAM hidden" : "no CAM",
+    `scan ${stored.mime === "image/png" ? "" : "≈ "}${round(meta.scan.values[code])}`,
+    heat ? `CAM ${sumAt(heat, at).toFixed(2)}` : without,
     ...inside.map((kind) => `in the ${kind}`),
   ].join(" · ");
   byId("readout").textContent = words;

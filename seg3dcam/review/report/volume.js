@@ -52,6 +52,7 @@ async function readMap(base64, packed) {
 
 // A mask's bits, the first voxel in the lowest one.
 const readMask = inflate;
+const bitOf = (bits, n) => (bits[n >> 3] >> (n & 7)) & 1;
 
 // The scan's grey codes, slice by slice: the one at `first` comes first, then its neighbours.
 async function readScan(first, codes, onSlice) {
@@ -94,8 +95,9 @@ function strides(shape) {
   return [1, shape[0], shape[0] * shape[1]];
 }
 
-// One slice of a volume as rows of columns, the first row at the top of the picture.
-function cut(values, shape, plane, index) {
+// One slice of a volume as rows of columns, the first row at the top of the picture; `voxel` gives
+// the value of voxel n.
+function cut(voxel, shape, plane, index) {
   const { across, columns, rows, upwards } = PLANES[plane];
   const stride = strides(shape);
   const width = shape[columns];
@@ -103,22 +105,7 @@ function cut(values, shape, plane, index) {
   const slice = new Uint8Array(width * height);
   for (let r = 0; r < height; r++) {
     let from = index * stride[across] + (upwards ? height - 1 - r : r) * stride[rows];
-    for (let c = 0; c < width; c++, from += stride[columns]) slice[r * width + c] = values[from];
-  }
-  return slice;
-}
-
-// The same of bits.
-function cutBits(bits, shape, plane, index) {
-  const { across, columns, rows, upwards } = PLANES[plane];
-  const stride = strides(shape);
-  const width = shape[columns];
-  const height = shape[rows];
-  const slice = new Uint8Array(width * height);
-  for (let r = 0; r < height; r++) {
-    let from = index * stride[across] + (upwards ? height - 1 - r : r) * stride[rows];
-    for (let c = 0; c < width; c++, from += stride[columns])
-      slice[r * width + c] = (bits[from >> 3] >> (from & 7)) & 1;
+    for (let c = 0; c < width; c++, from += stride[columns]) slice[r * width + c] = voxel(from);
   }
   return slice;
 }
@@ -141,7 +128,8 @@ function nearest(index, axis) {
 function cutMap(map, plane, index) {
   const axis = PLANES[plane].across;
   const [low, high, weight] = between(index, map, axis);
-  const values = (at) => Float32Array.from(cut(map.codes, map.shape, plane, at), (c) => map.values[c]);
+  const code = (n) => map.codes[n];
+  const values = (at) => Float32Array.from(cut(code, map.shape, plane, at), (c) => map.values[c]);
   const one = values(low);
   if (weight > 0) values(high).forEach((other, n) => (one[n] += weight * (other - one[n])));
   return one;
@@ -167,8 +155,7 @@ function valueAt(map, at) {
 
 function bitAt(bits, at) {
   const stride = strides(full.shape);
-  const n = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
-  return (bits[n >> 3] >> (n & 7)) & 1;
+  return bitOf(bits, at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2]);
 }
 
 // ---------------------------------------------------------------- places in words
