@@ -58,9 +58,8 @@ def find_peaks(
     while len(starts) and len(found) < count:
         voxel = plateau_middle(heat, _highest_voxel(heat, starts[0], block))
         mm = to_world(affine, voxel)
-        far = all(math.dist(mm, higher.mm) >= apart_mm for higher in found)
         starts = starts[1:]
-        if far and _is_top(heat, voxel):
+        if all(math.dist(mm, higher.mm) >= apart_mm for higher in found):
             found.append(Peak(float(heat[voxel]), voxel, mm))  # type: ignore[arg-type]
             # Of a wide plateau there would be very many.
             away = (starts + np.array(block) / 2 - voxel) @ affine[:3, :3].T
@@ -115,7 +114,8 @@ def _highest_blocks(
 ) -> NDArray[np.intp]:
     """Return the first voxels (N, 3) of the blocks that no neighbour exceeds, highest first.
 
-    Of several equal ones the first comes first, as everywhere (`seg3dcam.geometry.peak_voxel`).
+    So the highest voxel of such a block has no higher one beside it, in other blocks either. Of
+    several equal ones the first comes first, as everywhere (`seg3dcam.geometry.peak_voxel`).
     """
     top: Any = heat
     for axis, (size, step) in enumerate(zip(heat.shape, block, strict=True)):
@@ -131,12 +131,6 @@ def _highest_voxel(
     part = heat[tuple(slice(s, s + step) for s, step in zip(start, block, strict=True))]
     inner = np.unravel_index(int(part.argmax()), part.shape)
     return tuple(int(s) + int(i) for s, i in zip(start, inner, strict=True))
-
-
-def _is_top(heat: NDArray[np.floating], voxel: Sequence[int]) -> bool:
-    """Tell whether no neighbour is higher: else it is a shoulder that a block cut off."""
-    around = tuple(slice(max(0, i - 1), i + 2) for i in voxel)
-    return bool(heat[tuple(voxel)] >= heat[around].max())
 
 
 def _count(mask: torch.Tensor | None) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from helpers_phantom import (
     positions,
     silent,
 )
+from scipy import ndimage
 
 from seg3dcam.findings import find_peaks, findings
 
@@ -138,3 +141,16 @@ def test_no_more_than_asked_and_not_nearer_than_asked():
     apart = find_peaks(volume, affine, apart_mm=10)
     assert [p.voxel for p in apart] == [places[0], *places[2:]]
     assert [p.voxel for p in find_peaks(volume, affine, apart_mm=4, count=2)] == places[:2]
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.8, 0.8, 5.0), (3, 1, 2)])
+def test_peaks_of_noise_are_local_maxima_far_from_each_other(spacing):
+    noise = ndimage.gaussian_filter(np.random.default_rng(7).random((60, 50, 30)), 1.5)
+    volume = (noise - noise.min()) / np.ptp(noise)
+    found = find_peaks(volume, np.diag([*spacing, 1.0]), count=200, above=0.1)
+    assert len(found) > 20
+    assert found[0].value == 1
+    around = ndimage.maximum_filter(volume, 3)
+    assert all(volume[peak.voxel] == around[peak.voxel] for peak in found)
+    apart = [math.dist(a.mm, b.mm) for a, b in itertools.combinations(found, 2)]
+    assert min(apart) >= 10

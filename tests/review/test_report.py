@@ -375,6 +375,7 @@ def test_windows_in_hounsfield_units_only_for_a_ct(tmp_path):
 
 def test_notebook_view_is_the_page_in_a_closed_frame(phantom):
     fragment = notebook_view(phantom)
+    assert phantom._repr_html_() == fragment
     assert fragment.startswith('<iframe srcdoc="')
     assert 'sandbox="allow-scripts allow-downloads"' in fragment
     inner = re.search(r'srcdoc="([^"]*)"', fragment)[1]
