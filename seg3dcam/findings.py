@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from seg3dcam.explanation import Explanation
-from seg3dcam.geometry import plateau_middle, spacing_of, to_world
+from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
 
 __all__ = ["Peak", "find_peaks", "findings"]
 
@@ -55,15 +55,19 @@ def find_peaks(
     # Blocks of about a quarter of the distance: few, however large the volume.
     block = [max(1, math.ceil(apart_mm / 4 / step)) for step in spacing_of(affine)]
     starts = _highest_blocks(heat, block, above)
-    while len(starts) and len(found) < count:
-        voxel = plateau_middle(heat, _highest_voxel(heat, starts[0], block))
+    # Of several equal ones, the one that every format names comes first.
+    voxel = peak_voxel(heat) if len(starts) else None
+    while voxel is not None and len(found) < count:
         mm = to_world(affine, voxel)
-        starts = starts[1:]
         if all(math.dist(mm, higher.mm) >= apart_mm for higher in found):
             found.append(Peak(float(heat[voxel]), voxel, mm))  # type: ignore[arg-type]
             # Of a wide plateau there would be very many.
-            away = (starts + np.array(block) / 2 - voxel) @ affine[:3, :3].T
+            away = (starts + (np.array(block) - 1) / 2 - voxel) @ affine[:3, :3].T
             starts = starts[np.linalg.norm(away, axis=1) >= apart_mm]
+        voxel = None
+        if len(starts):
+            voxel = plateau_middle(heat, _highest_voxel(heat, starts[0], block))
+            starts = starts[1:]
     return found
 
 
@@ -114,8 +118,7 @@ def _highest_blocks(
 ) -> NDArray[np.intp]:
     """Return the first voxels (N, 3) of the blocks that no neighbour exceeds, highest first.
 
-    So the highest voxel of such a block has no higher one beside it, in other blocks either. Of
-    several equal ones the first comes first, as everywhere (`seg3dcam.geometry.peak_voxel`).
+    So the highest voxel of such a block has no higher one beside it, in other blocks either.
     """
     top: Any = heat
     for axis, (size, step) in enumerate(zip(heat.shape, block, strict=True)):

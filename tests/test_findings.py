@@ -19,6 +19,7 @@ from helpers_phantom import (
 from scipy import ndimage
 
 from seg3dcam.findings import find_peaks, findings
+from seg3dcam.geometry import peak_voxel
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,14 @@ def test_peaks_are_the_bumps_highest_first(spacing):
     assert [peak.voxel for peak in found] == [places[1], places[3], places[0]]  # 0.15 is too low
     assert [peak.value for peak in found] == pytest.approx([1.0, 0.7, 0.5])
     assert np.allclose([p.mm for p in found], [np.array(p.voxel) * spacing for p in found])
+
+
+def test_of_equal_peaks_the_first_is_the_one_that_every_format_names():
+    """Also where another one's block comes first."""
+    volume = np.zeros((20, 50, 20))
+    volume[5, 10, 5] = volume[4, 40, 5] = 1
+    found = [peak.voxel for peak in find_peaks(volume, np.eye(4))]
+    assert found == [peak_voxel(volume), (5, 10, 5)] == [(4, 40, 5), (5, 10, 5)]
 
 
 def test_a_shoulder_is_no_peak():
