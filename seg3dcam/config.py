@@ -86,6 +86,7 @@ class Window(_Settings):
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
     cval: float = 0.0
     cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
+    convention: Literal["monai", "nnunet"] = Field("monai", description="whose places and gaussian")
 
     @field_validator("roi_size")
     @classmethod
@@ -118,6 +119,44 @@ class ModelSpec(_Settings):
         if twice:
             raise ValueError(f"every class needs a name of its own; {twice} is there twice")
         return classes
+
+
+class BundleSpec(_Settings):
+    """A MONAI bundle; everything is read from its own config and metadata."""
+
+    bundle: str = Field(min_length=1, description="the bundle's folder")
+    config: str | None = Field(
+        None, description="inference config in the folder; none: configs/inference.json or .yaml"
+    )
+    inputs: list[str] | None = Field(
+        None, description="image keys in the order of the scan's channels; none: the only one"
+    )
+    classes: list[str] | None = Field(
+        None, description="one name per output channel; none: the metadata's"
+    )
+
+
+class NnunetSpec(_Settings):
+    """A trained nnU-Net v2 model folder; everything is read from its plans and dataset.json."""
+
+    nnunet: str = Field(min_length=1, description="the folder <trainer>__<plans>__<configuration>")
+    folds: list[int | Literal["all"]] | None = Field(
+        None, min_length=1, description="none: every fold that has the checkpoint"
+    )
+    checkpoint: str = "checkpoint_final.pth"
+    tile_step_size: float = Field(0.5, gt=0, le=1, description="nnU-Net's own name and default")
+    mirroring: bool = Field(True, description="average over the flips of the training, if any")
+
+
+class ExportedSpec(_Settings):
+    """A network exported by `torch.export`, and how it is used."""
+
+    exported: str = Field(min_length=1, description="the .pt2 file")
+    classes: list[str] = Field(min_length=1, description="one name per output channel")
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    prepare: Prepare = Field(default_factory=Prepare)
+    window: Window | None = None
+    output: int | str | None = None
 
 
 Score = Literal["log_odds", "logit", "probability", "contrast", "finer", "soft_dice", "mask_output"]

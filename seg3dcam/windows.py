@@ -38,6 +38,8 @@ class WindowPlan:
         padding_mode, cval: how a volume smaller than a window is filled up.
         cache_gb: how many GB of activations may be kept between the first and the second pass;
             what does not fit is computed again.
+        convention: "monai" puts windows at fixed steps and moves the last one back inside;
+            "nnunet" spreads them evenly and has a gaussian of its own (extra `nnunet`).
 
     >>> WindowPlan(96, overlap=0.5).mode
     'gaussian'
@@ -51,6 +53,7 @@ class WindowPlan:
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
     cval: float = 0.0
     cache_gb: float = 2.0
+    convention: Literal["monai", "nnunet"] = "monai"
 
     def __post_init__(self) -> None:
         sizes = _as_tuple(self.roi_size)

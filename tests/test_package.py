@@ -20,6 +20,7 @@ LEVELS = [
     {"checks", "files", "geometry"},
     {"outputs"},
     {"layers", "targets", "methods", "windows", "inputs"},
+    {"ensemble"},
     {"layouts"},
     {"witnesses"},
     {"capture", "result"},

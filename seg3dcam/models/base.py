@@ -32,6 +32,9 @@ class SegModel:
         class_names: one for each of the K channels; empty if unknown.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
+        restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
+            (K, X, Y, Z) bool on the scan's own grid, as the model's framework makes them; None
+            moves the logits linearly and compares them there.
         window: the sliding window, None for the whole scan at once.
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
@@ -47,6 +50,7 @@ class SegModel:
     class_names: Sequence[str] = ()
     activation: Activation = "softmax"
     prepare: Callable[[Scan], MetaTensor] = field(default=as_is)
+    restore: Callable[[torch.Tensor, Scan, MetaTensor], torch.Tensor] | None = None
     window: WindowPlan | None = None
     output: OutputSelection = None
     in_channels: int | None = None

@@ -1,4 +1,4 @@
-"""Models from a YAML spec: a Python factory, its weights, and how it is used."""
+"""Models from a Python factory, its weights, and how it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from seg3dcam.config import ModelSpec, read_yaml, validate
+from seg3dcam.config import ModelSpec
 from seg3dcam.errors import ModelError, Seg3dcamWarning, nearest
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.prepare import build_preparation
@@ -26,20 +26,17 @@ TRUSTED = ("monai.networks.nets", "dynamic_network_architectures", "torchvision.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights", "net", "network")
 
 
-def load_model(path: str | Path, *, trust: bool = False) -> SegModel:
-    """Build the network of a model spec and load its weights.
+def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
+    """Build the network of a spec and load its weights.
 
     Args:
-        path: the YAML file.
+        path: the file that holds the spec; weights are relative to it.
         trust: allow a factory from outside of MONAI, dynamic_network_architectures and
             torchvision: importing and calling it runs its code.
 
     Raises:
-        ConfigError: the spec itself is wrong.
         ModelError: the factory or the weights cannot be used.
     """
-    path = Path(path)
-    spec = validate(read_yaml(path), ModelSpec, path.name)
     module = _build(spec, path, trust)
     _load_weights(module, spec, path)
     return SegModel(
@@ -94,7 +91,7 @@ def _load_weights(module: nn.Module, spec: ModelSpec, path: Path) -> None:
         warnings.warn(
             f"{path.name}: the network has random weights, as asked; its maps mean nothing",
             Seg3dcamWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     file = path.parent / spec.weights

@@ -1,0 +1,101 @@
+"""Networks whose logits are averaged: folds of a cross-validation, and test-time flips.
+
+ensemble = Ensemble([fold_0, fold_1], mirror_axes=(0, 1, 2))
+GradCAM(ensemble, "decoder.2")(x, target=1)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from seg3dcam.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of an ensemble, seen through one flip.
+
+    Attributes:
+        network: takes (B, C, *S); with `slices` (B, C, H, W).
+        flips: spatial axes along which the input is reversed, and the output back again.
+        slices: the network is 2D and takes the slices of a volume one by one: windows (1, H, W).
+    """
+
+    network: nn.Module
+    flips: tuple[int, ...] = ()
+    slices: bool = False
+
+    def into(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a volume's window (B, C, *S) as the network takes it."""
+        x = _flipped(x, self.flips)
+        if not self.slices:
+            return x
+        if x.ndim != 5 or x.shape[2] != 1:
+            raise ModelError(
+                f"a 2D network takes a volume slice by slice, in windows (1, H, W); "
+                f"got {tuple(x.shape[2:])}"
+            )
+        return x.squeeze(2)
+
+    def back(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what the network gave, (B, C, *s), as it lies in the volume's window."""
+        return _flipped(values.unsqueeze(2) if self.slices else values, self.flips)
+
+
+class Ensemble(nn.Module):
+    """Averages the logits of several networks of one architecture, each seen through flips.
+
+    A CAM of it explains the averaged prediction: every member gets the gradient of the ensemble's
+    score, and the members' maps, flipped back, are averaged.
+
+    Args:
+        networks: one or several, whose layers have the same names.
+        mirror_axes: spatial axes; all combinations of flips along them are averaged.
+        slices: the networks are 2D, and take a volume slice by slice along its first axis.
+
+    >>> ensemble = Ensemble([nn.Conv3d(1, 2, 3, padding=1)], mirror_axes=(0, 2))
+    >>> [member.flips for member in ensemble.members]
+    [(), (0,), (2,), (0, 2)]
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        mirror_axes: Sequence[int] = (),
+        *,
+        slices: bool = False,
+    ) -> None:
+        super().__init__()
+        if not networks:
+            raise ModelError("an ensemble needs at least one network")
+        self.networks = nn.ModuleList(networks)
+        self.flips = [
+            axes
+            for count in range(len(mirror_axes) + 1)
+            for axes in itertools.combinations(tuple(mirror_axes), count)
+        ]
+        self.slices = slices
+
+    @property
+    def members(self) -> list[Member]:
+        """Every network through every flip."""
+        return [Member(n, flips, self.slices) for n in self.networks for flips in self.flips]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean logits of one window, (B, C, *S) -> (B, K, *S)."""
+        members = self.members
+        return sum(m.back(m.network(m.into(x))) for m in members) / len(members)
+
+
+def members_of(model: nn.Module) -> list[Member]:
+    """Return the members of an ensemble; any other network is one by itself."""
+    return model.members if isinstance(model, Ensemble) else [Member(model)]
+
+
+def _flipped(values: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    return values.flip([2 + axis for axis in axes]) if axes else values

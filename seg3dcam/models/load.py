@@ -1,0 +1,82 @@
+"""What a user has becomes a `SegModel`: a model's YAML, a MONAI bundle, a nnU-Net folder."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seg3dcam.config import (
+    BundleSpec,
+    ExportedSpec,
+    ModelSpec,
+    NnunetSpec,
+    read_yaml,
+    validate,
+)
+from seg3dcam.errors import ConfigError
+from seg3dcam.models.base import SegModel
+
+#: The key that tells the kind of a spec -> its settings, and the module whose `build` makes the
+#: model of them.
+SOURCES: dict[str, tuple[type[Any], str]] = {
+    "factory": (ModelSpec, "seg3dcam.models.factory"),
+    "bundle": (BundleSpec, "seg3dcam.models.bundle"),
+    "nnunet": (NnunetSpec, "seg3dcam.models.nnunet"),
+    "exported": (ExportedSpec, "seg3dcam.models.exported"),
+}
+
+#: Kinds that need no more settings than a path: `bundle:DIR`, `nnunet:FOLDER`.
+SHORT = ("bundle", "nnunet")
+
+
+def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> SegModel:
+    """Build a model and load its weights.
+
+    Args:
+        source: a model's YAML file, `bundle:DIR` for a MONAI bundle, or `nnunet:FOLDER` for a
+            trained nnU-Net v2 folder.
+        trust: allow the model's own code to run: a factory from outside of MONAI,
+            dynamic_network_architectures and torchvision, a bundle's config, or a checkpoint that
+            holds more than tensors.
+        settings: more settings of the source, such as `folds=[0]` of a nnU-Net folder; they
+            replace those of the file.
+
+    Raises:
+        ConfigError: the settings themselves are wrong.
+        ModelError: the network or the weights cannot be used.
+        MissingExtraError: the source needs an optional package that is not installed.
+
+    Example:
+        >>> load_model("nnunet:no_such_folder", mirroring="sometimes")
+        Traceback (most recent call last):
+            ...
+        seg3dcam.errors.ConfigError: nnunet:no_such_folder:
+          mirroring: Input should be a valid boolean, unable to interpret input, got 'sometimes'
+    """
+    kind, _, place = str(source).partition(":")
+    if kind in SHORT and place:
+        path, content = Path("model"), {kind: place}
+    else:
+        path = Path(source)
+        content = read_yaml(path)
+    given = {**content, **settings}
+    settings_class, module = SOURCES[_kind(given, path)]
+    spec = validate(given, settings_class, Path(source).name)
+    build: Callable[[Any, Path, bool], SegModel] = importlib.import_module(module).build
+    return build(spec, path, trust)
+
+
+def _kind(given: dict[str, Any], path: Path) -> str:
+    """Return the kind of a spec; ConfigError unless exactly one key tells it."""
+    kinds = [kind for kind in SOURCES if kind in given]
+    if not kinds and "weights" in given:
+        return "factory"  # which is then named as missing
+    if len(kinds) != 1:
+        found = f"it has {' and '.join(kinds)}" if kinds else "it has none"
+        raise ConfigError(
+            f"{path.name}: a model says where its network comes from by one key of "
+            f"{', '.join(SOURCES)}; {found}"
+        )
+    return kinds[0]
