@@ -10,17 +10,25 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from seg3dcam.capture import capturing
+from seg3dcam.capture import Capture, capturing
 from seg3dcam.engine.mapping import Maps
-from seg3dcam.engine.passes import FirstPass, Progress, predict, silent
-from seg3dcam.engine.run import Asked, looks_at_layers, maps_of, needs_activations, needs_graph
+from seg3dcam.engine.passes import Progress, predict, predict_member, silent
+from seg3dcam.engine.run import (
+    Asked,
+    looks_at_layers,
+    maps_of,
+    needs_activations,
+    needs_graph,
+    needs_own_logits,
+)
+from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import (
     ConfigError,
     LayerError,
@@ -30,11 +38,11 @@ from seg3dcam.errors import (
 )
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.inputs import as_input, on_grid_of
-from seg3dcam.layers import LayerRef, LayerSpec, Layout, resolve_layers, unwrap
+from seg3dcam.layers import LayerRef, LayerSpec, Layout, moved_to, resolve_layers, unwrap
 from seg3dcam.methods import METHODS
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.probe import measure_grids
-from seg3dcam.result import CamResult, LayerMap
+from seg3dcam.probe import measured_in_window
+from seg3dcam.result import CamResult, LayerMap, added
 from seg3dcam.suggest import auto_layer
 from seg3dcam.targets import Activation, OwnTarget, as_targets, name_of, placed
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
@@ -49,7 +57,8 @@ class BaseCAM:
     The model is put into eval mode while a map is computed and is afterwards exactly as it was.
 
     Args:
-        model: any network with a channel-first input (B, C, *S) and logits (B, K, *S).
+        model: any network with a channel-first input (B, C, *S) and logits (B, K, *S), or an
+            `Ensemble` of networks and flips.
         target_layers: a dotted name ("decoder.2"), one with `*` ("encoder.stages.*"), a name with
             the element of a tuple, list or dict ("encoder[0]"), a module, a list of these, "auto"
             (the bottleneck, see `suggest_layers`) or "all" (every convolution). Several layers
@@ -89,6 +98,7 @@ class BaseCAM:
         **settings: Any,
     ) -> None:
         self.model = unwrap(model)
+        self.members = members_of(model)
         self.sliding_window = sliding_window
         self.output = output
         self.activation = activation
@@ -157,12 +167,15 @@ class BaseCAM:
         return replace(function, **settings) if settings else function
 
     def _measured_grids(
-        self, example: torch.Tensor, shapes: dict[LayerRef, tuple[int, ...]]
+        self,
+        capture: Capture,
+        example: torch.Tensor,
+        shapes: dict[LayerRef, tuple[int, ...]],
     ) -> dict[LayerRef, FeatureGrid]:
-        """Measure the layers' grids, once for each shape of input."""
-        key = (tuple(example.shape), tuple(shapes.items()))
+        """Measure the layers' grids, once for each shape of input and each flip."""
+        key = (capture.member.flips, tuple(example.shape), tuple(shapes.items()))
         if shapes and key not in self._grids:
-            self._grids[key] = measure_grids(self.model, example, shapes, self._settled)
+            self._grids[key] = measured_in_window(capture, example, shapes, self._settled)
             for layer, grid in self._grids[key].items():
                 if not grid.measured and max(grid.stride) > 1:
                     _tell(
@@ -173,7 +186,8 @@ class BaseCAM:
 
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
-            self._layers = [auto_layer(self.model, (1, x.shape[1], *windows.roi), self.output)]
+            window = self.members[0].seen((1, x.shape[1], *windows.roi))
+            self._layers = [auto_layer(self.model, window, self.output)]
         return self._layers
 
 
@@ -199,36 +213,138 @@ def each_by(
     x, affine = as_input(x)
     windows = plan_windows(lead.sliding_window, x.shape[2:])
     layers = lead._resolved_layers(x, windows)
+
+    def ask(logits: torch.Tensor) -> list[Asked]:
+        """Evaluate the targets at the prediction."""
+        listed = as_targets(_listed(targets, logits), logits, lead.activation)
+        moved = [placed(t, lambda mask: on_grid_of(mask, affine, x.shape[2:])) for t in listed]
+        return [Asked.of(target, logits) for target in moved]
+
+    if len(lead.members) == 1:
+        found = _explain_member(lead, lead.members[0], layers, x, windows, functions, ask)
+    else:
+        found = _explain_ensemble(lead, layers, x, windows, functions, ask)
+    for layer, reason in found.dropped.items():
+        _tell(f"no map of layer '{layer}': {reason}")
+    return [
+        [
+            _result(cam, windows, found, one, maps, affine)
+            for cam, maps in zip(cams, row, strict=True)
+        ]
+        for one, row in zip(found.asked, found.table, strict=True)
+    ]
+
+
+#: For every target a list with every method's maps.
+Table = list[list[Maps]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a network gave: logits, what was asked of them, its maps, layers without a map."""
+
+    logits: torch.Tensor
+    asked: list[Asked]
+    table: Table
+    dropped: Mapping[LayerRef, str]
+
+
+def _explain_member(
+    lead: BaseCAM,
+    member: Member,
+    layers: Sequence[LayerRef],
+    x: torch.Tensor,
+    windows: Windows,
+    functions: Sequence[Any],
+    ask: Callable[[torch.Tensor], list[Asked]],
+    together: torch.Tensor | None = None,
+) -> _Found:
+    """Explain one network.
+
+    Args:
+        together: the logits of the ensemble that it belongs to, which are explained.
+    """
     shared = any(
         len(windows.groups(f.whole_axes(x.ndim - 2))) < len(windows)
         for f in functions
         if hasattr(f, "whole_axes")
     )
-    with capturing(lead.model, layers, lead.output, lead._settled) as capture:
+    with capturing(member, layers, lead.output, lead._settled) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
-        first = predict(
-            capture,
-            x,
-            windows,
-            graph=any(map(needs_graph, functions)),
-            keep=any(needs_activations(f, shared) for f in functions),
-            progress=lead.progress,
-        )
+        graph = any(map(needs_graph, functions))
+        keep = any(needs_activations(f, shared) for f in functions)
+        if together is None:
+            first = predict(capture, x, windows, graph=graph, keep=keep, progress=lead.progress)
+        else:
+            first = predict_member(
+                capture,
+                x,
+                windows,
+                together,
+                graph=graph,
+                keep=keep,
+                own=any(map(needs_own_logits, functions)),
+                progress=lead.progress,
+            )
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-        grids = lead._measured_grids(example, first.shapes)
-        wanted = _listed(targets, first.logits)
-        chosen = [
-            placed(target, lambda mask: on_grid_of(mask, affine, x.shape[2:]))
-            for target in as_targets(wanted, first.logits, lead.activation)
-        ]
-        asked = [Asked.of(target, first.logits) for target in chosen]
-        found = maps_of(first, asked, functions, grids, lead.output, lead.progress)
-    for layer, reason in capture.dropped.items():
-        _tell(f"no map of layer '{layer}': {reason}")
+        grids = lead._measured_grids(capture, example, first.shapes)
+        asked = ask(first.logits)
+        table = maps_of(first, asked, functions, grids, lead.output, lead.progress)
+    return _Found(first.logits, asked, table, capture.dropped)
+
+
+def _explain_ensemble(
+    lead: BaseCAM,
+    layers: Sequence[LayerRef],
+    x: torch.Tensor,
+    windows: Windows,
+    functions: Sequence[Any],
+    ask: Callable[[torch.Tensor], list[Asked]],
+) -> _Found:
+    """Explain the mean logits of several networks and flips, one member after another."""
+    logits = _mean_logits(lead, x, windows)
+    asked = ask(logits)
+    dropped: dict[LayerRef, str] = {}
+    total: Table | None = None
+    for member in lead.members:
+        own = moved_to(member.network, layers)
+        found = _explain_member(lead, member, own, x, windows, functions, lambda _: asked, logits)
+        dropped |= found.dropped
+        if total is None:
+            total = found.table
+        else:
+            total = _combined(lambda a, b: added(a, b, windows.shape), total, found.table)
+    count = len(lead.members)
+    mean = _combined(
+        lambda m: replace(m, values=m.values / count, ceiling=m.ceiling / count), total or []
+    )
+    return _Found(logits, asked, mean, dropped)
+
+
+def _combined(combine: Callable[..., LayerMap], *tables: Table) -> Table:
+    """Combine the maps at each place of several tables; a layer that one lacks is left out."""
     return [
-        [_result(cam, first, one, maps, affine) for cam, maps in zip(cams, row, strict=True)]
-        for one, row in zip(asked, found, strict=True)
+        [
+            {
+                layer: combine(*(maps[layer] for maps in cells))
+                for layer in cells[0]
+                if all(layer in maps for maps in cells)
+            }
+            for cells in zip(*rows, strict=True)
+        ]
+        for rows in zip(*tables, strict=True)
     ]
+
+
+def _mean_logits(lead: BaseCAM, x: torch.Tensor, windows: Windows) -> torch.Tensor:
+    """Return the logits (B, K, *S) of an ensemble."""
+    total: Any = 0
+    for member in lead.members:
+        with capturing(member, [], lead.output) as capture:
+            x = x.to(torch.promote_types(x.dtype, capture.dtype))
+            own = predict(capture, x, windows, graph=False, keep=False, progress=lead.progress)
+            total = total + own.logits
+    return total / len(lead.members)
 
 
 def _check_alike(cams: Sequence[BaseCAM]) -> None:
@@ -237,7 +353,7 @@ def _check_alike(cams: Sequence[BaseCAM]) -> None:
         raise ConfigError("no method given: name at least one")
     for cam in cams:
         pairs = {
-            "models": (cam.model, cams[0].model),
+            "models": (cam.members, cams[0].members),
             "windows": (cam.sliding_window, cams[0].sliding_window),
             "outputs": (cam.output, cams[0].output),
             "activations": (cam.activation, cams[0].activation),
@@ -268,25 +384,30 @@ def _listed(targets: Any, logits: torch.Tensor) -> Sequence[TargetLike]:
 
 
 def _result(
-    cam: BaseCAM, first: FirstPass, asked: Asked, maps: Maps, affine: np.ndarray | None
+    cam: BaseCAM,
+    windows: Windows,
+    found: _Found,
+    asked: Asked,
+    maps: Maps,
+    affine: np.ndarray | None,
 ) -> CamResult:
-    dropped = first.capture.dropped
-    layers = {str(layer): map_ for layer, map_ in maps.items() if layer not in dropped}
+    layers = {str(layer): map_ for layer, map_ in maps.items() if layer not in found.dropped}
     for name, layer in layers.items():
         _warn(name, layer, name_of(asked.target))
     return CamResult(
         layers=layers,
-        shape=first.windows.shape,
-        logits=first.logits,
+        shape=windows.shape,
+        logits=found.logits,
         score=asked.score,
         target=name_of(asked.target),
         method=cam.method,
         activation=cam.activation,
         affine=affine,
-        windows=len(first.windows),
+        windows=len(windows),
         region_voxels=asked.region_voxels,
         settings=cam.settings,
-        dropped={str(layer): reason for layer, reason in dropped.items()},
+        dropped={str(layer): reason for layer, reason in found.dropped.items()},
+        members=len(cam.members),
     )
 
 

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
-from seg3dcam.layers import LayerRef, Layout, unwrap
+from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import INPUT, pulled_back, spatial_shape
 from seg3dcam.outputs import OutputSelection, select_output
 from seg3dcam.witnesses import Witnesses, settle
@@ -34,7 +35,7 @@ class _LayersReached(BaseException):
 
 @contextlib.contextmanager
 def capturing(
-    model: nn.Module,
+    model: nn.Module | Member,
     layers: Sequence[LayerRef],
     output: OutputSelection = None,
     settled: dict[LayerRef, Layout] | None = None,
@@ -48,14 +49,15 @@ def capturing(
 
     Args:
         model: any `nn.Module`; DataParallel, DistributedDataParallel and compiled wrappers are
-            looked through.
+            looked through. Of an ensemble its first member, or the member that is given.
         layers: what `seg3dcam.layers.resolve_layers` returned for this model.
         output: which of the network's outputs are the logits, see `seg3dcam.outputs`.
         settled: layouts that evidence settled in earlier captures of this model; those that it
             settles in this one are added, so that nothing is found out twice.
     """
-    model = unwrap(model)
-    capture = Capture(model, layers, output, {} if settled is None else settled)
+    member = model if isinstance(model, Member) else members_of(model)[0]
+    model = member.network
+    capture = Capture(member, layers, output, {} if settled is None else settled)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -89,20 +91,25 @@ class Capture:
     later passes still show its activations. `INPUT` among the layers stands for the network's own
     input.
 
+    What goes in and comes out lies in the volume's window; the network itself may see it flipped,
+    or as a slice (`Member`).
+
     Attributes:
         model: the network, without wrappers.
+        member: the network and how it sees its input.
         dropped: layer -> why it was dropped.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        member: Member,
         layers: Sequence[LayerRef],
         output: OutputSelection,
         settled: dict[LayerRef, Layout],
     ):
         self.dropped: dict[LayerRef, str] = {}
-        self.model = model
+        self.member = member
+        self.model = model = member.network
         self._layers = list(layers)
         self._output = output
         self._mode: Literal["off", "count", "observe", "leaf", "replay", "scale"] = "off"
@@ -139,7 +146,7 @@ class Capture:
 
     @property
     def shapes(self) -> dict[LayerRef, tuple[int, ...]]:
-        """Layer -> spatial shape of its activations in the last pass."""
+        """Layer -> spatial shape of its activations in the last pass, as the network has them."""
         return {
             layer: spatial_shape(self._layouts[layer], self._given[layer])
             for layer in self._layers
@@ -150,7 +157,7 @@ class Capture:
     def activations(self) -> dict[LayerRef, torch.Tensor]:
         """Layer -> (B, C, *s) of the last pass, detached."""
         return {
-            layer: self._layouts[layer](self._tensors[layer].detach())
+            layer: self._laid_out(layer, self._tensors[layer].detach())
             for layer in self._layers
             if layer in self._tensors
         }
@@ -170,6 +177,7 @@ class Capture:
         """
         self._stop_early, self._weights = True, weights or {}
         try:
+            x = self.member.into(x)
             with torch.no_grad():
                 self._run(x, "observe")
                 self._read_layers(x)
@@ -200,6 +208,7 @@ class Capture:
             scale: (B, C), a factor for each item of the batch and channel; 0 removes a channel.
                 What the layer's layout leaves out, such as a class token, stays as it is.
         """
+        x = self.member.into(x)
         if x.shape[1:] != self._input_shape[1:] or layer not in self._layouts:
             raise ValueError(f"no pass over inputs {tuple(x.shape)} has shown layer '{layer}'")
         shape = (len(x), *self._given[layer][1:])
@@ -212,7 +221,7 @@ class Capture:
                 output = self._call(x, "scale")
         finally:
             self._multipliers = {}
-        return select_output(output, self._output, tuple(x.shape[2:]))
+        return self._logits(output, x)
 
     def gradients(
         self,
@@ -244,7 +253,7 @@ class Capture:
                     "output, or nothing. suggest_layers(model, input_shape) lists layers that work",
                 )
             else:
-                gradients[layer] = self._layouts[layer](gradient)
+                gradients[layer] = self._laid_out(layer, gradient)
         return gradients
 
     def derivative(self, value: torch.Tensor, layer: LayerRef) -> torch.Tensor:
@@ -261,7 +270,7 @@ class Capture:
             (found,) = self._grad(value, [self._tensors[layer]], None, True, False)
         if found is None:
             found = torch.zeros_like(self._tensors[layer])
-        return self._layouts[layer](found.detach())
+        return self._laid_out(layer, found.detach())
 
     def clear(self) -> None:
         """Let go of the last pass's tensors."""
@@ -278,9 +287,18 @@ class Capture:
         return settle(shapes, x, self._witnesses, self._settled, partial(self._call, mode="off"))
 
     def _forward(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> torch.Tensor:
+        x = self.member.into(x)
         output = self._run(x, mode)
         self._read_layers(x)
-        return select_output(output, self._output, tuple(x.shape[2:]))
+        return self._logits(output, x)
+
+    def _logits(self, output: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits among what the network gave for `x`, as they lie in the window."""
+        return self.member.back(select_output(output, self._output, tuple(x.shape[2:])))
+
+    def _laid_out(self, layer: LayerRef, raw: torch.Tensor) -> torch.Tensor:
+        """Return what a layer gave, or its gradient, as (B, C, *s) in the window."""
+        return self.member.back(self._layouts[layer](raw))
 
     def _run(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> Any:
         """Return the network's output, None where it was stopped at the last layer.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from seg3dcam.errors import ModelError
+from seg3dcam.geometry import FeatureGrid
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,28 @@ class Member:
 
     def back(self, values: torch.Tensor) -> torch.Tensor:
         """Return what the network gave, (B, C, *s), as it lies in the volume's window."""
+        if values.ndim == 2:  # a classifier's scores lie nowhere
+            return values
         return _flipped(values.unsqueeze(2) if self.slices else values, self.flips)
+
+    def grid(self, grid: FeatureGrid, roi: Sequence[int]) -> FeatureGrid:
+        """Return where a layer's voxels lie in the volume's window.
+
+        Args:
+            grid: where they lie in what the network takes.
+            roi: voxels of the window.
+        """
+        shape, stride, offset = grid.shape, grid.stride, list(grid.offset)
+        if self.slices:
+            shape, stride, offset = (1, *shape), (1.0, *stride), [0.0, *offset]
+        for axis in self.flips:
+            offset[axis] = roi[axis] - 1 - stride[axis] * (shape[axis] - 1) - offset[axis]
+        return FeatureGrid(shape, stride, tuple(offset), grid.measured)
+
+    def seen(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of what the network takes, given a window's (B, C, *S)."""
+        window = self.slices and len(shape) == 5
+        return tuple(n for axis, n in enumerate(shape) if not (window and axis == 2))
 
 
 class Ensemble(nn.Module):
@@ -55,7 +77,7 @@ class Ensemble(nn.Module):
 
     Args:
         networks: one or several, whose layers have the same names.
-        mirror_axes: spatial axes; all combinations of flips along them are averaged.
+        mirror_axes: spatial axes of the volume; all combinations of flips along them are averaged.
         slices: the networks are 2D, and take a volume slice by slice along its first axis.
 
     >>> ensemble = Ensemble([nn.Conv3d(1, 2, 3, padding=1)], mirror_axes=(0, 2))
@@ -73,6 +95,8 @@ class Ensemble(nn.Module):
         super().__init__()
         if not networks:
             raise ModelError("an ensemble needs at least one network")
+        if any(axis not in (0, 1, 2) for axis in mirror_axes):
+            raise ModelError(f"mirror axes {tuple(mirror_axes)}: legal are 0, 1 and 2")
         self.networks = nn.ModuleList(networks)
         self.flips = [
             axes
@@ -89,12 +113,43 @@ class Ensemble(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the mean logits of one window, (B, C, *S) -> (B, K, *S)."""
         members = self.members
-        return sum(m.back(m.network(m.into(x))) for m in members) / len(members)
+        return torch.stack([m.back(m.network(m.into(x))) for m in members]).mean(0)
 
 
 def members_of(model: nn.Module) -> list[Member]:
     """Return the members of an ensemble; any other network is one by itself."""
-    return model.members if isinstance(model, Ensemble) else [Member(model)]
+    model = _without_wrappers(model)
+    members = model.members if isinstance(model, Ensemble) else [Member(model)]
+    return [replace(member, network=unwrap(member.network)) for member in members]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside DataParallel, DistributedDataParallel and torch.compile.
+
+    Of an `Ensemble` it is the first: all have the same layers.
+
+    Raises:
+        ModelError: not an `nn.Module`, or TorchScript, which takes no hooks.
+    """
+    model = _without_wrappers(model)
+    return unwrap(model.networks[0]) if isinstance(model, Ensemble) else model
+
+
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ModelError(
+                "a TorchScript model takes no hooks: build the network in Python and load the "
+                "script's weights into it (network.load_state_dict(script.state_dict()))"
+            )
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _flipped(values: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:

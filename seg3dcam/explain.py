@@ -160,7 +160,7 @@ def explain_each(
 
     table = each_by(cams, x, choose)
     report("resampling", 0, 1)
-    prediction = _prediction_on(scan, prepared, table[0][0])
+    prediction = _prediction_on(scan, prepared, model, table[0][0])
     fingerprint = model.fingerprint()
     return (
         _explanation(scan, prepared, model, prediction, index, target, result, fingerprint)
@@ -260,8 +260,21 @@ def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor
     return resample_labels(data, scan.affine, to_affine, prepared.shape[1:])
 
 
-def _prediction_on(scan: Scan, prepared: MetaTensor, result: CamResult) -> torch.Tensor:
-    """Return the masks of all classes on the scan's grid: logits are moved, then compared."""
+def _prediction_on(
+    scan: Scan, prepared: MetaTensor, model: SegModel, result: CamResult
+) -> torch.Tensor:
+    """Return the masks of all classes on the scan's grid, as the model's framework makes them.
+
+    Where it does not say how, logits are moved, then compared.
+    """
+    if model.restore is not None:
+        masks = model.restore(result.logits[0].cpu().float(), scan, prepared)
+        if masks.dtype != torch.bool or tuple(masks.shape[1:]) != scan.shape:
+            raise ModelError(
+                f"{model.name}: its way back to the scan gave {masks.dtype} {tuple(masks.shape)}; "
+                f"masks (K, *{scan.shape}) of dtype bool are wanted"
+            )
+        return masks
     affine = prepared.affine.numpy()
     masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool)
     best = None

@@ -42,7 +42,7 @@ from seg3dcam.methods.base import weighted_sum
 from seg3dcam.methods.pooled import PooledGradient
 from seg3dcam.models import SegModel
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.probe import measure_grids
+from seg3dcam.probe import measured_in_window
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.suggest import auto_layer
 from seg3dcam.targets import Activation, ClassLogOdds, as_target, name_of, placed, score_and_seed
@@ -112,7 +112,7 @@ def feature_maps(
     slice goes through. The model is afterwards exactly as it was.
 
     Args:
-        model: any network with a channel-first input (B, C, *S).
+        model: any network with a channel-first input (B, C, *S); of an `Ensemble` the first.
         x: (B, C, *S) tensor or MetaTensor, with one to three spatial axes.
         layer: one layer, see `BaseCAM`; "auto" is the bottleneck.
         sliding_window: a `WindowPlan`; None takes the input as one window. Values are blended by
@@ -149,7 +149,7 @@ def feature_maps(
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
         first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-        grid = measure_grids(model, example, first.shapes, settled)[ref]
+        grid = measured_in_window(capture, example, first.shapes, settled)[ref]
         whole = _over_volume(grid, windows)
         cut = _checked_cut(ref, whole, axis, index)
         weights = None

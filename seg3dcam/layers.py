@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from seg3dcam.ensemble import unwrap
 from seg3dcam.errors import LayerError, ModelError, nearest
 from seg3dcam.outputs import item_of, tensors_in
 
@@ -98,28 +99,6 @@ def _replaced(output: Any, path: tuple[int | str, ...], tensor: torch.Tensor) ->
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Raises:
-        ModelError: not an `nn.Module`, or TorchScript, which takes no hooks.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "a TorchScript model takes no hooks: build the network in Python and load the "
-            "script's weights into it (network.load_state_dict(script.state_dict()))"
-        )
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def resolve_layers(
     model: nn.Module, spec: LayerSpec, reshape_transform: Layout | None = None
 ) -> list[LayerRef]:
@@ -169,6 +148,17 @@ def resolve_layers(
             if layer.required or layer not in found:
                 found[layer] = replace(layer, layout=reshape_transform)
     return list(found.values())
+
+
+def moved_to(network: nn.Module, layers: Sequence[LayerRef]) -> list[LayerRef]:
+    """Return the same layers of another network of the same architecture."""
+    modules = dict(unwrap(network).named_modules())
+    for layer in layers:
+        if layer.name not in modules:
+            raise ModelError(
+                f"the networks of an ensemble must have the same layers; one has no '{layer}'"
+            )
+    return [replace(layer, module=modules[layer.name]) for layer in layers]
 
 
 def _matching(

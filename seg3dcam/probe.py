@@ -73,6 +73,23 @@ def measure_grids(
     return grids
 
 
+def measured_in_window(
+    capture: Capture,
+    x: torch.Tensor,
+    shapes: Mapping[LayerRef, tuple[int, ...]],
+    settled: dict[LayerRef, Layout] | None = None,
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure the grids of a captured network's layers in the volume's window.
+
+    Args:
+        x: a window (B, C, *S), see `measure_grids`.
+        shapes: `capture.shapes`.
+    """
+    member = capture.member
+    grids = measure_grids(member.network, member.into(x), shapes, settled)
+    return {layer: member.grid(grid, x.shape[2:]) for layer, grid in grids.items()}
+
+
 def _measure_axis(
     capture: Capture,
     weights: dict[str, torch.Tensor],

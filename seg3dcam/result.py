@@ -96,6 +96,7 @@ class CamResult:
         region_voxels: (B,) voxels of the target's region, None for a target of your own.
         settings: the method's parameters.
         dropped: layer -> why one of many ("all", `decoder.*`) has no map.
+        members: how many networks and flips of an `Ensemble` were averaged.
     """
 
     layers: Mapping[str, LayerMap]
@@ -110,6 +111,7 @@ class CamResult:
     region_voxels: torch.Tensor | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    members: int = 1
 
     @cached_property
     def maps(self) -> dict[str, torch.Tensor]:
@@ -120,6 +122,11 @@ class CamResult:
     @property
     def native(self) -> dict[str, torch.Tensor]:
         """Layer -> raw signed map on the layer's own grid, (B, *s); one window only."""
+        if self.members > 1:
+            raise InputError(
+                f"the maps of {self.members} networks and flips were averaged, and flipped layers "
+                "have grids of their own: use .maps"
+            )
         if self.windows > 1:
             raise InputError(
                 f"the input was cut into {self.windows} windows, each with a grid of its own: "
@@ -291,6 +298,27 @@ def _status_of(values: torch.Tensor, ceiling: float, noise: float, undefined: bo
     if high <= 0 or high <= noise * ceiling:
         return "zero"
     return "degenerate" if high - low <= max(noise, CONSTANT) * high else "ok"
+
+
+def added(one: LayerMap, other: LayerMap, shape: Sequence[int]) -> LayerMap:
+    """Return the sum of two maps of one layer.
+
+    Where they have grids of their own, as flipped networks do, it lies on the input's voxels.
+
+    Args:
+        shape: voxels of the input, (*S).
+    """
+    grid = one.grid if one.grid == other.grid else FeatureGrid.of_voxels(shape)
+    values = [interpolate(m.values, m.grid, grid) for m in (one, other)]
+    undefined = [m.undefined for m in (one, other) if m.undefined is not None]
+    return replace(
+        one,
+        values=values[0] + values[1],
+        grid=grid,
+        ceiling=one.ceiling + other.ceiling,
+        undefined=torch.stack(undefined).any(0) if undefined else None,
+        flags=tuple(dict.fromkeys((*one.flags, *other.flags))),
+    )
 
 
 def joined(items: Sequence[LayerMap]) -> LayerMap:

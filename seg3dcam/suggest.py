@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from seg3dcam.capture import Capture, capturing
+from seg3dcam.ensemble import members_of
 from seg3dcam.errors import LayerError
 from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
 from seg3dcam.layouts import stride_of
@@ -100,6 +101,7 @@ def suggest_layers(
     >>> [(s.name, s.role, s.stride) for s in suggest_layers(network, (1, 1, 16, 16))]
     [('0', 'bottleneck', (2, 2)), ('2', 'decoder', (1, 1))]
     """
+    input_shape = members_of(model)[0].seen(input_shape)
     model = unwrap(model)
     with capturing(model, [], output) as capture:
         x = _random_input(capture, tuple(input_shape))

@@ -1,13 +1,15 @@
 """Sliding windows: where they lie, how much each counts at a voxel, and how maps are blended.
 
 The windows and their importance are MONAI's, so the prediction is the one that
-`monai.inferers.sliding_window_inference` gives. At a voxel the *share* of a window is its
-importance divided by the sum over all windows there; shares sum to 1.
+`monai.inferers.sliding_window_inference` gives; or those of nnU-Net's own predictor.
+At a voxel the *share* of a window is its importance divided by the sum over all windows there;
+shares sum to 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from monai.utils import fall_back_tuple
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam.checks import check_number, check_whole_number, is_number
-from seg3dcam.errors import ConfigError
+from seg3dcam.errors import ConfigError, MissingExtraError
 from seg3dcam.geometry import FeatureGrid, interpolate
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
@@ -63,6 +65,10 @@ class WindowPlan:
             )
         if self.mode not in ("gaussian", "constant"):
             raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
+        if self.convention not in ("monai", "nnunet"):
+            raise ConfigError(
+                f"window convention {self.convention!r}: legal are 'monai' and 'nnunet'"
+            )
         if not all(is_number(part) and 0 <= part < 1 for part in _as_tuple(self.overlap)):
             raise ConfigError(f"overlap {self.overlap!r}: a fraction, 0 <= overlap < 1")
         if self.padding_mode not in PADDING_MODES:
@@ -137,7 +143,17 @@ class Windows:
     @cached_property
     def importance(self) -> torch.Tensor:
         """How much a window counts at each of its voxels: (*roi) float32, positive."""
-        return compute_importance_map(self.roi, self.plan.mode, self.plan.sigma_scale)
+        mode, sigma_scale = self.plan.mode, self.plan.sigma_scale
+        if self.plan.convention == "nnunet" and mode == "gaussian":
+            # Rounded to half precision, as nnU-Net's predictor weighs.
+            return (
+                _nnunet()
+                .compute_gaussian(
+                    self.roi, sigma_scale, value_scaling_factor=10, device=torch.device("cpu")
+                )
+                .float()
+            )
+        return compute_importance_map(self.roi, mode, sigma_scale)
 
     def total_importance(self, like: torch.Tensor) -> torch.Tensor:
         """Return the sum of importance over all windows at each voxel of the padded volume."""
@@ -167,7 +183,7 @@ class Windows:
 
 
 def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
-    """Lay out the windows of a volume: MONAI's places, in MONAI's order.
+    """Lay out the windows of a volume: MONAI's places in MONAI's order, or nnU-Net's.
 
     Args:
         plan: None for one window, the volume itself.
@@ -181,14 +197,69 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
     roi = fall_back_tuple(_for_each_axis(plan.roi_size, len(shape), "roi_size"), shape)
     overlap = _for_each_axis(plan.overlap, len(shape), "overlap")
     padded = tuple(map(max, shape, roi))
+    starts = _STARTS[plan.convention](padded, roi, overlap)
+    before = tuple((p - s) // 2 for p, s in zip(padded, shape, strict=True))
+    return Windows(shape, tuple(roi), before, starts, plan)
+
+
+def _monai_starts(
+    padded: Sequence[int], roi: Sequence[int], overlap: Sequence[float]
+) -> tuple[tuple[int, ...], ...]:
     interval = [
         size if size == length else max(1, int(size * (1 - part)))
         for size, length, part in zip(roi, padded, overlap, strict=True)
     ]
     places = dense_patch_slices(padded, roi, interval, return_slice=True)
-    starts = tuple(tuple(int(axis.start) for axis in place) for place in places)
-    before = tuple((p - s) // 2 for p, s in zip(padded, shape, strict=True))
-    return Windows(shape, tuple(roi), before, starts, plan)
+    return tuple(tuple(int(axis.start) for axis in place) for place in places)
+
+
+def _nnunet_starts(
+    padded: Sequence[int], roi: Sequence[int], overlap: Sequence[float]
+) -> tuple[tuple[int, ...], ...]:
+    steps_of = _nnunet().compute_steps_for_sliding_window
+    lines = [
+        # A 2D network takes every slice once, whatever the overlap.
+        range(length) if size == 1 else steps_of((length,), (size,), round(1 - part, 9))[0]
+        for length, size, part in zip(padded, roi, overlap, strict=True)
+    ]
+    return tuple(itertools.product(*lines))
+
+
+#: Convention -> (padded shape, roi, overlap) -> first voxel of each window.
+_STARTS = {"monai": _monai_starts, "nnunet": _nnunet_starts}
+
+
+def stitched(
+    windows: Windows, x: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return the logits (B, K, *S) of a volume, whatever the windows' convention.
+
+    Args:
+        x: (B, C, *S).
+        predictor: a batch of windows (n, C, *roi) -> logits (n, K, *roi), item by item in the
+            windows' order.
+    """
+    padded, total = windows.pad(x), x.new_empty(0)
+    for item in range(len(x)):
+        for which in windows.batches(range(len(windows))):
+            logits = predictor(windows.cut(padded[item : item + 1], which)).to(x)
+            if not len(total):
+                total = x.new_zeros(len(x), logits.shape[1], *windows.padded_shape)
+            for window, part in zip(which, logits, strict=True):
+                total[item][_box(windows.starts[window], windows.roi)] += part * (
+                    windows.importance.to(part)
+                )
+    return windows.crop(total / windows.total_importance(x))
+
+
+def _nnunet() -> Any:
+    try:
+        from nnunetv2.inference import sliding_window_prediction
+    except ImportError as error:
+        raise MissingExtraError(
+            "windows by nnU-Net's convention are its own: pip install 'seg3dcam[nnunet]'"
+        ) from error
+    return sliding_window_prediction
 
 
 class Blend:

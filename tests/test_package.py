@@ -18,9 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"checks", "files", "geometry"},
-    {"outputs"},
+    {"outputs", "ensemble"},
     {"layers", "targets", "methods", "windows", "inputs"},
-    {"ensemble"},
     {"layouts"},
     {"witnesses"},
     {"capture", "result"},

@@ -101,7 +101,7 @@ def compare_map(
     Raises:
         MissingExtraError: captum is not installed.
     """
-    with capturing(first.capture.model, [], output) as capture:
+    with capturing(first.capture.member, [], output) as capture:
         items = range(len(first.x))
         return joined(
             [_map(first, item, target, seed, comparator, capture, progress) for item in items]

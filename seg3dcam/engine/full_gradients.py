@@ -19,7 +19,7 @@ from seg3dcam.layouts import INPUT
 from seg3dcam.methods import FullGradient
 from seg3dcam.methods.base import for_each_item
 from seg3dcam.outputs import OutputSelection
-from seg3dcam.probe import measure_grids
+from seg3dcam.probe import measured_in_window
 from seg3dcam.result import LayerMap, joined
 from seg3dcam.windows import Blend
 
@@ -42,10 +42,9 @@ def full_gradient_map(
     Args:
         score: (B,) of the target.
     """
-    model = first.capture.model
-    layers = [INPUT, *_with_places(first, _biased_layers(model), output)]
-    with capturing(model, layers, output) as capture:
-        second = FirstPass(capture, first.windows, first.x, first.logits, {})
+    layers = [INPUT, *_with_places(first, _biased_layers(first.capture.model), output)]
+    with capturing(first.capture.member, layers, output) as capture:
+        second = FirstPass(capture, first.windows, first.x, first.logits, {}, own=first.own)
         grids: dict[LayerRef, FeatureGrid] = {}
         maps = [
             _map(second, items, score[list(items)], seed, method, grids, progress)
@@ -69,11 +68,9 @@ def _map(
     biases = _biases(first.capture)
     for found in gradient_pass(first, items, [seed], progress):
         if not grids:
-            example = found.activations[INPUT][:1]
-            shapes = {layer: tuple(a.shape[2:]) for layer, a in found.activations.items()}
-            inner = {layer: shape for layer, shape in shapes.items() if layer != INPUT}
+            inner = {k: shape for k, shape in first.capture.shapes.items() if k != INPUT}
             grids[INPUT] = voxels
-            grids.update(measure_grids(first.capture.model, example, inner))
+            grids.update(measured_in_window(first.capture, found.activations[INPUT][:1], inner))
         for layer, grid in grids.items():
             for window, a, gradient in found.each(layer):
                 g = wide(gradient)
@@ -91,15 +88,17 @@ def _map(
     return LayerMap(values, grid, voxels, ceiling, first.capture.dtype, None, tuple(flags))
 
 
-def _slope(first: FirstPass, items: Sequence[int], seed: Seed) -> torch.Tensor:
+def _slope(logits: torch.Tensor, items: Sequence[int], seed: Seed) -> torch.Tensor:
     """Return seed . logits of some items."""
     dense = seed.cut(items, (0,) * len(seed.shape[2:]), seed.shape[2:])
-    return (dense * first.logits[list(items)]).flatten(1).sum(1)
+    return (dense * logits[list(items)]).flatten(1).sum(1)
 
 
 def _bent(first: FirstPass, items: Sequence[int], score: torch.Tensor, seed: Seed) -> Iterator[str]:
     """Say so where the score is not linear in the logits."""
-    for slope, whole in zip(_slope(first, items, seed).tolist(), score.tolist(), strict=True):
+    for slope, whole in zip(
+        _slope(first.logits, items, seed).tolist(), score.tolist(), strict=True
+    ):
         if _differ(slope, whole, first.capture.dtype):
             yield (
                 f"the score, {whole:.4g}, is not linear in the logits: full_grad takes apart its "
@@ -121,7 +120,8 @@ def _missing(
         "LeakyReLU share out what no bias accounts for, and so do biases outside of layers"
     )
     summed = total.flatten(1).sum(1)
-    for slope, found in zip(_slope(first, items, seed).tolist(), summed.tolist(), strict=True):
+    logits = first.logits if first.own is None else first.own  # of an ensemble's member
+    for slope, found in zip(_slope(logits, items, seed).tolist(), summed.tolist(), strict=True):
         if _differ(slope, found, first.capture.dtype):
             yield (
                 f"full_grad is not complete here: the map sums to {found:.4g}, what it takes apart "
@@ -164,7 +164,7 @@ def _with_places(
     if not any(isinstance(layer.module, nn.Linear) for layer in layers):
         return layers
     axes = len(first.windows.roi)
-    with capturing(first.capture.model, layers, output) as capture:
+    with capturing(first.capture.member, layers, output) as capture:
         capture.observe(first.cut([0], [0]), copy=False)
         dropped = capture.dropped
     return [

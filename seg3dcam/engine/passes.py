@@ -9,7 +9,7 @@ window where `dS/dL` vanishes needs no backward pass at all. Several scores shar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from monai.inferers import sliding_window_inference
 from seg3dcam.capture import Capture
 from seg3dcam.errors import ModelError
 from seg3dcam.layers import LayerRef
-from seg3dcam.windows import Windows
+from seg3dcam.windows import Windows, stitched
 
 #: Called with (step, windows done, windows in all).
 Progress = Callable[[str, int, int], None]
@@ -43,6 +43,7 @@ class FirstPass:
         shapes: layer -> spatial shape of its activations in one window.
         kept: (item, window) -> activations, as far as they fit the plan's memory limit.
         footprint: bytes that one input takes in a forward pass, once measured.
+        own: of a member of an ensemble, its own logits; `logits` are then the ensemble's.
     """
 
     capture: Capture
@@ -54,6 +55,7 @@ class FirstPass:
     activations: Activations = field(default_factory=dict)
     kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
     footprint: int = 0
+    own: torch.Tensor | None = None
 
     @property
     def items(self) -> list[list[int]]:
@@ -197,6 +199,9 @@ def predict(
         return logits.to(batch)
 
     plan = windows.plan
+    if plan.convention != "monai":
+        logits = stitched(windows, x, predictor)
+        return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
     logits = sliding_window_inference(
         x,
         windows.roi,
@@ -211,6 +216,34 @@ def predict(
         device=x.device,
     )
     return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+
+
+def predict_member(
+    capture: Capture,
+    x: torch.Tensor,
+    windows: Windows,
+    logits: torch.Tensor,
+    *,
+    graph: bool,
+    keep: bool,
+    own: bool,
+    progress: Progress,
+) -> FirstPass:
+    """Run the first pass of a network whose ensemble has been predicted.
+
+    Through windows it predicts again only where it must.
+
+    Args:
+        logits: the ensemble's, (B, K, *S).
+        graph, keep: as for `predict`.
+        own: whether its own logits are wanted too.
+    """
+    if len(windows) == 1 or keep or own:
+        first = predict(capture, x, windows, graph=graph, keep=keep, progress=progress)
+        return replace(first, logits=logits, own=first.logits)
+    first = FirstPass(capture, windows, x, logits, {})
+    capture.observe_layers(first.cut([0], [0]))
+    return replace(first, shapes=capture.shapes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ for all targets and layers; those that rescore, look at biases or at the input f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,14 @@ class Asked:
 
     Attributes:
         target: a function of the logits.
+        settled: the same, with its region as it is at the prediction.
         score: (B,).
         seed: dS/dlogits.
         region_voxels: (B,) voxels that it looks at, None if it does not say.
     """
 
     target: Target
+    settled: Target
     score: torch.Tensor
     seed: Seed
     region_voxels: torch.Tensor | None
@@ -54,7 +56,7 @@ class Asked:
         score, seed = score_and_seed(settled, logits)
         region = region_of(settled, logits)
         voxels = None if region is None else region.reshape(len(score), -1).sum(1)
-        return cls(target, score, Seed.of(seed), voxels)
+        return cls(target, settled, score, Seed.of(seed), voxels)
 
 
 def looks_at_layers(method: Any) -> bool:
@@ -76,6 +78,11 @@ def needs_activations(method: Any, shared: bool) -> bool:
     return isinstance(method, Perturbation) or (
         isinstance(method, Method) and (shared or not method.order)
     )
+
+
+def needs_own_logits(method: Any) -> bool:
+    """Tell whether a method, at a member of an ensemble, looks at that member's own logits."""
+    return isinstance(method, Perturbation | FullGradient)
 
 
 def maps_of(
@@ -119,7 +126,9 @@ def _by_itself(
     progress: Progress,
 ) -> Maps:
     if isinstance(method, Perturbation):
-        return rescore_maps(first, one.target, method, grids, progress=progress)
+        if first.own is not None:  # what a member's channels do is seen in its own logits
+            first = replace(first, logits=first.own)
+        return rescore_maps(first, one.settled, method, grids, progress=progress)
     if isinstance(method, FullGradient):
         return {OF_INPUT: full_gradient_map(first, one.score, one.seed, method, output, progress)}
     if isinstance(method, Comparator):
