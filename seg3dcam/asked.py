@@ -158,8 +158,8 @@ def check_together(job: Job) -> None:
             f"min_voxels {job.min_voxels} is about components: it goes together with --region "
             "components"
         )
-    scans = [job.scan] if isinstance(job.scan, str) else job.scan
-    if job.truth is not None and Path(job.truth).resolve() in [Path(s).resolve() for s in scans]:
+    scans = [Path(scan).resolve() for scan in job.scans]
+    if job.truth is not None and Path(job.truth).resolve() in scans:
         raise ConfigError(f"truth {job.truth}: that is the scan itself; give a label map")
     if job.label is not None and job.truth is None:
         raise ConfigError("label is that of a class in the truth: give --truth")

@@ -46,6 +46,7 @@ from seg3dcam.explain import ALL_METHODS, explain_each
 from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
 from seg3dcam.models import SegModel, load_model
+from seg3dcam.models.load import relative_to
 from seg3dcam.review import save_features
 from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
@@ -58,6 +59,11 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+_MODEL = "a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
+
+#: Options of pairs -> an example.
+_PAIRS = {"--settings": "window=4", "--input": "t1=t1.nii.gz"}
 
 #: What to open first, and where.
 _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb": "in one file"}
@@ -87,7 +93,11 @@ def explain(
             help="NIfTI file or folder of a DICOM series; several files are one scan's channels"
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="model spec, a YAML file")] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="image key of a bundle and its file, as t1=t1.nii.gz; repeatable"),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="class name or index; repeatable; default: every predicted class"),
@@ -178,6 +188,10 @@ def explain(
     options = {k: v for k, v in given.items() if k in Job.model_fields and v is not None}
     if "intensity_window" in options:
         options["intensity_window"] = _window(options["intensity_window"])
+    if input:
+        if scan:
+            raise ConfigError("--input names the scan's files: leave out the others")
+        options["scan"] = _pairs("--input", input)
     if settings:
         of_file = content.get("settings", {})
         # What is no mapping is left as it is, for `validate` to refuse.
@@ -189,7 +203,7 @@ def explain(
 
 @app.command()
 def layers(
-    model: Annotated[Path, typer.Option(help="model spec, a YAML file")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
     shape: Annotated[
         str | None, typer.Option(help="input voxels, as 96,96,96; default: the model's window")
     ] = None,
@@ -222,7 +236,7 @@ def layers(
 @app.command()
 def features(
     scan: Annotated[list[str], typer.Argument(help="NIfTI file; several are its channels")],
-    model: Annotated[Path, typer.Option(help="model spec, a YAML file")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
     layer: Annotated[str, typer.Option(help="one layer; default: the bottleneck")] = "auto",
     target: Annotated[
         str | None, typer.Option(help="class name or index: ranks channels by Grad-CAM's weights")
@@ -315,13 +329,12 @@ def _explain_job(job: Job, force: bool, trust: bool) -> None:
     check_together(job)
     look_of(job)
     check_writable(Path(job.out))
-    model = load_model(job.model, trust=trust)
+    keys = {} if job.image_keys is None else {"inputs": job.image_keys}
+    model = load_model(job.model, trust=trust, **keys)
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
-        scan = load_scan(
-            job.scan if isinstance(job.scan, str) or len(job.scan) > 1 else job.scan[0]
-        )
+        scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0])
         check_slice(scan, job)
         check_formats(scan, job)
         truth = None if job.truth is None else load_labels(job.truth)
@@ -356,7 +369,7 @@ def _explain_job(job: Job, force: bool, trust: bool) -> None:
 def _check_places(job: Job) -> None:
     """Raise ConfigError where results would lie among the scan's files, or the other way."""
     out = Path(job.out).resolve()
-    scans = [Path(s).resolve() for s in ([job.scan] if isinstance(job.scan, str) else job.scan)]
+    scans = [Path(scan).resolve() for scan in job.scans]
     truth = [Path(job.truth).resolve()] if job.truth else []
     if any(source.is_relative_to(out) for source in [*scans, *truth]):
         raise ConfigError(
@@ -429,28 +442,42 @@ def _print_files(folder: Path, files: list[Path]) -> None:
 def _job_of_file(path: Path) -> dict[str, Any]:
     """Return a job file's settings, with paths relative to the file."""
     content = read_yaml(path)
-    for key in ("scan", "model", "out", "truth"):
+    for key in ("scan", "out", "truth"):
         value = content.get(key)
         if isinstance(value, str):
             content[key] = str(path.parent / value)
         elif isinstance(value, list):
             content[key] = [str(path.parent / str(item)) for item in value]
+        elif isinstance(value, dict):
+            content[key] = {name: str(path.parent / str(item)) for name, item in value.items()}
+    if isinstance(content.get("model"), str):
+        content["model"] = relative_to(path.parent, content["model"])
     return content
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """Return the settings of ['name=value', ...]; values are read as YAML."""
     found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--settings {pair!r}: write name=value, such as window=4")
+    for name, value in _pairs("--settings", pairs).items():
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"--settings {pair!r}: {value!r} cannot be read as a value"
+                f"--settings {name}={value}: {value!r} cannot be read as a value"
             ) from error
+    return found
+
+
+def _pairs(option: str, pairs: list[str]) -> dict[str, str]:
+    """Return the values of ['name=value', ...] by their names."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"{option} {pair!r}: write name=value, such as {_PAIRS[option]}")
+        if name in found:
+            raise ConfigError(f"{option} {pair!r}: {name} is given twice")
+        found[name] = value
     return found
 
 

@@ -180,8 +180,12 @@ Axis = Literal["axial", "coronal", "sagittal"]
 class Job(_Settings):
     """One run of `seg3dcam explain`; the command line's options override it."""
 
-    scan: str | Annotated[list[str], Field(min_length=1)]
-    model: str
+    scan: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, str], Field(min_length=1)]
+    ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
+    model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
     out: str = "seg3dcam_out"
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
@@ -235,6 +239,18 @@ class Job(_Settings):
         if self.slice is not None and len(self.axes) > 1:
             raise ValueError(f"slice {self.slice} is one of a plane: give one axis, such as axial")
         return self
+
+    @property
+    def scans(self) -> list[str]:
+        """The scan's files, or its folder, in the order of the channels."""
+        if isinstance(self.scan, str):
+            return [self.scan]
+        return list(self.scan.values() if isinstance(self.scan, dict) else self.scan)
+
+    @property
+    def image_keys(self) -> list[str] | None:
+        """The image keys of a bundle that the scan's files are for, None where none are named."""
+        return list(self.scan) if isinstance(self.scan, dict) else None
 
     @property
     def formats(self) -> list[Format]:

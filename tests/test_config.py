@@ -13,7 +13,18 @@ from monai.networks.nets import SegResNet, UNet
 from pydantic import BaseModel
 
 from seg3dcam import METHODS
-from seg3dcam.config import Intensity, Job, ModelSpec, Prepare, Window, read_yaml, validate
+from seg3dcam.config import (
+    BundleSpec,
+    ExportedSpec,
+    Intensity,
+    Job,
+    ModelSpec,
+    NnunetSpec,
+    Prepare,
+    Window,
+    read_yaml,
+    validate,
+)
 from seg3dcam.errors import ConfigError
 from seg3dcam.layers import resolve_layers
 from seg3dcam.windows import WindowPlan
@@ -22,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "seg3dcam" / "demo" / "model.yaml"
 JOBS = sorted((ROOT / "configs").glob("*_job.yaml"))
 MODELS = [*sorted((ROOT / "configs").glob("*_model.yaml")), DEMO]
+OTHERS = {"bundle": BundleSpec, "nnunet": NnunetSpec, "exported": ExportedSpec}
 NETWORKS = {"UNet": UNet, "SegResNet": SegResNet}
 
 
@@ -45,7 +57,8 @@ def network(spec):
 
 
 def test_every_example_is_a_job_or_a_model():
-    assert {*JOBS, *MODELS} == {*(ROOT / "configs").iterdir(), DEMO}
+    others = {ROOT / "configs" / f"{kind}.yaml" for kind in OTHERS}
+    assert {*JOBS, *MODELS, *others} == {*(ROOT / "configs").iterdir(), DEMO}
     assert len(JOBS) == 2
     assert len(MODELS) == 3
 
@@ -89,6 +102,24 @@ def test_every_key_is_explained(name, kinds):
     for key in (key for kind in kinds for key in kind.model_fields):
         place = next(i for i, line in enumerate(lines) if re.match(rf" *#? *{key}:( |$)", line))
         assert lines[place].strip().startswith("#") or lines[place - 1].strip().startswith("#"), key
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_from_elsewhere_are_legal_and_explained(kind):
+    path = ROOT / "configs" / f"{kind}.yaml"
+    content = read_yaml(path)
+    spec = validate(content, OTHERS[kind], path.name)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for key in content:
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{key}: "))
+        assert lines[place - 1].startswith("#"), key
+    if kind != "exported":  # whose other keys are those of the CT model
+        assert set(content) == set(OTHERS[kind].model_fields)
+        required = {kind: content[kind]}
+        changed = {"classes", "folds"}  # shown, and no defaults
+        assert validate(required, OTHERS[kind], "").model_copy(
+            update={key: content[key] for key in changed & set(content)}
+        ) == spec.model_copy(update={"config": None} if kind == "bundle" else {})
 
 
 def test_values_of_the_ct_job_are_the_defaults():

@@ -62,10 +62,28 @@ def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> S
         path = Path(source)
         content = read_yaml(path)
     given = {**content, **settings}
-    settings_class, module = SOURCES[_kind(given, path)]
+    kind = _kind(given, path)
+    if "inputs" in settings and kind != "bundle":
+        raise ConfigError(
+            f"{source}: image keys (inputs, --input key=path) are those of a MONAI bundle; give "
+            "the scan's files in the order of its channels"
+        )
+    settings_class, module = SOURCES[kind]
     spec = validate(given, settings_class, Path(source).name)
     build: Callable[[Any, Path, bool], SegModel] = importlib.import_module(module).build
     return build(spec, path, trust)
+
+
+def relative_to(folder: Path, source: str) -> str:
+    """Return a source with its path relative to a folder, as in a job file.
+
+    >>> relative_to(Path("jobs"), "nnunet:model"), relative_to(Path("jobs"), "model.yaml")
+    ('nnunet:jobs/model', 'jobs/model.yaml')
+    """
+    kind, _, place = source.partition(":")
+    if kind in SHORT and place:
+        return f"{kind}:{folder / place}"
+    return str(folder / source)
 
 
 def _kind(given: dict[str, Any], path: Path) -> str:
