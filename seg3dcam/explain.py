@@ -267,14 +267,14 @@ def _prediction_on(
 
     Where it does not say how, logits are moved, then compared.
     """
-    if model.restore is not None:
-        masks = model.restore(result.logits[0].cpu().float(), scan, prepared)
-        if masks.dtype != torch.bool or tuple(masks.shape[1:]) != scan.shape:
+    own = model.restore and model.restore(result.logits[0].cpu().float(), scan, prepared)
+    if own is not None:
+        if own.dtype != torch.bool or tuple(own.shape[1:]) != scan.shape:
             raise ModelError(
-                f"{model.name}: its way back to the scan gave {masks.dtype} {tuple(masks.shape)}; "
+                f"{model.name}: its way back to the scan gave {own.dtype} {tuple(own.shape)}; "
                 f"masks (K, *{scan.shape}) of dtype bool are wanted"
             )
-        return masks
+        return own
     affine = prepared.affine.numpy()
     masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool)
     best = None

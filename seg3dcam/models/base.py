@@ -33,8 +33,8 @@ class SegModel:
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
         restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
-            (K, X, Y, Z) bool on the scan's own grid, as the model's framework makes them; None
-            moves the logits linearly and compares them there.
+            (K, X, Y, Z) bool on the scan's own grid, as the model's framework makes them. None,
+            or where it returns None: the logits are moved linearly, then compared.
         window: the sliding window, None for the whole scan at once.
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
@@ -50,7 +50,7 @@ class SegModel:
     class_names: Sequence[str] = ()
     activation: Activation = "softmax"
     prepare: Callable[[Scan], MetaTensor] = field(default=as_is)
-    restore: Callable[[torch.Tensor, Scan, MetaTensor], torch.Tensor] | None = None
+    restore: Callable[[torch.Tensor, Scan, MetaTensor], torch.Tensor | None] | None = None
     window: WindowPlan | None = None
     output: OutputSelection = None
     in_channels: int | None = None

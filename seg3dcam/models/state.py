@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from seg3dcam.errors import ModelError
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights", "net", "network")
 
 
-def read_state(file: Path) -> Mapping[str, torch.Tensor]:
+def read_state(file: Path, key: str | None = None) -> Mapping[str, torch.Tensor]:
     """Read a state dict of tensors, also inside of a checkpoint, without running code.
+
+    Args:
+        key: where a checkpoint keeps it; None looks at the usual places.
 
     Raises:
         ModelError: no such file, or it holds something else.
@@ -28,6 +33,8 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
+        elif is_torchscript(file):
+            content = torchscript_state(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
@@ -41,9 +48,9 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
             ".safetensors and files that torch.load(weights_only=True) reads: a state dict of "
             "tensors"
         ) from error
-    for key in CHECKPOINT_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    for place in (key, *CHECKPOINT_KEYS):
+        if isinstance(content, Mapping) and isinstance(content.get(place), Mapping):
+            content = content[place]
             break
     if not isinstance(content, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
@@ -54,6 +61,25 @@ def read_state(file: Path) -> Mapping[str, torch.Tensor]:
             + ", ".join(CHECKPOINT_KEYS)
         )
     return content
+
+
+def is_torchscript(file: Path) -> bool:
+    """Tell whether a file is a TorchScript archive, which holds code and weights."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def torchscript_state(file: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a TorchScript archive.
+
+    Its own code is TorchScript, which knows no files and no processes, and runs only when it is
+    called; its tensors are read by PyTorch's unpickler in C++, which makes no Python objects.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that TorchScript is old
+        return torch.jit.load(str(file), map_location="cpu").state_dict()
 
 
 def check_fit(
