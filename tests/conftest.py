@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,29 +19,51 @@ torch.set_num_threads(1)
 def pytorch_grad_cam() -> ModuleType:
     """Import pytorch-grad-cam, also where the installed torchvision does not fit the torch.
 
-    Only the image helpers of pytorch-grad-cam use torchvision, and no test calls those, so an
-    empty stand-in is enough. It is there during the import and gone afterwards.
+    Only the image helpers of pytorch-grad-cam use torchvision, and no test calls those.
     """
+    return _import_without_torchvision("pytorch_grad_cam")
+
+
+@pytest.fixture(scope="session")
+def lightning() -> ModuleType:
+    """Import Lightning, also where the installed torchvision does not fit the torch.
+
+    Only image metrics use torchvision, and no test has one.
+    """
+    return _import_without_torchvision("lightning.pytorch")
+
+
+def _import_without_torchvision(name: str) -> ModuleType:
+    """Import a module; a torchvision that is broken is replaced by an empty one meanwhile."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("torchvision")
         except (ImportError, RuntimeError, OSError):
-            for name, module in _torchvision_stand_in().items():
-                patch.setitem(sys.modules, name, module)
-        return importlib.import_module("pytorch_grad_cam")
+            for place, module in _torchvision_stand_in().items():
+                patch.setitem(sys.modules, place, module)
+        return importlib.import_module(name)
+
+
+class _StandIn(ModuleType):
+    """A module in which every name is a function that must not be called."""
+
+    __path__: ClassVar[list[str]] = []  # a package, so that it may have modules
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _not_here
 
 
 def _torchvision_stand_in() -> dict[str, ModuleType]:
-    names = ("", ".ops", ".transforms", ".transforms.functional")
-    modules = {f"torchvision{name}": ModuleType(f"torchvision{name}") for name in names}
-    top, transforms = modules["torchvision"], modules["torchvision.transforms"]
-    top.ops, top.transforms = modules["torchvision.ops"], transforms
-    transforms.functional = modules["torchvision.transforms.functional"]
-    for name in ("Compose", "Normalize", "ToTensor"):
-        setattr(transforms, name, _not_here)
-    transforms.functional.resize = _not_here
-    top.ops.box_iou = _not_here
+    names = ("", ".models", ".ops", ".transforms", ".transforms.functional")
+    modules: dict[str, ModuleType] = {}
+    for name in names:
+        modules[f"torchvision{name}"] = _StandIn(f"torchvision{name}")
+        parent, _, last = f"torchvision{name}".rpartition(".")
+        if parent:
+            setattr(modules[parent], last, modules[f"torchvision{name}"])
     return modules
 
 

@@ -89,7 +89,7 @@ def test_the_prediction_is_monais_own(case, tmp_path):
         assert np.array_equal(np.moveaxis(masks, 0, -1), labels > 0.5)
     else:
         assert np.array_equal(masks.argmax(0), labels)
-    assert 0.01 < masks[1].mean() < 0.99  # something to compare
+    assert any(0.01 < mask.mean() < 0.99 for mask in masks)  # something to compare
     assert np.array_equal(found.affine, nib.load(file).affine)
     assert np.allclose(written.affine, found.affine, atol=1e-4)
 

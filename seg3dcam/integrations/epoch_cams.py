@@ -1,0 +1,179 @@
+"""CAMs of chosen cases, every so many epochs: what handlers and callbacks write."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from seg3dcam.errors import (
+    ConfigError,
+    EmptyRegionError,
+    InputError,
+    OutputError,
+    ScanError,
+    Seg3dcamWarning,
+)
+from seg3dcam.explain import ALL_METHODS, explain_each
+from seg3dcam.files import check_writable, unique_names
+from seg3dcam.layers import LayerSpec
+from seg3dcam.models.base import SegModel
+from seg3dcam.outputs import OutputSelection
+from seg3dcam.review import review_explanation, save_montage
+from seg3dcam.scan import load_scan
+from seg3dcam.targets import Activation
+from seg3dcam.windows import WindowPlan
+
+
+@dataclass
+class EpochCams:
+    """Explains chosen cases during training, and writes a folder for every epoch and case.
+
+    A case gets `epoch_0005/case_0/cam_<target>.nii.gz`, where the network's input lies in the
+    patient, and a picture of its slices, `cam_<target>.png`. A run that is repeated replaces them.
+    The network, its statistics and all random states are as before, so that training goes on as
+    it would have without.
+
+    What may pass does not stop a training: a class that is not predicted yet, an image without
+    content, a full disk, no memory left are warnings. A wrong setting is an error at once.
+
+    Args:
+        out: folder for everything.
+        targets: class names, indices and targets, see `explain_each`; None is every class that is
+            predicted. A class index c means its log-odds over the predicted mask.
+        target_layers, sliding_window, output, activation: see `BaseCAM`. Windows must be those of
+            the validation.
+        method: a key of `METHODS`.
+        cases: numbers of validation cases, counted from 0 in the order in which they come.
+        interval: epochs between two times.
+        class_names: one for each channel, for the files' names.
+
+    Raises:
+        ConfigError: an unknown method, or numbers that are none.
+
+    Example:
+        >>> import tempfile
+        >>> network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 2, 1))
+        >>> cams = EpochCams(tempfile.mkdtemp(), targets=[0], target_layers="1", interval=5)
+        >>> cams.wants(epoch=5, case=0), cams.wants(epoch=6, case=0), cams.wants(epoch=5, case=1)
+        (True, False, False)
+    """
+
+    out: str | Path
+    targets: Sequence[Any] | None = None
+    target_layers: LayerSpec = "auto"
+    method: str = "hires_cam"
+    cases: Iterable[int] = (0,)
+    interval: int = 1
+    class_names: Sequence[str] = ()
+    activation: Activation = "softmax"
+    sliding_window: WindowPlan | None = None
+    output: OutputSelection = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        self.cases = frozenset(self.cases)
+        if self.method not in ALL_METHODS:
+            raise ConfigError(f"method {self.method!r}: legal are {', '.join(ALL_METHODS)}")
+        if type(self.interval) is not int or self.interval < 1:
+            raise ConfigError(f"interval {self.interval!r}: a whole number of epochs from 1 up")
+        if not all(type(case) is int and case >= 0 for case in self.cases):
+            raise ConfigError(
+                f"cases {sorted(self.cases, key=str)}: numbers of validation cases from 0 up"
+            )
+        check_writable(self.out)
+
+    def wants(self, epoch: int, case: int) -> bool:
+        """Tell whether a case is explained in an epoch."""
+        return epoch % self.interval == 0 and case in self.cases
+
+    def write(
+        self, network: nn.Module, image: torch.Tensor, *, epoch: int, case: int
+    ) -> list[Path]:
+        """Explain one image (C, D, H, W) and return the pictures that were written.
+
+        Args:
+            image: as the network takes it; a MetaTensor says where it lies, any other tensor lies
+                on a grid of 1 mm.
+        """
+        try:
+            return self._write(network, image, epoch, case)
+        except (EmptyRegionError, ScanError, OutputError, torch.OutOfMemoryError) as error:
+            warnings.warn(
+                f"no CAM of case {case} in epoch {epoch}: {error}", Seg3dcamWarning, stacklevel=2
+            )
+            return []
+
+    def _write(self, network: nn.Module, image: torch.Tensor, epoch: int, case: int) -> list[Path]:
+        if image.ndim != 4:
+            raise InputError(
+                f"an image to be explained is (C, D, H, W), without a batch; got "
+                f"{tuple(image.shape)}"
+            )
+        with torch.inference_mode(False):
+            placed = image if isinstance(image, MetaTensor) else MetaTensor(image.detach())
+            scan = load_scan(placed.clone().float())
+            model = SegModel(
+                network,
+                class_names=self.class_names,
+                activation=self.activation,
+                window=self.sliding_window,
+                output=self.output,
+            )
+            explanations = explain_each(
+                scan,
+                model,
+                self.targets,
+                layers=self.target_layers,
+                method=self.method,
+                **self.settings,
+            )
+            folder = Path(self.out) / f"epoch_{epoch:04d}" / f"case_{case}"
+            pictures, names = [], []
+            for explanation in explanations:
+                names.append(explanation.label)
+                name = unique_names(names)[-1]
+                explanation.save(folder / f"cam_{name}.nii.gz")
+                review = review_explanation(explanation, case=f"case {case}, epoch {epoch}")
+                pictures.append(save_montage(folder / f"cam_{name}.png", review))
+        return pictures
+
+
+def images_of(batch: Any) -> list[torch.Tensor]:
+    """Return the images (C, *S) of a batch.
+
+    It is a tensor (B, C, *S), a dict with "image", a list of such dicts as MONAI decollates them,
+    or a tuple or list whose first element is the images.
+
+    Raises:
+        InputError: it is none of these.
+
+    >>> [tuple(image.shape) for image in images_of({"image": torch.zeros(2, 1, 4, 4, 4)})]
+    [(1, 4, 4, 4), (1, 4, 4, 4)]
+    """
+    if isinstance(batch, torch.Tensor):
+        if isinstance(batch, MetaTensor):
+            return [batch[number] for number in range(len(batch))]
+        return list(batch)
+    if isinstance(batch, Mapping) and "image" in batch:
+        return images_of(batch["image"])
+    if isinstance(batch, list | tuple) and batch:
+        if isinstance(batch[0], Mapping) and all("image" in item for item in batch):
+            return [item["image"] for item in batch]
+        if isinstance(batch, list) and all(
+            isinstance(item, torch.Tensor) and item.ndim == 4 for item in batch
+        ):
+            return batch
+        return images_of(batch[0])
+    raise InputError(
+        f"no images found in a batch of type {type(batch).__name__}: it is no tensor (B, C, *S), "
+        "has no 'image', and no such first element. Give batch_transform=, a function from the "
+        "batch to the images"
+    )

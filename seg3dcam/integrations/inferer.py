@@ -1,0 +1,92 @@
+"""A MONAI inferer that gives class activation maps in place of logits."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import nn
+
+from seg3dcam.cams import CAMS
+from seg3dcam.errors import ConfigError, nearest
+from seg3dcam.layers import LayerSpec
+from seg3dcam.result import CamResult, Scale
+
+#: MONAI's names -> ours.
+_MONAI_NAMES = {"gradcam": "grad_cam", "gradcampp": "grad_cam_plus_plus"}
+
+
+class CamInferer(Inferer):
+    """Explains in place of predicting; arguments are named as those of `SaliencyInferer`.
+
+    Args:
+        cam_name: a key of `METHODS`, or MONAI's "GradCAM" or "GradCAMpp".
+        target_layers: see `BaseCAM`.
+        class_idx: a class index (its log-odds over the predicted mask) or a target; None is the
+            original recipe, which is about no class.
+        scale: "max" gives maps in [0, 1]; "raw" positive evidence in its own units.
+        settings: more arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 2, 1))
+        >>> from seg3dcam.targets import ClassLogit
+        >>> inferer = CamInferer("GradCAM", "1", ClassLogit(0, "volume"))
+        >>> inferer(torch.rand(2, 1, 8, 8, 8), network).shape
+        torch.Size([2, 1, 8, 8, 8])
+    """
+
+    def __init__(
+        self,
+        cam_name: str,
+        target_layers: LayerSpec = "auto",
+        class_idx: Any = None,
+        *,
+        scale: Scale = "max",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        key = _MONAI_NAMES.get(cam_name.lower(), cam_name)
+        if cam_name.lower() == "cam":
+            raise ConfigError(
+                "cam_name 'CAM' needs a classifier's last fully connected layer, which a "
+                "segmentation network does not have; take 'GradCAM' or 'hires_cam'"
+            )
+        if key not in CAMS:
+            raise ConfigError(f"cam_name {cam_name!r}: {nearest(cam_name, CAMS)}")
+        self.cam_name, self.target_layers, self.class_idx = key, target_layers, class_idx
+        self.scale, self.settings = scale, settings
+
+    def __call__(
+        self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return the maps (B, 1, *S) of inputs (B, C, *S).
+
+        Of a MetaTensor they are one too, with its place and its applied operations, so that
+        `Invertd` leads them back.
+
+        Raises:
+            ConfigError: more inputs for the network than one.
+        """
+        if args or kwargs:
+            raise ConfigError("CAMs are of networks with one input; conditions cannot be passed on")
+        cam = CAMS[self.cam_name](network, self.target_layers, **self.settings)
+        return as_map_of(inputs, cam(inputs, self.class_idx), self.scale)
+
+
+def as_map_of(inputs: torch.Tensor, result: CamResult, scale: Scale) -> torch.Tensor:
+    """Return the volumes of a result, (B, 1, *S), on the grid that the inputs say."""
+    volume = result.volume(scale=scale)[:, None]
+    return volume.to(inputs.device) if not isinstance(inputs, MetaTensor) else _like(inputs, volume)
+
+
+def _like(inputs: MetaTensor, volume: torch.Tensor) -> MetaTensor:
+    placed = MetaTensor(
+        volume.to(inputs.device),
+        meta=deepcopy(inputs.meta),
+        applied_operations=deepcopy(inputs.applied_operations),  # Invertd takes them off
+    )
+    placed.is_batch = inputs.is_batch
+    return placed

@@ -1,0 +1,87 @@
+"""A MONAI dictionary transform that adds the class activation map of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple_rep
+from torch import nn
+
+from seg3dcam.cams import CAMS
+from seg3dcam.errors import ConfigError, InputError, nearest
+from seg3dcam.layers import LayerSpec
+from seg3dcam.result import Scale
+
+
+class Camd(MapTransform):
+    """Adds the map of an image (C, *S) as a MetaTensor (1, *S) in the same place.
+
+    For post-processing: `Invertd(keys="cam", transform=preprocessing, orig_keys="image",
+    nearest_interp=False)` leads it back to the scan's grid, and `SaveImaged(keys="cam")` writes it
+    there. (`seg3dcam.explain` goes there in one interpolation instead of two.)
+
+    Args:
+        keys: of the images, as the network takes them.
+        network: it stays in this process: the transform refuses to run in a DataLoader's workers.
+        target_layers: see `BaseCAM`.
+        class_idx: a class index or target, see `CamInferer`.
+        cam_name: a key of `METHODS`.
+        names: keys of the maps.
+        scale: "max" gives [0, 1], "raw" positive evidence in its own units.
+        settings: more arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
+
+    Raises:
+        ConfigError: an unknown method, or a DataLoader's worker.
+        InputError: the image does not say where it lies.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        network: nn.Module,
+        target_layers: LayerSpec = "auto",
+        class_idx: Any = None,
+        *,
+        cam_name: str = "hires_cam",
+        names: KeysCollection = "cam",
+        scale: Scale = "max",
+        allow_missing_keys: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if cam_name not in CAMS:
+            raise ConfigError(f"cam_name {cam_name!r}: {nearest(cam_name, CAMS)}")
+        self.names = ensure_tuple_rep(names, len(self.keys))
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(f"names {self.names}: one for each of the keys {self.keys}")
+        self.class_idx, self.scale = class_idx, scale
+        self.cam = CAMS[cam_name](network, target_layers, **settings)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with a map for every image."""
+        if torch.utils.data.get_worker_info() is not None:
+            raise ConfigError(
+                "Camd holds a network and must not run in a DataLoader's workers: put it into the "
+                "postprocessing, or set num_workers=0"
+            )
+        found = dict(data)
+        for key, name in self.key_iterator(found, self.names):
+            image = found[key]
+            if not isinstance(image, MetaTensor):
+                raise InputError(
+                    f"{key!r} is a {type(image).__name__}: a map is placed where its image lies, "
+                    "so it must be a MetaTensor, as LoadImaged gives it"
+                )
+            result = self.cam(image[None], self.class_idx)
+            found[name] = MetaTensor(
+                result.volume(scale=self.scale),
+                meta=deepcopy(image.meta),
+                applied_operations=deepcopy(image.applied_operations),  # Invertd takes them off
+            )
+        return found
