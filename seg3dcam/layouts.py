@@ -206,7 +206,20 @@ def stride_of(size: Shape, input_size: Shape) -> tuple[int, ...] | None:
 
 
 def _is_first(module: nn.Module) -> bool:
-    return _is_first_kind(_last_part(module))
+    return _is_first_kind(_last_part(module)) or _is_exported_convolution(module)
+
+
+def _is_exported_convolution(module: nn.Module) -> bool:
+    """Tell whether a module of an exported program convolves and moves no axes."""
+    if type(module).__name__ != "InterpreterModule":
+        return False
+    operations = {
+        getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        for part in module.modules()
+        for node in getattr(part, "graph", torch.fx.Graph()).nodes
+    }
+    moves = {"permute", "transpose", "movedim", "reshape", "view", "flatten", "unflatten"}
+    return any(name.startswith("conv") for name in operations) and not operations & moves
 
 
 def _is_first_kind(module: nn.Module) -> bool:

@@ -54,13 +54,27 @@ def measure_grids(
         settled: layouts known by evidence, see `seg3dcam.capture.capturing`.
     """
     model = unwrap(model)
+    if isinstance(model, torch.export.UnflattenedModule):
+        return _measured(model, x, shapes, settled, {}, _PlainOperations())
     convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
     if any("weight" not in module._parameters for module in convolutions):
         return {layer: _convention(shape, x.shape[2:]) for layer, shape in shapes.items()}
-    weights = _central_taps(model)
+    plain = _plain_levels(model, x.ndim)
+    return _measured(model, x, shapes, settled, _central_taps(model), plain)
+
+
+def _measured(
+    model: nn.Module,
+    x: torch.Tensor,
+    shapes: Mapping[LayerRef, tuple[int, ...]],
+    settled: dict[LayerRef, Layout] | None,
+    weights: dict[str, torch.Tensor],
+    plain: Any,
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure the grids with other weights, inside a context that makes the network plain."""
     # None may be dropped: at another size than the input's, tokens may have no readable grid.
     layers = [replace(layer, required=True) for layer in shapes]
-    with capturing(model, layers, None, settled) as capture, _plain_levels(model, x.ndim):
+    with capturing(model, layers, None, settled) as capture, plain:
         by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
     grids = {}
     for layer, shape in shapes.items():
@@ -262,3 +276,34 @@ class _WithoutNorms(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return args[0] if args and func in self._NORMS else func(*args, **(kwargs or {}))
+
+
+class _PlainOperations(TorchFunctionMode):
+    """Makes an exported program plain: its modules have no types, so its operations are changed."""
+
+    _NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm")
+    _UPSAMPLED = ("conv_transpose", "upsample")
+    _ATTENTION = ("scaled_dot_product_attention",)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        packet = getattr(func, "overloadpacket", None)
+        name = "" if packet is None else packet.__name__
+        if name in self._NORMS:
+            return args[0]
+        if name.startswith("conv") and len(args) > 1:
+            kernel = _kernel(args[1], transposed="transpose" in name)
+            args = (args[0], kernel, None, *args[3:])
+            kwargs.pop("bias", None)
+        elif name == "linear":
+            args = (args[0], torch.full_like(args[1], 1 / args[1].shape[1]))
+            kwargs.pop("bias", None)
+        output = func(*args, **kwargs)
+        if name in self._ATTENTION:
+            return torch.zeros_like(output)
+        if name.startswith(self._UPSAMPLED):
+            level = output[0].mean()  # of the constant ramp
+            return output * (_UPSAMPLED / level) if level else output
+        return output

@@ -32,6 +32,7 @@ from nibabel.spatialimages import HeaderDataError
 from seg3dcam.errors import InputError, ScanError, Seg3dcamWarning
 from seg3dcam.geometry import ras_affine, spacing_of
 from seg3dcam.series import is_dicom, read_series
+from seg3dcam.torchio_images import images_of, is_torchio
 
 __all__ = ["SAME_GRID_MM", "Scan", "corner_gap", "load_scan"]
 
@@ -86,7 +87,7 @@ class Scan:
 
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Source: TypeAlias = PathLike | Sequence[PathLike] | torch.Tensor | npt.NDArray | Scan
+Source: TypeAlias = PathLike | Sequence[PathLike] | torch.Tensor | npt.NDArray | Scan | Any
 
 
 def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
@@ -97,6 +98,7 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     - a list of such paths, one file per channel, all on one grid (within 0.001 mm);
     - a folder that holds one DICOM series, or a list of its files: see `seg3dcam.series`;
     - a MONAI `MetaTensor`, (X, Y, Z) or (C, X, Y, Z), which knows its affine;
+    - a TorchIO `ScalarImage`, or a `Subject` whose images, but no label maps, are the channels;
     - a numpy array or a tensor of these shapes, together with `affine`, (4, 4) voxel -> RAS mm;
     - a `Scan`, which is returned as it is.
 
@@ -132,6 +134,8 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
         return source
     if isinstance(source, torch.Tensor):
         return _from_meta_tensor(source)
+    if is_torchio(source):
+        return _from_torchio(source)
     if isinstance(source, (str, os.PathLike)):
         return _checked([Path(source)])
     if (
@@ -204,6 +208,23 @@ def _from_meta_tensor(tensor: torch.Tensor) -> Scan:
     except InputError as error:
         raise ScanError(f"{name}: {error}") from error
     return _from_memory(tensor.as_subclass(torch.Tensor), affine_ras, name)
+
+
+def _from_torchio(source: Any) -> Scan:
+    images = images_of(source)
+    (first, (voxels, affine)), *others = images.items()
+    scan = _from_memory(voxels, affine, "scan")
+    for name, (more, other) in others:
+        same_shape = more.shape[1:] == voxels.shape[1:]
+        if not same_shape or corner_gap(affine, other, scan.shape) > SAME_GRID_MM:
+            raise ScanError(
+                f"the subject's images {first} {tuple(voxels.shape[1:])} and {name} "
+                f"{tuple(more.shape[1:])} lie on different grids. Bring them to one, with "
+                f"torchio.ToReference or torchio.Resample({first!r}), or pass one image"
+            )
+    if not others:
+        return scan
+    return _from_memory(torch.cat([v.float() for v, _ in images.values()]), affine, "scan")
 
 
 def _from_memory(array: torch.Tensor | npt.NDArray, affine: npt.ArrayLike, name: str) -> Scan:

@@ -31,6 +31,11 @@ def read_state(file: Path, key: str | None = None) -> Mapping[str, torch.Tensor]
     if not file.is_file():
         raise ModelError(f"{file}: no such weights file (paths are relative to the model's YAML)")
     try:
+        if file.suffix == ".pt2":
+            raise ValueError(
+                "an exported program: load it in Python, torch.save(program.state_dict, file), and "
+                "give that file; or give it as exported"
+            )
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
         elif is_torchscript(file):

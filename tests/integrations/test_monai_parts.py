@@ -97,7 +97,8 @@ def test_a_map_is_inverted_and_saved_where_the_scan_lies(scan_file, tmp_path):
 
 @pytest.mark.parametrize("scale", ["max", "raw"])
 @pytest.mark.parametrize(
-    ("name", "key"), [("GradCAM", "grad_cam"), ("GradCAMpp", "grad_cam_plus_plus"), ("fem", "fem")]
+    ("name", "key"),
+    [("GradCAM", "grad_cam"), ("GradCAMpp", "grad_cam_plus_plus"), ("layer_cam",) * 2],
 )
 def test_the_inferer_gives_the_methods_volumes(name, key, scale):
     x = torch.rand(2, 1, 7, 8, 9)
@@ -132,7 +133,7 @@ def test_bad_use_is_refused():
         Camd("image", network(), cam_name="hirescam")
     with pytest.raises(ConfigError, match="one for each of the keys"):
         Camd(["a", "b"], network(), names=["cam", "cam"])
-    with pytest.raises(InputError, match="'image' is a Tensor: .* must be a MetaTensor"):
+    with pytest.raises(InputError, match=r"'image' is a Tensor: .* must be a MetaTensor"):
         Camd("image", network(), "1", TARGET)({"image": torch.rand(1, 6, 6, 6)})
     data = {"image": MetaTensor(torch.rand(1, 6, 6, 6))}
     found = Camd("image", network(), "1", TARGET, names="heat")(data)

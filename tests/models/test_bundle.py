@@ -32,7 +32,6 @@ from seg3dcam.errors import ConfigError, ModelError
 from seg3dcam.targets import ClassLogit
 
 pytestmark = [  # MONAI's own, where it runs a bundle
-    pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader"),
     pytest.mark.filterwarnings("ignore:inverse has been called but no invertible"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
