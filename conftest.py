@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-
 #: Its class is made of Lightning's, which may not be installed; it has no doctest.
 collect_ignore = ["seg3dcam/integrations/lightning_callback.py"]
 

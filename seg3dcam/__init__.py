@@ -22,6 +22,7 @@ from seg3dcam.cams import (
     XGradCAM,
     XResCAM,
 )
+from seg3dcam.ensemble import Ensemble
 from seg3dcam.explain import explain, explain_each
 from seg3dcam.explanation import Explanation
 from seg3dcam.methods import METHODS
@@ -42,6 +43,7 @@ __all__ = [
     "CamResult",
     "EigenCAM",
     "EigenGradCAM",
+    "Ensemble",
     "Explanation",
     "FullGrad",
     "GradCAM",

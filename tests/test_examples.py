@@ -24,7 +24,8 @@ from seg3dcam.errors import Seg3dcamWarning, TargetError
 from seg3dcam.targets import ClassLogit, DetectionClass, detection_map
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TRAINING = "train_demo_model.py"  # has a test of its own
+#: These have tests of their own, in tests/integrations and for the demo's model.
+TRAINING = ["train_demo_model.py", "train_lightning.py", "train_monai.py", "train_plain.py"]
 
 WRITTEN = {
     "classifier_2d.py": ["heat_on_picture.png", "picture.png", "sum_with_picture.png"],
@@ -32,6 +33,14 @@ WRITTEN = {
     "detector_heads.py": ["leaf.png"],
     "transformer_tokens.py": ["tokens.png"],
     "feature_maps.py": 8 + 16 + 32 + 16 + 4,  # the channels, and a mosaic for each layer
+    "bundle.py": [
+        *("cam_ball.nii.gz", "cam_ball.png", "inference.json", "metadata.json", "model.pt"),
+        "scan.nii.gz",
+    ],
+    "nnunet.py": [
+        *("cam_ball.nii.gz", "cam_ball.png", "case_0000.nii.gz", "checkpoint_final.pth"),
+        *("dataset.json", "plans.json"),
+    ],
     "original_recipe.py": ["axial_010.png", "cam.nii.gz", "scan.nii.gz"],
 }
 
@@ -87,6 +96,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_every_script_is_in_the_table():
     assert sorted(commands()) == sorted(file.name for file in EXAMPLES.glob("*.py"))
+    assert sorted([*WRITTEN, *TRAINING]) == sorted(commands())
     for script, words in commands().items():
         assert words[1] == f"examples/{script}"
 
