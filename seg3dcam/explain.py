@@ -375,6 +375,7 @@ def _provenance(
             "classes": list(model.class_names),
             "activation": model.activation,
             "windows": result.windows,
+            "members": result.members,
             "window": None if plan is None else asdict(plan),
             "spec": dict(model.spec),
         },

@@ -34,7 +34,6 @@ from monai.transforms import (
     Invertd,
     LoadImaged,
     RandomizableTrait,
-    SaveImaged,
     apply_transform,
 )
 from monai.transforms.utility.array import Lambda
@@ -43,7 +42,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.config import BundleSpec, read_yaml
-from seg3dcam.errors import ConfigError, ModelError, ScanError, nearest
+from seg3dcam.errors import ConfigError, ModelError, ScanError, Seg3dcamWarning, nearest
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.state import check_finite, check_fit, read_state, without_prefix
 from seg3dcam.scan import Scan
@@ -560,7 +559,7 @@ def _restorer(
     bundle: _Bundle, activation: Activation
 ) -> Callable[[torch.Tensor, Scan, MetaTensor], torch.Tensor | None]:
     """Return the way of the bundle's own postprocessing, from logits to masks on the scan."""
-    transforms = [t for t in bundle.postprocessing if not isinstance(t, SaveImaged)]
+    transforms = [t for t in bundle.postprocessing if not type(t).__name__.startswith("Save")]
     activated = any(isinstance(t, Activationsd) for t in transforms)
 
     def restore(logits: torch.Tensor, scan: Scan, prepared: MetaTensor) -> torch.Tensor | None:
@@ -570,6 +569,7 @@ def _restorer(
             meta = copy.deepcopy(prepared.meta)
             return MetaTensor(values, meta=meta, applied_operations=operations)
 
+        failed: tuple[Any, BaseException] | None = None
         data: Any = {"image": placed(prepared.as_tensor()), "pred": placed(logits.clone())}
         with bundle.own_code(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "inverse has been called but no invertible")
@@ -577,12 +577,17 @@ def _restorer(
                 try:
                     data = apply_transform(transform, data)
                 except Exception as error:
-                    cause = error.__cause__ or error
-                    raise ModelError(
-                        f"bundle {bundle.name}: postprocessing {type(transform).__name__} failed: "
-                        f"{cause}"
-                    ) from error
-        found = torch.as_tensor(data["pred"])
+                    failed = (transform, error.__cause__ or error)
+                    break
+        if failed is not None:
+            warnings.warn(
+                f"bundle {bundle.name}: postprocessing {type(failed[0]).__name__} failed "
+                f"({failed[1]}); the prediction is brought to the scan without it, linearly",
+                Seg3dcamWarning,
+                stacklevel=2,
+            )
+            return None
+        found = torch.as_tensor(data["pred"]).as_subclass(torch.Tensor)
         if tuple(found.shape[1:]) != scan.shape:
             return None
         if activation == "sigmoid":

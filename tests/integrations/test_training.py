@@ -239,7 +239,7 @@ def test_wrong_settings_are_errors_at_once(tmp_path):
         CamHandler(network, out=tmp_path / "file" / "x")
 
 
-def test_images_are_found_in_every_usual_batch():
+def test_images_are_found_in_every_usual_batch(tmp_path):
     x = torch.rand(2, 1, 4, 4, 4)
     items = [{"image": x[0]}, {"image": x[1]}]
     for batch in (x, {"image": x, "label": 0}, items, (x, 0), [x, 0], [x[0], x[1]], (items, 0)):
@@ -248,7 +248,7 @@ def test_images_are_found_in_every_usual_batch():
     with pytest.raises(InputError, match=r"type dict.*batch_transform="):
         images_of({"scan": x})
     with pytest.raises(InputError, match=r"without a batch; got \(1, 4, 4\)"):
-        EpochCams("unused").write(Bright(), torch.rand(1, 4, 4), epoch=1, case=0)
+        EpochCams(tmp_path).write(Bright(), torch.rand(1, 4, 4), epoch=1, case=0)
 
 
 # ---------------------------------------------------------------- Lightning

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -28,7 +29,7 @@ from scipy import ndimage
 from torch import nn
 
 from seg3dcam import GradCAM, WindowPlan, explain, load_model, load_scan
-from seg3dcam.errors import ConfigError, ModelError
+from seg3dcam.errors import ConfigError, ModelError, Seg3dcamWarning
 from seg3dcam.targets import ClassLogit
 
 pytestmark = [  # MONAI's own, where it runs a bundle
@@ -465,6 +466,20 @@ def test_preparations_that_lead_nowhere_are_refused(transform, message, tmp_path
     root = write_bundle(tmp_path / "b", SPLEEN, change=lambda c: transforms(c).append(transform))
     with pytest.raises(ModelError, match=message):
         trusted(root).prepare(load_scan(noise()[0], affine=OBLIQUE))
+
+
+def test_a_way_back_that_fails_is_said_and_gone_without(tmp_path):
+    def change(config):
+        config["postprocessing"]["transforms"][1]["keys"] = ["pred", "label"]
+
+    root = write_bundle(tmp_path / "b", SPLEEN, change=change)
+    scan = load_scan(noise()[0], affine=OBLIQUE)
+    with pytest.warns(Seg3dcamWarning, match="postprocessing Invertd failed .*label.* linearly"):
+        found = explain(scan, trusted(root), ClassLogit(0, "volume"))
+    linearly = replace(trusted(root), restore=None)
+    assert torch.equal(
+        found.prediction, explain(scan, linearly, ClassLogit(0, "volume")).prediction
+    )
 
 
 def test_a_folder_that_is_no_bundle_says_so(tmp_path):
