@@ -234,6 +234,7 @@ class _Bundle:
             self._parser.read_meta(self.metadata)
         except Exception as error:
             raise ModelError(f"bundle {self.name}: {self.config.name}: {error}") from error
+        self._parser.set(_on_cpu(self._parser.get()))
         self._parser.update({"bundle_root": str(self.root), "device": "$torch.device('cpu')"})
         self.network = self.fresh_network()
         self.inferer = self.parsed("inferer")
@@ -273,6 +274,18 @@ class _Bundle:
                 f"bundle {self.name}: {self.config.name}: {key} cannot be built: {cause}. The "
                 f"bundle was made with MONAI {made}, {monai.__version__} is installed"
             ) from error
+
+
+def _on_cpu(config: Any) -> Any:
+    """Return a config that builds on the CPU, also where it names a GPU."""
+    if isinstance(config, dict):
+        return {key: _on_cpu(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_on_cpu(value) for value in config]
+    if not isinstance(config, str):
+        return config
+    config = re.sub(r"^cuda(:\d+)?$|(?<=['\"])cuda(:\d+)?(?=['\"])", "cpu", config)
+    return re.sub(r"\.cuda\([^()]*\)", ".cpu()", config) if config.startswith("$") else config
 
 
 def _flat(transform: Any) -> list[Any]:

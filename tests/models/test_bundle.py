@@ -174,6 +174,21 @@ def test_all_settings_come_from_the_bundle(tmp_path):
     assert load_model(spec, trust=True).class_names == ("a", "b", "c")
 
 
+def test_a_gpu_that_the_config_names_is_not_needed(tmp_path):
+    def change(config):
+        config["net"] = config["network_def"]
+        config["network_def"] = "$@net.to('cuda:0').cuda().to(device=\"cuda\")"
+        transforms(config)[-1]["device"] = "cuda"
+
+    root = write_bundle(tmp_path / "b", SPLEEN, about=TWO_CLASSES)
+    state = torch.load(root / "models" / "model.pt")
+    other = write_bundle(tmp_path / "c", SPLEEN, change=change, about=TWO_CLASSES, weights=False)
+    torch.save(state, other / "models" / "model.pt")
+    model = trusted(other)
+    assert has(model, state)
+    assert model.prepare(load_scan(noise()[0], affine=OBLIQUE)).device.type == "cpu"
+
+
 def test_loading_leaves_nothing_behind(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN)
     before = (list(sys.path), logging.getLogger().level, torch.get_rng_state())
