@@ -45,8 +45,8 @@ class EpochCams:
 
     Args:
         out: folder for everything.
-        targets: class names, indices and targets, see `explain_each`; None is every class that is
-            predicted. A class index c means its log-odds over the predicted mask.
+        targets: class names, indices or targets, one or a list, see `explain_each`; None is every
+            class that is predicted. A class index c means its log-odds over the predicted mask.
         target_layers, sliding_window, output, activation: see `BaseCAM`. Windows must be those of
             the validation.
         method: a key of `METHODS`.
@@ -66,7 +66,7 @@ class EpochCams:
     """
 
     out: str | Path
-    targets: Sequence[Any] | None = None
+    targets: Any = None
     target_layers: LayerSpec = "auto"
     method: str = "hires_cam"
     cases: Iterable[int] = (0,)
@@ -80,6 +80,8 @@ class EpochCams:
     def __post_init__(self) -> None:
         self.out = Path(self.out)
         self.cases = frozenset(self.cases)
+        if self.targets is not None and not isinstance(self.targets, list | tuple):
+            self.targets = [self.targets]
         if self.method not in ALL_METHODS:
             raise ConfigError(f"method {self.method!r}: legal are {', '.join(ALL_METHODS)}")
         if type(self.interval) is not int or self.interval < 1:

@@ -59,10 +59,9 @@ class CamHandler:
         mlflow: bool = False,
         **settings: Any,
     ) -> None:
-        several = class_idx is None or isinstance(class_idx, list | tuple)
         self.cams = EpochCams(
             out,
-            targets=class_idx if several else [class_idx],
+            targets=class_idx,
             target_layers=target_layers,
             cases=cases,
             interval=interval,

@@ -62,10 +62,9 @@ class CamCallback(_callback()):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        several = class_idx is None or isinstance(class_idx, list | tuple)
         self.cams = EpochCams(
             out,
-            targets=class_idx if several else [class_idx],
+            targets=class_idx,
             target_layers=target_layers,
             cases=cases,
             interval=interval,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import re
 import sys
 import warnings
@@ -41,7 +40,7 @@ from monai.transforms.utility.dictionary import Lambdad
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from seg3dcam.config import BundleSpec, read_yaml
+from seg3dcam.config import BundleSpec, read_json, read_yaml
 from seg3dcam.errors import ConfigError, ModelError, ScanError, Seg3dcamWarning, nearest
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.state import check_finite, check_fit, read_state, without_prefix
@@ -68,7 +67,7 @@ def build(spec: BundleSpec, path: Path, trust: bool) -> SegModel:
 
     Raises:
         ModelError: a file or key is missing, damaged or of a kind that cannot be explained.
-        ConfigError: image keys that the bundle does not read.
+        ConfigError: a file that is no JSON or YAML, image keys that the bundle does not read.
     """
     root = (path.parent / spec.bundle).resolve()
     config = _config_file(root, spec)
@@ -132,15 +131,7 @@ def _config_file(root: Path, spec: BundleSpec) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """Read a config as plain data."""
-    if file.suffix != ".json":
-        return read_yaml(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json(file) if file.suffix == ".json" else read_yaml(file)
 
 
 def _metadata(root: Path) -> dict[str, Any]:

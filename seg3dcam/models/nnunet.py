@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from seg3dcam.config import NnunetSpec
+from seg3dcam.config import NnunetSpec, read_json
 from seg3dcam.ensemble import Ensemble
 from seg3dcam.errors import MissingExtraError, ModelError, ScanError, nearest
 from seg3dcam.models.base import SegModel
@@ -57,11 +56,12 @@ def build(spec: NnunetSpec, path: Path, trust: bool) -> SegModel:
 
     Raises:
         ModelError: a file is missing, damaged or does not fit the others.
+        ConfigError: plans.json or dataset.json is no JSON.
         MissingExtraError: nnU-Net is not installed.
     """
     folder = path.parent / spec.nnunet
     _check_folder(folder, spec.checkpoint)
-    plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
+    plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     folds = _folds(folder, spec)
     checkpoints = [_read_checkpoint(file, trust) for file in folds.values()]
     with _quietly():
@@ -211,16 +211,6 @@ def _check_folder(folder: Path, checkpoint: str) -> None:
         "Dataset009_Spleen/nnUNetTrainer__nnUNetPlans__3d_fullres, with plans.json, dataset.json "
         f"and fold_0/{checkpoint}"
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _folds(folder: Path, spec: NnunetSpec) -> dict[int | str, Path]:

@@ -507,7 +507,7 @@ def test_a_folder_that_is_no_bundle_says_so(tmp_path):
     with pytest.raises(ModelError, match=r"configs holds configs/train.json"):
         trusted(tmp_path)
     (tmp_path / "configs" / "inference.json").write_text("{")
-    with pytest.raises(ModelError, match=r"inference.json: cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"inference.json: cannot be read as JSON"):
         trusted(tmp_path)
 
 

@@ -287,7 +287,7 @@ def test_a_folder_that_is_none_says_what_one_looks_like(tmp_path):
     with pytest.raises(ModelError, match=r"dataset.json missing"):
         load_model(f"nnunet:{folder}")
     (folder / "dataset.json").write_text("{")
-    with pytest.raises(ModelError, match=r"dataset.json: cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"dataset.json: cannot be read as JSON"):
         load_model(f"nnunet:{folder}")
 
 
