@@ -121,7 +121,7 @@ class EpochCams:
             )
         with torch.inference_mode(False):
             placed = image if isinstance(image, MetaTensor) else MetaTensor(image.detach())
-            scan = load_scan(placed.clone().float())
+            scan = load_scan(placed.detach().clone().cpu().float())
             model = SegModel(
                 network,
                 class_names=self.class_names,

@@ -103,7 +103,8 @@ class CamHandler:
     def __call__(self, engine: Engine, batch: Any) -> None:
         """Explain the chosen cases of a batch."""
         epoch = self.global_epoch_transform(engine.state.epoch)
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not together or torch.distributed.get_rank() == 0
         for image in images_of(self.batch_transform(batch)):
             case, self._seen = self._seen, self._seen + 1
             if not (first and self.cams.wants(epoch, case)):
