@@ -129,7 +129,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     Of an `Ensemble` it is the first: all have the same layers.
 
     Raises:
-        ModelError: not an `nn.Module`, or TorchScript, which takes no hooks.
+        ModelError: not an `nn.Module`, or one that takes no hooks: TorchScript, or an exported
+            program that is not unflattened.
     """
     model = _without_wrappers(model)
     return unwrap(model.networks[0]) if isinstance(model, Ensemble) else model
@@ -141,6 +142,12 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
             raise ModelError(
                 "a TorchScript model takes no hooks: build the network in Python and load the "
                 "script's weights into it (network.load_state_dict(script.state_dict()))"
+            )
+        flat = any(cls.__name__ == "_StatefulGraphModule" for cls in type(model).__mro__)
+        if flat or isinstance(model, torch.export.ExportedProgram):
+            raise ModelError(
+                "an exported program runs as one graph, whose layers take no hooks: give "
+                "torch.export.unflatten(program), or the network that it was exported from"
             )
         if not isinstance(model, nn.Module):
             raise ModelError(f"the model must be a torch.nn.Module, got {type(model).__name__}")

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError
+from seg3dcam.kinds import kind_of
 from seg3dcam.layers import LayerRef, Layout
 
 Shape = Sequence[int]
@@ -131,9 +132,10 @@ def keeps_layout(module: nn.Module) -> bool:
     >>> keeps_layout(nn.LeakyReLU()), keeps_layout(nn.MultiheadAttention(4, 1))
     (True, False)
     """
-    elementwise = _is_elementwise(module) and not isinstance(module, nn.MultiheadAttention)
+    kind = kind_of(module)
+    elementwise = _is_elementwise(module) and not issubclass(kind, nn.MultiheadAttention)
     # Not a type derived from one, which may do anything.
-    return elementwise and type(module).__module__.startswith("torch.nn.modules.")
+    return elementwise and kind.__module__.startswith("torch.nn.modules.")
 
 
 def certain_layout(module: nn.Module, shape: Shape, input_shape: Shape) -> Layout | None:
@@ -224,13 +226,14 @@ def _is_exported_convolution(module: nn.Module) -> bool:
 
 def _is_first_kind(module: nn.Module) -> bool:
     kinds = (_ConvNd, _NormBase, nn.GroupNorm, nn.Upsample)
-    return isinstance(module, kinds) or type(module).__module__ == "torch.nn.modules.pooling"
+    kind = kind_of(module)
+    return issubclass(kind, kinds) or kind.__module__ == "torch.nn.modules.pooling"
 
 
 def _is_last(module: nn.Module) -> bool:
     module = _last_part(module)
     norm = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
-    return norm or isinstance(module, nn.Linear)
+    return norm or issubclass(kind_of(module), nn.Linear)
 
 
 def _last_part(module: nn.Module) -> nn.Module:
@@ -245,7 +248,8 @@ def _last_part(module: nn.Module) -> nn.Module:
 
 def _is_elementwise(module: nn.Module) -> bool:
     names = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-    return type(module).__module__ in names or isinstance(module, nn.Identity)
+    kind = kind_of(module)
+    return kind.__module__ in names or issubclass(kind, nn.Identity)
 
 
 def _fitting(shape: Shape, input_shape: Shape) -> list[Layout]:

@@ -55,7 +55,7 @@ def measure_grids(
     """
     model = unwrap(model)
     if isinstance(model, torch.export.UnflattenedModule):
-        return _measured(model, x, shapes, settled, {}, _PlainOperations())
+        return _measured(model, x, shapes, settled, {}, _plain_program(model))
     convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
     if any("weight" not in module._parameters for module in convolutions):
         return {layer: _convention(shape, x.shape[2:]) for layer, shape in shapes.items()}
@@ -267,6 +267,18 @@ def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _plain_program(program: torch.export.UnflattenedModule) -> Iterator[None]:
+    """Do the same in an exported program, and let it take inputs of any size."""
+    checked = program.check_input_constraints
+    program.check_input_constraints = False
+    try:
+        with _PlainOperations():
+            yield
+    finally:
+        program.check_input_constraints = checked
+
+
 class _WithoutNorms(TorchFunctionMode):
     """Switches normalisation off where a network calls it as a function."""
 
@@ -282,7 +294,14 @@ class _PlainOperations(TorchFunctionMode):
     """Makes an exported program plain: its modules have no types, so its operations are changed."""
 
     _NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm")
-    _UPSAMPLED = ("conv_transpose", "upsample")
+    # As `run_decompositions` names them; they return (output, statistics ...).
+    _CORE_NORMS = (
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "native_group_norm",
+        "native_layer_norm",
+    )
+    _UPSAMPLED = ("upsample", "_upsample")
     _ATTENTION = ("scaled_dot_product_attention",)
 
     def __torch_function__(
@@ -293,9 +312,11 @@ class _PlainOperations(TorchFunctionMode):
         name = "" if packet is None else packet.__name__
         if name in self._NORMS:
             return args[0]
-        if name.startswith("conv") and len(args) > 1:
-            kernel = _kernel(args[1], transposed="transpose" in name)
-            args = (args[0], kernel, None, *args[3:])
+        if name in self._CORE_NORMS:
+            return args[0], *func(*args, **kwargs)[1:]
+        transposed = name.startswith("conv_transpose") or (name == "convolution" and args[6])
+        if name.startswith("conv"):
+            args = (args[0], _kernel(args[1], transposed=transposed), None, *args[3:])
             kwargs.pop("bias", None)
         elif name == "linear":
             args = (args[0], torch.full_like(args[1], 1 / args[1].shape[1]))
@@ -303,7 +324,7 @@ class _PlainOperations(TorchFunctionMode):
         output = func(*args, **kwargs)
         if name in self._ATTENTION:
             return torch.zeros_like(output)
-        if name.startswith(self._UPSAMPLED):
+        if transposed or name.startswith(self._UPSAMPLED):
             level = output[0].mean()  # of the constant ramp
             return output * (_UPSAMPLED / level) if level else output
         return output

@@ -21,6 +21,7 @@ from torch import nn
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.ensemble import members_of
 from seg3dcam.errors import LayerError
+from seg3dcam.kinds import kind_of
 from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
 from seg3dcam.layouts import stride_of
 from seg3dcam.outputs import OutputSelection, tensors_in
@@ -161,7 +162,7 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
-        read = args[0] if args and isinstance(module, nn.LayerNorm) else None
+        read = args[0] if args and issubclass(kind_of(module), nn.LayerNorm) else None
         for path, tensor in tensors_in(output):
             if tensor.requires_grad:
                 layer = LayerRef(name, path, module)
@@ -316,9 +317,9 @@ def _is_pointwise(module: nn.Module) -> bool:
     """Tell norms, activations, dropout and the like: the layer before them is the better choice."""
     if any(module.children()):
         return False
-    kind = type(module)
+    kind = kind_of(module)
     return (
         kind.__module__.startswith(("torch.nn.modules.activation", "torch.nn.modules.dropout"))
-        or isinstance(module, nn.Identity)
+        or issubclass(kind, nn.Identity)
         or re.search("norm|drop", kind.__name__, re.IGNORECASE) is not None
     )

@@ -15,6 +15,25 @@ from torch import nn
 TRAINER = "nnUNetTrainer"
 RESAMPLING = "resample_data_or_seg_to_shape"
 
+#: Arguments of a network: what nnU-Net plans.
+INSTANCE_NORM = {
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+}
+
+#: Changes of a configuration: nnU-Net's faster resampling.
+TORCH_RESAMPLING = {
+    f"resampling_fn_{what}{end}": value
+    for what in ("data", "seg", "probabilities")
+    for end, value in (
+        ("", "resample_torch_fornnunet"),
+        (
+            "_kwargs",
+            {"is_seg": what == "seg", "force_separate_z": False, "memefficient_seg_resampling": 0},
+        ),
+    )
+}
+
 
 def write_folder(
     parent: Path,
@@ -29,6 +48,8 @@ def write_folder(
     mirror: Sequence[int] | None = None,
     reader: str = "SimpleITKIO",
     norm: str = "ZScoreNormalization",
+    network: str = "PlainConvUNet",
+    arguments: dict[str, Any] | None = None,
     fill: Callable[[nn.Module, int], None] | None = None,
     **changes: Any,
 ) -> Path:
@@ -36,6 +57,7 @@ def write_folder(
 
     Args:
         fill: called with a network and the number of its fold.
+        network, arguments: a class of dynamic_network_architectures, and changes of its arguments.
         changes: of the configuration in plans.json.
     """
     labels = labels or {"background": 0, "organ": 1, "lesion": 2}
@@ -43,14 +65,14 @@ def write_folder(
     folder.mkdir(parents=True)
     dims = len(patch)
     architecture = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
         "arch_kwargs": {
             "n_stages": 2,
             "features_per_stage": [4, 8],
             "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
             "kernel_sizes": [[3] * dims] * 2,
             "strides": [[1] * dims, [2] * dims],
-            "n_conv_per_stage": [1, 1],
+            "n_conv_per_stage" if network == "PlainConvUNet" else "n_blocks_per_stage": [1, 1],
             "n_conv_per_stage_decoder": [1],
             "conv_bias": True,
             "norm_op": None,
@@ -59,6 +81,7 @@ def write_folder(
             "dropout_op_kwargs": None,
             "nonlin": "torch.nn.LeakyReLU",
             "nonlin_kwargs": {"inplace": True},
+            **(arguments or {}),
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
@@ -104,21 +127,17 @@ def write_folder(
         "numTraining": 1,
         "file_ending": ".nii.gz",
     }
-    regions = [v for v in labels.values() if isinstance(v, list | tuple)]
+    regions = any(isinstance(value, list) for value in labels.values())
+    heads = len(labels) - regions - ("ignore" in labels)
     if regions:
-        dataset["regions_class_order"] = list(range(1, len(labels)))
+        dataset["regions_class_order"] = list(range(1, heads + 1))
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
-    heads = len(labels) - bool(regions)
     for number, fold in enumerate(folds):
-        network = network_of(plans, configuration, channels, heads)
-        torch.manual_seed(number)
-        if fill is None:
-            random(network, number)
-        else:
-            fill(network, number)
+        module = network_of(plans, configuration, channels, heads)
+        (fill or random)(module, number)
         checkpoint = {
-            "network_weights": network.state_dict(),
+            "network_weights": module.state_dict(),
             "trainer_name": TRAINER,
             "init_args": {"configuration": configuration, "fold": fold},
             "inference_allowed_mirroring_axes": None if mirror is None else tuple(mirror),

@@ -62,6 +62,8 @@ def main() -> None:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     torch.set_num_threads(2)
+    torch.manual_seed(0)
+    np.random.seed(0)
     os.environ["nnUNet_n_proc_DA"] = "1"  # noqa: SIM112
     raw, prepared = (Path(os.environ[n]) / DATASET for n in ("nnUNet_raw", "nnUNet_preprocessed"))
     write_cases(raw)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass, wide
+from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.layers import LayerRef
 from seg3dcam.layouts import INPUT
@@ -149,7 +150,17 @@ def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> tor
 
 
 def _biased_layers(model: nn.Module) -> list[LayerRef]:
-    """Return every layer that adds a bias; one that does not run is left out later."""
+    """Return every layer that adds a bias; one that does not run is left out later.
+
+    Raises:
+        ModelError: an exported program, whose modules do not say what they add.
+    """
+    if isinstance(model, torch.export.UnflattenedModule):
+        raise ModelError(
+            "full_grad adds up the biases of every module, which an exported program does not tell "
+            "apart: build the network in Python and load the program's weights into it "
+            "(network.load_state_dict(program.state_dict)), or take another method"
+        )
     return [
         LayerRef(name, (), module, required=False)
         for name, module in model.named_modules()

@@ -8,10 +8,13 @@ scan's, so maps go to the scan in a single interpolation; masks go back by nnU-N
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import io
+import pickle
 import pydoc
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,18 @@ READERS = {
     "NibabelIOWithReorient": True,
 }
 
+#: What is asked of plans.json and of a configuration in it.
+_PLAN_KEYS = ("dataset_name", "plans_name", "transpose_forward", "transpose_backward")
+_CONFIGURATION_KEYS = (
+    "patch_size",
+    "spacing",
+    "preprocessor_class",
+    "normalization_schemes",
+    "resampling_fn_data",
+    "resampling_fn_probabilities",
+    "network_arch_class_name",
+)
+
 #: What a prepared scan remembers of its preparation, in its `meta`.
 _NOTES = "nnunet_properties"
 
@@ -65,7 +80,7 @@ def build(spec: NnunetSpec, path: Path, trust: bool) -> SegModel:
     folds = _folds(folder, spec)
     checkpoints = [_read_checkpoint(file, trust) for file in folds.values()]
     with _quietly():
-        trained = _trained(folder, plans, dataset, checkpoints[0])
+        trained = _trained(folder, plans, dataset, checkpoints[0], trust)
         networks = [_network(trained, c, trust) for c in checkpoints]
     for network, checkpoint, file in zip(networks, checkpoints, folds.values(), strict=True):
         _load(network, checkpoint["network_weights"], file)
@@ -126,17 +141,22 @@ class _Trained:
             data = np.stack([nib.apply_orientation(channel, turn) for channel in data])
             spacing = spacing[np.argsort(turn[:, 0])]
         properties: dict[str, Any] = {"spacing": [float(mm) for mm in spacing[::-1]]}
-        with _quietly():
-            prepared, _, properties = self.configuration.preprocessor_class(
-                verbose=False
-            ).run_case_npy(
-                np.ascontiguousarray(data.transpose(0, 3, 2, 1)),  # sums go in memory's order
-                None,
-                properties,
-                self.plans,
-                self.configuration,
-                self.dataset,
-            )
+        preprocessor = self.configuration.preprocessor_class(verbose=False)
+        try:
+            with _quietly():
+                prepared, _, properties = preprocessor.run_case_npy(
+                    np.ascontiguousarray(data.transpose(0, 3, 2, 1)),  # sums go in memory's order
+                    None,
+                    properties,
+                    self.plans,
+                    self.configuration,
+                    self.dataset,
+                )
+        except Exception as error:  # whatever its code leads to
+            raise ScanError(
+                f"{scan.name}: nnU-Net's {type(preprocessor).__name__} fails: {error!r}. Do "
+                "plans.json and dataset.json fit the installed nnU-Net?"
+            ) from error
         if 0 in prepared.shape:
             raise ScanError(f"{scan.name}: nothing is left after nnU-Net's preparation")
         affine = affine @ self._to_read(properties, prepared.shape[1:])
@@ -196,14 +216,22 @@ class _Trained:
 def _check_folder(folder: Path, checkpoint: str) -> None:
     """Raise ModelError unless this looks like what nnU-Net trains into."""
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder")
+        hint = " is no folder: unzip it first" if folder.is_file() else ": no such folder"
+        raise ModelError(f"{folder}{hint}")
     if (folder / "plans.json").is_file() and (folder / "dataset.json").is_file():
         return
-    inner = sorted(file.parent.name for file in folder.glob("*/plans.json"))
-    if inner:
+    if folder.name.startswith("fold_") and (folder.parent / "plans.json").is_file():
+        fold = folder.name.removeprefix("fold_")
         raise ModelError(
-            f"{folder} holds several trained models; name one of them: "
-            + ", ".join(f"nnunet:{folder / name}" for name in inner)
+            f"{folder} is one fold of a model: give nnunet:{folder.parent}, and folds: [{fold}]"
+        )
+    inner = sorted(
+        str(f.parent) for depth in ("*", "*/*") for f in folder.glob(f"{depth}/plans.json")
+    )
+    if inner and not (folder / "plans.json").is_file():
+        raise ModelError(
+            f"{folder} is no trained model, but holds some; name one of them: "
+            + ", ".join(f"nnunet:{place}" for place in inner)
         )
     missing = [n for n in ("plans.json", "dataset.json") if not (folder / n).is_file()]
     raise ModelError(
@@ -238,27 +266,36 @@ def _folds(folder: Path, spec: NnunetSpec) -> dict[int | str, Path]:
 
 
 def _read_checkpoint(file: Path, trust: bool) -> dict[str, Any]:
-    """Read a checkpoint without running code; nnU-Net itself would run it."""
+    """Return what is needed of a checkpoint."""
     try:
-        with torch.serialization.safe_globals(_numbers()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = _unpickled(file, trust)
+    except ModelError:
+        raise
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-        foreign = re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(error))
-        if "Weights only load failed" not in str(error):
-            raise ModelError(f"{file}: cannot be read as a checkpoint: {error}") from error
-        if not trust:
-            found = f" ({foreign[1]})" if foreign else ""
-            raise ModelError(
-                f"{file}: it holds more than tensors and numbers{found}, and reading that could "
-                "run code. If you know where it comes from, allow it with --trust (trust=True)"
-            ) from error
-        content = torch.load(file, map_location="cpu", weights_only=False)
-    needed = ("network_weights", "trainer_name", "init_args")
-    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+        raise ModelError(f"{file}: cannot be read as a checkpoint: {error}") from error
+    kinds = {"network_weights": Mapping, "trainer_name": str, "init_args": Mapping}
+    held = content if isinstance(content, dict) else {}
+    missing = [key for key, kind in kinds.items() if not isinstance(held.get(key), kind)]
     if missing:
         raise ModelError(f"{file}: no checkpoint of nnU-Net v2: {', '.join(missing)} missing")
-    kept = (*needed, "inference_allowed_mirroring_axes", "current_epoch")
-    return {key: content[key] for key in kept if key in content}  # not the optimizer's state
+    kept = (*kinds, "inference_allowed_mirroring_axes", "current_epoch")
+    return {key: held[key] for key in kept if key in held}  # not the optimizer's state
+
+
+def _unpickled(file: Path, trust: bool) -> Any:
+    """Read a checkpoint without running code, unless trusted; nnU-Net itself would run it."""
+    try:
+        with torch.serialization.safe_globals(_numbers()):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if trust:
+            return torch.load(file, map_location="cpu", weights_only=False)
+        foreign = re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(error))
+        found = f" ({foreign[1]})" if foreign else ""
+        raise ModelError(
+            f"{file}: it holds more than tensors and numbers{found}, and reading that could run "
+            "code. If you know where it comes from, allow it with --trust (trust=True)"
+        ) from error
 
 
 def _numbers() -> list[Any]:
@@ -272,7 +309,11 @@ def _numbers() -> list[Any]:
 
 
 def _trained(
-    folder: Path, plans: dict[str, Any], dataset: dict[str, Any], checkpoint: dict[str, Any]
+    folder: Path,
+    plans: dict[str, Any],
+    dataset: dict[str, Any],
+    checkpoint: dict[str, Any],
+    trust: bool,
 ) -> _Trained:
     try:
         from nnunetv2.utilities.label_handling import label_handling
@@ -288,8 +329,7 @@ def _trained(
             f"{folder / 'plans.json'}: no configuration {name!r}, which the checkpoint was trained "
             f"with: {nearest(str(name), known)}"
         )
-    reader = dataset.get("overwrite_image_reader_writer") or plans.get("image_reader_writer")
-    reader = reader if reader in READERS else plans.get("image_reader_writer")
+    reader = plans.get("image_reader_writer")
     if reader not in READERS:
         raise ModelError(
             f"{folder / 'plans.json'}: image_reader_writer {reader!r} reads no volumes that lie "
@@ -306,13 +346,11 @@ def _trained(
                 "3d_fullres model"
             )
         channels = label_handling.determine_num_input_channels(manager, configuration, dataset)
-        for plan, keys in (
-            (manager, ("dataset_name", "plans_name", "transpose_forward", "transpose_backward")),
-            (configuration, ("patch_size", "spacing", "preprocessor_class")),
-        ):
-            for key in keys:  # missing ones are noticed now
-                getattr(plan, key)
-    except (KeyError, AssertionError, RuntimeError, TypeError) as error:
+        for plan, keys in ((manager, _PLAN_KEYS), (configuration, _CONFIGURATION_KEYS)):
+            for key in keys:  # what is missing is noticed now
+                if getattr(plan, key) is None:
+                    raise KeyError(key)
+    except (LookupError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
         raise ModelError(
             f"{folder}: plans.json and dataset.json cannot be used: {error!r}"
         ) from error
@@ -322,26 +360,33 @@ def _trained(
         configuration_name=name,
         dataset=dataset,
         labels=labels,
-        trainer=_trainer(checkpoint["trainer_name"]),
+        trainer=_trainer(checkpoint["trainer_name"], trust),
         channels=int(channels),
         reorients=READERS[reader],
     )
 
 
-def _trainer(name: str) -> Any:
+def _trainer(name: str, trust: bool) -> Any:
     """Return the trainer's class, which says how its network is built."""
     import nnunetv2
-    from nnunetv2.utilities import find_class_by_name as finding
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-    if hasattr(finding, "recursive_find_trainer_class_by_name"):
-        found = finding.recursive_find_trainer_class_by_name(name)
-    else:
-        place = str(Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer")
-        found = finding.recursive_find_python_class(place, name, "nnunetv2.training.nnUNetTrainer")
-    if found is None:
+    place = str(Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer")
+    try:
+        found = recursive_find_python_class(place, name, "nnunetv2.training.nnUNetTrainer")
+        if found is None and trust and importlib.util.find_spec("nnunetv2.utilities.find_objects"):
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+            found = recursive_find_trainer_class_by_name(name)
+    except RuntimeError:  # what nnU-Net raises where it finds nothing
+        found = None
+    except Exception as error:  # it imports every module on its way
+        raise ModelError(f"trainer {name!r}: nnU-Net fails to look for it: {error!r}") from error
+    if not hasattr(found, "build_network_architecture"):
         raise ModelError(
-            f"trainer {name!r} is not in the installed nnU-Net. A trainer of your own must be put "
-            "where nnU-Net finds it, as for prediction"
+            f"trainer {name!r} is not in the installed nnU-Net. A trainer of your own lies where "
+            "nnU-Net finds it for prediction: in nnunetv2/training/nnUNetTrainer, or since nnU-Net "
+            "2.8 in a folder of nnUNet_extTrainer, which is looked at with --trust (trust=True)"
         )
     return found
 
@@ -418,5 +463,6 @@ def _spacing(scan: Scan) -> tuple[float, ...]:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep what nnU-Net prints from the user; it cannot be told not to."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
         yield

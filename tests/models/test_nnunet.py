@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 import torch
 from helpers_cases import seg3dcam, write_yaml
-from helpers_nnunet import bright, predicted, write_case, write_folder
+from helpers_nnunet import (
+    INSTANCE_NORM,
+    TORCH_RESAMPLING,
+    bright,
+    predicted,
+    write_case,
+    write_folder,
+)
 from nnunetv2.imageio import simpleitk_reader_writer
 from scipy import ndimage
 
 from seg3dcam import GradCAM, explain, load_model, load_scan
 from seg3dcam.ensemble import Ensemble
-from seg3dcam.errors import ConfigError, MissingExtraError, ModelError
+from seg3dcam.errors import ConfigError, MissingExtraError, ModelError, ScanError
 from seg3dcam.targets import ClassLogit
 
 LAYER = "encoder.stages.0"
@@ -58,6 +65,13 @@ FOLDERS = {
         "transpose": (2, 0, 1),
     },
     "reoriented": {"reader": "NibabelIOWithReorient"},
+    "read by nibabel": {"reader": "NibabelIO"},
+    "CT": {"norm": "CTNormalization"},
+    "normalized inside": {"use_mask_for_norm": [True]},
+    "residual encoder": {"network": "ResidualEncoderUNet", "arguments": INSTANCE_NORM},
+    "resampled by torch": TORCH_RESAMPLING,
+    "ignored label": {"labels": {"background": 0, "organ": 1, "lesion": 2, "ignore": 3}},
+    "regions, ignored label": {"labels": {**REGIONS, "ignore": 3}},
 }
 if hasattr(simpleitk_reader_writer, "SimpleITKIOWithReorient"):  # since nnU-Net 2.6.2
     FOLDERS["reoriented by ITK"] = {"reader": "SimpleITKIOWithReorient"}
@@ -178,18 +192,39 @@ def test_the_class_that_is_asked_for_is_explained(tmp_path):
     assert correlation < 0.99
 
 
-def test_names_regions_folds_and_flips_come_from_the_folder(tmp_path):
-    folder = write_folder(
-        tmp_path,
-        labels={"background": 0, "core": [2], "whole": [1, 2], "ignore": 3},
-        folds=(0, 2),
-        mirror=(1,),
-        channels=2,
-    )
-    (content := json.loads((folder / "dataset.json").read_text()))["regions_class_order"] = [1, 2]
-    (folder / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="weights do not fit"):
-        load_model(f"nnunet:{folder}")  # one head too many was written
+def test_classes_are_named_in_the_order_of_the_channels(tmp_path):
+    labels = {"lesion": 2, "background": 0, "organ": 1, "ignore": 3}
+    model = load_model(f"nnunet:{write_folder(tmp_path / 'labels', labels=labels)}")
+    assert (model.class_names, model.activation) == (("background", "organ", "lesion"), "softmax")
+    labels = {"background": 0, "core": [2], "whole": [1, 2], "edge": 1, "ignore": 3}
+    model = load_model(f"nnunet:{write_folder(tmp_path / 'regions', labels=labels)}")
+    assert (model.class_names, model.activation) == (("core", "whole", "edge"), "sigmoid")
+
+
+def test_plans_of_older_versions_are_read(tmp_path):
+    """Before nnU-Net 2.5 plans described a U-Net by keys of their own."""
+    folder = write_folder(tmp_path, arguments=INSTANCE_NORM)
+    new = load_model(f"nnunet:{folder}")
+
+    def outdate(plans):
+        configuration = plans["configurations"]["3d_fullres"]
+        del configuration["architecture"]
+        configuration |= {
+            "UNet_class_name": "PlainConvUNet",
+            "UNet_base_num_features": 4,
+            "unet_max_num_features": 320,
+            "n_conv_per_stage_encoder": [1, 1],
+            "n_conv_per_stage_decoder": [1],
+            "num_pool_per_axis": [1, 1, 1],
+            "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
+            "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+        }
+
+    damaged(folder, "plans.json", outdate)
+    old = load_model(f"nnunet:{folder}")
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(old.module(x), new.module(x))
 
 
 def test_settings_of_the_folder(tmp_path):
@@ -236,8 +271,11 @@ def test_what_nnunets_trainer_leaves_is_explained(tmp_path):
     overlap = 2 * (found.mask.numpy() & truth).sum() / (found.mask.numpy().sum() + truth.sum())
     assert overlap > 0.5  # it has learned
     assert set(found.status.values()) == {"ok"}
-    centre = nib.affines.apply_affine(found.affine, ndimage.center_of_mass(truth))
-    assert np.linalg.norm(np.subtract(found.peak()[1], centre)) < 12  # radius 8 mm, and a stride
+    heat = found.volume().numpy()
+    assert heat[truth].mean() > 2 * heat[~truth].mean()  # at the bottleneck, of 4 x 4 x 6 mm
+    heat = explain(scan, model, "ball", layers="decoder.stages.1").volume().numpy()
+    gap = np.subtract(ndimage.center_of_mass(heat), ndimage.center_of_mass(truth))
+    assert np.linalg.norm(gap * scan.spacing) < 1
 
 
 # ---------------------------------------------------------------- the command line
@@ -269,6 +307,10 @@ def test_the_command_line_explains_a_case(tmp_path, capsys):
 # ---------------------------------------------------------------- bad folders
 
 
+def one(plans):
+    return plans["configurations"]["3d_fullres"]
+
+
 def damaged(folder: Path, file: str, change) -> None:
     content = json.loads((folder / file).read_text())
     change(content)
@@ -281,8 +323,13 @@ def test_a_folder_that_is_none_says_what_one_looks_like(tmp_path):
     with pytest.raises(ModelError, match=r"plans.json and dataset.json missing.*fold_0/checkpoint"):
         load_model(f"nnunet:{tmp_path}")
     folder = write_folder(tmp_path)
-    with pytest.raises(ModelError, match=r"name one of them: nnunet:.*nnUNetPlans__3d_fullres"):
-        load_model(f"nnunet:{folder.parent}")
+    for outer in (folder.parent, tmp_path):
+        with pytest.raises(ModelError, match=f"name one of them: nnunet:{folder}"):
+            load_model(f"nnunet:{outer}")
+    with pytest.raises(ModelError, match=rf"is one fold.*give nnunet:{folder}, and folds: \[0\]"):
+        load_model(f"nnunet:{folder / 'fold_0'}")
+    with pytest.raises(ModelError, match=r"plans.json is no folder: unzip"):
+        load_model(f"nnunet:{folder / 'plans.json'}")
     (folder / "dataset.json").unlink()
     with pytest.raises(ModelError, match=r"dataset.json missing"):
         load_model(f"nnunet:{folder}")
@@ -310,7 +357,11 @@ def test_folds_and_checkpoints_that_are_not_there_are_named(tmp_path):
     [
         ("plans.json", lambda p: p.update(image_reader_writer="Tiff3DIO"), "'Tiff3DIO' reads no"),
         ("plans.json", lambda p: p["configurations"].clear(), "no configuration '3d_fullres'"),
-        ("plans.json", lambda p: p.pop("transpose_forward"), "prepar|transpose_forward"),
+        ("plans.json", lambda p: p.pop("transpose_forward"), "KeyError.*transpose_forward"),
+        ("plans.json", lambda p: one(p).pop("spacing"), "KeyError.*spacing"),
+        ("plans.json", lambda p: one(p).update(preprocessor_name="Mine"), "preprocessor_class"),
+        ("plans.json", lambda p: one(p).update(resampling_fn_data="mine"), "used: .*'mine'"),
+        ("plans.json", lambda p: one(p).pop("architecture"), "KeyError.*UNet_class_name"),
         ("dataset.json", lambda d: d["labels"].pop("background"), "Background label not declared"),
         ("dataset.json", lambda d: d["labels"].update(more=3), "seg_layers.*the network has"),
     ],
@@ -320,6 +371,15 @@ def test_files_that_do_not_fit_each_other(file, change, message, tmp_path):
     damaged(folder, file, change)
     with pytest.raises(ModelError, match=message):
         load_model(f"nnunet:{folder}")
+
+
+def test_a_preparation_that_fails_is_said(tmp_path):
+    folder = write_folder(tmp_path, norm="NormalizationOfMine")
+    scan = load_scan(write_case(tmp_path, noise(), OBLIQUE))
+    with pytest.raises(
+        ScanError, match=r"case_0000: nnU-Net's DefaultPreprocessor fails: .*OfMine"
+    ):
+        load_model(f"nnunet:{folder}").prepare(scan)
 
 
 def test_a_second_stage_is_refused(tmp_path):
@@ -341,6 +401,9 @@ def test_damaged_weights_are_refused(tmp_path):
         load_model(f"nnunet:{folder}")
     torch.save({"state_dict": {}}, file)
     with pytest.raises(ModelError, match="no checkpoint of nnU-Net v2: network_weights, trainer"):
+        load_model(f"nnunet:{folder}")
+    torch.save({"network_weights": 1, "trainer_name": "nnUNetTrainer", "init_args": {}}, file)
+    with pytest.raises(ModelError, match="no checkpoint of nnU-Net v2: network_weights missing"):
         load_model(f"nnunet:{folder}")
 
 
@@ -396,13 +459,56 @@ def test_malicious_plans_run_nothing(change, tmp_path):
     assert not marker.exists()
 
 
-def test_a_trainer_of_somebodys_own_must_be_findable(tmp_path):
-    folder = write_folder(tmp_path)
+def change_checkpoint(folder: Path, **changes) -> None:
     file = folder / "fold_0" / "checkpoint_final.pth"
-    content = torch.load(file, weights_only=False)
-    torch.save({**content, "trainer_name": "nnUNetTrainerOfMine"}, file)
-    with pytest.raises(ModelError, match="'nnUNetTrainerOfMine' is not in the installed nnU-Net"):
+    torch.save({**torch.load(file, weights_only=False), **changes}, file)
+
+
+def test_a_trusted_checkpoint_may_hold_more_than_tensors(tmp_path):
+    folder = write_folder(tmp_path)
+    change_checkpoint(folder, made_by=Path("training"))
+    with pytest.raises(ModelError, match=r"more than tensors and numbers \(pathlib.*--trust"):
         load_model(f"nnunet:{folder}")
+    plain = load_model(f"nnunet:{write_folder(tmp_path / 'plain')}")
+    assert load_model(f"nnunet:{folder}", trust=True).fingerprint() == plain.fingerprint()
+
+
+def test_wrapped_networks_are_unwrapped(tmp_path):
+    folder = write_folder(tmp_path)
+    plain = load_model(f"nnunet:{folder}").fingerprint()
+    weights = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)[
+        "network_weights"
+    ]
+    wrapped = {f"module._orig_mod.{key}": value for key, value in weights.items()}
+    change_checkpoint(folder, network_weights=wrapped)
+    assert load_model(f"nnunet:{folder}").fingerprint() == plain
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerOfMine", "torch"])
+def test_a_trainer_of_somebodys_own_must_be_findable(name, tmp_path):
+    folder = write_folder(tmp_path)
+    change_checkpoint(folder, trainer_name=name)
+    for trust in (False, True):
+        with pytest.raises(ModelError, match=f"trainer '{name}' is not in the installed nnU-Net"):
+            load_model(f"nnunet:{folder}", trust=trust)
+
+
+def test_trainers_in_other_places_need_trust(tmp_path, monkeypatch):
+    pytest.importorskip("nnunetv2.utilities.find_objects", reason="since nnU-Net 2.8")
+    folder, place, marker = write_folder(tmp_path), tmp_path / "trainers", tmp_path / "ran"
+    place.mkdir()
+    (place / "of_mine.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class nnUNetTrainerOfMine(nnUNetTrainer): pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(place))
+    change_checkpoint(folder, trainer_name="nnUNetTrainerOfMine")
+    with pytest.raises(ModelError, match=r"nnUNet_extTrainer.*--trust"):
+        load_model(f"nnunet:{folder}")
+    assert not marker.exists()
+    assert load_model(f"nnunet:{folder}", trust=True).spec["trainer"] == "nnUNetTrainerOfMine"
+    assert marker.exists()
 
 
 def test_without_nnunet_the_extra_is_named(tmp_path, monkeypatch):
