@@ -7,8 +7,6 @@ result.volume()                    # (B, D, H, W) in [0, 1]
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -19,12 +17,21 @@ from torch import nn
 
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.engine.mapping import Maps
-from seg3dcam.engine.passes import Progress, predict, predict_member, silent
+from seg3dcam.engine.passes import (
+    FirstPass,
+    Progress,
+    predict,
+    predict_member,
+    seeded_windows,
+    silent,
+)
+from seg3dcam.engine.promises import gradient_gaps
 from seg3dcam.engine.run import (
     Asked,
     looks_at_layers,
     maps_of,
     needs_activations,
+    needs_gradient_of,
     needs_graph,
     needs_own_logits,
 )
@@ -32,13 +39,15 @@ from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import (
     ConfigError,
     LayerError,
-    Seg3dcamWarning,
+    ModelError,
     TargetError,
     nearest,
+    tell,
 )
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.inputs import as_input, on_grid_of
 from seg3dcam.layers import LayerRef, LayerSpec, Layout, moved_to, resolve_layers, unwrap
+from seg3dcam.layouts import INPUT
 from seg3dcam.methods import METHODS
 from seg3dcam.outputs import OutputSelection
 from seg3dcam.probe import measured_in_window
@@ -111,8 +120,6 @@ class BaseCAM:
         if not callable(self.progress):
             raise ConfigError(f"progress {progress!r}: a function of (step, done, total), or None")
         self._function = self._configured(settings)
-        self._grids: dict[tuple, dict[LayerRef, FeatureGrid]] = {}
-        self._settled: dict[LayerRef, Layout] = {}  # layouts that needed evidence
         self._layers: list[LayerRef] | None = None
         if not looks_at_layers(self._function):
             self._layers = []
@@ -166,24 +173,6 @@ class BaseCAM:
         function: Any = METHODS[self.method]
         return replace(function, **settings) if settings else function
 
-    def _measured_grids(
-        self,
-        capture: Capture,
-        example: torch.Tensor,
-        shapes: dict[LayerRef, tuple[int, ...]],
-    ) -> dict[LayerRef, FeatureGrid]:
-        """Measure the layers' grids, once for each shape of input and each flip."""
-        key = (capture.member.flips, tuple(example.shape), tuple(shapes.items()))
-        if shapes and key not in self._grids:
-            self._grids[key] = measured_in_window(capture, example, shapes, self._settled)
-            for layer, grid in self._grids[key].items():
-                if not grid.measured and max(grid.stride) > 1:
-                    _tell(
-                        f"where the voxels of layer '{layer}' lie could not be measured; the map "
-                        f"may be shifted by up to {(max(grid.stride) - 1) / 2:g} input voxels"
-                    )
-        return self._grids.get(key, {})
-
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
             window = self.members[0].seen((1, x.shape[1], *windows.roi))
@@ -225,7 +214,13 @@ def each_by(
     else:
         found = _explain_ensemble(lead, layers, x, windows, functions, ask)
     for layer, reason in found.dropped.items():
-        _tell(f"no map of layer '{layer}': {reason}")
+        tell(f"no map of layer '{layer}': {reason}")
+    if found.draws:
+        tell(
+            f"the network draws random numbers when it predicts ({found.draws}): prediction and "
+            "maps belong to one draw, the same in every pass. Other draws, from another random "
+            "seed, give others: compare several"
+        )
     return [
         [
             _result(cam, windows, found, one, maps, affine)
@@ -241,12 +236,21 @@ Table = list[list[Maps]]
 
 @dataclass(frozen=True)
 class _Found:
-    """What a network gave: logits, what was asked of them, its maps, layers without a map."""
+    """What a network gave.
+
+    Attributes:
+        logits: (B, K, *S).
+        asked: what was asked of them.
+        table: its maps.
+        dropped: layers without a map, and why.
+        draws: the operation with which it draws random numbers, "" for none.
+    """
 
     logits: torch.Tensor
     asked: list[Asked]
     table: Table
     dropped: Mapping[LayerRef, str]
+    draws: str
 
 
 def _explain_member(
@@ -269,8 +273,9 @@ def _explain_member(
         for f in functions
         if hasattr(f, "whole_axes")
     )
-    with capturing(member, layers, lead.output, lead._settled) as capture:
+    with capturing(member, layers, lead.output) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))  # float64 stays float64
+        windows = _apart_if_drawing(capture, x, windows)
         graph = any(map(needs_graph, functions))
         keep = any(needs_activations(f, shared) for f in functions)
         if together is None:
@@ -286,11 +291,20 @@ def _explain_member(
                 own=any(map(needs_own_logits, functions)),
                 progress=lead.progress,
             )
+        _check_draws(capture, functions, len(x))
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-        grids = lead._measured_grids(capture, example, first.shapes)
+        grids = measured_in_window(capture, example, first.shapes) if first.shapes else {}
+        _tell_unmeasured(grids)
         asked = ask(first.logits)
+        gaps = _gaps(first, asked, functions, lead.output)
         table = maps_of(first, asked, functions, grids, lead.output, lead.progress)
-    return _Found(first.logits, asked, table, capture.dropped)
+    return _Found(
+        first.logits,
+        asked,
+        _with_gaps(table, functions, gaps),
+        capture.dropped,
+        capture.known.draws or "",
+    )
 
 
 def _explain_ensemble(
@@ -305,11 +319,13 @@ def _explain_ensemble(
     logits = _mean_logits(lead, x, windows)
     asked = ask(logits)
     dropped: dict[LayerRef, str] = {}
+    draws = ""
     total: Table | None = None
     for member in lead.members:
         own = moved_to(member.network, layers)
         found = _explain_member(lead, member, own, x, windows, functions, lambda _: asked, logits)
         dropped |= found.dropped
+        draws = draws or found.draws
         if total is None:
             total = found.table
         else:
@@ -318,7 +334,60 @@ def _explain_ensemble(
     mean = _combined(
         lambda m: replace(m, values=m.values / count, ceiling=m.ceiling / count), total or []
     )
-    return _Found(logits, asked, mean, dropped)
+    return _Found(logits, asked, mean, dropped, draws)
+
+
+def _apart_if_drawing(capture: Capture, x: torch.Tensor, windows: Windows) -> Windows:
+    """Return windows that go one by one through a network that draws random numbers.
+
+    Every pass starts from the same random state, but the draws of a batch are others than those of
+    its items.
+    """
+    if len(windows) == 1:  # one pass for all
+        return windows
+    capture.find_out_whether_it_draws(
+        lambda: capture.to_model(windows.cut(windows.pad(x[:1]), [0]).clone())
+    )
+    return windows.one_by_one() if capture.known.draws else windows
+
+
+def _check_draws(capture: Capture, functions: Sequence[Any], items: int) -> None:
+    """Raise ModelError where items of a batch would be looked at again with other draws."""
+    if capture.known.draws and items > 1 and not all(map(needs_graph, functions)):
+        raise ModelError(
+            f"the network draws random numbers ({capture.known.draws}), others for a batch than "
+            f"for its items, which this method looks at one by one: explain the {items} items in "
+            "calls of their own"
+        )
+
+
+def _gaps(
+    first: FirstPass, asked: Sequence[Asked], functions: Sequence[Any], output: OutputSelection
+) -> dict[LayerRef, float]:
+    """Find out where the gradients that the maps are made of miss a branch of the network."""
+    needed = {needs_gradient_of(function) for function in functions}
+    layers = [*first.shapes] if "layers" in needed else []
+    layers += [INPUT] if "input" in needed else []
+    if not layers:
+        return {}
+    seeded = [w for one in asked for w in seeded_windows(first, [0], one.seed)]
+    window = first.cut([0], seeded[:1] or [0])
+    return gradient_gaps(first.capture, window, layers, output)
+
+
+def _with_gaps(table: Table, functions: Sequence[Any], gaps: Mapping[LayerRef, float]) -> Table:
+    """Note in the maps that are made of gradients which part of the score they miss."""
+
+    def noted(function: Any, maps: Maps) -> Maps:
+        kind = needs_gradient_of(function)
+        if kind == "nothing":
+            return maps
+        return {
+            layer: replace(map_, missing=gaps.get(INPUT if kind == "input" else layer, 0.0))
+            for layer, map_ in maps.items()
+        }
+
+    return [[noted(f, maps) for f, maps in zip(functions, row, strict=True)] for row in table]
 
 
 def _combined(combine: Callable[..., LayerMap], *tables: Table) -> Table:
@@ -342,6 +411,7 @@ def _mean_logits(lead: BaseCAM, x: torch.Tensor, windows: Windows) -> torch.Tens
     for member in lead.members:
         with capturing(member, [], lead.output) as capture:
             x = x.to(torch.promote_types(x.dtype, capture.dtype))
+            windows = _apart_if_drawing(capture, x, windows)
             own = predict(capture, x, windows, graph=False, keep=False, progress=lead.progress)
             total = total + own.logits
     return total / len(lead.members)
@@ -408,6 +478,7 @@ def _result(
         settings=cam.settings,
         dropped={str(layer): reason for layer, reason in found.dropped.items()},
         members=len(cam.members),
+        draws=found.draws,
     )
 
 
@@ -419,13 +490,25 @@ def check_settings(cam: BaseCAM, settings: Mapping[str, Any], legal: Sequence[st
             raise ConfigError(f"{type(cam).__name__} has no setting {name!r}: {choices}")
 
 
+def _tell_unmeasured(grids: Mapping[LayerRef, FeatureGrid]) -> None:
+    """Say which layers' places are assumed."""
+    for layer, grid in grids.items():
+        if not grid.measured:
+            stride = max(grid.stride)
+            off = f"shifted by up to {(stride - 1) / 2:g} input voxels, " if stride > 1 else ""
+            tell(
+                f"where the voxels of layer '{layer}' lie could not be measured; the map may be "
+                f"{off}stretched or in another order"
+            )
+
+
 def _is_auto(spec: LayerSpec) -> bool:
     return isinstance(spec, str) and spec == "auto"
 
 
 def _warn(name: str, layer: LayerMap, target: str) -> None:
     for flag in layer.flags:
-        _tell(f"layer '{name}', '{target}': {flag}")
+        tell(f"layer '{name}', '{target}': {flag}")
     if layer.status == "ok":
         return
     low, high = float(layer.values.min()), float(layer.values.max())
@@ -438,13 +521,9 @@ def _warn(name: str, layer: LayerMap, target: str) -> None:
         "InstanceNorm: choose another method, or a layer behind a ReLU"
         if undefined
         else f"the same value everywhere ({high:.3g})",
+        "incomplete": f"its gradient misses {layer.missing:.0%} of how the score changes, since a "
+        "branch behind the layer has none (quantised weights, detach(), no_grad(), argmax, "
+        "rounding or a backward pass of its own). A method without gradients sees all: score_cam, "
+        "ablation_cam, or the network in full precision",
     }[layer.status]
-    _tell(f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {reason}")
-
-
-def _tell(message: str) -> None:
-    """Warn at the line of the user's code that called us."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("seg3dcam"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, Seg3dcamWarning, stacklevel=level)
+    tell(f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {reason}")

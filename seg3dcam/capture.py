@@ -13,19 +13,22 @@ see `seg3dcam.layouts`.
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from seg3dcam.draws import Drawn, devices_of, drawing_from, random_state
 from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
+from seg3dcam.known import Known, opened
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import INPUT, pulled_back, spatial_shape
 from seg3dcam.outputs import OutputSelection, select_output
+from seg3dcam.untouched import check_explainable, untouched
 from seg3dcam.witnesses import Witnesses, settle
 
 
@@ -38,35 +41,35 @@ def capturing(
     model: nn.Module | Member,
     layers: Sequence[LayerRef],
     output: OutputSelection = None,
-    settled: dict[LayerRef, Layout] | None = None,
 ) -> Iterator[Capture]:
     """Hook the target layers of a model in eval mode; put everything back at the end.
 
     Inside, parameters are frozen, autocast and reduced-precision arithmetic are off, and gradients
     can be taken whatever mode the caller is in. Afterwards, also after an exception, hooks, the
-    mode of every submodule, `requires_grad`, buffers, tensors kept in attributes, random states
-    and precision settings are as they were; `.grad` is never written.
+    mode of every submodule, `requires_grad`, buffers, attributes, random states and precision
+    settings are as they were; `.grad` is never written. Other threads that want to capture this
+    network, or one that it shares modules with, wait.
 
     Args:
         model: any `nn.Module`; DataParallel, DistributedDataParallel and compiled wrappers are
             looked through. Of an ensemble its first member, or the member that is given.
         layers: what `seg3dcam.layers.resolve_layers` returned for this model.
         output: which of the network's outputs are the logits, see `seg3dcam.outputs`.
-        settled: layouts that evidence settled in earlier captures of this model; those that it
-            settles in this one are added, so that nothing is found out twice.
+
+    Raises:
+        ModelError: a network that cannot be explained, such as one of lazy or meta parameters; it
+            has not been touched.
     """
     member = model if isinstance(model, Member) else members_of(model)[0]
     model = member.network
-    capture = Capture(member, layers, output, {} if settled is None else settled)
     with contextlib.ExitStack() as stack:
+        known = stack.enter_context(opened(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        check_explainable(model)
+        capture = Capture(member, layers, output, known)
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
-        stack.enter_context(_frozen_in_eval_mode(model))
-        stack.enter_context(_kept_notes(model))
-        stack.enter_context(_kept_random_state(model))
-        stack.enter_context(_full_precision())
-        stack.enter_context(_eager(model))
+        stack.enter_context(untouched(model))
         # Before the layers' own hooks, which swap what modules give.
         for module in filter(Witnesses.may_be, model.modules()):
             stack.callback(module.register_forward_hook(capture.on_witness).remove)
@@ -97,24 +100,23 @@ class Capture:
     Attributes:
         model: the network, without wrappers.
         member: the network and how it sees its input.
+        known: what was found out about the network, now or earlier.
         dropped: layer -> why it was dropped.
     """
 
     def __init__(
-        self,
-        member: Member,
-        layers: Sequence[LayerRef],
-        output: OutputSelection,
-        settled: dict[LayerRef, Layout],
-    ):
+        self, member: Member, layers: Sequence[LayerRef], output: OutputSelection, known: Known
+    ) -> None:
         self.dropped: dict[LayerRef, str] = {}
         self.member = member
         self.model = model = member.network
+        self.known = known
         self._layers = list(layers)
         self._output = output
-        self._mode: Literal["off", "count", "observe", "leaf", "replay", "scale"] = "off"
+        self._mode: Literal["off", "count", "observe", "leaf", "replay", "change"] = "off"
         self._stop_early = False
-        self._weights: dict[str, torch.Tensor] = {}
+        self._thread = threading.get_ident()
+        self._random = random_state(devices_of(model))
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
         self._input_shape: torch.Size = torch.Size()
@@ -125,9 +127,8 @@ class Capture:
         self._layouts: dict[LayerRef, Layout] = {}
         self._witnesses = Witnesses(())
         # Of all passes.
-        self._settled = settled
         self._gone: set[LayerRef] = set()  # dropped, and not even looked at
-        self._multipliers: dict[LayerRef, torch.Tensor] = {}
+        self._changes: dict[LayerRef, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._copies = False
 
     @property
@@ -167,22 +168,26 @@ class Capture:
         with torch.no_grad():
             return self._forward(x, "observe" if copy else "count")
 
-    def observe_layers(
-        self, x: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
-    ) -> dict[LayerRef, torch.Tensor]:
-        """Return the activations of `x`; the network stops once every target layer has run.
+    def find_out_whether_it_draws(self, example: Callable[[], torch.Tensor]) -> None:
+        """Know from here on, `known.draws`, whether the network draws random numbers.
 
         Args:
-            weights: parameters to use in place of the network's own, by name.
+            example: makes an input (B, C, *S), if one is needed.
         """
-        self._stop_early, self._weights = True, weights or {}
+        if self.known.draws is None:
+            with torch.no_grad():
+                self._call(self.member.into(example()), "off")
+
+    def observe_layers(self, x: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
+        """Return the activations of `x`; the network stops once every target layer has run."""
+        self._stop_early = True
         try:
             x = self.member.into(x)
             with torch.no_grad():
                 self._run(x, "observe")
                 self._read_layers(x)
         finally:
-            self._stop_early, self._weights = False, {}
+            self._stop_early = False
         return self.activations
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,19 +213,41 @@ class Capture:
             scale: (B, C), a factor for each item of the batch and channel; 0 removes a channel.
                 What the layer's layout leaves out, such as a class token, stays as it is.
         """
+        factors = scale[(..., *[None] * (x.ndim - 2))]
+        raw = self._as_given(x, layer, factors)
+        # One where the layout takes nothing from, such as a class token.
+        raw = raw + 1 - self._as_given(x, layer, torch.ones_like(factors))
+        return self._changed(x, {layer: lambda given: given * raw})
+
+    def nudged(self, x: torch.Tensor, steps: Mapping[LayerRef, torch.Tensor]) -> torch.Tensor:
+        """Return the logits of `x` where something is added to layers' activations; no graph.
+
+        Args:
+            x: shaped as in the last pass.
+            steps: layer -> what is added, shaped like its activations.
+        """
+        raw = {layer: self._as_given(x, layer, step) for layer, step in steps.items()}
+        return self._changed(x, {layer: raw[layer].add for layer in steps})
+
+    def _as_given(self, x: torch.Tensor, layer: LayerRef, values: torch.Tensor) -> torch.Tensor:
+        """Return (B, C, *s) values laid out as a layer of the last pass gives them for `x`."""
+        seen = self.member.into(x)
+        if seen.shape[1:] != self._input_shape[1:] or layer not in self._layouts:
+            raise ValueError(f"no pass over inputs {tuple(seen.shape)} has shown layer '{layer}'")
+        shape = (len(seen), *self._given[layer][1:])
+        return pulled_back(self._layouts[layer], self.member.into(values), shape)
+
+    def _changed(
+        self, x: torch.Tensor, changes: Mapping[LayerRef, Callable[[torch.Tensor], torch.Tensor]]
+    ) -> torch.Tensor:
+        """Return the logits of `x` where layers give something else; shapes stay known."""
         x = self.member.into(x)
-        if x.shape[1:] != self._input_shape[1:] or layer not in self._layouts:
-            raise ValueError(f"no pass over inputs {tuple(x.shape)} has shown layer '{layer}'")
-        shape = (len(x), *self._given[layer][1:])
-        layout, factors = self._layouts[layer], scale[(..., *[None] * (x.ndim - 2))]
-        untouched = 1 - pulled_back(layout, torch.ones_like(factors), shape)
-        multiplier = pulled_back(layout, factors, shape) + untouched
-        self._multipliers = {layer: multiplier}
+        self._changes = dict(changes)
         try:
             with torch.no_grad():
-                output = self._call(x, "scale")
+                output = self._call(x, "change")
         finally:
-            self._multipliers = {}
+            self._changes = {}
         return self._logits(output, x)
 
     def gradients(
@@ -284,7 +311,8 @@ class Capture:
         Args:
             shapes: layer -> what it gave for `x`.
         """
-        return settle(shapes, x, self._witnesses, self._settled, partial(self._call, mode="off"))
+        run = partial(self._call, mode="off")
+        return settle(shapes, x, self._witnesses, self.known.layouts, run)
 
     def _forward(self, x: torch.Tensor, mode: Literal["count", "observe", "leaf"]) -> torch.Tensor:
         x = self.member.into(x)
@@ -324,14 +352,14 @@ class Capture:
         self._witnesses = Witnesses(x.shape)
 
     def _call(
-        self, x: torch.Tensor, mode: Literal["off", "count", "observe", "leaf", "scale"]
+        self, x: torch.Tensor, mode: Literal["off", "count", "observe", "leaf", "change"]
     ) -> Any:
         self._mode = mode
         try:
             if INPUT in self._runs:
                 changed = self.on_output(INPUT, x)
                 x = x if changed is None else changed
-            with _other_weights(self.model, self._weights):
+            with self._same_draws():
                 return self.model(x)
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
@@ -348,18 +376,45 @@ class Capture:
         finally:
             self._mode = "off"
 
+    @contextlib.contextmanager
+    def _same_draws(self) -> Iterator[None]:
+        """Start every pass of a network that draws random numbers from the same state.
+
+        Whether it draws is found out in its first complete pass.
+        """
+        known = self.known
+        if known.draws == "":
+            yield
+            return
+        with drawing_from(self._random):
+            if known.draws:
+                yield
+                return
+            noted, complete = Drawn(), False
+            try:
+                with noted:
+                    yield
+                complete = True
+            finally:
+                drawn = not self._random.equals(random_state(devices_of(self.model)))
+                # Another thread may have drawn meanwhile, but not by an operation of this one.
+                if drawn and (noted.operation or threading.active_count() == 1):
+                    known.draws = noted.operation or "of NumPy or Python"
+                elif complete:
+                    known.draws = ""
+
     def on_output(self, layer: LayerRef, output: Any) -> Any:
         """Take what a layer gave; return what the network is to go on with (None: the same)."""
-        if self._mode == "off" or layer not in self._runs:
+        if self._mode == "off" or layer not in self._runs or self._of_another_thread():
             return None
         try:
             tensor = layer.pick(output)
         except LayerError as error:
             self._refuse(layer, error)
             return None
-        if self._mode == "scale":
-            if layer in self._multipliers:
-                return layer.put(output, tensor * self._multipliers[layer])
+        if self._mode == "change":
+            if layer in self._changes:
+                return layer.put(output, self._changes[layer](tensor))
             return None
         if self._mode != "replay":
             self._runs[layer] += 1
@@ -383,8 +438,15 @@ class Capture:
 
     def on_witness(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note what a module shows of the layouts of tensors."""
-        if self._mode in ("count", "observe", "leaf"):
+        if self._mode in ("count", "observe", "leaf") and not self._of_another_thread():
             self._witnesses.look(module, args, output)
+
+    def _of_another_thread(self) -> bool:
+        """Tell a pass that somebody else sends through the network at the same time.
+
+        A backward pass replays checkpoints in threads of autograd's.
+        """
+        return self._mode != "replay" and threading.get_ident() != self._thread
 
     def _read_layers(self, x: torch.Tensor) -> None:
         """Find the layouts of what the layers gave; refuse or drop those that give no map."""
@@ -452,142 +514,3 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
-
-
-@contextlib.contextmanager
-def _other_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a network work with other parameters, by name; a tied one is replaced everywhere.
-
-    `torch.func.functional_call` does not put back those of a module that has two names, and the
-    encoder of a nnU-Net has: `encoder` and `decoder.encoder`.
-    """
-    others = {id(p): weights[name] for name, p in model.named_parameters() if name in weights}
-    own = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in others
-    ]
-    try:
-        for module, name, parameter in own:
-            module._parameters[name] = others[id(parameter)]  # type: ignore[assignment]
-        yield
-    finally:
-        for module, name, parameter in own:
-            module._parameters[name] = parameter
-
-
-@contextlib.contextmanager
-def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    if any(parameter.is_inference() for parameter, _ in parameters):
-        raise ModelError(
-            "the network's parameters were made inside torch.inference_mode(), where autograd "
-            "cannot follow: build or load the network outside of it"
-        )
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    try:
-        # Set directly: a train() or eval() of the network's own may do more than set the mode.
-        for module, _ in modes:
-            module.training = False
-        for parameter, _ in parameters:
-            parameter.requires_grad = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad = requires_grad
-        for module, _ in modes:
-            module._buffers.clear()  # also of those that the forward pass registered
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and before is not None and not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
-
-
-#: Attributes of every module: hooks, submodules, parameters, buffers.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-@contextlib.contextmanager
-def _kept_notes(model: nn.Module) -> Iterator[None]:
-    """Put back the tensors that modules keep in attributes of their own.
-
-    DynUNet notes the heads of its last pass: their graph would stay, and forbid a deepcopy.
-    """
-
-    def notes(module: nn.Module) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in vars(module).items()
-            if name not in _OF_EVERY_MODULE and _holds_tensors(value)
-        }
-
-    before = [(module, notes(module)) for module in model.modules()]
-    kept = [value for _, notes_before in before for value in notes_before.values()]
-    inside = [(value, copy.copy(value)) for value in kept if isinstance(value, list | dict)]
-    try:
-        yield
-    finally:
-        for module, notes_before in before:
-            for name in notes(module).keys() - notes_before.keys():
-                del vars(module)[name]
-            vars(module).update(notes_before)
-        for value, items in inside:
-            value.clear()
-            value.extend(items) if isinstance(value, list) else value.update(items)
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return isinstance(value, torch.Tensor)
-    return any(isinstance(item, torch.Tensor) for item in value)
-
-
-@contextlib.contextmanager
-def _kept_random_state(model: nn.Module) -> Iterator[None]:
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Switch off TF32 and bfloat16 arithmetic on float32 numbers."""
-    b: Any = torch.backends
-    if hasattr(b.cuda.matmul, "fp32_precision"):
-        operations = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
-        switch, exact = "fp32_precision", "ieee"
-    else:  # before torch 2.9
-        operations, switch, exact = [b.cuda.matmul, b.cudnn], "allow_tf32", ""
-    before = [getattr(operation, switch) for operation in operations]
-    try:
-        for operation in operations:
-            setattr(operation, switch, exact)
-        yield
-    finally:
-        for operation, value in zip(operations, before, strict=True):
-            setattr(operation, switch, value)
-
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts eagerly: compiled code does not call hooks that came after it."""
-    compiled = any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

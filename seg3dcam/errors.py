@@ -17,6 +17,8 @@ A message says what was given, what is legal and what to do.
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 
 
@@ -78,3 +80,15 @@ def nearest(name: str, legal: Iterable[str], count: int = 3) -> str:
         return "did you mean " + " or ".join(map(repr, close)) + "?"
     shown = ", ".join(map(repr, choices[:12]))
     return f"legal: {shown}" + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
+
+
+def tell(message: str) -> None:
+    """Warn, with a `Seg3dcamWarning`, at the line of the user's code that called us."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, Seg3dcamWarning, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("seg3dcam") or module == "contextlib"

@@ -376,6 +376,7 @@ def _provenance(
             "activation": model.activation,
             "windows": result.windows,
             "members": result.members,
+            "draws": result.draws,
             "window": None if plan is None else asdict(plan),
             "spec": dict(model.spec),
         },
@@ -407,6 +408,7 @@ def _provenance(
                 "positive_fraction": float((layer.values > 0).float().mean()),
                 "ceiling": float(layer.ceiling[0]),
                 "flags": list(layer.flags),
+                "missing_gradient": layer.missing,
                 "dtype": str(layer.values.dtype).removeprefix("torch."),
             }
             for name, layer in result.layers.items()

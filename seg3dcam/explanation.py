@@ -24,6 +24,8 @@ NO_HEAT = {
     "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
     "nonfinite": "no CAM: the map holds NaN or infinite values",
     "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
+    "incomplete": "no CAM: a branch of the network has no gradient, so a map would miss part of "
+    "the evidence",
 }
 
 
@@ -34,7 +36,7 @@ class Explanation:
     Attributes:
         scan: the scan, with its affine and header.
         maps: layer -> raw signed map (X, Y, Z), at least float32; 0 where the network saw nothing.
-        status: layer -> "ok", "zero", "nonfinite" or "degenerate".
+        status: layer -> "ok", "zero", "nonfinite", "degenerate" or "incomplete".
         prediction: (K, X, Y, Z) bool, one mask per class of the network.
         class_names: one for each of the K classes.
         target, method: their names.

@@ -144,12 +144,11 @@ def feature_maps(
     x, progress = x[item : item + 1], progress or silent
     windows = plan_windows(sliding_window, x.shape[2:])
     ref = _one_layer(model, layer, reshape_transform, x, windows, output)
-    settled: dict[LayerRef, Layout] = {}
-    with capturing(model, [ref], output, settled) as capture:
+    with capturing(model, [ref], output) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
         first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
-        grid = measured_in_window(capture, example, first.shapes, settled)[ref]
+        grid = measured_in_window(capture, example, first.shapes)[ref]
         whole = _over_volume(grid, windows)
         cut = _checked_cut(ref, whole, axis, index)
         weights = None

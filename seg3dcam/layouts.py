@@ -8,6 +8,7 @@ settled by evidence (see `seg3dcam.witnesses`) or refused.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,8 @@ def _is_last(module: nn.Module) -> bool:
 
 def _last_part(module: nn.Module) -> nn.Module:
     """Return what decides the layout of a sequence: its last part that is not elementwise."""
-    while type(module).forward is nn.Sequential.forward:
+    # Read statically: of a script's class the attribute itself fails.
+    while inspect.getattr_static(type(module), "forward", None) is nn.Sequential.forward:
         parts = [part for part in module.children() if not _is_elementwise(part)]
         if not parts:
             break

@@ -1,4 +1,4 @@
-"""Where a layer's feature voxels lie in the input, measured on the network itself.
+"""Where a layer's feature voxels lie in the input, measured on the network itself, twice.
 
 A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling on `2u + 0.5`;
 through several levels the difference reaches several voxels, and interpolation that assumes one
@@ -6,6 +6,9 @@ of them shifts the map. So it is measured: with every kernel reduced to its cent
 normalisation switched off, the network passes a linear ramp on, and what a feature voxel shows of
 it is the input position that it looks at. The ramp runs both ways, since max pooling picks the
 larger end of each. A token stands for its patch, whatever attention adds to it from elsewhere.
+
+That is exact where all that moves things is known. Whether it is, a second measurement tells, on
+the network as it is (`seg3dcam.centroids`): where they do not agree, nothing counts as measured.
 """
 
 from __future__ import annotations
@@ -19,79 +22,82 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.overrides import TorchFunctionMode
 
 from seg3dcam.capture import Capture, capturing
+from seg3dcam.centroids import agreeing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.layers import LayerRef, Layout, unwrap
+from seg3dcam.known import key_of
+from seg3dcam.layers import LayerRef, unwrap
+from seg3dcam.operations import PlainOperations
 
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
 
-# Where an upsampled path meets a skip connection, the skip connection knows the place. Residual
-# blocks double what goes through them, so that the coarse levels would drown it.
-_UPSAMPLED = 1e-3 * _LOW
+# Positions that are less than this many input voxels off a line lie on it.
+_ON_A_LINE = 0.02
 
 
 def measure_grids(
-    model: nn.Module,
-    x: torch.Tensor,
-    shapes: Mapping[LayerRef, tuple[int, ...]],
-    settled: dict[LayerRef, Layout] | None = None,
+    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    Costs two small forward passes per axis, up to the layers. A layer whose grid is no regular
-    image of the input (attention over all tokens, say) gets the usual convention, `measured=False`,
-    and so do all layers where a kernel is computed from other parameters (weight normalisation).
+    Costs two small forward passes per axis, up to the layers, and six to check them; what was
+    measured is remembered with the network. A layer whose grid is no regular image of the input
+    (attention over all tokens, say), or where two measurements do not agree, gets the usual
+    convention, `measured=False`.
 
     Args:
         x: (B, C, *S); its shape, dtype and device count, its values do not.
         shapes: layer -> its spatial shape for this input.
-        settled: layouts known by evidence, see `seg3dcam.capture.capturing`.
     """
     model = unwrap(model)
-    if isinstance(model, torch.export.UnflattenedModule):
-        return _measured(model, x, shapes, settled, {}, _plain_program(model))
-    convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
-    if any("weight" not in module._parameters for module in convolutions):
-        return {layer: _convention(shape, x.shape[2:]) for layer, shape in shapes.items()}
-    plain = _plain_levels(model, x.ndim)
-    return _measured(model, x, shapes, settled, _central_taps(model), plain)
-
-
-def _measured(
-    model: nn.Module,
-    x: torch.Tensor,
-    shapes: Mapping[LayerRef, tuple[int, ...]],
-    settled: dict[LayerRef, Layout] | None,
-    weights: dict[str, torch.Tensor],
-    plain: Any,
-) -> dict[LayerRef, FeatureGrid]:
-    """Measure the grids with other weights, inside a context that makes the network plain."""
     # None may be dropped: at another size than the input's, tokens may have no readable grid.
     layers = [replace(layer, required=True) for layer in shapes]
-    with capturing(model, layers, None, settled) as capture, plain:
-        by_axis = [_measure_axis(capture, weights, x, axis, shapes) for axis in range(x.ndim - 2)]
-    grids = {}
-    for layer, shape in shapes.items():
-        found = [fits[layer] for fits in by_axis]
-        if all(found):
-            strides, offsets = zip(*found, strict=True)
-            grids[layer] = FeatureGrid(shape, strides, offsets)
-        else:
-            grids[layer] = _convention(shape, x.shape[2:])
-    return grids
+    with capturing(model, layers) as capture:
+        known = capture.known.grids
+        keys = {la: _key(la, x, shape) for la, shape in shapes.items()}
+        grids = {la: known[key] for la, key in keys.items() if key in known}
+        new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
+    if new:
+        with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
+            grids |= _measured_twice(capture, x, new)
+            # Only now: a measurement that fails leaves nothing behind.
+            for layer in new:
+                if (key := keys[layer]) is not None:
+                    capture.known.grids[key] = grids[layer]
+    return {layer: grids[layer] for layer in shapes}
+
+
+def _key(layer: LayerRef, x: torch.Tensor, shape: tuple[int, ...]) -> tuple | None:
+    """Return under what a grid is remembered, None for one that must not be."""
+    of_layer = key_of(layer)
+    return None if of_layer is None else (of_layer, tuple(x.shape[1:]), tuple(shape))
+
+
+def _measured_twice(
+    capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure the grids by a ramp, and keep those that the network as it is agrees with."""
+    with _any_size(capture.model):
+        with _plain_levels(capture.model, x.ndim), PlainOperations(_LOW):
+            by_axis = [_measure_axis(capture, x, axis, shapes) for axis in range(x.ndim - 2)]
+        grids = {}
+        for layer, shape in shapes.items():
+            found = [fits[layer] for fits in by_axis]
+            if all(found):
+                strides, offsets = zip(*found, strict=True)
+                grids[layer] = FeatureGrid(shape, strides, offsets)
+        sure = agreeing(capture, x, grids) if grids else set()
+    return {
+        layer: grids[layer] if layer in sure else _convention(shape, x.shape[2:])
+        for layer, shape in shapes.items()
+    }
 
 
 def measured_in_window(
-    capture: Capture,
-    x: torch.Tensor,
-    shapes: Mapping[LayerRef, tuple[int, ...]],
-    settled: dict[LayerRef, Layout] | None = None,
+    capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure the grids of a captured network's layers in the volume's window.
 
@@ -100,13 +106,12 @@ def measured_in_window(
         shapes: `capture.shapes`.
     """
     member = capture.member
-    grids = measure_grids(member.network, member.into(x), shapes, settled)
+    grids = measure_grids(member.network, member.into(x), shapes)
     return {layer: member.grid(grid, x.shape[2:]) for layer, grid in grids.items()}
 
 
 def _measure_axis(
     capture: Capture,
-    weights: dict[str, torch.Tensor],
     x: torch.Tensor,
     axis: int,
     shapes: Mapping[LayerRef, tuple[int, ...]],
@@ -122,7 +127,7 @@ def _measure_axis(
             # Not all at once: a layer of many channels at full resolution takes much memory.
             flat, rising, falling = _ramps(x, shape, axis)
             pairs = [torch.stack([flat, ramp]) for ramp in (rising, falling)]
-            shown = [_means(capture.observe_layers(pair, weights)) for pair in pairs]
+            shown = [_means(capture.observe_layers(pair)) for pair in pairs]
         except (ModelError, LayerError):
             continue
         for layer, means in shown[0].items():
@@ -182,6 +187,8 @@ def _fit(
     stride = _stride(index.double(), position, full_size, full_length)
     if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
         return None  # the handy input has another grid than the full-sized one
+    if not float(stride).is_integer() and length != full_length:
+        return None  # so has a resampled one: its stride depends on the size of the input
     offset = round(float((position - stride * index).mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
@@ -190,20 +197,32 @@ def _fit(
 def _stride(
     index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
 ) -> float | None:
-    """Return the stride that the layer's size says, if the positions agree; else theirs."""
+    """Return the whole stride that the layer's size says, if the positions lie on it; else theirs.
+
+    Resampling gives other strides: lengths divided, or with corners aligned lengths less one.
+    """
     exact = full_length / full_size
     if len(position) == 1:
         return exact
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
-    # The fit is rough on few voxels and on the staircase of a transposed convolution.
-    choices = [r for r in (math.floor(exact), math.ceil(exact)) if abs(fitted - r) < 0.4 * r]
-    if not exact.is_integer() and abs(fitted - round(fitted)) < 0.05:
-        choices = [round(fitted)]
-    if choices and choices[0]:
-        return float(min(choices, key=lambda r: abs(fitted - r)))
+    whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
+    corners = (full_length - 1) / max(1, full_size - 1)
+    # The fit is rough on few voxels and on the staircase of a transposed convolution, which no
+    # line fits well: then a whole stride does not fit worse.
+    limit = max(1.25 * _rest(fitted, centred, position), _ON_A_LINE)
+    for choices in (whole, [exact, corners]):
+        near = [r for r in choices if abs(fitted - r) < 0.4 * r]
+        fitting = [r for r in near if _rest(r, centred, position) <= limit]
+        if fitting:
+            return min(fitting, key=lambda r: abs(fitted - r))
     covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
     return fitted if fitted > 0 and covers else None
+
+
+def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
+    """Return by how much positions lie off a line of a stride, root mean square."""
+    return float((position - stride * centred).std(correction=0))
 
 
 def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
@@ -212,43 +231,13 @@ def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid
     return FeatureGrid(tuple(shape), strides, offsets, measured=False)
 
 
-def _central_taps(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return weights that average over input channels and look straight ahead in space."""
-    weights: dict[str, torch.Tensor] = {}
-    keys = {parameter: key for key, parameter in model.named_parameters()}  # tied ones once
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            key = keys[parameter]
-            if isinstance(module, _ConvNd) and name == "weight":
-                weights[key] = _kernel(parameter, transposed=isinstance(module, _ConvTransposeNd))
-            elif isinstance(module, nn.Linear) and name == "weight":
-                weights[key] = torch.full_like(parameter, 1 / parameter.shape[1])
-            elif isinstance(module, _ConvNd | nn.Linear) and name == "bias":
-                weights[key] = torch.zeros_like(parameter)
-    return weights
-
-
-def _kernel(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    # A transposed kernel keeps all its taps: with the central one alone it would leave gaps.
-    kernel = torch.zeros_like(weight)
-    taps: list[Any] = [slice(None), slice(None)]
-    if not transposed:
-        taps += [slice((size - 1) // 2, size // 2 + 1) for size in weight.shape[2:]]
-    kernel[tuple(taps)] = 1
-    return kernel / kernel[0].sum()
-
-
 @contextmanager
 def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
-    """Switch normalisation and attention among tokens off; let upsampled paths count little."""
+    """Switch off modules that normalise, or mix tokens, by operations that are not known."""
 
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
         same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
         return args[0] if same else None
-
-    def fade(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        level = output[0].mean()  # of the constant ramp
-        return output * (_UPSAMPLED / level) if level else output
 
     def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = isinstance(output, torch.Tensor) and output.ndim == 3 < ndim
@@ -258,73 +247,21 @@ def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
         for module in model.modules():
             if re.search("attention|sablock", type(module).__name__, re.IGNORECASE):
                 stack.callback(module.register_forward_hook(add_nothing).remove)
-            if isinstance(module, nn.Upsample | _ConvTransposeNd):
-                stack.callback(module.register_forward_hook(fade).remove)
             is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
             if is_norm and not any(module.children()):
                 stack.callback(module.register_forward_hook(pass_on).remove)
-        stack.enter_context(_WithoutNorms())
         yield
 
 
 @contextmanager
-def _plain_program(program: torch.export.UnflattenedModule) -> Iterator[None]:
-    """Do the same in an exported program, and let it take inputs of any size."""
-    checked = program.check_input_constraints
-    program.check_input_constraints = False
+def _any_size(model: nn.Module) -> Iterator[None]:
+    """Let an exported program take inputs of other sizes than it was exported with."""
+    if not isinstance(model, torch.export.UnflattenedModule):
+        yield
+        return
+    checked = model.check_input_constraints
+    model.check_input_constraints = False
     try:
-        with _PlainOperations():
-            yield
+        yield
     finally:
-        program.check_input_constraints = checked
-
-
-class _WithoutNorms(TorchFunctionMode):
-    """Switches normalisation off where a network calls it as a function."""
-
-    _NORMS = (F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return args[0] if args and func in self._NORMS else func(*args, **(kwargs or {}))
-
-
-class _PlainOperations(TorchFunctionMode):
-    """Makes an exported program plain: its modules have no types, so its operations are changed."""
-
-    _NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm")
-    # As `run_decompositions` names them; they return (output, statistics ...).
-    _CORE_NORMS = (
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "native_group_norm",
-        "native_layer_norm",
-    )
-    _UPSAMPLED = ("upsample", "_upsample")
-    _ATTENTION = ("scaled_dot_product_attention",)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        packet = getattr(func, "overloadpacket", None)
-        name = "" if packet is None else packet.__name__
-        if name in self._NORMS:
-            return args[0]
-        if name in self._CORE_NORMS:
-            return args[0], *func(*args, **kwargs)[1:]
-        transposed = name.startswith("conv_transpose") or (name == "convolution" and args[6])
-        if name.startswith("conv"):
-            args = (args[0], _kernel(args[1], transposed=transposed), None, *args[3:])
-            kwargs.pop("bias", None)
-        elif name == "linear":
-            args = (args[0], torch.full_like(args[1], 1 / args[1].shape[1]))
-            kwargs.pop("bias", None)
-        output = func(*args, **kwargs)
-        if name in self._ATTENTION:
-            return torch.zeros_like(output)
-        if transposed or name.startswith(self._UPSAMPLED):
-            level = output[0].mean()  # of the constant ramp
-            return output * (_UPSAMPLED / level) if level else output
-        return output
+        model.check_input_constraints = checked

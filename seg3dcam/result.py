@@ -14,7 +14,7 @@ import torch
 from seg3dcam.errors import InputError
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 
-Status = Literal["ok", "zero", "nonfinite", "degenerate"]
+Status = Literal["ok", "zero", "nonfinite", "degenerate", "incomplete"]
 Scale = Literal["max", "minmax", "raw"]
 
 #: Below this fraction of what a map would be without cancellation, it is rounding noise; for
@@ -40,6 +40,8 @@ class LayerMap:
         undefined: (B,) bool, True where the method has no meaning, such as a division by a sum of
             activations that InstanceNorm makes zero; None: nowhere.
         flags: what the reader of the map must know.
+        missing: which part of the score's changes the gradients that made the map do not follow,
+            since a branch of the network has no gradient; 0: none, or no gradient was needed.
     """
 
     values: torch.Tensor
@@ -49,6 +51,7 @@ class LayerMap:
     precision: torch.dtype = torch.float32
     undefined: torch.Tensor | None = None
     flags: tuple[str, ...] = ()
+    missing: float = 0.0
 
     @cached_property
     def item_status(self) -> tuple[Status, ...]:
@@ -56,12 +59,13 @@ class LayerMap:
 
         "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
         "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
-        undefined for these activations.
+        undefined for these activations; "incomplete": made of gradients that do not follow the
+        score, since a branch of the network has none.
         """
         noise = max(CANCELLED, 10 * torch.finfo(self.precision).eps)
         undefined = [False] * len(self.values) if self.undefined is None else self.undefined
         return tuple(
-            _status_of(values, float(ceiling), noise, bool(no_meaning))
+            _status_of(values, float(ceiling), noise, bool(no_meaning), self.missing > 0)
             for values, ceiling, no_meaning in zip(
                 self.values, self.ceiling, undefined, strict=True
             )
@@ -70,7 +74,7 @@ class LayerMap:
     @property
     def status(self) -> Status:
         """The worst item's status."""
-        order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "ok")
+        order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "incomplete", "ok")
         return next(status for status in order if status in self.item_status)
 
     def items_that_are(self, status: Status) -> torch.Tensor:
@@ -97,6 +101,8 @@ class CamResult:
         settings: the method's parameters.
         dropped: layer -> why one of many ("all", `decoder.*`) has no map.
         members: how many networks and flips of an `Ensemble` were averaged.
+        draws: the operation with which the network draws random numbers, "" for none: prediction
+            and maps then belong to one draw, the same in every pass, and other draws give others.
     """
 
     layers: Mapping[str, LayerMap]
@@ -112,6 +118,7 @@ class CamResult:
     settings: Mapping[str, object] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     members: int = 1
+    draws: str = ""
 
     @cached_property
     def maps(self) -> dict[str, torch.Tensor]:
@@ -136,7 +143,7 @@ class CamResult:
 
     @property
     def status(self) -> dict[str, Status]:
-        """Layer -> "ok", "zero", "nonfinite" or "degenerate"; of a batch, the worst item's."""
+        """Layer -> "ok", "zero", "nonfinite", "degenerate" or "incomplete"; the worst item's."""
         return {name: layer.status for name, layer in self.layers.items()}
 
     @property
@@ -289,7 +296,9 @@ def _check_scale(scale: str) -> None:
         raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
 
 
-def _status_of(values: torch.Tensor, ceiling: float, noise: float, undefined: bool) -> Status:
+def _status_of(
+    values: torch.Tensor, ceiling: float, noise: float, undefined: bool, incomplete: bool
+) -> Status:
     if not torch.isfinite(values).all():
         return "nonfinite"
     if undefined:
@@ -297,7 +306,9 @@ def _status_of(values: torch.Tensor, ceiling: float, noise: float, undefined: bo
     low, high = float(values.min()), float(values.max())
     if high <= 0 or high <= noise * ceiling:
         return "zero"
-    return "degenerate" if high - low <= max(noise, CONSTANT) * high else "ok"
+    if high - low <= max(noise, CONSTANT) * high:
+        return "degenerate"
+    return "incomplete" if incomplete else "ok"
 
 
 def added(one: LayerMap, other: LayerMap, shape: Sequence[int]) -> LayerMap:
@@ -318,6 +329,7 @@ def added(one: LayerMap, other: LayerMap, shape: Sequence[int]) -> LayerMap:
         ceiling=one.ceiling + other.ceiling,
         undefined=torch.stack(undefined).any(0) if undefined else None,
         flags=tuple(dict.fromkeys((*one.flags, *other.flags))),
+        missing=max(one.missing, other.missing),
     )
 
 

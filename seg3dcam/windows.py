@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -102,6 +102,10 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def one_by_one(self) -> Windows:
+        """Return the same windows, of which each goes through the network by itself."""
+        return replace(self, plan=replace(self.plan, sw_batch_size=1))
 
     @property
     def padded_shape(self) -> tuple[int, ...]:

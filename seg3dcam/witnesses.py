@@ -95,7 +95,7 @@ def settle(
     shapes: _Shapes,
     x: torch.Tensor,
     witnesses: Witnesses,
-    settled: MutableMapping[LayerRef, Layout],
+    settled: dict[LayerRef, Layout],
     run: Callable[[torch.Tensor], Any],
 ) -> tuple[dict[LayerRef, Layout], dict[LayerRef, LayerError]]:
     """Return how layers lay out their tensors, and why others have no layout.
@@ -122,10 +122,10 @@ def settle(
     for layer in open_:
         layout = witnesses.layout_of(layer, shapes[layer])
         if layout is not None:
-            settled.setdefault(layer, layout)
+            settled.setdefault(_bare(layer), layout)
     unknown = {layer: shapes[layer] for layer in open_ if layer not in settled}
     if unknown:
-        settled.update(_seen_changing(unknown, x, run))
+        settled |= {_bare(la): layout for la, layout in _seen_changing(unknown, x, run).items()}
     for layer, choices in open_.items():
         first = settled.get(layer) is channels_first
         fitting = [choice for choice in choices if (choice is channels_first) == first]
@@ -134,6 +134,11 @@ def settle(
         else:
             refused[layer] = _undecided(layer, shapes[layer], x.shape)
     return found, refused
+
+
+def _bare(layer: LayerRef) -> LayerRef:
+    """Return a layer without its module, which a memory of it must not keep alive."""
+    return LayerRef(layer.name, layer.element)
 
 
 def _seen_changing(

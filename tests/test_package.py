@@ -17,13 +17,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
     {"errors"},
-    {"checks", "files", "geometry", "kinds"},
+    {"checks", "draws", "files", "geometry", "kinds", "operations", "untouched"},
     {"outputs", "ensemble"},
     {"layers", "targets", "methods", "windows", "inputs"},
     {"layouts"},
-    {"witnesses"},
+    {"known", "witnesses"},
     {"capture", "result"},
-    {"probe", "suggest"},
+    {"centroids", "suggest"},
+    {"probe"},
     {"engine"},
     {"cam"},
     {"cams", "attributions", "series", "torchio_images"},

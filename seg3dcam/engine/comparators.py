@@ -19,6 +19,7 @@ from torch import nn
 from seg3dcam import targets as score
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.checks import check_number, check_whole_number, is_whole
+from seg3dcam.draws import devices_of, drawing_from, random_state
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -101,7 +102,8 @@ def compare_map(
     Raises:
         MissingExtraError: captum is not installed.
     """
-    with capturing(first.capture.member, [], output) as capture:
+    random = random_state(devices_of(first.capture.model))
+    with capturing(first.capture.member, [], output) as capture, drawing_from(random):
         items = range(len(first.x))
         return joined(
             [_map(first, item, target, seed, comparator, capture, progress) for item in items]

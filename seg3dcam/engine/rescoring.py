@@ -188,6 +188,8 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
 
 def _at_once(first: FirstPass, memory_gb: float) -> int:
     """Return how many perturbed inputs fit in memory."""
+    if first.capture.known.draws:  # those of a batch are others than those of its items
+        return 1
     if not first.footprint:
         first.footprint = _footprint(first)
     return max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -83,6 +83,16 @@ def needs_activations(method: Any, shared: bool) -> bool:
 def needs_own_logits(method: Any) -> bool:
     """Tell whether a method, at a member of an ensemble, looks at that member's own logits."""
     return isinstance(method, Perturbation | FullGradient)
+
+
+def needs_gradient_of(method: Any) -> Literal["layers", "input", "nothing"]:
+    """Tell the gradients that a method's map is made of."""
+    if needs_graph(method):
+        return "layers"
+    through_input = isinstance(method, FullGradient) or (
+        isinstance(method, Comparator) and method.kind != "occlusion"
+    )
+    return "input" if through_input else "nothing"
 
 
 def maps_of(

@@ -1,0 +1,210 @@
+"""A second measurement of where a layer's voxels lie: the middle of what they really look at.
+
+A ramp through a network of plain kernels (`seg3dcam.probe`) tells a place exactly, if everything
+that moves things is known to it. This one needs no such knowledge: it looks at the true network,
+how a layer answers to small changes of its input. With J the derivative of a layer's value with
+respect to input voxel p, and z independent noise of one voxel,
+
+    E[(sum_p J z)(sum_p J z p)] / E[(sum_p J z)^2] = sum_p J^2 p / sum_p J^2,
+
+the centre of the receptive field. So two small changes of the input, z and z times a coordinate,
+show the centres of all voxels of all layers at once, averaged over channels and over the other
+axes. Kernels pull the centre to one side or the other; mirrored ones pull back as much.
+
+What a voxel sees of the whole image (attention, InstanceNorm) and the image's rim pull all centres
+towards the middle of the image, in proportion to their distance from it. So a line is fitted, and
+what counts is by how much the centres are off in the middle.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from seg3dcam.capture import Capture
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.layers import LayerRef
+from seg3dcam.operations import MirroredOperations
+
+#: Two measurements agree within this part of a layer's voxel, and this part of an input voxel.
+AGREE = 0.15
+
+#: How much of its distance from the middle of the image a centre may be pulled there, or away.
+PULLED, PUSHED = 0.6, 0.08
+
+#: Voxels along the axis that is looked at and at most along the others, and draws of noise. The
+#: first is enough for most networks; those that leave a doubt are looked at again.
+LOOKS = ((64, 32, 1), (128, 32, 4), (192, 64, 8))
+
+#: Parts that channels and places are divided into, whose spread tells how sure a centre is.
+PARTS = 8
+
+
+class _Line(NamedTuple):
+    """How far centres are from where they should be: by `shift` in the middle, `pull` towards it.
+
+    Attributes:
+        shift: in input voxels.
+        error: its standard error.
+        pull: part of the distance from the middle.
+        rest: what is left, root mean square.
+        voxels: how many were looked at.
+    """
+
+    shift: float
+    error: float
+    pull: float
+    rest: float
+    voxels: int
+
+
+def agreeing(
+    capture: Capture, x: torch.Tensor, grids: Mapping[LayerRef, FeatureGrid]
+) -> set[LayerRef]:
+    """Return the layers whose voxels see what lies where their grids say.
+
+    Args:
+        capture: of the network with these layers.
+        x: (B, C, *S); its shape, dtype and device count, its values do not.
+        grids: layer -> its grid in an input of this shape.
+    """
+    left = set(grids)
+    for axis in range(x.ndim - 2):
+        open_ = set(left)
+        for shape, noise in _looks(tuple(x.shape[2:]), axis):
+            # Of fractional strides only the input's own size has the grid.
+            asked = {
+                layer
+                for layer in open_
+                if shape == tuple(x.shape[2:]) or grids[layer].stride[axis].is_integer()
+            }
+            if not asked:
+                continue
+            try:
+                lines = _lines(capture, x, shape, axis, {la: grids[la] for la in asked}, noise)
+            except (ModelError, LayerError, torch.OutOfMemoryError):
+                continue  # some networks take one size only
+            for layer, line in lines.items():
+                verdict = _verdict(line, grids[layer], axis)
+                if verdict is not None:
+                    open_.discard(layer)
+                if verdict is False:
+                    left.discard(layer)
+            if not open_:
+                break
+        left -= open_  # what stays in doubt is not measured
+        if not left:
+            break
+    return left
+
+
+def _looks(full: tuple[int, ...], axis: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of inputs and how much noise to draw, the cheapest first."""
+    for (length, others, noise), own in itertools.product(LOOKS, (False, True)):
+        handy = (
+            length + n % 32 if a == axis else min(n, others + n % 32) for a, n in enumerate(full)
+        )
+        yield (full, 2 * noise) if own else (tuple(handy), noise)
+
+
+def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
+    """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
+    stride = max(1.0, grid.stride[axis])
+    tolerance = AGREE * (1 + stride)
+    if abs(line.shift) > tolerance + 4 * line.error and line.voxels > 2:
+        return False
+    straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(1.0, stride / 2)
+    alone = grid.shape[axis] == 1
+    sure = line.error <= tolerance and (line.voxels > 2 or alone)
+    return True if sure and abs(line.shift) <= tolerance and (straight or alone) else None
+
+
+def _lines(
+    capture: Capture,
+    like: torch.Tensor,
+    shape: Sequence[int],
+    axis: int,
+    grids: Mapping[LayerRef, FeatureGrid],
+    noise: int,
+) -> dict[LayerRef, _Line]:
+    """Fit a line to the centres of each layer along one axis, for inputs of a shape."""
+    length = shape[axis]
+    place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
+    place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
+    sums: dict[LayerRef, tuple[torch.Tensor, torch.Tensor]] = {}
+    for seed, mirrored in itertools.product(range(noise), (False, True)):
+        generator = torch.Generator().manual_seed(seed)
+        image, z = (
+            torch.randn(1, like.shape[1], *shape, generator=generator).to(like) for _ in range(2)
+        )
+        z *= _step(like.dtype)
+        with MirroredOperations(mirrored):
+            own = _copied(capture.observe_layers(image))
+            plain = _copied(capture.observe_layers(image + z))
+            weighed = capture.observe_layers(image + z * place)
+            for layer in grids:
+                one = (plain[layer] - own[layer]).double()
+                two = (weighed[layer] - own[layer]).double()
+                # Both kinds of kernels count alike, however strong they are.
+                whole = one.square().sum() + torch.finfo(torch.float64).tiny
+                new = (_in_parts(one * two, axis) / whole, _in_parts(one * one, axis) / whole)
+                known = sums.get(layer)
+                sums[layer] = new if known is None else (known[0] + new[0], known[1] + new[1])
+    half = (length - 1) / 2
+    return {
+        layer: _fitted(moment * half, weight, grids[layer], axis, length)
+        for layer, (moment, weight) in sums.items()
+    }
+
+
+def _copied(activations: Mapping[LayerRef, torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
+    """Return activations that the next pass does not write over."""
+    return {layer: a.clone() for layer, a in activations.items()}
+
+
+def _step(dtype: torch.dtype) -> float:
+    """Return the size of a change that is small, and well above rounding."""
+    return 1e-2 if torch.finfo(dtype).eps < 1e-5 else 0.25
+
+
+def _in_parts(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sum (B, C, *s) over all but one axis, in parts: (parts, size)."""
+    flat = values.movedim(2 + axis, -1).flatten(0, -2)
+    return torch.stack([part.sum(0) for part in flat.tensor_split(PARTS)]).cpu()
+
+
+def _fitted(
+    moment: torch.Tensor, weight: torch.Tensor, grid: FeatureGrid, axis: int, length: int
+) -> _Line:
+    """Fit a line to the distances of centres from the grid's places.
+
+    Args:
+        moment, weight: (parts, size): sums of J^2 times the place, from the middle of the image
+            on, and of J^2.
+    """
+    stride, size = grid.stride[axis], weight.shape[1]
+    place = stride * torch.arange(size, dtype=torch.float64) + grid.offset[axis] - (length - 1) / 2
+    inner = place.abs() <= max(length / 4, stride / 2) + stride / 2
+    moment, weight, place = moment[:, inner], weight[:, inner], place[inner]
+    if not weight.numel() or not torch.isfinite(moment).all() or not weight.sum() > 0:
+        return _Line(0.0, float("inf"), 0.0, 0.0, 0)
+    distance, total = (moment - place * weight).sum(0), weight.sum(0)
+    middle = (total * place).sum() / total.sum()
+    spread = (total * (place - middle) ** 2).sum()
+    pull = -((place - middle) * distance).sum() / spread if len(place) > 1 and spread > 0 else 0.0
+
+    def shift(left_out: int | None) -> torch.Tensor:
+        kept = [part for part in range(len(weight)) if part != left_out]
+        m, w = moment[kept].sum(0), weight[kept].sum(0)
+        return (m - place * w + pull * place * w).sum() / w.sum()
+
+    whole = shift(None)
+    others = torch.stack([shift(part) for part in range(len(weight))])
+    error = ((len(weight) - 1) / len(weight) * (others - whole).square().sum()).sqrt()
+    rest = distance / total + pull * place - whole
+    rms = ((total * rest.square()).sum() / total.sum()).sqrt()
+    return _Line(float(whole), float(error), float(pull), float(rms), len(place))

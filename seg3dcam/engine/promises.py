@@ -1,0 +1,166 @@
+"""Does the gradient tell the truth? What it promises of the score, against what the score does.
+
+A branch without a gradient (quantised weights, `.detach()`, `no_grad`, argmax, rounding, a function
+with a backward of its own) is part of the prediction, but of no map made by gradients. It shows
+when activations are changed by a little: the score then changes by more, or less, than the gradient
+promised. Small steps in random directions find that out, once for each layer of a network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from seg3dcam.capture import Capture, capturing
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.known import key_of
+from seg3dcam.layers import LayerRef
+from seg3dcam.outputs import OutputSelection
+
+#: Steps, as parts of the activations' size, and which part of the score's change may be unpromised
+#: there: curvature, and the kinks of ReLU and pooling, take their share of larger steps.
+STEPS = {1e-3: 0.12, 1e-2: 0.3, 1e-1: 0.45}
+
+#: In half precision smaller steps are lost in rounding.
+STEPS_OF_HALF = {1e-1: 0.5}
+
+#: Directions at each step: a few first, and more where those leave a doubt.
+FEW, MANY = 3, 8
+
+#: Layers that are nudged together at most, unless that makes more than this many groups.
+TOGETHER, GROUPS = 3, 8
+
+#: Voxels along an axis of the part of the image that is looked at.
+PART = 64
+
+Steps = dict[LayerRef, torch.Tensor]
+
+
+def gradient_gaps(
+    capture: Capture, x: torch.Tensor, layers: Sequence[LayerRef], output: OutputSelection
+) -> dict[LayerRef, float]:
+    """Return which part of the score's changes the gradient at each layer misses; 0: none.
+
+    Args:
+        capture: of the network, whose last pass stays as it is.
+        x: a window (1, C, *roi) of the image that is explained.
+        layers: of this capture.
+        output: which of the network's outputs are the logits.
+    """
+    known, keys = capture.known.gaps, {layer: key_of(layer) for layer in layers}
+    gaps = {layer: known[key] for layer, key in keys.items() if key in known}
+    new = [replace(layer, required=False) for layer in layers if layer not in gaps]
+    for part in (_middle(x), x) if new else ():
+        try:
+            with capturing(capture.member, new, output) as own:
+                found = _gaps(own, part)
+        except (ModelError, LayerError):
+            continue  # some networks take one size only; what fails at that too is said elsewhere
+        for layer, gap in found.items():
+            if (key := keys[layer]) is not None:
+                known[key] = gap
+        return gaps | found
+    return gaps
+
+
+def _middle(x: torch.Tensor) -> torch.Tensor:
+    """Return the middle of an image, as large as most networks' strides allow."""
+    for axis, size in enumerate(x.shape[2:], 2):
+        kept = min(size, PART + size % 32)
+        x = x.narrow(axis, (size - kept) // 2, kept)
+    return x.contiguous()
+
+
+def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
+    logits = capture.forward(x)
+    weights = _weights(logits)
+    gradients = capture.gradients(logits, weights)
+    activations = {layer: capture.activations[layer] for layer in gradients}
+    promise = _Promise(capture, x, weights, gradients, activations)
+    found: dict[LayerRef, float] = {}
+    for group in _groups(list(gradients)):
+        if promise.is_kept(group, FEW):
+            found |= dict.fromkeys(group, 0.0)
+        else:
+            found |= {layer: promise.gap([layer], MANY) for layer in group}
+    return found
+
+
+def _weights(logits: torch.Tensor) -> torch.Tensor:
+    """Return a random score's weights, smooth as those of a region are: dS/dlogits."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = [max(1, n // 8) for n in logits.shape[2:]]
+    drawn = torch.randn(logits.shape[0], logits.shape[1], *coarse, generator=generator)
+    smooth = F.interpolate(drawn, size=logits.shape[2:]) if coarse else drawn
+    return smooth.to(logits)
+
+
+def _groups(layers: list[LayerRef]) -> Iterator[list[LayerRef]]:
+    size = max(TOGETHER, math.ceil(len(layers) / GROUPS))
+    for start in range(0, len(layers), size):
+        yield layers[start : start + size]
+
+
+class _Promise:
+    """What the gradient promises of a score, and what the score does."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        gradients: Mapping[LayerRef, torch.Tensor],
+        activations: Mapping[LayerRef, torch.Tensor],
+    ) -> None:
+        self._capture, self._x, self._weights = capture, x, weights.double()
+        self._gradients = gradients
+        # At most as large as the activations, and each layer's step with as much effect.
+        sizes = {la: a.double().square().mean().sqrt() for la, a in activations.items()}
+        effects = {la: float(g.double().norm() * sizes[la]) for la, g in gradients.items()}
+        self._sizes, self._effects = sizes, effects
+        half = any(torch.finfo(a.dtype).eps > 1e-5 for a in activations.values())
+        self._steps = STEPS_OF_HALF if half else STEPS
+
+    def is_kept(self, layers: Sequence[LayerRef], directions: int) -> bool:
+        """Tell whether nothing is missed at the two smallest steps."""
+        steps = list(self._steps.items())[:2]
+        return all(self._missed(layers, step, directions) <= limit for step, limit in steps)
+
+    def gap(self, layers: Sequence[LayerRef], directions: int) -> float:
+        """Return the part that is missed at the smallest step that is not lost in rounding."""
+        missed = {step: self._missed(layers, step, directions) for step in self._steps}
+        # Rounding matters less at larger steps, curvature more, a missing branch as much.
+        for step, limit in self._steps.items():
+            larger = [part for other, part in missed.items() if other > step]
+            if missed[step] > limit and not any(2 * part < missed[step] for part in larger):
+                return missed[step]
+        return 0.0
+
+    def _missed(self, layers: Sequence[LayerRef], step: float, directions: int) -> float:
+        """Return |change - promise| / |change|, over several random directions."""
+        least = min(self._effects[layer] for layer in layers)
+        off, whole = 0.0, 0.0
+        for number in range(directions):
+            generator = torch.Generator().manual_seed(number)
+            nudge: Steps = {}
+            for layer in layers:
+                g = self._gradients[layer]
+                share = max(0.1, least / self._effects[layer]) if self._effects[layer] else 1.0
+                size = step * share * float(self._sizes[layer])
+                nudge[layer] = size * torch.randn(g.shape, generator=generator).to(g)
+            change = (self._score(nudge, 1) - self._score(nudge, -1)) / 2
+            promised = sum(
+                float((self._gradients[layer].double() * n.double()).sum())
+                for layer, n in nudge.items()
+            )
+            off += (change - promised) ** 2
+            whole += change**2
+        return math.sqrt(off / whole) if whole else float(off > 0)
+
+    def _score(self, nudge: Steps, sign: int) -> float:
+        steps = {layer: sign * n for layer, n in nudge.items()}
+        return float((self._weights * self._capture.nudged(self._x, steps).double()).sum())
