@@ -36,6 +36,9 @@ AGREE = 0.15
 #: How much of its distance from the middle of the image a centre may be pulled there, or away.
 PULLED, PUSHED = 0.6, 0.08
 
+#: Centres lie this many input voxels off a line at most, root mean square, or a layer's voxel.
+STEPS = 4.0
+
 #: Voxels along the axis that is looked at and at most along the others, and draws of noise. The
 #: first is enough for most networks; those that leave a doubt are looked at again.
 LOOKS = ((64, 32, 1), (128, 32, 4), (192, 64, 8))
@@ -117,7 +120,8 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     tolerance = AGREE * (1 + stride)
     if abs(line.shift) > tolerance + 4 * line.error and line.voxels > 2:
         return False
-    straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(1.0, stride / 2)
+    # Transposed convolutions see in steps, as wide as the strides that they undo.
+    straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
     alone = grid.shape[axis] == 1
     sure = line.error <= tolerance and (line.voxels > 2 or alone)
     return True if sure and abs(line.shift) <= tolerance and (straight or alone) else None
@@ -143,12 +147,11 @@ def _lines(
         )
         z *= _step(like.dtype)
         with MirroredOperations(mirrored):
-            own = _copied(capture.observe_layers(image))
-            plain = _copied(capture.observe_layers(image + z))
-            weighed = capture.observe_layers(image + z * place)
+            # From both sides, so that the two have no rounding error in common.
+            plain = _slope(capture, image, z)
+            weighed = _slope(capture, image, z * place)
             for layer in grids:
-                one = (plain[layer] - own[layer]).double()
-                two = (weighed[layer] - own[layer]).double()
+                one, two = plain[layer], weighed[layer]
                 # Both kinds of kernels count alike, however strong they are.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
                 new = (_in_parts(one * two, axis) / whole, _in_parts(one * one, axis) / whole)
@@ -158,12 +161,20 @@ def _lines(
     return {
         layer: _fitted(moment * half, weight, grids[layer], axis, length)
         for layer, (moment, weight) in sums.items()
+        if _has_grid(grids[layer], axis, weight.shape[1], length, like.shape[2 + axis])
     }
 
 
-def _copied(activations: Mapping[LayerRef, torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
-    """Return activations that the next pass does not write over."""
-    return {layer: a.clone() for layer, a in activations.items()}
+def _has_grid(grid: FeatureGrid, axis: int, size: int, length: int, full: int) -> bool:
+    """Tell whether a layer has the same grid in an input of another length."""
+    return abs(size - grid.shape[axis] - (length - full) / grid.stride[axis]) <= 1
+
+
+def _slope(capture: Capture, x: torch.Tensor, step: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
+    """Return twice the change of each layer's activations for a small step."""
+    before = {layer: a.clone() for layer, a in capture.observe_layers(x - step).items()}
+    after = capture.observe_layers(x + step)
+    return {layer: (after[layer] - a).double() for layer, a in before.items()}
 
 
 def _step(dtype: torch.dtype) -> float:
@@ -190,21 +201,22 @@ def _fitted(
     place = stride * torch.arange(size, dtype=torch.float64) + grid.offset[axis] - (length - 1) / 2
     inner = place.abs() <= max(length / 4, stride / 2) + stride / 2
     moment, weight, place = moment[:, inner], weight[:, inner], place[inner]
-    if not weight.numel() or not torch.isfinite(moment).all() or not weight.sum() > 0:
+    seen = weight.sum(0) > 0
+    if not seen.all() or not seen.numel() or not torch.isfinite(moment).all():
         return _Line(0.0, float("inf"), 0.0, 0.0, 0)
-    distance, total = (moment - place * weight).sum(0), weight.sum(0)
-    middle = (total * place).sum() / total.sum()
-    spread = (total * (place - middle) ** 2).sum()
-    pull = -((place - middle) * distance).sum() / spread if len(place) > 1 and spread > 0 else 0.0
 
-    def shift(left_out: int | None) -> torch.Tensor:
+    def distances(left_out: int | None) -> torch.Tensor:
+        """Return how far each voxel's centre is from its place, without one of the parts."""
         kept = [part for part in range(len(weight)) if part != left_out]
-        m, w = moment[kept].sum(0), weight[kept].sum(0)
-        return (m - place * w + pull * place * w).sum() / w.sum()
+        return moment[kept].sum(0) / weight[kept].sum(0) - place
 
-    whole = shift(None)
-    others = torch.stack([shift(part) for part in range(len(weight))])
-    error = ((len(weight) - 1) / len(weight) * (others - whole).square().sum()).sqrt()
-    rest = distance / total + pull * place - whole
-    rms = ((total * rest.square()).sum() / total.sum()).sqrt()
-    return _Line(float(whole), float(error), float(pull), float(rms), len(place))
+    # All voxels count alike: those of a transposed convolution see their input unequally well.
+    found, from_middle = distances(None), place - place.mean()
+    spread = from_middle.square().sum()
+    pull = -float((from_middle * found).sum() / spread) if spread > 0 else 0.0
+    pulled_back = found + pull * place
+    others = torch.stack([(distances(part) + pull * place).mean() for part in range(len(weight))])
+    shift = pulled_back.mean()
+    error = ((len(weight) - 1) / len(weight) * (others - shift).square().sum()).sqrt()
+    rest = pulled_back.std(correction=0)
+    return _Line(float(shift), float(error), pull, float(rest), len(place))
