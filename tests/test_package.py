@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
     {"errors"},
-    {"checks", "files", "geometry", "kinds"},
+    {"checks", "files", "geometry", "kinds", "paths"},
     {"outputs", "ensemble"},
     {"layers", "targets", "methods", "windows", "inputs"},
     {"layouts"},
