@@ -600,6 +600,27 @@ def test_all_evidence_passes_a_layer_exactly_where_it_is_said(name):
         assert ("mask" in suggestion.reason) == (logits.ndim > 2)
 
 
+class WithClassToken(nn.Module):
+    """Everything goes through the tokens, a part of it through the one that has no place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Conv2d(1, 6, 4, 4), nn.Parameter(torch.rand(1, 1, 6))
+        self.mix = nn.MultiheadAttention(6, 1, batch_first=True)
+        self.block, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)
+        return self.head(self.block(self.mix(tokens, tokens, tokens)[0]).mean(1))
+
+
+def test_what_goes_through_a_class_token_the_map_leaves_out():
+    (only,) = suggest_layers(seeded(WithClassToken), (1, 1, 16, 24))
+    assert (only.name, only.shape) == ("block", (6, 4, 6))
+    assert "leaves out the evidence that reaches the classes around it" in only.reason
+
+
 @pytest.mark.parametrize("name", [name for name in TOLD if "classifier" not in name])
 def test_voxels_are_read_one_by_one_where_it_is_said(name):
     """No logit, wherever it lies, depends on two voxels of such a layer."""
