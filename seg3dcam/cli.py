@@ -229,8 +229,11 @@ def layers(
             f"{s.megabytes:.1f}",
         )
     out.print(table)
-    for role in dict.fromkeys(s.role for s in found):
-        out.print(f"{role}: {next(s.reason for s in found if s.role == role)}")
+    for role, reason in dict.fromkeys((s.role, s.reason) for s in found):
+        # What is not true of all layers of a role is said of those that it is true of.
+        alike = [s.name for s in found if s.role == role and s.reason == reason]
+        every = len(alike) == sum(s.role == role for s in found)
+        out.print(f"{role if every else escape(', '.join(alike))}: {reason}")
 
 
 @app.command()

@@ -114,7 +114,7 @@ def feature_maps(
     Args:
         model: any network with a channel-first input (B, C, *S); of an `Ensemble` the first.
         x: (B, C, *S) tensor or MetaTensor, with one to three spatial axes.
-        layer: one layer, see `BaseCAM`; "auto" is the bottleneck.
+        layer: one layer, see `BaseCAM`; "auto" is the bottleneck, see `suggest_layers`.
         sliding_window: a `WindowPlan`; None takes the input as one window. Values are blended by
             the windows' shares; windows that do not start on the layer's grid are interpolated.
         target: a class index or a target, see `BaseCAM`: the channels get Grad-CAM's weights.

@@ -1,7 +1,10 @@
 """Which layers are worth explaining: the bottleneck and the levels of the decoder.
 
+A network without a bottleneck, whose layers are all as fine as its output, has the middle of its
+depth instead: the last of its layers gives the mask again.
+
 One probing pass with a random input tells what every module gives, at which resolution, and
-whether the output depends on it.
+whether the output depends on it. What is said of a layer was found in that pass.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from seg3dcam.kinds import kind_of
 from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
 from seg3dcam.layouts import stride_of
 from seg3dcam.outputs import OutputSelection, tensors_in
+from seg3dcam.paths import Paths, edge_of
+
+Role = Literal["bottleneck", "middle", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,17 @@ class Suggestion:
 
     Attributes:
         name: what to pass as `target_layers`.
-        role: "bottleneck" or "decoder".
+        role: "bottleneck", "middle" where no level is coarser than the output, or "decoder".
         shape: (C, *s) of its activations.
         stride: input voxels from one of its voxels to the next, along each axis.
         megabytes: its activations for one input of the given shape; a map needs about three
             times as much.
         auto: True for the layer that "auto" means.
-        reason: why it is suggested, in a sentence.
+        reason: why it is suggested, and what was found of it, in a sentence.
     """
 
     name: str
-    role: Literal["bottleneck", "decoder"]
+    role: Role
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     megabytes: float
@@ -73,16 +79,76 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Seen(_Given):
-    """One that has a place in the image."""
+    """One that has a place in the image.
+
+    Attributes:
+        cancels: its products with the gradient sum to nothing over the channels, everywhere.
+        beside: the gradient reaches it outside of the image too, at a class token.
+    """
 
     layout: Layout
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     cancels: bool = False
+    beside: bool = False
 
     @property
     def size(self) -> int:
         return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the probing pass found of a layer.
+
+    Attributes:
+        gives: what the network gives, see `_gives`.
+        several: the network has levels of more than one resolution.
+        all_pass: nothing leads from the input to the logits around the layer.
+        read_by_one: a voxel of the logits reads one voxel of it, seen in the middle; False is not
+            known.
+        depth, height: layers up to it, and between it and the logits.
+        dilated: there are dilated convolutions.
+    """
+
+    gives: str
+    several: bool
+    all_pass: bool
+    read_by_one: bool
+    depth: int
+    height: int
+    dilated: bool
+
+    def reason(self, role: Role) -> str:
+        """Return why a layer is suggested."""
+        if role == "decoder":
+            return f"finer than the bottleneck and made from it; {self._echo}"
+        if role == "bottleneck":
+            words = "the coarsest level" if self.several else "the network's one level"
+            words += f"; {self._evidence}"
+            return f"{words}; {self._echo}" if self.read_by_one else words
+        words = (
+            "no level is coarser than the output, so there is no bottleneck; it lies "
+            f"{self.depth} of {self.depth + self.height} layers deep; {self._evidence}; "
+            f"{self._echo}"
+        )
+        return (
+            f"{words}; dilated convolutions may leave their grid on it" if self.dilated else words
+        )
+
+    @property
+    def _evidence(self) -> str:
+        if self.all_pass:
+            return f"all evidence for the {self.gives} passes through it"
+        return f"its map leaves out the evidence that reaches the {self.gives} around it"
+
+    @property
+    def _echo(self) -> str:
+        if self.read_by_one:
+            return (
+                "each voxel of the mask reads one voxel of it, so its map shows little but the mask"
+            )
+        return "as a rule, the closer to the output, the more a map echoes the mask"
 
 
 def suggest_layers(
@@ -107,43 +173,35 @@ def suggest_layers(
     with capturing(model, [], output) as capture:
         x = _random_input(capture, tuple(input_shape))
         given, logits = _probe(capture, x)
-        found = _with_places(capture, given, logits, x)
+        paths = Paths(logits)
+        found = _with_places(capture, given, logits, x, paths)
         seen = [s for s in found if s.read is None]
         if not seen:
             raise LayerError(
-                f"no layer of {type(model).__name__} gives activations with a place in the image "
-                "that the output depends on: name a target layer"
+                f"no layer of {type(model).__name__} gives activations with a place in the image, "
+                "on a grid of whole strides, that the output depends on: name a target layer"
             )
-        bottleneck = _bottleneck(seen, x)
-    classes = logits.shape[1]
-    suggestions = [
-        _suggestion(
-            _as_read(bottleneck, found),
-            "bottleneck",
-            "the coarsest level: all evidence for the mask passes or bypasses it, and its maps "
-            "echo the mask least",
-        )
-    ]
-    for size in sorted({s.size for s in seen if s.size > bottleneck.size}):
-        level = [
-            s
-            for s in seen
-            if s.size == size and s.order > bottleneck.order and s.shape[0] > classes
+        best, role = _first(seen, given, logits, x, paths)
+        levels = [_level(size, best, seen, paths) for size in sorted({s.size for s in seen})]
+        chosen = [(_as_read(best, found), role)]
+        chosen += [(_as_read(level, found), "decoder") for level in levels if level is not None]
+        facts = _facts([one for one, _ in chosen], seen, logits, x, paths)
+        return [
+            Suggestion(
+                str(one.layer),
+                of,
+                one.shape,
+                one.stride,
+                one.tensor.numel() * one.tensor.element_size() / 1e6,
+                of != "decoder",
+                found_of_it.reason(of),
+            )
+            for (one, of), found_of_it in zip(chosen, facts, strict=True)
         ]
-        if level:
-            best = _best(level)
-            suggestions.append(
-                _suggestion(
-                    _as_read(_producer(best, level, bottleneck), found),
-                    "decoder",
-                    "finer, but the closer to the output, the more the map echoes the mask",
-                )
-            )
-    return suggestions
 
 
 def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:
-    """Return the layer that "auto" means: the bottleneck."""
+    """Return the layer that "auto" means: the bottleneck, or the middle where there is none."""
     chosen = next(s for s in suggest_layers(model, input_shape, output=output) if s.auto)
     return resolve_layers(model, chosen.name)[0]
 
@@ -186,7 +244,11 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
 
 
 def _with_places(
-    capture: Capture, given: Sequence[_Given], logits: torch.Tensor, x: torch.Tensor
+    capture: Capture,
+    given: Sequence[_Given],
+    logits: torch.Tensor,
+    x: torch.Tensor,
+    paths: Paths,
 ) -> list[_Seen]:
     """Return the tensors that are images of the input and that the logits depend on."""
     layouts, _ = capture.layouts_of({g.layer: g.tensor.shape for g in given}, x)
@@ -209,14 +271,21 @@ def _with_places(
     )
     read = {_memory(image.read) for image in images if image.read is not None}
     used = [
-        replace(image, cancels=_memory(image.tensor) in read and _cancels(image, gradient))
+        replace(
+            image,
+            cancels=_memory(image.tensor) in read and _cancels(image, gradient),
+            beside=bool(image.layout(gradient).count_nonzero() < gradient.count_nonzero()),
+        )
         for image, gradient in zip(images, gradients, strict=True)
         if gradient is not None
         and image.layout(gradient).any()  # of more than a class token
+        and image.tensor in paths
         and image.tensor.grad_fn is not logits.grad_fn
     ]
-    # What is shaped like the logits is most likely their head, before a softmax.
-    return [image for image in used if image.tensor.shape != logits.shape] or used
+    # The map of what is a term of the logits is the logits again. Where nothing else is left, what
+    # is shaped like them is most likely their head, before a softmax.
+    features = [image for image in used if not paths.leads_to_logits(image.tensor)]
+    return features or [i for i in used if i.tensor.shape != logits.shape] or used
 
 
 def _cancels(image: _Seen, gradient: torch.Tensor) -> bool:
@@ -248,9 +317,54 @@ def _best(seen: Sequence[_Seen]) -> _Seen:
     return min(same, key=lambda s: (len(s.layer.element), s.rank))
 
 
-def _bottleneck(seen: Sequence[_Seen], x: torch.Tensor) -> _Seen:
-    smallest = min(s.size for s in seen)
-    coarsest = [s for s in seen if s.size == smallest]
+def _first(
+    seen: Sequence[_Seen],
+    given: Sequence[_Given],
+    logits: torch.Tensor,
+    x: torch.Tensor,
+    paths: Paths,
+) -> tuple[_Seen, Role]:
+    """Return the layer that "auto" means, and what it is."""
+    codes = [g.tensor for g in given if _is_code(g.tensor, paths)]
+    placed = [s for s in seen if not any(paths.leads(s.tensor, edge_of(code)) for code in codes)]
+    smallest = min(s.size for s in placed or seen)
+    coarsest = [s for s in placed or seen if s.size == smallest]
+    fine = smallest >= math.prod(logits.shape[2:]) or max(coarsest[0].stride) == 1
+    if fine and _gives(logits, x) == "mask":
+        return _middle(coarsest, paths), "middle"
+    return _bottleneck(coarsest, x, paths), "bottleneck"
+
+
+def _is_code(tensor: torch.Tensor, paths: Paths) -> bool:
+    """Tell a vector without places that everything goes through, as an autoencoder's code.
+
+    What is made from it has places of the output, not of the scan.
+    """
+    without_places = tensor.ndim == 2 or (tensor.ndim > 2 and math.prod(tensor.shape[2:]) == 1)
+    return without_places and tensor in paths and paths.all_pass(tensor)
+
+
+def _middle(seen: Sequence[_Seen], paths: Paths) -> _Seen:
+    """Return the layer nearest to the middle of the depth; of two, the one before.
+
+    Preferred is one that nothing passes by: of residual blocks the sums, not what is added.
+    """
+
+    def off_centre(one: _Seen) -> tuple[int, int]:
+        depth = paths.depth(one.tensor)
+        return abs(depth - paths.height(one.tensor)), depth
+
+    sums = [s for s in seen if _in_middle_half(s, paths) and paths.all_pass(s.tensor)]
+    least = min(off_centre(s) for s in sums or seen)
+    return _best([s for s in sums or seen if off_centre(s) == least])
+
+
+def _in_middle_half(one: _Seen, paths: Paths) -> bool:
+    depth, height = paths.depth(one.tensor), paths.height(one.tensor)
+    return 2 * abs(depth - height) <= depth + height
+
+
+def _bottleneck(coarsest: Sequence[_Seen], x: torch.Tensor, paths: Paths) -> _Seen:
     best = _best(coarsest)
     others = list(coarsest)
     while not _sees_beyond_its_patch(best, x):
@@ -260,15 +374,44 @@ def _bottleneck(seen: Sequence[_Seen], x: torch.Tensor) -> _Seen:
             break
         best = _best(others)
     # A skip connection around the coarsest level gives (skip, level) concatenated: take the level.
-    while type(best.tensor.grad_fn).__name__.startswith("Cat"):
-        joined = {fn for fn, _ in best.tensor.grad_fn.next_functions}  # type: ignore[union-attr]
-        inputs = [s for s in coarsest if s.tensor.grad_fn in joined]
-        if not inputs:
-            break
-        latest = max(s.order for s in inputs)
-        same = next(s for s in inputs if s.order == latest).tensor.grad_fn
-        best = _best([s for s in inputs if s.tensor.grad_fn is same])
+    while level := _level_beside_its_skip(best, coarsest, paths):
+        best = level
     return best
+
+
+def _level_beside_its_skip(both: _Seen, coarsest: Sequence[_Seen], paths: Paths) -> _Seen | None:
+    """Return the level in a concatenation of a skip connection and the level made from it.
+
+    Not of what is joined in other ways: in a dense block each layer adds a few channels to many,
+    and branches side by side are not made from one another.
+    """
+    if not type(both.tensor.grad_fn).__name__.startswith("Cat"):
+        return None
+    joined = paths.parts(both.tensor)
+    inputs = [s for s in coarsest if edge_of(s.tensor) in joined]
+    if not inputs:
+        return None
+    last = max(inputs, key=lambda s: s.order)
+    level = _best([s for s in inputs if edge_of(s.tensor) == edge_of(last.tensor)])
+    skips = [part for part in joined if part != edge_of(level.tensor)]
+    made = all(paths.leads(level.tensor, skip) for skip in skips)
+    return level if made and 2 * level.tensor.numel() >= both.tensor.numel() else None
+
+
+def _level(size: int, bottleneck: _Seen, seen: Sequence[_Seen], paths: Paths) -> _Seen | None:
+    """Return the last layer of a finer level that is made from the bottleneck.
+
+    Not one that is the bottleneck itself, resized: some classifiers pool small images so.
+    """
+    start = bottleneck.tensor
+    level = [
+        s
+        for s in seen
+        if s.size == size > bottleneck.size
+        and paths.leads(s.tensor, edge_of(start))
+        and (paths.depth(s.tensor) > paths.depth(start) or not paths.all_pass(start, to=s.tensor))
+    ]
+    return _producer(_best(level), level, bottleneck) if level else None
 
 
 def _sees_beyond_its_patch(seen: _Seen, x: torch.Tensor) -> bool:
@@ -300,17 +443,47 @@ def _producer(best: _Seen, level: Sequence[_Seen], bottleneck: _Seen) -> _Seen:
     return _best(elsewhere) if spans and elsewhere else best
 
 
-def _suggestion(seen: _Seen, role: Literal["bottleneck", "decoder"], reason: str) -> Suggestion:
-    tensor = seen.tensor
-    return Suggestion(
-        str(seen.layer),
-        role,
-        seen.shape,
-        seen.stride,
-        tensor.numel() * tensor.element_size() / 1e6,
-        role == "bottleneck",
-        reason,
+def _gives(logits: torch.Tensor, x: torch.Tensor) -> str:
+    """Return what a network gives: "mask", "classes" of the whole image, or "output", as boxes."""
+    if math.prod(logits.shape[2:]) == 1:
+        return "classes"
+    return "mask" if logits.ndim == x.ndim else "output"
+
+
+def _read_by_one(one: _Seen, logits: torch.Tensor) -> bool:
+    """Tell whether the logits in the place of a layer's middle voxel read that voxel alone."""
+    place: list[Any] = [...]
+    for small, large in zip(one.shape[1:], logits.shape[2:], strict=True):
+        if large % small:
+            return False
+        start, step = small // 2, large // small
+        place.append(slice(start * step, (start + 1) * step))
+    patch = logits[tuple(place)]
+    weights = torch.linspace(1, 2, patch.numel()).view(patch.shape).to(patch)
+    (gradient,) = torch.autograd.grad(
+        patch, one.tensor, weights, retain_graph=True, allow_unused=True
     )
+    return gradient is not None and int(one.layout(gradient).any(1).count_nonzero()) == 1
+
+
+def _facts(
+    chosen: Sequence[_Seen],
+    seen: Sequence[_Seen],
+    logits: torch.Tensor,
+    x: torch.Tensor,
+    paths: Paths,
+) -> list[_Facts]:
+    """Return what the probing pass found of the chosen layers, which come coarse to fine."""
+    gives = _gives(logits, x)
+    several = len({s.size for s in seen}) > 1
+    facts: list[_Facts] = []
+    read_by_one = gives == "mask"
+    for one in reversed(chosen):  # once a level is looked around in, so are those before it
+        read_by_one = read_by_one and _read_by_one(one, logits)
+        all_pass = paths.all_pass(one.tensor) and not one.beside
+        depth, height = paths.depth(one.tensor), paths.height(one.tensor)
+        facts.append(_Facts(gives, several, all_pass, read_by_one, depth, height, paths.dilated))
+    return facts[::-1]
 
 
 def _is_pointwise(module: nn.Module) -> bool:

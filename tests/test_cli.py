@@ -29,7 +29,7 @@ from helpers_cases import (
 )
 
 import seg3dcam as seg3dcam_package
-from seg3dcam import METHODS
+from seg3dcam import METHODS, load_model, suggest_layers
 from seg3dcam.config import Job
 
 BOTTLENECK = "model.1.submodule"
@@ -83,6 +83,18 @@ def test_layers_names_a_layer_that_explain_takes(place):
     assert "8x8x8" in outcome.out  # half of the window's 16
     assert seg3dcam("layers", "--model", place.model, "--shape", "32,16,8").out.count("16x8x4") == 1
     assert place.explain("--layer", BOTTLENECK).code == 0
+
+
+def test_layers_says_of_each_layer_what_is_true_of_it():
+    """Of a role once, where it is true of all its layers, else by their names."""
+    model = Path(seg3dcam_package.__file__).parent / "demo" / "model.yaml"
+    said = " ".join(seg3dcam("layers", "--model", model).out.split())
+    found = suggest_layers(load_model(model).module, (1, 1, 32, 32, 32))
+    assert len(found) > 1
+    for role, reason in {(s.role, s.reason) for s in found}:
+        names = [s.name for s in found if s.reason == reason]
+        every = len(names) == sum(s.role == role for s in found)
+        assert f"{role if every else ', '.join(names)}: {reason}" in said
 
 
 def test_layers_shows_the_models_name_as_it_is(place):

@@ -17,7 +17,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
     {"errors"},
-    {"checks", "draws", "files", "geometry", "kinds", "operations", "untouched"},
+    {
+        "checks",
+        "draws",
+        "files",
+        "geometry",
+        "kinds",
+        "operations",
+        "paths",
+        "untouched",
+    },
     {"outputs", "ensemble"},
     {"layers", "targets", "methods", "windows", "inputs"},
     {"layouts"},

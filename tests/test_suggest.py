@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -176,7 +179,7 @@ NETWORKS = {
             "decoder": 1,
         },
     ),
-    "HighResNet": (lambda: nets.HighResNet(2, 1, CLASSES), (16, 24), {"blocks.10": 1}),
+    "HighResNet": (lambda: nets.HighResNet(2, 1, CLASSES), (16, 24), {"blocks.5": 1}),
     "UNETR": (
         lambda: nets.UNETR(
             1, CLASSES, (32, 32, 48), 4, hidden_size=24, mlp_dim=32, num_heads=2, qkv_bias=True
@@ -218,7 +221,8 @@ def test_the_documented_layers_are_suggested(name):
     found = suggest_layers(net, (2, 1, *shape))
 
     assert {s.name: s.stride for s in found} == as_expected(layers, len(shape))
-    assert [s.role for s in found] == ["bottleneck"] + ["decoder"] * (len(found) - 1)
+    first = "middle" if name == "HighResNet" else "bottleneck"  # it has one resolution
+    assert [s.role for s in found] == [first] + ["decoder"] * (len(found) - 1)
     assert [s.auto for s in found] == [True] + [False] * (len(found) - 1)
     assert [module.training for module in net.modules()] == modes
     assert not any(module._forward_hooks for module in net.modules())
@@ -307,6 +311,385 @@ def test_where_a_norm_alone_reads_a_layer_the_norm_is_suggested(without):
     assert suggest_layers(net, x.shape)[0].name == "norm"
     result = HiResCAM(net, ["norm", before])(x, targets.ClassLogit(1, "volume"))
     assert result.native["norm"].abs().max() > 100 * result.native[before].abs().max()
+
+
+# ------------------------------------------------------------------------------ one resolution
+
+
+def convolutions(*channels, dilation=1, norm=False):
+    """Return blocks of a 3x3 convolution and an activation, which no dead unit silences."""
+    parts = []
+    for before, after in pairwise(channels):
+        parts.append(nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation))
+        parts += [nn.InstanceNorm2d(after)] * norm + [nn.LeakyReLU()]
+    return parts
+
+
+class Parallel(nn.Module):
+    """Two branches of four convolutions each, side by side, between a first one and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.a, self.b = (nn.Sequential(*convolutions(4, 4, 4, 4, 4)) for _ in range(2))
+        self.head = nn.Conv2d(8, CLASSES, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.cat([self.a(x), self.b(x)], 1))
+
+
+class Larger(nn.Module):
+    """A network whose output is finer than its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*convolutions(1, 8, 8, 8))
+        self.up = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.PixelShuffle(2))
+        self.end = nn.Conv2d(4, CLASSES, 3, padding=1)
+
+    def forward(self, x):
+        return self.end(self.up(self.body(x)))
+
+
+ONE_RESOLUTION = {
+    # name: how to make it, layer, depth, whole depth. Of layers equally near to the middle the one
+    # before; of one convolution and its activation the outer module, as at every level.
+    "stack": (
+        lambda: nn.Sequential(*convolutions(1, 4, 4, 4, 4, 4), nn.Conv2d(4, 3, 1)),
+        "4",
+        3,
+        6,
+    ),
+    "stack, normalised": (
+        lambda: nn.Sequential(*convolutions(1, 4, 4, 4, 4, norm=True), nn.Conv2d(4, 3, 1)),
+        "3",
+        2,
+        5,
+    ),
+    "as many channels as classes": (
+        lambda: nn.Sequential(*convolutions(1, 3, 3, 3, 3, 3), nn.Conv2d(3, 3, 1), nn.Softmax(1)),
+        "4",
+        3,
+        6,
+    ),
+    "blocks": (
+        lambda: nn.Sequential(
+            *(nn.Sequential(*convolutions(c, 4)) for c in (1, 4, 4, 4)), nn.Conv2d(4, 3, 3, 1, 1)
+        ),
+        "1",
+        2,
+        5,
+    ),
+    "two branches": (Parallel, "b.2", 3, 6),
+    "finer output": (Larger, "body.2", 2, 5),
+    "coarse output": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2, 1), *convolutions(4, 4, 4, 4, 4), nn.Conv2d(4, 3, 1)
+        ),
+        "3",
+        3,
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RESOLUTION)
+def test_where_no_level_is_coarser_than_the_output_the_middle_is_taken(name):
+    """The last layer, right before the head, would give the mask again."""
+    make, layer, depth, whole = ONE_RESOLUTION[name]
+    (only,) = suggest_layers(seeded(make), (1, 1, 12, 16), output=lambda given: given)
+    assert (only.name, only.role, only.auto) == (layer, "middle", True)
+    assert f"no bottleneck; it lies {depth} of {whole} layers deep" in only.reason
+    assert "coarsest" not in only.reason
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_dilated_convolutions_are_told_of(dilation):
+    net = small(*convolutions(1, 4, 4, 4, dilation=dilation), nn.Conv2d(4, CLASSES, 1))
+    (only,) = suggest_layers(net, (1, 1, 12, 16))
+    assert ("dilated" in only.reason) == (dilation > 1)
+
+
+def test_a_classifier_of_one_resolution_keeps_its_last_layer():
+    """What it tells of is one for the whole image: there is no mask to echo."""
+    net = small(
+        *convolutions(1, 4, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)
+    )
+    (only,) = suggest_layers(net, (1, 1, 12, 16))
+    assert (only.name, only.role) == ("4", "bottleneck")
+    assert only.reason == "the network's one level; all evidence for the classes passes through it"
+
+
+# ------------------------------------------------------------------------- what is joined
+
+
+class Dense(nn.Module):
+    """Each layer adds a few channels to all those before."""
+
+    def __init__(self, channels, growth, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LeakyReLU(), nn.Conv2d(channels + n * growth, growth, 3, padding=1))
+            for n in range(layers)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class DenseUNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = Dense(1, 4, 2), nn.Conv2d(9, 8, 3, 2, 1)
+        self.bottom, self.up = Dense(8, 4, 3), nn.ConvTranspose2d(20, 8, 2, 2)
+        self.last, self.head = Dense(17, 4, 2), nn.Conv2d(25, CLASSES, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = torch.cat([x, self.up(self.bottom(self.down(x)))], 1)
+        return self.head(self.last(x))
+
+
+class Branches(nn.Module):
+    """Branches of one input, side by side, as in Inception and SqueezeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], 1)
+
+
+def test_of_a_dense_block_all_channels_are_taken():
+    """A dense layer's own output is only its share."""
+    assert {s.name: s.shape[0] for s in suggest_layers(seeded(DenseUNet), (1, 1, 16, 24))} == {
+        "bottom": 20,
+        "last": 25,
+    }
+    net = seeded(lambda: nets.DenseNet(2, 1, CLASSES, 8, 4, (2, 3), 2))
+    (only,) = suggest_layers(net, (1, 1, 32, 48))
+    assert (only.name, only.shape) == ("features.denseblock2", (20, 4, 6))
+
+
+def test_of_branches_side_by_side_all_are_taken():
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)]
+    net = small(nn.Conv2d(1, 4, 3, 2, 1), Branches(), *head)
+    (only,) = suggest_layers(net, (1, 1, 16, 24))
+    assert (only.name, only.shape[0]) == ("1", 8)
+
+
+class Coded(nn.Module):
+    """An autoencoder whose code has no place: one voxel, or a vector."""
+
+    def __init__(self, vector):
+        super().__init__()
+        parts = [nn.Conv2d(1, 4, 3, 2, 1), nn.LeakyReLU(), nn.Conv2d(4, 6, 3, 2, 1)]
+        self.encode = nn.Sequential(*parts, nn.LeakyReLU(), nn.Conv2d(6, 8, 4))
+        self.code = nn.Linear(8, 8) if vector else None
+        parts = [nn.ConvTranspose2d(8, 6, 4), nn.LeakyReLU(), nn.ConvTranspose2d(6, 4, 2, 2)]
+        self.decode = nn.Sequential(*parts, nn.ConvTranspose2d(4, CLASSES, 2, 2))
+
+    def forward(self, x):
+        code = self.encode(x)
+        if self.code is not None:
+            code = self.code(code.flatten(1))[..., None, None]
+        return self.decode(code)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_what_is_made_from_a_code_without_places_is_no_bottleneck(vector):
+    """The last level that has places of the scan is; those behind it are made up by the decoder."""
+    found = suggest_layers(seeded(lambda: Coded(vector)), (1, 1, 16, 16))
+    assert [(s.name, s.role) for s in found] == [
+        ("encode.2", "bottleneck"),
+        ("decode.2", "decoder"),
+    ]
+
+
+class TwoEncoders(nn.Module):
+    """The second encoder runs after the first, which is coarser, and has nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1))
+        self.b, self.up = nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(6, 4, 2, 2)
+        self.head = nn.ConvTranspose2d(8, CLASSES, 2, 2)
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.head(torch.cat([self.b(x), self.up(a)], 1))
+
+
+def test_an_encoder_that_runs_later_is_no_decoder():
+    net = seeded(TwoEncoders)
+    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["a", "up"]
+    net.up = nn.Upsample(scale_factor=2)
+    net.head = nn.ConvTranspose2d(10, CLASSES, 2, 2)
+    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["a"]
+
+
+def test_a_level_that_is_the_bottleneck_resized_is_not_suggested():
+    """Some classifiers pool to a fixed grid, which small images make larger."""
+    end = [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(4 * 64, CLASSES)]
+    (only,) = suggest_layers(small(nn.Conv2d(1, 4, 3, 4, 1), *end), (1, 1, 16, 16))
+    assert (only.name, only.stride) == ("0", (4, 4))
+
+
+# ------------------------------------------------------------------------- what is said is true
+
+
+def with_softmax():
+    return nn.Sequential(unet(2, (4, 6, 8)), nn.Softmax(1))
+
+
+TOLD = {
+    "UNet": (*NETWORKS["UNet"][:2], None),
+    "UNet, residual": (*NETWORKS["UNet, residual"][:2], None),
+    "UNet and softmax": (with_softmax, (32, 48), None),
+    "BasicUNet": (*NETWORKS["BasicUNet"][:2], None),
+    "DynUNet": (*NETWORKS["DynUNet"][:2], None),
+    "AttentionUnet": (*NETWORKS["AttentionUnet"][:2], None),
+    "UNETR": (*NETWORKS["UNETR"][:2], None),
+    "SwinUNETR, 2D": (*NETWORKS["SwinUNETR, 2D"][:2], None),
+    "HighResNet": (*NETWORKS["HighResNet"][:2], None),
+    "ViT classifier": (lambda: vit(classification=True, num_classes=4), (32, 32), 0),
+    "DenseNet": (lambda: nets.DenseNet(2, 1, 4, 8, 4, (2, 3), 2), (32, 48), None),
+    "ResNet": (lambda: nets.resnet10(spatial_dims=2, n_input_channels=1), (32, 48), None),
+    "EfficientNet": (
+        lambda: nets.EfficientNetBN("efficientnet-b0", False, True, 2, 1, 4),
+        (64, 96),
+        None,
+    ),
+    "SEResNet": (lambda: nets.SEResNet50(spatial_dims=2, in_channels=1), (64, 96), None),
+    "AutoEncoder": (lambda: nets.AutoEncoder(2, 1, 3, (4, 8), (2, 2)), (16, 24), None),
+    "dense blocks": (DenseUNet, (16, 24), None),
+    "patches": (PatchesThenHead, (16, 24), None),
+    "code": (lambda: Coded(False), (16, 16), None),
+    "two branches": (Parallel, (12, 16), None),
+    "stack": (ONE_RESOLUTION["stack"][0], (12, 16), None),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_all_evidence_passes_a_layer_exactly_where_it_is_said(name):
+    """Where the layer's output is cut off from its past, no gradient is left at the input."""
+    make, shape, output = TOLD[name]
+    net = seeded(make).eval()
+    x = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1))
+    for suggestion in suggest_layers(net, x.shape, output=output):
+        (layer,) = resolve_layers(net, suggestion.name)
+        handle = layer.module.register_forward_hook(
+            lambda module, args, given, layer=layer: layer.put(given, layer.pick(given).detach())
+        )
+        given = net(x.requires_grad_())
+        handle.remove()
+        logits = given if output is None else given[output]
+        left = False
+        if logits.requires_grad:
+            weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(2))
+            (gradient,) = torch.autograd.grad(logits, x, weights, allow_unused=True)
+            left = gradient is not None and bool(gradient.any())
+        if suggestion.role != "decoder":
+            assert ("all evidence" in suggestion.reason) == (not left)
+            assert ("around it" in suggestion.reason) == left
+        assert ("classes" in suggestion.reason) == (logits.ndim == 2 and "mask" not in name)
+        assert ("mask" in suggestion.reason) == (logits.ndim > 2)
+
+
+class WithClassToken(nn.Module):
+    """Everything goes through the tokens, a part of it through the one that has no place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Conv2d(1, 6, 4, 4), nn.Parameter(torch.rand(1, 1, 6))
+        self.mix = nn.MultiheadAttention(6, 1, batch_first=True)
+        self.block, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)
+        return self.head(self.block(self.mix(tokens, tokens, tokens)[0]).mean(1))
+
+
+def test_what_goes_through_a_class_token_the_map_leaves_out():
+    (only,) = suggest_layers(seeded(WithClassToken), (1, 1, 16, 24))
+    assert (only.name, only.shape) == ("block", (6, 4, 6))
+    assert "leaves out the evidence that reaches the classes around it" in only.reason
+
+
+@pytest.mark.parametrize("name", [name for name in TOLD if "classifier" not in name])
+def test_voxels_are_read_one_by_one_where_it_is_said(name):
+    """No logit, wherever it lies, depends on two voxels of such a layer."""
+    make, shape, _ = TOLD[name]
+    net = seeded(make).eval()
+    x = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1))
+    for suggestion in suggest_layers(net, x.shape):
+        (layer,) = resolve_layers(net, suggestion.name)
+        kept = []
+        handle = layer.module.register_forward_hook(
+            lambda module, args, given, layer=layer, kept=kept: kept.append(layer.pick(given))
+        )
+        logits = net(x.requires_grad_())
+        handle.remove()
+        if logits.ndim == 2:
+            assert "reads one voxel" not in suggestion.reason
+            continue
+        most = 0
+        for step in range(8):  # beside one another: every phase of a stride
+            place = [min(size // 3 + step, size - 1) for size in logits.shape[2:]]
+            one = logits[(0, slice(None), *place)]
+            weights = torch.linspace(1, 2, len(one))
+            (gradient,) = torch.autograd.grad(one, kept[0], weights, retain_graph=True)
+            channels = 2 if gradient.ndim == 3 else 1
+            most = max(most, int(gradient.any(channels).count_nonzero()))
+        assert ("reads one voxel" in suggestion.reason) == (most == 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda k: nets.UNet(2, 1, k, channels=(4, 6, 8), strides=(2, 2)),
+        lambda k: nets.UNet(2, 1, k, channels=(4, 6, 8), strides=(2, 2), num_res_units=2),
+        lambda k: nets.BasicUNet(2, 1, k, features=(4, 4, 6, 8, 10, 4)),
+        lambda k: nets.SegResNet(2, init_filters=8, in_channels=1, out_channels=k),
+        lambda k: nets.AttentionUnet(2, 1, k, channels=(4, 6, 8), strides=(2, 2)),
+        lambda k: nets.VNet(2, 1, k),
+        lambda k: nn.Sequential(*stem(), nn.Conv2d(4, k, 1), nn.Softmax(1)),
+    ],
+)
+def test_how_many_classes_there_are_decides_nothing(make):
+    """A level may have fewer channels than there are classes, or just as many."""
+    few, same, many = (
+        suggest_layers(seeded(partial(make, k)), (1, 1, 32, 48)) for k in (3, 4, 105)
+    )
+    assert len(few) > 1
+    assert few == same == many
+
+
+class Resized(nn.Module):
+    """A head at the coarse level, whose logits are resized, alone or with those of another."""
+
+    def __init__(self, two):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)
+        self.head_a, self.head_b = nn.Conv2d(4, CLASSES, 1), nn.Conv2d(6, CLASSES, 1)
+        self.two = two
+
+    def forward(self, x):
+        a = self.a(x)
+        logits = nn.functional.interpolate(self.head_b(self.b(a)), scale_factor=4, mode="bilinear")
+        if self.two:
+            logits = logits + nn.functional.interpolate(self.head_a(a), scale_factor=2)
+        return logits
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_a_head_whose_logits_are_resized_is_still_the_head(two):
+    assert [s.name for s in suggest_layers(seeded(lambda: Resized(two)), (1, 1, 16, 24))] == ["b"]
 
 
 # ------------------------------------------------------------------------- what is never suggested

@@ -147,6 +147,18 @@ def weighted_size(activations: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     return torch.cat(parts, -1).reshape(len(activations), *activations.shape[2:])
 
 
+def positive_part(values: torch.Tensor) -> torch.Tensor:
+    """Return ReLU of the values, NaN where they are minus infinity: that is no small number.
+
+    >>> positive_part(torch.tensor([2.0, -3.0, float("-inf")])).tolist()
+    [2.0, 0.0, nan]
+    """
+    kept = values.relu()
+    if not values.numel() or values.amin() > -torch.inf:
+        return kept
+    return kept.masked_fill_(values.isneginf(), float("nan"))
+
+
 def positive_side_up(values: torch.Tensor) -> torch.Tensor:
     """Return each item (B, *S) with the sign that makes its largest deviation from 0 positive.
 

@@ -77,7 +77,7 @@ class EigenCAM(Method):
     def _component(self, sums: Sums, voxels: float) -> _Component:
         mean = sums["sum"] / voxels
         covariance = sums["matrix"] / voxels - mean[:, :, None] * mean[:, None, :]
-        first = torch.linalg.eigh(covariance)[1][..., -1]
+        first = _eigen(covariance)[1][..., -1]
         first = first * for_each_item(self._sign(first, covariance), 2)
         return _Component(first, first.abs(), None, mean)
 
@@ -164,7 +164,7 @@ class KPCACAM(Method):
         mean = survey["points"].mean(1, keepdim=True)
         points = survey["points"] - mean
         kernel = self._kernel(points, points)
-        values, vectors = torch.linalg.eigh(_doubly_centred(kernel, kernel))
+        values, vectors = _eigen(_doubly_centred(kernel, kernel))
         largest = values[:, -1].clamp(min=0)
         scale = torch.where(largest > 1e-12 * points.shape[1], largest, torch.inf).rsqrt()
         return _KernelComponent(points, mean, kernel, vectors[..., -1] * scale[:, None])
@@ -208,6 +208,17 @@ def centred(values: torch.Tensor, weights: Any) -> torch.Tensor:
     """Return a projection (B, *S) less that of the mean."""
     offset = (weights.mean * weights.values).sum(1)
     return values - for_each_item(offset.to(values), values.ndim)
+
+
+def _eigen(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues and eigenvectors of (B, n, n), NaN for an item that is not finite.
+
+    torch refuses the whole batch, or gives numbers that mean nothing.
+    """
+    broken = ~matrices.isfinite().flatten(1).all(1)
+    values, vectors = torch.linalg.eigh(matrices.masked_fill(broken[:, None, None], 0))
+    nan = float("nan")
+    return values.masked_fill(broken[:, None], nan), vectors.masked_fill(broken[:, None, None], nan)
 
 
 def _doubly_centred(kernel: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,8 @@ class ScoreCAM(Perturbation):
     by = "masking"
 
     def weights(self, scores: torch.Tensor, score: torch.Tensor | None) -> torch.Tensor:
-        return scores.softmax(1)
+        # A softmax would take minus infinity for a channel that counts for nothing.
+        return scores.masked_fill(scores.isinf(), float("nan")).softmax(1)
 
 
 class AblationCAM(Perturbation):

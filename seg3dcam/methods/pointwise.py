@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from seg3dcam.methods.base import Method, weighted_sum
+from seg3dcam.methods.base import Method, positive_part, weighted_sum
 
 
 class LayerCAM(Method):
@@ -24,10 +24,10 @@ class LayerCAM(Method):
         return True
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        return weighted_sum(a, g.relu())  # type: ignore[union-attr]
+        return weighted_sum(a, positive_part(g))  # type: ignore[arg-type]
 
     def ceiling(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        return weighted_sum(a.abs(), g.relu())  # type: ignore[union-attr]
+        return weighted_sum(a.abs(), positive_part(g))  # type: ignore[arg-type]
 
 
 class ElementWise(LayerCAM):
@@ -39,7 +39,7 @@ class ElementWise(LayerCAM):
     """
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        return (g * a).relu().sum(1)  # type: ignore[operator]
+        return positive_part(g * a).sum(1)  # type: ignore[operator]
 
     def ceiling(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
         return weighted_sum(a.abs(), g.abs())  # type: ignore[union-attr]

@@ -97,6 +97,8 @@ class PooledGradient(Method):
         if self.mode == "mean":
             return Weights(weighed["signed"] / voxels, weighed["absolute"] / voxels)
         signed = weighed["signed"].clamp(min=0) if missing else weighed["signed"]
+        # The largest of a block would hide a gradient of minus infinity.
+        signed = signed.masked_fill(weighed["absolute"].isinf(), float("nan"))
         return Weights(signed, weighed["absolute"])
 
 

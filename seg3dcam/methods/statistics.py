@@ -9,7 +9,15 @@ import torch
 
 from seg3dcam.checks import is_whole
 from seg3dcam.errors import ConfigError
-from seg3dcam.methods.base import Method, Sums, Weights, exact_dtype, for_each_item, in_blocks
+from seg3dcam.methods.base import (
+    Method,
+    Sums,
+    Weights,
+    exact_dtype,
+    for_each_item,
+    in_blocks,
+    positive_part,
+)
 
 #: Below this fraction of the sum of |A|, the sum of A is rounding noise and nothing to divide by.
 CANCELLED = 1e-5
@@ -44,7 +52,7 @@ class GradCAMPlusPlus(Method):
         return {"sum": summed(a, shares)}
 
     def weigh(self, a: torch.Tensor, g: torch.Tensor, survey: Sums) -> Sums:
-        g = g.relu()
+        g = positive_part(g)
         scale = for_each_item(survey["sum"].to(g), g.ndim)
         return {"weight": summed(g / (2 + scale * g))}
 

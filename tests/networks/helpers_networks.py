@@ -28,7 +28,8 @@ class Row:
     Attributes:
         make: makes it.
         shape: spatial shape of the input.
-        bottleneck: the layer that "auto" is, and its stride.
+        bottleneck: the layer that "auto" is, and its stride; the middle where no level is coarser.
+        role: of that layer.
         decoder: the suggested decoder levels and their strides, coarse to fine.
         output: what `output=` must be; None where the rule finds the logits.
         logits: what the network returned -> logits, written down by hand.
@@ -47,6 +48,7 @@ class Row:
     logits: Callable[[Any], torch.Tensor] = lambda returned: returned
     channel_first: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     many: str = ""
+    role: str = "bottleneck"
     first_voxel: str = "corner"
     slow: bool = False
 
@@ -216,7 +218,7 @@ VNET = {
     "many": "up_tr*",
     "first_voxel": "centre",
 }
-HIGH_RES_NET = {"bottleneck": ("blocks.10", 1), "many": "blocks.*"}
+HIGH_RES_NET = {"bottleneck": ("blocks.5", 1), "role": "middle", "many": "blocks.*"}
 MEDNEXT = {
     "shape": (16, 24, 32),
     "bottleneck": ("bottleneck", 4),

@@ -47,7 +47,7 @@ def test_bottleneck_and_decoder_are_suggested(name):
         found = suggest_layers(network, (2, 1, *row.shape), output=row.output)
 
     assert [(s.name, s.stride, s.role, s.auto) for s in found] == [
-        (bottleneck, per_axis(stride, row), "bottleneck", True),
+        (bottleneck, per_axis(stride, row), row.role, True),
         *((n, per_axis(s, row), "decoder", False) for n, s in row.decoder.items()),
     ]
 
