@@ -210,7 +210,8 @@ def features_of_scan(
     model.check_scan(scan)
     report = progress or silent
     report("preparing", 0, 1)
-    prepared = model.prepare(scan)
+    with torch.device("cpu"):
+        prepared = model.prepare(scan)
     name = None
     if isinstance(target, str | int | np.integer):
         number = model.class_index(target if isinstance(target, str) else int(target))

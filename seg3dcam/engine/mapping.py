@@ -148,7 +148,7 @@ class MapMaker:
         self._blend = Blend(first.windows, grid, like)
         self._ceiling = torch.zeros_like(like)
         self._degenerate = torch.zeros_like(like, dtype=torch.bool)
-        self._lowest = torch.zeros(())
+        self._lowest = torch.zeros((), device="cpu")
         self._precision: torch.dtype = like.dtype
         whole = method.whole_axes(self._ndim)
         self._groups = first.windows.groups(whole)

@@ -127,7 +127,7 @@ class _Seen:
 
     def without_channels(self, channels: list[int]) -> torch.Tensor:
         """Return the logits (n, K, *S) when each channel is set to zero, in every window."""
-        scale = torch.ones(len(channels), self.channels)
+        scale = torch.ones(len(channels), self.channels, device="cpu")
         scale[range(len(channels)), channels] = 0
 
         def predicted(window: int) -> torch.Tensor:
