@@ -19,6 +19,7 @@ from torch import nn
 
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.engine.mapping import Maps
+from seg3dcam.engine.memory import advising
 from seg3dcam.engine.passes import Progress, predict, predict_member, silent
 from seg3dcam.engine.run import (
     Asked,
@@ -184,6 +185,7 @@ class BaseCAM:
                     )
         return self._grids.get(key, {})
 
+    @advising
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
             window = self.members[0].seen((1, x.shape[1], *windows.roi))
@@ -249,6 +251,7 @@ class _Found:
     dropped: Mapping[LayerRef, str]
 
 
+@advising
 def _explain_member(
     lead: BaseCAM,
     member: Member,
@@ -293,6 +296,7 @@ def _explain_member(
     return _Found(first.logits, asked, table, capture.dropped)
 
 
+@advising
 def _explain_ensemble(
     lead: BaseCAM,
     layers: Sequence[LayerRef],

@@ -45,7 +45,9 @@ def full_gradient_map(
     """
     layers = [INPUT, *_with_places(first, _biased_layers(first.capture.model), output)]
     with capturing(first.capture.member, layers, output) as capture:
-        second = FirstPass(capture, first.windows, first.x, first.logits, {}, own=first.own)
+        second = FirstPass(
+            capture, first.windows, first.x, first.logits, {}, own=first.own, at_once=first.at_once
+        )
         grids: dict[LayerRef, FeatureGrid] = {}
         maps = [
             _map(second, items, score[list(items)], seed, method, grids, progress)

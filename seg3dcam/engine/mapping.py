@@ -111,6 +111,7 @@ def _over_gradients(gradients: Iterator[Gradients], jobs: Sequence[_Job]) -> Non
             if job.target == found.target:
                 for window, a, g in found.each(job.layer):
                     job.maker.take(window, a, g)
+        del found  # with its graph, before the next one is made
 
 
 def _over_activations(
