@@ -64,7 +64,7 @@ def capturing(
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(_frozen_in_eval_mode(model))
         stack.enter_context(_kept_notes(model))
-        stack.enter_context(_kept_random_state(model))
+        stack.enter_context(_kept_random_state())
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
         # Before the layers' own hooks, which swap what modules give.
@@ -359,7 +359,7 @@ class Capture:
             return None
         if self._mode == "scale":
             if layer in self._multipliers:
-                return layer.put(output, tensor * self._multipliers[layer])
+                return layer.put(output, tensor * self._multipliers[layer].to(tensor))
             return None
         if self._mode != "replay":
             self._runs[layer] += 1
@@ -554,9 +554,10 @@ def _holds_tensors(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _kept_random_state(model: nn.Module) -> Iterator[None]:
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+def _kept_random_state() -> Iterator[None]:
+    # Of every card: a network without parameters draws where its input lies.
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cards):
         yield
 
 

@@ -45,6 +45,7 @@ class FirstPass:
         kept: (item, window) -> activations, as far as they fit the plan's memory limit.
         footprint: bytes that one input takes in a forward pass, once measured.
         own: of a member of an ensemble, its own logits; `logits` are then the ensemble's.
+        devices: layer -> where its activations were before they were kept.
         at_once: how many windows go through the network at once.
     """
 
@@ -58,6 +59,7 @@ class FirstPass:
     kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
     footprint: int = 0
     own: torch.Tensor | None = None
+    devices: dict[LayerRef, torch.device] = field(default_factory=dict)
     at_once: AtOnce = field(default_factory=lambda: AtOnce(1))
 
     @property
@@ -185,6 +187,7 @@ def predict(
         return first
 
     kept: dict[tuple[int, int], Activations] = {}
+    devices: dict[LayerRef, torch.device] = {}
     room = int(windows.plan.cache_gb * 1e9) if keep else 0
     done = 0
 
@@ -193,6 +196,7 @@ def predict(
         logits = capture.observe(capture.to_model(batch.clone()), copy=room > 0)
         check_resolution(logits, windows.roi)
         if room > 0:
+            devices.update({layer: a.device for layer, a in capture.activations.items()})
             for offset, activations in enumerate(_split(capture.activations, len(batch))):
                 room -= sum(a.numel() * a.element_size() for a in activations.values())
                 if room > 0:
@@ -210,7 +214,8 @@ def predict(
 
     if plan.convention != "monai":
         logits = stitched(windows, x, predictor)
-        return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept, at_once=at_once)
+        first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+        return replace(first, devices=devices, at_once=at_once)
     logits = sliding_window_inference(
         x,
         windows.roi,
@@ -224,7 +229,8 @@ def predict(
         sw_device=capture.device,
         device=x.device,
     )
-    return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept, at_once=at_once)
+    first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+    return replace(first, devices=devices, at_once=at_once)
 
 
 def predict_member(
@@ -423,7 +429,7 @@ def activation_pass(
 ) -> Iterator[tuple[int, Activations]]:
     """Yield the activations of windows, kept from the first pass or computed again.
 
-    They are on the network's device, as gradients are.
+    They are on the layer's device, as gradients are.
     """
     if first.activations:
         yield from ((window, first.activations) for window in which)
@@ -436,8 +442,8 @@ def activation_pass(
         if kept is None:
             yield next(recomputed)
         else:
-            device = first.capture.device
-            yield window, {layer: a.to(device) for layer, a in kept.items()}
+            home = first.capture.device
+            yield window, {k: a.to(first.devices.get(k, home)) for k, a in kept.items()}
 
 
 def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
