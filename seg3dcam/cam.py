@@ -17,6 +17,7 @@ from torch import nn
 
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.engine.mapping import Maps
+from seg3dcam.engine.memory import advising
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -173,6 +174,7 @@ class BaseCAM:
         function: Any = METHODS[self.method]
         return replace(function, **settings) if settings else function
 
+    @advising
     def _resolved_layers(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]:
         if self._layers is None:
             window = self.members[0].seen((1, x.shape[1], *windows.roi))
@@ -253,6 +255,7 @@ class _Found:
     draws: str
 
 
+@advising
 def _explain_member(
     lead: BaseCAM,
     member: Member,
@@ -307,6 +310,7 @@ def _explain_member(
     )
 
 
+@advising
 def _explain_ensemble(
     lead: BaseCAM,
     layers: Sequence[LayerRef],

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from seg3dcam.draws import Drawn, devices_of, drawing_from, random_state
+from seg3dcam.draws import Drawn, drawing_from, random_state
 from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
 from seg3dcam.known import Known, opened
@@ -116,7 +116,7 @@ class Capture:
         self._mode: Literal["off", "count", "observe", "leaf", "replay", "change"] = "off"
         self._stop_early = False
         self._thread = threading.get_ident()
-        self._random = random_state(devices_of(model))
+        self._random = random_state()
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
         self._input_shape: torch.Size = torch.Size()
@@ -217,7 +217,7 @@ class Capture:
         raw = self._as_given(x, layer, factors)
         # One where the layout takes nothing from, such as a class token.
         raw = raw + 1 - self._as_given(x, layer, torch.ones_like(factors))
-        return self._changed(x, {layer: lambda given: given * raw})
+        return self._changed(x, {layer: lambda given: given * raw.to(given)})
 
     def nudged(self, x: torch.Tensor, steps: Mapping[LayerRef, torch.Tensor]) -> torch.Tensor:
         """Return the logits of `x` where something is added to layers' activations; no graph.
@@ -227,7 +227,7 @@ class Capture:
             steps: layer -> what is added, shaped like its activations.
         """
         raw = {layer: self._as_given(x, layer, step) for layer, step in steps.items()}
-        return self._changed(x, {layer: raw[layer].add for layer in steps})
+        return self._changed(x, {layer: partial(_sum, raw[layer]) for layer in steps})
 
     def _as_given(self, x: torch.Tensor, layer: LayerRef, values: torch.Tensor) -> torch.Tensor:
         """Return (B, C, *s) values laid out as a layer of the last pass gives them for `x`."""
@@ -396,7 +396,7 @@ class Capture:
                     yield
                 complete = True
             finally:
-                drawn = not self._random.equals(random_state(devices_of(self.model)))
+                drawn = not self._random.equals(random_state())
                 # Another thread may have drawn meanwhile, but not by an operation of this one.
                 if drawn and (noted.operation or threading.active_count() == 1):
                     known.draws = noted.operation or "of NumPy or Python"
@@ -514,3 +514,7 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
+
+
+def _sum(step: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    return given + step.to(given)

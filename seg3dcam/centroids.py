@@ -19,6 +19,7 @@ what counts is by how much the centres are off in the middle.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,8 +44,9 @@ STEPS = 4.0
 #: first is enough for most networks; those that leave a doubt are looked at again.
 LOOKS = ((64, 32, 1), (128, 32, 4), (192, 64, 8))
 
-#: Parts that channels and places are divided into, whose spread tells how sure a centre is.
-PARTS = 8
+#: Parts that each draw's places are divided into, whose spread tells how sure a centre is. Other
+#: channels see the same noise, so they tell nothing of that; neither do few parts.
+PARTS, FEW_PARTS = 8, 4
 
 
 class _Line(NamedTuple):
@@ -56,6 +58,7 @@ class _Line(NamedTuple):
         pull: part of the distance from the middle.
         rest: what is left, root mean square.
         voxels: how many were looked at.
+        draws: of noise.
     """
 
     shift: float
@@ -63,6 +66,7 @@ class _Line(NamedTuple):
     pull: float
     rest: float
     voxels: int
+    draws: int
 
 
 def agreeing(
@@ -118,7 +122,9 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
     stride = max(1.0, grid.stride[axis])
     tolerance = AGREE * (1 + stride)
-    if abs(line.shift) > tolerance + 4 * line.error and line.voxels > 2:
+    # Within one draw, places that see the same noise make it look surer than it is.
+    known = line.voxels > 2 and line.draws >= FEW_PARTS
+    if known and abs(line.shift) > tolerance + 4 * line.error:
         return False
     # Transposed convolutions see in steps, as wide as the strides that they undo.
     straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
@@ -139,11 +145,12 @@ def _lines(
     length = shape[axis]
     place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
     place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
-    sums: dict[LayerRef, tuple[torch.Tensor, torch.Tensor]] = {}
+    sums: dict[tuple[LayerRef, int], torch.Tensor] = {}
     for seed, mirrored in itertools.product(range(noise), (False, True)):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         image, z = (
-            torch.randn(1, like.shape[1], *shape, generator=generator).to(like) for _ in range(2)
+            torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
+            for _ in range(2)
         )
         z *= _step(like.dtype)
         with MirroredOperations(mirrored):
@@ -154,15 +161,15 @@ def _lines(
                 one, two = plain[layer], weighed[layer]
                 # Both kinds of kernels count alike, however strong they are.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
-                new = (_in_parts(one * two, axis) / whole, _in_parts(one * one, axis) / whole)
-                known = sums.get(layer)
-                sums[layer] = new if known is None else (known[0] + new[0], known[1] + new[1])
-    half = (length - 1) / 2
-    return {
-        layer: _fitted(moment * half, weight, grids[layer], axis, length)
-        for layer, (moment, weight) in sums.items()
-        if _has_grid(grids[layer], axis, weight.shape[1], length, like.shape[2 + axis])
-    }
+                new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
+                sums[layer, seed] = sums.get((layer, seed), torch.zeros(())) + new
+    lines = {}
+    for layer, grid in grids.items():
+        moment, weight = torch.cat([sums[layer, seed] for seed in range(noise)], dim=1)
+        if _has_grid(grid, axis, weight.shape[1], length, like.shape[2 + axis]):
+            half = (length - 1) / 2
+            lines[layer] = _fitted(moment * half, weight, grid, axis, length, noise)
+    return lines
 
 
 def _has_grid(grid: FeatureGrid, axis: int, size: int, length: int, full: int) -> bool:
@@ -183,27 +190,38 @@ def _step(dtype: torch.dtype) -> float:
 
 
 def _in_parts(values: torch.Tensor, axis: int) -> torch.Tensor:
-    """Sum (B, C, *s) over all but one axis, in parts: (parts, size)."""
-    flat = values.movedim(2 + axis, -1).flatten(0, -2)
-    return torch.stack([part.sum(0) for part in flat.tensor_split(PARTS)]).cpu()
+    """Sum (B, C, *s) over all but one axis, in parts of the others: (parts, size)."""
+    flat = values.sum((0, 1)).movedim(axis, -1).reshape(-1, values.shape[2 + axis])
+    parts = min(PARTS, len(flat))
+    return torch.stack([part.sum(0) for part in flat.tensor_split(parts)]).cpu()
 
 
 def _fitted(
-    moment: torch.Tensor, weight: torch.Tensor, grid: FeatureGrid, axis: int, length: int
+    moment: torch.Tensor,
+    weight: torch.Tensor,
+    grid: FeatureGrid,
+    axis: int,
+    length: int,
+    draws: int,
 ) -> _Line:
     """Fit a line to the distances of centres from the grid's places.
 
     Args:
         moment, weight: (parts, size): sums of J^2 times the place, from the middle of the image
             on, and of J^2.
+        draws: of noise that they come from.
     """
     stride, size = grid.stride[axis], weight.shape[1]
-    place = stride * torch.arange(size, dtype=torch.float64) + grid.offset[axis] - (length - 1) / 2
+    place = (
+        stride * torch.arange(size, dtype=torch.float64, device="cpu")
+        + grid.offset[axis]
+        - (length - 1) / 2
+    )
     inner = place.abs() <= max(length / 4, stride / 2) + stride / 2
     moment, weight, place = moment[:, inner], weight[:, inner], place[inner]
     seen = weight.sum(0) > 0
     if not seen.all() or not seen.numel() or not torch.isfinite(moment).all():
-        return _Line(0.0, float("inf"), 0.0, 0.0, 0)
+        return _Line(0.0, math.inf, 0.0, 0.0, 0, draws)
 
     def distances(left_out: int | None) -> torch.Tensor:
         """Return how far each voxel's centre is from its place, without one of the parts."""
@@ -218,5 +236,6 @@ def _fitted(
     others = torch.stack([(distances(part) + pull * place).mean() for part in range(len(weight))])
     shift = pulled_back.mean()
     error = ((len(weight) - 1) / len(weight) * (others - shift).square().sum()).sqrt()
+    error = float(error) if len(weight) >= FEW_PARTS else math.inf
     rest = pulled_back.std(correction=0)
-    return _Line(float(shift), float(error), pull, float(rest), len(place))
+    return _Line(float(shift), error, pull, float(rest), len(place), draws)

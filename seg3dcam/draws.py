@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -24,7 +23,7 @@ class RandomState(NamedTuple):
 
     Attributes:
         torch: of the CPU.
-        devices: of each GPU that the network is on, by its index.
+        devices: of each GPU in use, by its index.
         numpy, python: of the libraries' own generators.
     """
 
@@ -36,7 +35,7 @@ class RandomState(NamedTuple):
     def equals(self, other: RandomState) -> bool:
         """Tell whether nothing was drawn between the two."""
         tensors = [(self.torch, other.torch)]
-        tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=True)]
+        tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=False)]
         same = all(torch.equal(a, b) for a, b in tensors) and self.python == other.python
         return same and all(map(np.array_equal, self.numpy, other.numpy))
 
@@ -45,12 +44,12 @@ class RandomState(NamedTuple):
 _generators = threading.RLock()
 
 
-def random_state(devices: Sequence[int]) -> RandomState:
-    """Return the present state; `devices` are indices of GPUs."""
+def random_state() -> RandomState:
+    """Return the present state."""
     with _generators:  # never in the middle of another network's draws
         return RandomState(
             torch.get_rng_state(),
-            tuple((index, torch.cuda.get_rng_state(index)) for index in devices),
+            tuple((index, torch.cuda.get_rng_state(index)) for index in gpus()),
             np.random.get_state(),
             random.getstate(),
         )
@@ -69,7 +68,7 @@ def set_random_state(state: RandomState) -> None:
 def drawing_from(state: RandomState) -> Iterator[None]:
     """Start from a random state; afterwards the process's is as it was."""
     with _generators:
-        before = random_state([index for index, _ in state.devices])
+        before = random_state()
         set_random_state(state)
         try:
             yield
@@ -96,6 +95,6 @@ class Drawn(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def devices_of(network: nn.Module) -> list[int]:
-    """Return the indices of the GPUs that a network is on."""
-    return sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+def gpus() -> list[int]:
+    """Return the indices of all GPUs in use: a network may draw where its input lies."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

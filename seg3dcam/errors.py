@@ -9,6 +9,7 @@
     │   │   └── EmptyRegionError         the region to explain holds no voxel
     │   └── ConfigError                  a setting: unknown key, illegal value
     ├── OutputError (OSError)            a result cannot be written
+    ├── OutOfMemoryError (torch.OutOfMemoryError)  the network and its gradients do not fit
     └── MissingExtraError (ImportError)  an optional package is not installed
 
 A message says what was given, what is legal and what to do.
@@ -20,6 +21,8 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Iterable
+
+import torch
 
 
 class Seg3dcamError(Exception):
@@ -56,6 +59,10 @@ class ConfigError(InputError):
 
 class OutputError(Seg3dcamError, OSError):
     """A result cannot be written; nothing half-written is left behind."""
+
+
+class OutOfMemoryError(Seg3dcamError, torch.OutOfMemoryError):
+    """Memory does not suffice, not even for one window at a time."""
 
 
 class MissingExtraError(Seg3dcamError, ImportError):

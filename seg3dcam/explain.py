@@ -132,7 +132,8 @@ def explain_each(
     model.check_scan(scan)
     report = progress or silent
     report("preparing", 0, 1)
-    prepared = model.prepare(scan)
+    with torch.device("cpu"):  # files and transforms work there, whatever the default device
+        prepared = model.prepare(scan)
     x = prepared.as_tensor()[None].contiguous()
     cams = [
         kind(
@@ -250,7 +251,8 @@ def _kind(key: str) -> type[BaseCAM]:
 
 def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor:
     """Bring a mask on the scan's grid to the one that the network saw."""
-    data, affine = torch.as_tensor(mask.data), np.asarray(mask.affine, dtype=np.float64)
+    data = torch.as_tensor(mask.data, device="cpu")
+    affine = np.asarray(mask.affine, dtype=np.float64)
     if isinstance(mask, MetaTensor):
         data, affine = mask.as_tensor(), ras_affine(affine, mask.meta.get("space"))
     if data.ndim == len(scan.shape) + 1 and len(data) == 1:
@@ -267,7 +269,8 @@ def _prediction_on(
 
     Where it does not say how, logits are moved, then compared.
     """
-    own = model.restore and model.restore(result.logits[0].cpu().float(), scan, prepared)
+    with torch.device("cpu"):
+        own = model.restore and model.restore(result.logits[0].cpu().float(), scan, prepared)
     if own is not None:
         if own.dtype != torch.bool or tuple(own.shape[1:]) != scan.shape:
             raise ModelError(
@@ -276,7 +279,7 @@ def _prediction_on(
             )
         return own
     affine = prepared.affine.numpy()
-    masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool)
+    masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool, device="cpu")
     best = None
     for index, logits in enumerate(result.logits[0].cpu().float()):
         moved = resample(logits, affine, scan.affine, scan.shape)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from seg3dcam.capture import Capture, capturing
+from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -209,7 +210,8 @@ def features_of_scan(
     model.check_scan(scan)
     report = progress or silent
     report("preparing", 0, 1)
-    prepared = model.prepare(scan)
+    with torch.device("cpu"):
+        prepared = model.prepare(scan)
     name = None
     if isinstance(target, str | int | np.integer):
         number = model.class_index(target if isinstance(target, str) else int(target))
@@ -269,7 +271,8 @@ def _first_pass(
     """Predict the volume; or, where nobody asks for the logits, look at the first window alone."""
     if with_logits:
         return predict(capture, x, windows, graph=True, keep=True, progress=progress)
-    first = FirstPass(capture, windows, x, x.new_empty(0), {})
+    at_once = AtOnce(windows.plan.sw_batch_size)
+    first = FirstPass(capture, windows, x, x.new_empty(0), {}, at_once=at_once)
     first.kept[0, 0] = capture.observe_layers(first.cut([0], [0]))
     first.shapes = capture.shapes
     return first

@@ -55,7 +55,7 @@ class FeatureGrid:
 
     def positions(self, axis: int) -> torch.Tensor:
         """Return the centres of the feature voxels along `axis`, in input voxels (float64)."""
-        index = torch.arange(self.shape[axis], dtype=torch.float64)
+        index = torch.arange(self.shape[axis], dtype=torch.float64, device="cpu")
         return index * self.stride[axis] + self.offset[axis]
 
     def affine(self, input_affine: np.ndarray) -> np.ndarray:
@@ -100,7 +100,8 @@ def cropped(
     """
     offset = []
     for axis, size in enumerate(shape):
-        index = (torch.tensor([0.0, size - 1.0]) - grid.offset[axis]) / grid.stride[axis]
+        ends = torch.tensor([0.0, size - 1.0], device="cpu")
+        index = (ends - grid.offset[axis]) / grid.stride[axis]
         first, last = (int(i) for i in (index[0].floor(), index[1].ceil()))
         first = min(max(first, 0), grid.shape[axis] - 1)
         last = max(min(last, grid.shape[axis] - 1), first)
@@ -155,18 +156,18 @@ def resample(
     same = np.array_equal(affine, to_affine) and np.array_equal(affine, seen_affine)
     if same and to_shape == tuple(volume.shape) == tuple(seen_shape):
         return volume.detach().cpu().clone()
-    source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
+    result = torch.empty(to_shape, dtype=volume.dtype, device="cpu")
     resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=volume.dtype)
-
-    result = torch.empty(to_shape, dtype=volume.dtype)
     thickness = max(1, SLAB_VOXELS // max(1, to_shape[1] * to_shape[2]))
-    for start in range(0, to_shape[0], thickness):
-        slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
-        slab_affine = to_affine @ _scale_and_shift((1, 1, 1), (start, 0, 0))
-        moved = resampler(source, dst_affine=torch.as_tensor(slab_affine), spatial_size=slab)
-        moved = moved.as_tensor()[0].to(volume.dtype)
-        seen = _inside(slab_affine, slab, seen_affine, seen_shape)
-        result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
+    with torch.device("cpu"):  # MONAI works on the default device
+        source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
+        for start in range(0, to_shape[0], thickness):
+            slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
+            slab_affine = to_affine @ _scale_and_shift((1, 1, 1), (start, 0, 0))
+            moved = resampler(source, dst_affine=torch.as_tensor(slab_affine), spatial_size=slab)
+            moved = moved.as_tensor()[0].to(volume.dtype)
+            seen = _inside(slab_affine, slab, seen_affine, seen_shape)
+            result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
     return result
 
 
@@ -182,11 +183,13 @@ def resample_labels(
     """
     check_affine(affine, "the affine of the labels")
     check_affine(to_affine, "the affine to resample to")
-    moved = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float64)(
-        MetaTensor(labels.detach().cpu()[None].double(), affine=torch.as_tensor(affine)),
-        dst_affine=torch.as_tensor(to_affine),
-        spatial_size=tuple(to_shape),
-    )
+    resampler = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float64)
+    with torch.device("cpu"):
+        moved = resampler(
+            MetaTensor(labels.detach().cpu()[None].double(), affine=torch.as_tensor(affine)),
+            dst_affine=torch.as_tensor(to_affine),
+            spatial_size=tuple(to_shape),
+        )
     return moved.as_tensor()[0].to(labels.dtype)
 
 

@@ -43,7 +43,8 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
 
 def on_grid_of(mask: Any, affine: np.ndarray | None, shape: Sequence[int]) -> torch.Tensor:
     """Return the labels of a mask that knows where it lies, if that is where the input lies."""
-    data = torch.as_tensor(mask.as_tensor() if isinstance(mask, MetaTensor) else mask.data)
+    plain = mask.as_tensor() if isinstance(mask, MetaTensor) else mask.data
+    data = torch.as_tensor(plain, device="cpu")
     if affine is not None:
         own = ras_affine(np.asarray(mask.affine), getattr(mask, "meta", {}).get("space"))
         if not np.allclose(own, affine, atol=1e-4):  # those of all items

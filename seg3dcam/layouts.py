@@ -174,7 +174,7 @@ def spatial_shape(layout: Layout, shape: Shape) -> tuple[int, ...]:
     >>> spatial_shape(channels_last, (1, 2, 3, 4, 8))
     (2, 3, 4)
     """
-    return tuple(layout(torch.zeros(()).expand(*shape)).shape[2:])
+    return tuple(layout(torch.zeros((), device="cpu").expand(*shape)).shape[2:])
 
 
 def pulled_back(layout: Layout, values: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -301,7 +301,8 @@ def _grids(count: int, size: Shape) -> Iterator[tuple[int, ...]]:
 
 def _check_users(layout: Layout, given: str, shape: Shape, input_shape: Shape) -> None:
     """Raise LayerError unless a user's layout moves values to (B, C, *s) of a possible size."""
-    places = torch.arange(math.prod(shape), dtype=torch.float64).add_(1).neg_().view(*shape)
+    numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+    places = numbers.neg_().view(*shape)
     try:
         moved = layout(places)
     except Exception as error:
@@ -324,9 +325,9 @@ def _check_users(layout: Layout, given: str, shape: Shape, input_shape: Shape) -
     index = moved.neg().sub(1)
     per_item = math.prod(shape[1:])
     known = (index == index.round()) & (index >= 0) & (index < len(places) * per_item)
-    taken = torch.zeros(places.numel(), dtype=torch.bool)
+    taken = torch.zeros(places.numel(), dtype=torch.bool, device="cpu")
     taken[index[known].long()] = True
-    item = torch.arange(len(moved)).view(-1, *[1] * (moved.ndim - 1))
+    item = torch.arange(len(moved), device="cpu").view(-1, *[1] * (moved.ndim - 1))
     if not known.all() or taken.sum() != index.numel() or (index // per_item != item).any():
         raise LayerError(
             "reshape_transform must only move values, each to one place within its own item of "

@@ -179,7 +179,7 @@ def _fit(
     position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
     size = len(position)
     trim = size // 4  # padding and transposed convolutions show at the ends
-    index = torch.arange(trim, size - trim)
+    index = torch.arange(trim, size - trim, device="cpu")
     index = index[count[index] > 0]
     if len(index) < min(2, size):
         return None

@@ -103,7 +103,8 @@ def load_scan(source: Source, affine: npt.ArrayLike | None = None) -> Scan:
     - a `Scan`, which is returned as it is.
 
     The scaling in a file's header is applied. Voxels become float32, and a file needs the memory of
-    that one float32 copy. An array is copied; a tensor that is float32 already is shared.
+    that one float32 copy. An array is copied; a tensor that is float32 already is shared, one on a
+    GPU is brought to the CPU.
 
     Raises `ScanError` for a file that is missing, damaged or no NIfTI, for complex, colour, 2-D or
     5-D data, for a DICOM series with gaps, for several series, for an affine that is no affine, and
@@ -201,7 +202,7 @@ def _from_meta_tensor(tensor: torch.Tensor) -> Scan:
     files = meta.get("filename_or_obj") or "scan"
     first = files[0] if isinstance(files, (list, tuple)) else files
     name = _name(Path(str(first)))
-    affine = torch.as_tensor(tensor.affine).detach().cpu()  # type: ignore[attr-defined]
+    affine = torch.as_tensor(tensor.affine, device="cpu").detach()  # type: ignore[attr-defined]
     checked = _checked_affine(affine.to(torch.float64).numpy(), name)
     try:
         affine_ras = ras_affine(checked, meta.get("space"))
@@ -253,7 +254,7 @@ def _to_float32(array: torch.Tensor | npt.NDArray, name: str) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         if array.is_complex():
             raise _not_real(name, str(array.dtype))
-        return array.detach().to(torch.float32)
+        return array.detach().to("cpu", torch.float32)
     if array.dtype.kind not in "biuf":
         raise _not_real(name, str(array.dtype))
     with np.errstate(over="ignore"):  # becomes inf, which the check of the voxels refuses

@@ -207,8 +207,8 @@ def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelec
 
 
 def _random_input(capture: Capture, input_shape: tuple[int, ...]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((1, *input_shape[1:]), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.rand((1, *input_shape[1:]), generator=generator, device="cpu")
     return capture.to_model(x).requires_grad_()
 
 
@@ -261,8 +261,8 @@ def _with_places(
             # A single voxel is a classifier's pooled vector: it has no place in the image.
             if stride is not None and math.prod(shape[1:]) > 1:
                 images.append(_Seen(**vars(one), layout=layout, shape=shape, stride=stride))
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.rand(logits.shape, generator=generator).to(logits)
+    generator = torch.Generator("cpu").manual_seed(1)
+    weights = torch.rand(logits.shape, generator=generator, device="cpu").to(logits)
     tensors = [image.tensor for image in images]
     gradients = (
         torch.autograd.grad(logits, tensors, weights, retain_graph=True, allow_unused=True)
@@ -423,7 +423,7 @@ def _sees_beyond_its_patch(seen: _Seen, x: torch.Tensor) -> bool:
     axis = 2 + max(range(x.ndim - 2), key=lambda a: activations.shape[2 + a])
     touched = []
     for half in activations.tensor_split(2, axis):
-        weights = torch.linspace(1, 2, half.numel()).view(half.shape).to(half)
+        weights = torch.linspace(1, 2, half.numel(), device="cpu").view(half.shape).to(half)
         (gradient,) = torch.autograd.grad((half * weights).sum(), x, retain_graph=True)
         touched.append(gradient != 0)
     return bool((touched[0] & touched[1]).any())

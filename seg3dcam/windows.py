@@ -134,6 +134,8 @@ class Windows:
             sizes = [before, padded - size - before, *sizes]  # torch wants the last axis first
         try:
             return F.pad(x, sizes, mode=mode, value=value if mode == "constant" else None)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConfigError(
                 f"padding_mode {mode!r} cannot fill {self.shape} voxels up to a window of "

@@ -19,7 +19,7 @@ from torch import nn
 from seg3dcam import targets as score
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.checks import check_number, check_whole_number, is_whole
-from seg3dcam.draws import devices_of, drawing_from, random_state
+from seg3dcam.draws import drawing_from, random_state
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -102,7 +102,7 @@ def compare_map(
     Raises:
         MissingExtraError: captum is not installed.
     """
-    random = random_state(devices_of(first.capture.model))
+    random = random_state()
     with capturing(first.capture.member, [], output) as capture, drawing_from(random):
         items = range(len(first.x))
         return joined(

@@ -67,6 +67,8 @@ def _differentiable(
 ) -> Iterator[Gradients]:
     try:
         yield from gradient_pass(first, items, [seed], progress, keep_graph=True, create_graph=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ModelError(
             f"the network cannot be differentiated twice, as shapley_cam needs: {error}"

@@ -45,7 +45,9 @@ def full_gradient_map(
     """
     layers = [INPUT, *_with_places(first, _biased_layers(first.capture.model), output)]
     with capturing(first.capture.member, layers, output) as capture:
-        second = FirstPass(capture, first.windows, first.x, first.logits, {}, own=first.own)
+        second = FirstPass(
+            capture, first.windows, first.x, first.logits, {}, own=first.own, at_once=first.at_once
+        )
         grids: dict[LayerRef, FeatureGrid] = {}
         maps = [
             _map(second, items, score[list(items)], seed, method, grids, progress)
@@ -140,7 +142,8 @@ def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> tor
     first = values.ndim - len(grid.shape)
     for axis, (size, length) in enumerate(zip(grid.shape, voxels.shape, strict=True)):
         line = grid.line(axis)
-        weights = interpolate(torch.eye(size, dtype=torch.float64), line, voxels.line(axis))
+        unit = torch.eye(size, dtype=torch.float64, device="cpu")
+        weights = interpolate(unit, line, voxels.line(axis))
         nowhere = weights.sum(1) == 0  # outside of the voxels, in padding: to the nearest one
         nearest = line.positions(0).round().long().clamp(0, length - 1)
         weights[nowhere, nearest[nowhere]] = 1

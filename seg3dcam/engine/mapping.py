@@ -111,6 +111,7 @@ def _over_gradients(gradients: Iterator[Gradients], jobs: Sequence[_Job]) -> Non
             if job.target == found.target:
                 for window, a, g in found.each(job.layer):
                     job.maker.take(window, a, g)
+        del found  # with its graph, before the next one is made
 
 
 def _over_activations(
@@ -148,7 +149,7 @@ class MapMaker:
         self._blend = Blend(first.windows, grid, like)
         self._ceiling = torch.zeros_like(like)
         self._degenerate = torch.zeros_like(like, dtype=torch.bool)
-        self._lowest = torch.zeros(())
+        self._lowest = torch.zeros((), device="cpu")
         self._precision: torch.dtype = like.dtype
         whole = method.whole_axes(self._ndim)
         self._groups = first.windows.groups(whole)

@@ -8,7 +8,7 @@ window where `dS/dL` vanishes needs no backward pass at all. Several scores shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from seg3dcam.capture import Capture
+from seg3dcam.engine.memory import AtOnce
 from seg3dcam.errors import ModelError
 from seg3dcam.layers import LayerRef
 from seg3dcam.windows import Windows, stitched
@@ -44,6 +45,8 @@ class FirstPass:
         kept: (item, window) -> activations, as far as they fit the plan's memory limit.
         footprint: bytes that one input takes in a forward pass, once measured.
         own: of a member of an ensemble, its own logits; `logits` are then the ensemble's.
+        devices: layer -> where its activations were before they were kept.
+        at_once: how many windows go through the network at once.
     """
 
     capture: Capture
@@ -56,6 +59,8 @@ class FirstPass:
     kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
     footprint: int = 0
     own: torch.Tensor | None = None
+    devices: dict[LayerRef, torch.device] = field(default_factory=dict)
+    at_once: AtOnce = field(default_factory=lambda: AtOnce(1))
 
     @property
     def items(self) -> list[list[int]]:
@@ -182,14 +187,16 @@ def predict(
         return first
 
     kept: dict[tuple[int, int], Activations] = {}
+    devices: dict[LayerRef, torch.device] = {}
     room = int(windows.plan.cache_gb * 1e9) if keep else 0
     done = 0
 
-    def predictor(batch: torch.Tensor) -> torch.Tensor:
+    def predicted(batch: torch.Tensor) -> torch.Tensor:
         nonlocal done, room
         logits = capture.observe(capture.to_model(batch.clone()), copy=room > 0)
         check_resolution(logits, windows.roi)
         if room > 0:
+            devices.update({layer: a.device for layer, a in capture.activations.items()})
             for offset, activations in enumerate(_split(capture.activations, len(batch))):
                 room -= sum(a.numel() * a.element_size() for a in activations.values())
                 if room > 0:
@@ -199,9 +206,16 @@ def predict(
         return logits.to(batch)
 
     plan = windows.plan
+    at_once = AtOnce(plan.sw_batch_size)
+
+    def predictor(batch: torch.Tensor) -> torch.Tensor:
+        parts = list(at_once.each(len(batch), lambda part: predicted(batch[part])))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     if plan.convention != "monai":
         logits = stitched(windows, x, predictor)
-        return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+        first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+        return replace(first, devices=devices, at_once=at_once)
     logits = sliding_window_inference(
         x,
         windows.roi,
@@ -215,7 +229,8 @@ def predict(
         sw_device=capture.device,
         device=x.device,
     )
-    return FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+    first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
+    return replace(first, devices=devices, at_once=at_once)
 
 
 def predict_member(
@@ -241,7 +256,8 @@ def predict_member(
     if len(windows) == 1 or keep or own:
         first = predict(capture, x, windows, graph=graph, keep=keep, progress=progress)
         return replace(first, logits=logits, own=first.logits)
-    first = FirstPass(capture, windows, x, logits, {})
+    at_once = AtOnce(windows.plan.sw_batch_size)
+    first = FirstPass(capture, windows, x, logits, {}, at_once=at_once)
     capture.observe_layers(first.cut([0], [0]))
     return replace(first, shapes=capture.shapes)
 
@@ -296,39 +312,66 @@ def gradient_pass(
         keep_graph: whether the first pass's graph (one window) will be needed again.
         create_graph: make gradients that can be differentiated again.
     """
-    windows, capture = first.windows, first.capture
     touched: dict[int, list[int]] = {}
     for number, seed in enumerate(seeds):
         for window in seeded_windows(first, items, seed):
             touched.setdefault(window, []).append(number)
+    every = sorted(touched)
+    # Windows, and the targets that are still wanted in them; the next ones are last.
+    waiting = [(every, list(range(len(seeds))))] if every else []
     done = 0
-    for which in windows.batches(sorted(touched)):
-        if first.graph is not None:
-            logits, keep = first.graph, keep_graph
-        else:
-            logits, keep = capture.forward(first.cut(items, which)), False
-        targets = sorted({target for window in which for target in touched[window]})
-        for target in targets:
-            last = target == targets[-1]
-            upstream = upstream_of(first, seeds[target], items, which).to(logits)
-            upstream.requires_grad_(create_graph)
-            gradients = capture.gradients(
-                logits,
-                upstream,
-                keep_graph=keep or not last or create_graph,
-                create_graph=create_graph,
-            )
-            yield Gradients(
-                target,
-                which,
-                [window for window in which if target in touched[window]],
-                logits,
-                upstream,
-                capture.activations,
-                gradients,
-            )
+    while waiting:
+        which, wanted = waiting.pop()
+        if len(which) > first.at_once.count:
+            which, later = which[: first.at_once.count], which[first.at_once.count :]
+            waiting.append((later, [*wanted]))
+        wanted = [n for n in wanted if any(n in touched[window] for window in which)]
+        try:
+            for found in _gradients_of(
+                first, items, seeds, touched, which, wanted, keep_graph, create_graph
+            ):
+                yield found
+                wanted = [n for n in wanted if n != found.target]
+                del found  # whoever took it may be done with it
+        except torch.OutOfMemoryError as error:
+            first.at_once.halve(len(which), error)
+            first.capture.clear()
+            waiting.append((which, wanted))
+            continue
         done += len(which)
         progress("explaining", done, len(touched))
+
+
+def _gradients_of(
+    first: FirstPass,
+    items: Sequence[int],
+    seeds: Sequence[Seed],
+    touched: Mapping[int, Sequence[int]],
+    which: list[int],
+    targets: Sequence[int],
+    keep_graph: bool,
+    create_graph: bool,
+) -> Iterator[Gradients]:
+    """Yield the gradients of some targets in one batch of windows."""
+    if not targets:  # all were found before memory ran out
+        return
+    capture = first.capture
+    if first.graph is not None:
+        logits, keep = first.graph, keep_graph
+    else:
+        logits, keep = capture.forward(first.cut(items, which)), False
+    for target in targets:
+        last = target == targets[-1]
+        upstream = upstream_of(first, seeds[target], items, which).to(logits)
+        upstream.requires_grad_(create_graph)
+        gradients = capture.gradients(
+            logits,
+            upstream,
+            keep_graph=keep or not last or create_graph,
+            create_graph=create_graph,
+        )
+        seeded = [window for window in which if target in touched[window]]
+        yield Gradients(target, which, seeded, logits, upstream, capture.activations, gradients)
 
 
 def seeded_windows(first: FirstPass, items: Sequence[int], seed: Seed) -> list[int]:
@@ -386,7 +429,7 @@ def activation_pass(
 ) -> Iterator[tuple[int, Activations]]:
     """Yield the activations of windows, kept from the first pass or computed again.
 
-    They are on the network's device, as gradients are.
+    They are on the layer's device, as gradients are.
     """
     if first.activations:
         yield from ((window, first.activations) for window in which)
@@ -399,8 +442,8 @@ def activation_pass(
         if kept is None:
             yield next(recomputed)
         else:
-            device = first.capture.device
-            yield window, {layer: a.to(device) for layer, a in kept.items()}
+            home = first.capture.device
+            yield window, {k: a.to(first.devices.get(k, home)) for k, a in kept.items()}
 
 
 def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
@@ -420,8 +463,10 @@ def wide(values: torch.Tensor) -> torch.Tensor:
 def _computed_again(
     first: FirstPass, items: Sequence[int], which: Sequence[int]
 ) -> Iterator[tuple[int, Activations]]:
-    for batch in first.windows.batches(which):
-        found = first.capture.observe_layers(first.cut(items, batch))
+    def observed(part: slice) -> tuple[Sequence[int], Activations]:
+        return which[part], first.capture.observe_layers(first.cut(items, which[part]))
+
+    for batch, found in first.at_once.each(len(which), observed):
         yield from zip(batch, _split(found, len(batch)), strict=True)
 
 

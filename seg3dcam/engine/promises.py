@@ -58,7 +58,7 @@ def gradient_gaps(
         try:
             with capturing(capture.member, new, output) as own:
                 found = _gaps(own, part)
-        except (ModelError, LayerError):
+        except (ModelError, LayerError, torch.OutOfMemoryError):
             continue  # some networks take one size only; what fails at that too is said elsewhere
         for layer, gap in found.items():
             if (key := keys[layer]) is not None:
@@ -92,9 +92,11 @@ def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:
     """Return a random score's weights, smooth as those of a region are: dS/dlogits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     coarse = [max(1, n // 8) for n in logits.shape[2:]]
-    drawn = torch.randn(logits.shape[0], logits.shape[1], *coarse, generator=generator)
+    drawn = torch.randn(
+        logits.shape[0], logits.shape[1], *coarse, generator=generator, device="cpu"
+    )
     smooth = F.interpolate(drawn, size=logits.shape[2:]) if coarse else drawn
     return smooth.to(logits)
 
@@ -145,13 +147,13 @@ class _Promise:
         least = min(self._effects[layer] for layer in layers)
         off, whole = 0.0, 0.0
         for number in range(directions):
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator("cpu").manual_seed(number)
             nudge: Steps = {}
             for layer in layers:
                 g = self._gradients[layer]
                 share = max(0.1, least / self._effects[layer]) if self._effects[layer] else 1.0
                 size = step * share * float(self._sizes[layer])
-                nudge[layer] = size * torch.randn(g.shape, generator=generator).to(g)
+                nudge[layer] = size * torch.randn(g.shape, generator=generator, device="cpu").to(g)
             change = (self._score(nudge, 1) - self._score(nudge, -1)) / 2
             promised = sum(
                 float((self._gradients[layer].double() * n.double()).sum())

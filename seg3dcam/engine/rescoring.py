@@ -12,6 +12,7 @@ import torch
 
 from seg3dcam import targets as score
 from seg3dcam.engine.mapping import Maps
+from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.passes import (
     FirstPass,
     Progress,
@@ -67,7 +68,7 @@ def _map(
     method: Perturbation,
     layer: LayerRef,
     grid: FeatureGrid,
-    at_once: int,
+    at_once: AtOnce,
     progress: Progress,
 ) -> LayerMap:
     region = None if regions is None else regions[item : item + 1]
@@ -77,13 +78,11 @@ def _map(
     # The softmax of Score-CAM over a sum of a thousand voxels would be one for one channel.
     voxels = float(region.sum()) if method.by == "masking" and region is not None and summed else 1
 
-    scores = []
+    scores: list[torch.Tensor] = []
     channels = list(range(seen.channels))
-    for start in range(0, len(channels), at_once):
-        chosen = channels[start : start + at_once]
-        rescored = perturbed(chosen)
-        scores += [target(rescored[n : n + 1]).detach() / voxels for n in range(len(chosen))]
-        progress("rescoring", start + len(chosen), len(channels))
+    for rescored in at_once.each(len(channels), lambda part: perturbed(channels[part])):
+        scores += [target(one[None]).detach() / voxels for one in rescored]
+        progress("rescoring", len(scores), len(channels))
     score_of_all = target(first.logits[item : item + 1]).detach()
     weights = method.weights(torch.stack(scores, dim=1), score_of_all)
 
@@ -127,7 +126,7 @@ class _Seen:
 
     def without_channels(self, channels: list[int]) -> torch.Tensor:
         """Return the logits (n, K, *S) when each channel is set to zero, in every window."""
-        scale = torch.ones(len(channels), self.channels)
+        scale = torch.ones(len(channels), self.channels, device="cpu")
         scale[range(len(channels)), channels] = 0
 
         def predicted(window: int) -> torch.Tensor:
@@ -186,13 +185,15 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
-def _at_once(first: FirstPass, memory_gb: float) -> int:
+def _at_once(first: FirstPass, memory_gb: float) -> AtOnce:
     """Return how many perturbed inputs fit in memory."""
     if first.capture.known.draws:  # those of a batch are others than those of its items
-        return 1
+        return AtOnce(1, "changed inputs", "memory_gb")
     if not first.footprint:
         first.footprint = _footprint(first)
-    return max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))
+    return AtOnce(
+        max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9))), "changed inputs", "memory_gb"
+    )
 
 
 def _footprint(first: FirstPass) -> int:

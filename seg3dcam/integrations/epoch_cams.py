@@ -120,8 +120,9 @@ class EpochCams:
                 f"{tuple(image.shape)}"
             )
         with torch.inference_mode(False):
-            placed = image if isinstance(image, MetaTensor) else MetaTensor(image.detach())
-            scan = load_scan(placed.detach().clone().cpu().float())
+            with torch.device("cpu"):  # a MetaTensor is made on the default device
+                placed = image if isinstance(image, MetaTensor) else MetaTensor(image.detach())
+                scan = load_scan(placed.detach().clone().cpu().float())
             model = SegModel(
                 network,
                 class_names=self.class_names,

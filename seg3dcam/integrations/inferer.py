@@ -83,10 +83,11 @@ def as_map_of(inputs: torch.Tensor, result: CamResult, scale: Scale) -> torch.Te
 
 
 def _like(inputs: MetaTensor, volume: torch.Tensor) -> MetaTensor:
-    placed = MetaTensor(
-        volume.to(inputs.device),
-        meta=deepcopy(inputs.meta),
-        applied_operations=deepcopy(inputs.applied_operations),  # Invertd takes them off
-    )
+    with inputs.device:  # a MetaTensor is made on the default device
+        placed = MetaTensor(
+            volume.to(inputs.device),
+            meta=deepcopy(inputs.meta),
+            applied_operations=deepcopy(inputs.applied_operations),  # Invertd takes them off
+        )
     placed.is_batch = inputs.is_batch
     return placed

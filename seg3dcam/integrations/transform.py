@@ -79,9 +79,10 @@ class Camd(MapTransform):
                     "so it must be a MetaTensor, as LoadImaged gives it"
                 )
             result = self.cam(image[None], self.class_idx)
-            found[name] = MetaTensor(
-                result.volume(scale=self.scale),
-                meta=deepcopy(image.meta),
-                applied_operations=deepcopy(image.applied_operations),  # Invertd takes them off
-            )
+            with image.device:  # a MetaTensor is made on the default device
+                found[name] = MetaTensor(
+                    result.volume(scale=self.scale),
+                    meta=deepcopy(image.meta),
+                    applied_operations=deepcopy(image.applied_operations),  # Invertd takes them off
+                )
         return found

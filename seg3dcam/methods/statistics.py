@@ -134,5 +134,7 @@ class RandomWeights(Method):
         return torch.einsum("bc...,c->b...", a.abs(), self._drawn(a).abs())
 
     def _drawn(self, a: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(int(self.seed))
-        return (torch.rand(a.shape[1], generator=generator, dtype=torch.float64) * 2 - 1).to(a)
+        # On the CPU, so that a seed means the same weights on every device.
+        generator = torch.Generator("cpu").manual_seed(int(self.seed))
+        drawn = torch.rand(a.shape[1], generator=generator, dtype=torch.float64, device="cpu")
+        return (drawn * 2 - 1).to(a)

@@ -20,7 +20,7 @@ from seg3dcam.windows import WindowPlan
 
 def as_is(scan: Scan) -> MetaTensor:
     """Return the scan's voxels with their affine, unchanged: (C, *S)."""
-    return MetaTensor(scan.data, affine=torch.as_tensor(scan.affine))
+    return MetaTensor(scan.data, affine=torch.as_tensor(scan.affine, device="cpu"))
 
 
 @dataclass(frozen=True)

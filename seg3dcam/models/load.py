@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seg3dcam.config import (
     BundleSpec,
     ExportedSpec,
@@ -71,7 +73,8 @@ def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> S
     settings_class, module = SOURCES[kind]
     spec = validate(given, settings_class, Path(source).name)
     build: Callable[[Any, Path, bool], SegModel] = importlib.import_module(module).build
-    return build(spec, path, trust)
+    with torch.device("cpu"):  # whatever the default device: weights and checks are on the CPU
+        return build(spec, path, trust)
 
 
 def relative_to(folder: Path, source: str) -> str:

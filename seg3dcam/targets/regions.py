@@ -257,7 +257,7 @@ class Predicted(RegionKind):
 
     def masks(self, view: View) -> torch.Tensor:
         if len(view.grid) == 1:
-            return torch.ones(view.grid, dtype=torch.bool)
+            return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
         return view.predicted()
 
     def __str__(self) -> str:
@@ -269,7 +269,7 @@ class Volume(RegionKind):
     """All voxels."""
 
     def masks(self, view: View) -> torch.Tensor:
-        return torch.ones(view.grid, dtype=torch.bool)
+        return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
 
     def __str__(self) -> str:
         return "whole volume"
@@ -306,7 +306,7 @@ class Box(RegionKind):
                 f"box {list(self.start)} to {list(self.stop)} (exclusive) does not lie in a "
                 f"volume of {tuple(shape)} voxels"
             )
-        mask = torch.zeros(tuple(shape), dtype=torch.bool)
+        mask = torch.zeros(tuple(shape), dtype=torch.bool, device="cpu")
         mask[tuple(map(slice, self.start, self.stop))] = True
         return mask
 
@@ -384,7 +384,7 @@ class Component(RegionKind):
                 f"legal. {view.described(item)}"
             )
         places = torch.nonzero(ranks >= 0)
-        away = (places - torch.tensor(self.voxel)).double().norm(dim=1)
+        away = (places - places.new_tensor(self.voxel)).double().norm(dim=1)
         near = tuple(places[int(away.argmin())].tolist())
         rank = int(ranks[near])
         return (
@@ -650,7 +650,7 @@ def placed_region(region: Region, move: Move) -> Region:
     """Return the region with its mask or truth brought onto the network's grid."""
     if isinstance(region, AgainstTruth):
         if isinstance(region.truth, OnItsGrid):  # here, since a coarser grid may miss a fraction
-            _check_labels(torch.as_tensor(region.truth.data))
+            _check_labels(torch.as_tensor(region.truth.data, device="cpu"))
         return replace(region, truth=placed_mask(region.truth, move))
     return region if isinstance(region, str | RegionKind) else placed_mask(region, move)
 

@@ -420,7 +420,7 @@ class SoftDice(OwnTarget):
 
     def regions(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the whole volume, (B, *S) bool."""
-        return torch.ones(len(logits), *logits.shape[2:], dtype=torch.bool)
+        return logits.new_ones(len(logits), *logits.shape[2:], dtype=torch.bool)
 
     def activated(self, activation: Activation) -> SoftDice:
         """Return the target with this activation, where none was given."""

@@ -1,0 +1,104 @@
+"""Where memory does not suffice: fewer windows go through the network at once, or an error.
+
+Windows do not see each other, so that a batch in two halves gives what it gives as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from seg3dcam.errors import OutOfMemoryError, Seg3dcamWarning
+from seg3dcam.windows import WindowPlan
+
+Result = TypeVar("Result")
+Rest = ParamSpec("Rest")
+
+
+@dataclass
+class AtOnce:
+    """How many windows, or inputs, go through the network at once; fewer once they did not fit.
+
+    >>> at_once = AtOnce(4)
+    >>> [(part.start, part.stop) for part in at_once.each(10, lambda part: part)]
+    [(0, 4), (4, 8), (8, 10)]
+    """
+
+    count: int
+    of: str = "windows"
+    setting: str = "sw_batch_size"
+
+    def each(self, number: int, run: Callable[[slice], Result]) -> Iterator[Result]:
+        """Yield what `run` returns for every part of so many, each tried again while it is large.
+
+        Raises:
+            torch.OutOfMemoryError: one alone does not fit.
+        """
+        start = 0
+        while start < number:
+            part = slice(start, min(start + self.count, number))
+            try:
+                found = run(part)
+            except torch.OutOfMemoryError as error:
+                self.halve(part.stop - start, error)
+                continue
+            yield found
+            start = part.stop
+
+    def halve(self, tried: int, error: torch.OutOfMemoryError) -> None:
+        """Take half as many from now on, since so many did not fit.
+
+        Raises:
+            torch.OutOfMemoryError: the one given, where one alone did not fit.
+        """
+        if tried == 1:
+            raise error
+        self.count = tried // 2
+        warnings.warn(
+            f"{tried} {self.of} at once do not fit in memory: going on with {self.count}. The maps "
+            f"are the same; a smaller {self.setting} saves the attempt",
+            Seg3dcamWarning,
+            stacklevel=2,
+        )
+
+
+class _HasPlan(Protocol):
+    sliding_window: WindowPlan | None
+
+
+Explains = TypeVar("Explains", bound=_HasPlan)
+
+
+def advising(
+    run: Callable[Concatenate[Explains, Rest], Result],
+) -> Callable[Concatenate[Explains, Rest], Result]:
+    """Let a function of a CAM say what to do where memory does not suffice for it."""
+
+    @functools.wraps(run)
+    def advised(cam: Explains, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        try:
+            return run(cam, *args, **kwargs)
+        except OutOfMemoryError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(_advice(cam.sliding_window, error)) from error
+
+    return advised
+
+
+def _advice(plan: WindowPlan | None, error: torch.OutOfMemoryError) -> str:
+    if plan is None:
+        tried = "the input does not fit in memory as one window"
+        advice = "Explain it in windows, such as sliding_window=WindowPlan(96)"
+    else:
+        tried = f"a single window of {plan.roi_size} voxels does not fit in memory"
+        advice = "Give a smaller roi_size, if the network was trained with one"
+    return (
+        f"{tried}. {advice}; explain fewer targets, layers or items in one call; or move network "
+        f"and input to a device with more memory, such as the CPU. {str(error).splitlines()[0]}"
+    )
