@@ -129,7 +129,7 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     # Transposed convolutions see in steps, as wide as the strides that they undo.
     straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
     alone = grid.shape[axis] == 1
-    sure = line.error <= tolerance and (line.voxels > 2 or alone)
+    sure = line.error <= tolerance and (line.voxels > 1 or alone)
     return True if sure and abs(line.shift) <= tolerance and (straight or alone) else None
 
 

@@ -536,13 +536,13 @@ def test_what_was_found_out_is_kept():
     net, x = block_net(8, functional=True), random_input(1, 1, 8, 8, 8)
     runs = []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
-    layers, settled = resolve_layers(net, "0"), {}
+    layers = resolve_layers(net, "0")
     for passes in (3, 1):
         runs.clear()
-        with capturing(net, layers, None, settled) as capture:
+        with capturing(net, layers) as capture:
             capture.forward(x)
         assert len(runs) == passes
-        assert settled == {layers[0]: channels_first}
+        assert capture.known.layouts == {layers[0]: channels_first}
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")

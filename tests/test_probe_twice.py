@@ -1,0 +1,240 @@
+"""A grid counts as measured where the network as it is agrees; everything else is said.
+
+Networks that hold their kernels in ways of their own, resample, or mix places: each is measured
+right, or not at all and with a warning, whatever the first measurement believes.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from monai.networks import nets
+from test_probe import assert_grid, grids_of
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from seg3dcam import HiResCAM, targets
+from seg3dcam import probe as probe_module
+from seg3dcam.errors import Seg3dcamWarning
+
+
+class OwnConv(nn.Module):
+    """Holds its kernel itself, scaled when it runs (equalised learning rate)."""
+
+    def __init__(self, before, after, ndim=3):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(after, before, *[3] * ndim))
+        self.convolve = {2: F.conv2d, 3: F.conv3d}[ndim]
+
+    def forward(self, x):
+        return self.convolve(x, self.kernel * 0.2, None, stride=2, padding=1)
+
+
+class Hyper(nn.Module):
+    """Another network computes the kernel (hypernetwork)."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.shape = (after, before, 3, 3, 3)
+        self.make = nn.Linear(8, after * before * 27)
+        self.register_buffer("code", torch.randn(8))
+
+    def forward(self, x):
+        return F.conv3d(x, weight=self.make(self.code).view(self.shape), stride=2, padding=1)
+
+
+class Experts(nn.Module):
+    """Mixes kernels as the image wants it, all items in one grouped convolution (CondConv)."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.kernels = nn.Parameter(0.2 * torch.randn(3, after, before, 3, 3, 3))
+        self.choose = nn.Linear(before, 3)
+
+    def forward(self, x):
+        share = self.choose(x.mean((2, 3, 4))).softmax(1)
+        kernel = torch.einsum("be,eoixyz->boixyz", share, self.kernels)
+        items, channels = x.shape[:2]
+        grouped = x.reshape(1, items * channels, *x.shape[2:])
+        found = F.conv3d(grouped, kernel.flatten(0, 1), stride=2, padding=1, groups=items)
+        return found.view(items, -1, *found.shape[2:])
+
+
+class Unfolded(nn.Module):
+    """A strided convolution by unfolding and multiplying, which no function of torch names."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(after, before * 9) / (9 * before) ** 0.5)
+
+    def forward(self, x):
+        size = [-(-n // 2) for n in x.shape[2:]]
+        columns = F.unfold(x, 3, stride=2, padding=1)
+        return (self.matrix @ columns).unflatten(2, size)
+
+
+class Fourier(nn.Module):
+    """A learned Fourier filter of the lowest frequencies."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 6, 6, 6, dtype=torch.cfloat))
+
+    def forward(self, x):
+        spectrum = torch.fft.rfftn(x, dim=(2, 3, 4))
+        out = torch.zeros_like(spectrum)
+        low = spectrum[:, :, :6, :6, :6]
+        out[:, :, :6, :6, :6] = torch.einsum("bixyz,ioxyz->boxyz", low, self.weight)
+        return torch.fft.irfftn(out, s=x.shape[2:])
+
+
+class Mixer(nn.Module):
+    """Patches, mixed with one another by a learned matrix (MLP-Mixer)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv3d(1, 6, 8, 8)
+        self.mix = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x):
+        grid = self.patches(x)
+        return (grid.flatten(2) @ self.mix).view(grid.shape)
+
+
+class Shuffled(nn.Module):
+    """Moves places without a word: the map would be mirrored."""
+
+    def forward(self, x):
+        return x.flip(-1)
+
+
+def chain(kind, channels=(1, 4, 6, 8)):
+    torch.manual_seed(1)
+    layers = []
+    for before, after in zip(channels, channels[1:], strict=False):
+        layers += [kind(before, after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def headed(body, channels, ndim=3):
+    """Return the body with a head that gives logits of the input's size."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+            self.head = (nn.Conv2d if ndim == 2 else nn.Conv3d)(channels, 2, 1)
+
+        def forward(self, x):
+            return F.interpolate(self.head(self.body(x)), size=x.shape[2:])
+
+    return Net()
+
+
+@pytest.mark.parametrize("kind", [OwnConv, Hyper, Experts])
+def test_kernels_are_known_wherever_they_are_kept(kind):
+    grid = grids_of(headed(chain(kind), 8), (64, 64, 64), "body")["body"]
+    assert_grid(grid, (8,) * 3, (0,) * 3)
+
+
+@pytest.mark.parametrize(("factor", "size"), [(4, 64), (8, 64), (4, 96), (2, 48)])
+def test_resampling_with_aligned_corners_has_a_fractional_stride(factor, size):
+    class Down(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 4, 3, padding=1)
+
+        def forward(self, x):
+            small = [n // factor for n in x.shape[2:]]
+            return self.conv(F.interpolate(x, small, mode="trilinear", align_corners=True))
+
+    grid = grids_of(headed(Down(), 4), (size,) * 3, "body.conv")["body.conv"]
+    stride = (size - 1) / (size // factor - 1)
+    assert grid.measured
+    assert grid.stride == pytest.approx((stride,) * 3, abs=1e-4)
+    assert grid.offset == pytest.approx((0,) * 3, abs=0.01)
+
+
+def test_a_decoder_behind_aligned_corners_is_in_its_place():
+    """Three strided convolutions, then eight times as large: fine voxel v sees 8 * v * 7 / 63."""
+    net = nn.Sequential(
+        chain(lambda i, o: nn.Conv3d(i, o, 3, 2, 1)),
+        nn.Upsample(scale_factor=8, mode="trilinear", align_corners=True),
+        nn.Conv3d(8, 2, 3, padding=1),
+    )
+    grid = grids_of(net, (64, 64, 64), "2")["2"]
+    assert grid.measured
+    assert grid.stride == pytest.approx((8 * 7 / 63,) * 3, abs=1e-3)
+    assert grid.offset == pytest.approx((0,) * 3, abs=0.05)
+
+
+CANNOT = {
+    "Fourier filter": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Fourier(4)),
+    "token mixer": Mixer,
+    "mirrored": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Shuffled()),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_mixes_or_moves_places_is_said(name):
+    torch.manual_seed(0)
+    net = headed(CANNOT[name](), 6 if name == "token mixer" else 4)
+    with pytest.warns(Seg3dcamWarning, match="'body' lie could not be measured"):
+        found = HiResCAM(net, "body")(torch.rand(1, 1, 32, 32, 32), targets.ClassLogit(1, "volume"))
+    assert not found.layers["body"].grid.measured
+
+
+def test_convolutions_that_nothing_names_are_right_or_said():
+    """The first measurement is misled by real kernels; it must not be believed then."""
+    torch.manual_seed(0)
+    net = headed(nn.Sequential(*(Unfolded(i, o) for i, o in ((1, 4), (4, 6), (6, 8)))), 8, ndim=2)
+    grid = grids_of(net, (64, 64), "body")["body"]
+    if grid.measured:
+        assert grid.stride == (8, 8)
+        assert max(map(abs, grid.offset)) < 1.5
+    else:
+        assert grid.offset == (3.5, 3.5)
+
+
+@pytest.mark.parametrize("shift", [3.5, -3.5])
+def test_a_first_measurement_that_is_off_is_not_believed(shift, monkeypatch):
+    """Of half a layer's voxel, as if a strided convolution were a pooling."""
+    net = headed(chain(lambda i, o: nn.Conv3d(i, o, 3, 2, 1)), 8)
+    first = probe_module._fit
+
+    def off(*args):
+        found = first(*args)
+        return found and (found[0], found[1] + shift)
+
+    assert grids_of(net, (64, 64, 64), "body")["body"].measured
+    monkeypatch.setattr(probe_module, "_fit", off)
+    again = headed(chain(lambda i, o: nn.Conv3d(i, o, 3, 2, 1)), 8)
+    assert not grids_of(again, (64, 64, 64), "body")["body"].measured
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nets.BasicUNet(3, 1, 3, features=(4, 4, 6, 8, 10, 4)),
+        lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=3),
+        lambda: nets.DenseNet121(3, 1, 2, init_features=8, growth_rate=4),
+        lambda: nets.AttentionUnet(3, 1, 3, channels=(4, 6, 8), strides=(2, 2)),
+    ],
+)
+def test_networks_of_the_field_are_measured_without_a_word(make):
+    torch.manual_seed(0)
+    net = make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "where the voxels", Seg3dcamWarning)
+        warnings.filterwarnings("ignore", "layer .* explains nothing", Seg3dcamWarning)
+        HiResCAM(net, "auto")(torch.rand(1, 1, 64, 64, 64), 0)
+
+
+def test_settings_of_modules_are_part_of_what_is_remembered():
+    """The same modules and shapes, and another stride: a memory of it would be wrong."""
+    net = nn.Sequential(nn.Conv3d(1, 4, 3, 2, 1), nn.Conv3d(4, 2, 1))
+    assert_grid(grids_of(net, (32,) * 3, "1")["1"], (2,) * 3, (0,) * 3)
+    net[0].stride, net[0].padding = (4, 4, 4), (0, 0, 0)
+    assert_grid(grids_of(net, (32,) * 3, "1")["1"], (4,) * 3, (1,) * 3)
