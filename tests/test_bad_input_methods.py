@@ -18,6 +18,7 @@ from helpers_cases import (
     voxels,
     write_yaml,
 )
+from monai.data import MetaTensor
 from torch import nn
 
 from seg3dcam import SegModel, WindowPlan, explain, explain_each, load_scan, targets
@@ -27,7 +28,7 @@ from seg3dcam.config import Prepare
 from seg3dcam.errors import ConfigError, LayerError, ModelError, Seg3dcamWarning, TargetError
 from seg3dcam.geometry import resample_labels
 from seg3dcam.models.prepare import build_preparation
-from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice
+from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice, WeightedSum
 from seg3dcam.targets.use import as_target, as_targets
 
 NAN, INFINITE = math.nan, math.inf
@@ -63,6 +64,48 @@ def test_a_truth_between_whole_numbers_is_refused(changes):
     scan, model = bright_cube(), small_model(**changes)
     with pytest.raises(TargetError, match=r"no whole numbers, such as .*nearest neighbour"):
         explain(scan, model, ClassLogit(1, FalseNegatives(scan)), layers="0")
+
+
+def on_disk(labels, folder):
+    path = folder / "labels.nii.gz"
+    nib.save(nib.Nifti1Image(labels.numpy(), np.eye(4)), path)
+    return load_scan(path)
+
+
+def as_tensor_in_lps(labels, folder):
+    return MetaTensor(labels[None], affine=np.diag([-1.0, -1.0, 1.0, 1.0]), meta={"space": "LPS"})
+
+
+#: How a label map comes that knows where it lies.
+ON_ITS_GRID = {
+    "scan": lambda labels, folder: load_scan(labels.numpy(), np.eye(4)),
+    "tensor": lambda labels, folder: MetaTensor(labels, affine=torch.eye(4)),
+    "tensor in LPS": as_tensor_in_lps,
+    "file": on_disk,
+}
+
+
+@pytest.mark.parametrize("kind", ON_ITS_GRID)
+def test_one_fraction_in_a_truth_is_refused_also_where_the_coarser_grid_misses_it(kind, tmp_path):
+    scan, model = bright_cube(), small_model(**COARSER)
+    for plane in range(8):  # of three neighbours the coarser grid has two
+        labels = torch.zeros(8, 8, 8)
+        labels[2:6, 2:6, 1:6] = 1
+        labels[plane, 0, 0] = 0.5
+        region = FalseNegatives(ON_ITS_GRID[kind](labels, tmp_path))
+        for target in (ClassLogit(1, region), WeightedSum([(1, ClassLogit(1, region))])):
+            with pytest.raises(TargetError, match=r"1 values .*no whole numbers, such as 0\.5"):
+                explain(scan, model, target, layers="0")
+
+
+@pytest.mark.parametrize("kind", ON_ITS_GRID)
+def test_a_truth_of_whole_numbers_is_compared_on_the_coarser_grid(kind, tmp_path):
+    labels = torch.zeros(8, 8, 8)
+    labels[2:6, 2:6, 1:6] = 1
+    region = FalseNegatives(ON_ITS_GRID[kind](labels, tmp_path))
+    found = explain(bright_cube(), small_model(**COARSER), ClassLogit(1, region), layers="0")
+    assert found.region[2:5, 2:6, 1].all()  # the truth begins a voxel below the bright cube
+    assert not found.region[..., 2:].any()
 
 
 @pytest.mark.parametrize("changes", [{}, COARSER], ids=["as it is", "resampled"])
@@ -102,6 +145,16 @@ def test_a_file_between_whole_numbers_is_no_truth(place, options):
     assert outcome.code == 1
     assert "432 voxels hold no whole number, such as 1.75" in outcome.complaint
     assert "nearest neighbour" in outcome.complaint
+    assert not (place.out / "case.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--region", "true_positives")], ids=["drawn", "region"])
+def test_one_fraction_in_a_file_is_refused_before_anything_is_explained(place, options):
+    labels = np.zeros(SHAPE)
+    labels[LESION] = 2
+    labels[1, 1, 1] = 0.5
+    outcome = place.explain("--target", "lesion", *options, "--truth", write_labels(place, labels))
+    assert (outcome.code, "1 voxels hold no whole number" in outcome.complaint) == (1, True)
     assert not (place.out / "case.json").exists()
 
 
