@@ -71,7 +71,7 @@ class View:
         if self.overlapping:
             counts = [int((channel > 0).sum()) for channel in logits]
         else:
-            counts = torch.bincount(logits.argmax(0).flatten(), minlength=len(logits)).tolist()
+            counts = torch.bincount(logits.argmax(0).flatten()).tolist()
         listed = ", ".join(f"class {c} in {n} voxels" for c, n in enumerate(counts) if n)
         return f"Predicted: {listed or 'no class anywhere'}"
 
