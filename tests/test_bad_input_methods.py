@@ -180,7 +180,7 @@ ILLEGAL = [
     *(("occlusion", "block", value) for value in (*NOT_COUNTS, (), (4, 0, 4), [2, 2.5, 2])),
     *(("score_cam", "memory_gb", value) for value in ("x", NAN, INFINITE, -1, 0, True, None)),
     *(("ablation_cam", "memory_gb", value) for value in ("x", NAN, INFINITE, -1, 0)),
-    *(("random", "seed", value) for value in ("a", 1.5, True, None, 2**64)),
+    *(("random", "seed", value) for value in ("a", 1.5, True, None, 2**64, -(2**63) - 1)),
     *(("kpca_cam", "gamma", value) for value in ("a", NAN, INFINITE, 0, -1, True)),
 ]
 

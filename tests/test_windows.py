@@ -322,6 +322,16 @@ def test_a_plan_for_another_number_of_axes_is_refused() -> None:
         plan_windows(WindowPlan((16, 16)), (20, 20, 20))
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "constant"])
+def test_a_volume_is_padded_by_the_value_only_where_the_mode_takes_one(mode: str) -> None:
+    windows = plan_windows(WindowPlan((9, 6), padding_mode=mode, cval=0.5), (6, 6))
+    x = torch.rand(2, 1, 6, 6)
+    value = 0.5 if mode == "constant" else None
+    padded = windows.pad(x)
+    assert torch.equal(padded, nn.functional.pad(x, (0, 0, 1, 2), mode, value))
+    assert torch.equal(windows.crop(padded), x)
+
+
 def test_windows_of_a_network_that_halves_its_output_are_refused() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3, 2, 1), nn.Conv3d(2, 2, 1)).double()
     with pytest.raises(ModelError, match=r"logits of shape .* for a window of \(8, 8, 8\)"):

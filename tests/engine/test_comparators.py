@@ -289,6 +289,18 @@ def test_without_captum_the_error_names_the_extra(key, monkeypatch):
         ATTRIBUTIONS[key](network)(toy.random_input(1, 2, 6, 4, 8), curved)
 
 
+DEFAULTS = {
+    "smooth_grad": {"samples": 16, "noise": 0.1, "batch": 4},
+    "integrated_gradients": {"baseline": 0.0, "steps": 50, "batch": 4},
+    "occlusion": {"baseline": 0.0, "block": 8, "batch": 4},
+}
+
+
+@pytest.mark.parametrize("key", ATTRIBUTIONS)
+def test_settings_that_are_not_given_are_the_documented_ones(key):
+    assert ATTRIBUTIONS[key](network_of()).settings == DEFAULTS.get(key, {})
+
+
 def test_settings_are_those_of_the_comparator():
     with pytest.raises(ConfigError, match=r"IntegratedGradients has no setting 'step'.*steps"):
         IntegratedGradients(network_of(), step=3)
