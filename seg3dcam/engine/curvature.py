@@ -34,7 +34,6 @@ def corrected_pass(
     seeds: Sequence[Seed],
     progress: Progress,
     *,
-    keep_graph: bool = False,
     targets: Sequence[Callable[..., torch.Tensor]],
 ) -> Iterator[Gradients]:
     """Yield, in place of the gradients, G - HA / 2 of every target in every window with a seed.
