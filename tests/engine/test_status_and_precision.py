@@ -102,6 +102,10 @@ def test_kernel_of_too_many_voxels_is_refused_with_the_numbers(shape, plan, voxe
 
 METHODS = CAMS | ATTRIBUTIONS
 
+#: Their maps are not proportional to the score.
+UNITLESS = ("eigen_cam", "kpca_cam", "fem", "random", "score_cam", "ablation_cam",
+            "grad_cam_plus_plus")  # fmt: skip
+
 
 @signed_maps
 @through
@@ -134,6 +138,22 @@ def test_the_ceiling_is_what_a_map_would_be_if_nothing_cancelled(key, plan):
     layer = METHODS[key](network.double(), "0", sliding_window=plan)(x, target).layers["0"]
     torch.testing.assert_close(layer.ceiling, x.flatten(1).amax(1))
     assert (layer.values.flatten(1).amax(1) < 0.9 * layer.ceiling).all()
+
+
+@signed_maps
+@through
+@pytest.mark.parametrize("key", METHODS)
+def test_a_score_in_other_units_is_no_less_of_a_map(key, plan):
+    """What is rounding noise is measured by the map's own ceiling."""
+    network, x = two_levels(smooth=True), toy.random_input(1, 1, 8, 4, 8)
+    cam = METHODS[key](network, ["1", "3"], sliding_window=plan)
+    target = targets.ClassLogit(1, targets.Box((1, 0, 2), (7, 3, 6)))
+    one, tiny = cam(x, target), cam(x, targets.WeightedSum([(1e-9, target)]))
+    assert one.status == tiny.status
+    assert one.layers.keys() == tiny.layers.keys()
+    if key not in UNITLESS:
+        for name, layer in one.layers.items():
+            assert deviation(1e9 * tiny.layers[name].ceiling, layer.ceiling) < 1e-6
 
 
 @signed_maps

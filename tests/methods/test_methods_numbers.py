@@ -160,6 +160,26 @@ def test_kernel_component_is_that_of_scikit_learn(kernel):
         assert deviation(torch.as_tensor(found), map_.ravel()) < EXACT
 
 
+#: key -> activations and gradients of which the map is what the ceiling is said to be.
+WITHOUT_CANCELLING = {
+    **dict.fromkeys(
+        ("grad_cam", "slice_grad_cam", "hires_cam", "xres_cam", "grad_cam_elementwise"),
+        lambda a, g: (a.abs(), g.abs()),
+    ),
+    "layer_cam": lambda a, g: (a.abs(), g),
+    "fem": lambda a, g: (a, g),
+}
+
+
+@pytest.mark.parametrize("key", WITHOUT_CANCELLING)
+def test_the_ceiling_is_what_the_map_would_be_if_nothing_cancelled(key):
+    a, g = pair("signed", toy.SHAPES[3])
+    method = METHODS[key]
+    found = method.ceiling(a, g, method.weights_of_all(a, g))
+    expected = method(*WITHOUT_CANCELLING[key](a, g)).abs()
+    assert deviation(found, expected) < EXACT
+
+
 # ------------------------------------------------------------------------------- unusual numbers
 
 #: name -> activations and gradients
