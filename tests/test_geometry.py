@@ -102,6 +102,12 @@ def test_slabs_of_limited_size_give_what_one_piece_gives(
     assert sizes == [(thickness, 11, 5) for thickness in slabs]
 
 
+def test_what_is_moved_carries_no_graph() -> None:
+    values = torch.rand(4, 4, 4, requires_grad=True)
+    for move in (resample, resample_labels):
+        assert not move(values, np.eye(4), np.diag([2.0, 2, 2, 1]), (2, 2, 2)).requires_grad
+
+
 def test_two_grids_are_the_same_whether_measured_or_assumed() -> None:
     measured = FeatureGrid((3,), (2.0,), (0.5,))
     assert measured == FeatureGrid((3,), (2.0,), (0.5,), measured=False)

@@ -27,6 +27,7 @@ from seg3dcam.targets import (
     components,
     score_and_seed,
 )
+from seg3dcam.targets.regions import Given, Predicted, Volume
 
 SHAPES = [(12,), (5, 6), (3, 4, 5), (2, 3, 2, 3)]
 TRUTHS = [FalseNegatives, FalsePositives, TruePositives]
@@ -409,6 +410,30 @@ def test_truth_that_makes_no_sense(kind):
         kind(torch.ones(3), label=1.0)
     with pytest.raises(TargetError, match="label 1 of a truth that is a boolean mask"):
         ClassLogit(1, kind(torch.ones(3, 4, 5).bool(), label=1))(random_logits((3, 4, 5)))
+
+
+# ---------------------------------------------------------------------------------- every region
+
+
+REGIONS = {
+    "predicted": Predicted(),
+    "volume": Volume(),
+    "mask": Given(torch.arange(60).reshape(3, 4, 5) % 7),
+    "box": Box((0, 1, 0), (2, 3, 5)),
+    "component": Component(0),
+    "no component": Component(99),
+    "outside of all components": Component(voxel=(0, 0, 0)),
+    "boundary": Boundary(),
+    "misses": FalseNegatives(torch.arange(60).reshape(3, 4, 5) % 3),
+}
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_every_region_is_a_boolean_mask_of_every_item_even_if_it_is_empty(region):
+    logits = random_logits((3, 4, 5))
+    logits[:, 0, 0, 0, 0] = 9  # not class 1
+    found = region.masks(ClassLogit(1).view(logits))
+    assert (found.dtype, found.shape) == (torch.bool, (len(logits), 3, 4, 5))
 
 
 # ------------------------------------------------------------------------------------------- names
