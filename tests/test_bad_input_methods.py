@@ -192,6 +192,22 @@ def test_illegal_values_of_methods(method, name, value):
         kind(nn.Conv3d(1, 2, 1), **{name: value})
 
 
+CHOICES = [
+    *(("kpca_cam", "kernel", value, "'sigmoid' and 'rbf'") for value in ("cubic", None, 1)),
+    *(("xres_cam", "mode", value, "'mean', 'max'") for value in ("median", None, 1)),
+    *(("full_grad", "psi", value, "'signed' and 'paper'") for value in ("abs", None, 1)),
+    *(("xres_cam", "window", value, "a whole number from 1") for value in (0, -1, 1.5, (1, 0, 2))),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value", "legal"), CHOICES, ids=str)
+def test_a_choice_that_a_method_does_not_have_is_refused_with_those_it_has(
+    method, name, value, legal
+):
+    with pytest.raises(ConfigError, match=legal):
+        CAMS[method](nn.Conv3d(1, 2, 1), **{name: value})
+
+
 LEGAL = {
     "gradient": set(),
     "gradient_x_input": set(),

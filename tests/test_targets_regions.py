@@ -402,6 +402,13 @@ def test_an_array_of_what_is_no_number_is_refused(dtype):
             ClassLogit(1, region)(random_logits((3, 4, 5)))
 
 
+def test_a_tensor_of_what_is_no_number_is_refused():
+    tensor = torch.zeros(3, 4, 5, dtype=torch.complex64)
+    for region in (FalseNegatives(tensor), tensor):
+        with pytest.raises(TargetError, match=r"is a tensor of .*; legal are numbers or bool"):
+            ClassLogit(1, region)(random_logits((3, 4, 5)))
+
+
 @pytest.mark.parametrize("kind", TRUTHS)
 def test_truth_that_makes_no_sense(kind):
     with pytest.raises(TargetError, match="legal are a label map or boolean mask"):
