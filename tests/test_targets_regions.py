@@ -501,6 +501,12 @@ def test_of_equal_logits_the_first_class_is_predicted_as_by_argmax():
     assert torch.equal(MaskOutput("predicted").regions(logits), logits.argmax(1) != 0)
 
 
+def test_a_logit_of_zero_does_not_predict_its_class_among_classes_that_may_overlap():
+    logits = torch.tensor([[[-1.0, 0.0, 1.0], [-1.0, 0.0, -1.0]]])
+    for target in (ClassLogit(0, activation="sigmoid"), MaskOutput("predicted", "sigmoid")):
+        assert target.regions(logits).tolist() == [[False, False, True]]
+
+
 def test_a_logit_that_is_not_a_number_is_not_left_out_unnoticed():
     logits = logits_that_predict([[1, 0]])
     logits[0, 1, 0] = float("nan")
