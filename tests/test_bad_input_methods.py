@@ -208,6 +208,20 @@ def test_a_choice_that_a_method_does_not_have_is_refused_with_those_it_has(
         CAMS[method](nn.Conv3d(1, 2, 1), **{name: value})
 
 
+def test_every_seed_of_64_bits_is_legal():
+    for seed in (-(2**63), -1, 0, 2**64 - 1):
+        assert CAMS["random"](nn.Conv3d(1, 2, 1), seed=seed).settings == {"seed": seed}
+
+
+def test_a_window_for_another_number_of_axes_than_the_layers_is_refused():
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
+    cam = CAMS["xres_cam"](network, "0", window=(1, 2))
+    with pytest.raises(
+        ConfigError, match=r"window \(1, 2\) has 2 numbers, the layer has 3 spatial"
+    ):
+        cam(torch.rand(1, 1, 4, 4, 4), ClassLogit(1, "volume"))
+
+
 LEGAL = {
     "gradient": set(),
     "gradient_x_input": set(),

@@ -102,6 +102,14 @@ def test_slabs_of_limited_size_give_what_one_piece_gives(
     assert sizes == [(thickness, 11, 5) for thickness in slabs]
 
 
+def test_on_its_own_grid_a_volume_comes_back_as_it_is_and_as_a_copy() -> None:
+    volume = torch.rand(9, 8, 7)
+    found = resample(volume, OBLIQUE_LAS, OBLIQUE_LAS.copy(), volume.shape)
+    assert torch.equal(found, volume)
+    found.zero_()
+    assert volume.any()
+
+
 def test_what_is_moved_carries_no_graph() -> None:
     values = torch.rand(4, 4, 4, requires_grad=True)
     for move in (resample, resample_labels):

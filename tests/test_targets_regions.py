@@ -377,6 +377,16 @@ def test_an_empty_comparison_says_what_the_truth_holds():
         ClassLogit(1, FalseNegatives(np.zeros(4, dtype=bool)))(logits)
 
 
+@pytest.mark.parametrize(("labels", "more"), [(12, ""), (13, " and 1 more"), (15, " and 3 more")])
+def test_of_many_labels_in_a_truth_twelve_are_listed(labels, more):
+    logits = logits_that_predict([[0] * 20])
+    truth = np.minimum(np.arange(100, 120), 99 + labels)
+    listed = ", ".join(f"label {label} in 1 voxels" for label in range(100, 111))
+    message = rf"The truth holds {listed}, label 111 in \d voxels{more}\. "
+    with pytest.raises(EmptyRegionError, match=message):
+        ClassLogit(1, FalseNegatives(truth))(logits)
+
+
 @pytest.mark.parametrize("kind", TRUTHS)
 @pytest.mark.parametrize("shape", [(3, 4), (5, 4, 3), (3, 3, 4, 5)])
 def test_truth_of_another_shape_is_refused(kind, shape):

@@ -310,6 +310,13 @@ def test_native_maps_exist_for_one_window_only() -> None:
         ({"roi_size": 16, "overlap": 1.0}, r"overlap 1.0: a fraction, 0 <= overlap < 1"),
         ({"roi_size": 16, "mode": "hann"}, r"'hann': legal are 'gaussian' and 'constant'"),
         ({"roi_size": 16, "sw_batch_size": 0}, r"sw_batch_size 0"),
+        *(
+            (
+                {"roi_size": size},
+                r"roi_size .*: whole numbers of voxels from 1 up",
+            )
+            for size in (0, -2, 2.5, True, "16", None, (16, 0, 16), (16, 2.5, 16))
+        ),
     ],
 )
 def test_settings_that_make_no_windows_are_refused(settings: dict, message: str) -> None:

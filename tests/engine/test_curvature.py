@@ -156,6 +156,19 @@ def test_several_targets_and_layers_at_once(plan):
             assert deviation(result.maps[layer], alone.maps[layer]) < EXACT
 
 
+@signed_maps
+def test_a_score_whose_own_weights_want_a_gradient_is_linear_all_the_same():
+    network, x = smooth(2), toy.random_input(2, 1, 4, 6)
+    weights = toy.random_input(1, 2, 4, 6, seed=3)
+    learnt = nn.Parameter(weights.clone())
+    found, expected = (
+        ShapleyCAM(network, ["1", "3"])(x, lambda z, w=w: (z * w).flatten(1).sum(1)).maps
+        for w in (learnt, weights)
+    )
+    for layer, map_ in expected.items():
+        assert deviation(found[layer], map_) < EXACT
+
+
 class OnceOnly(torch.autograd.Function):
     """A square whose gradient has none, as kernels written by hand."""
 
