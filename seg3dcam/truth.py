@@ -9,6 +9,7 @@ import torch
 
 from seg3dcam.errors import TargetError
 from seg3dcam.scan import Scan, corner_gap
+from seg3dcam.targets.regions import check_labels
 
 #: Two grids are the same up to this part of a voxel: other programs round what they write.
 SAME_GRID_VOXELS = 0.1
@@ -51,7 +52,8 @@ def truth_mask(
         background: whether class 0 of the network is the background (softmax).
 
     Raises:
-        TargetError: the label is not known for certain, with the labels that were found.
+        TargetError: the label is not known for certain, with the labels that were found; or the
+            map holds anything but whole numbers.
 
     >>> lesion = {"class_index": 1, "class_names": ["background", "lesion"], "background": True}
     >>> truth_mask(torch.tensor([0, 1, 1]), None, **lesion).tolist()
@@ -62,6 +64,7 @@ def truth_mask(
     seg3dcam.errors.TargetError: the truth holds label 255, and the network has the classes 0 to 1.
     Say with label (--label) which is that of 'lesion'
     """
+    check_labels(labels)
     runs = labels.flatten().unique_consecutive()  # few: all voxels take seconds to sort
     found = {int(value) for value in runs.unique().tolist()} - {0}
     name = class_names[class_index]

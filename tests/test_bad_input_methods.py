@@ -18,6 +18,7 @@ from helpers_cases import (
     voxels,
     write_yaml,
 )
+from monai.data import MetaTensor
 from torch import nn
 
 from seg3dcam import SegModel, WindowPlan, explain, explain_each, load_scan, targets
@@ -27,7 +28,7 @@ from seg3dcam.config import Prepare
 from seg3dcam.errors import ConfigError, LayerError, ModelError, Seg3dcamWarning, TargetError
 from seg3dcam.geometry import resample_labels
 from seg3dcam.models.prepare import build_preparation
-from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice
+from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice, WeightedSum
 from seg3dcam.targets.use import as_target, as_targets
 
 NAN, INFINITE = math.nan, math.inf
@@ -63,6 +64,48 @@ def test_a_truth_between_whole_numbers_is_refused(changes):
     scan, model = bright_cube(), small_model(**changes)
     with pytest.raises(TargetError, match=r"no whole numbers, such as .*nearest neighbour"):
         explain(scan, model, ClassLogit(1, FalseNegatives(scan)), layers="0")
+
+
+def on_disk(labels, folder):
+    path = folder / "labels.nii.gz"
+    nib.save(nib.Nifti1Image(labels.numpy(), np.eye(4)), path)
+    return load_scan(path)
+
+
+def as_tensor_in_lps(labels, folder):
+    return MetaTensor(labels[None], affine=np.diag([-1.0, -1.0, 1.0, 1.0]), meta={"space": "LPS"})
+
+
+#: How a label map comes that knows where it lies.
+ON_ITS_GRID = {
+    "scan": lambda labels, folder: load_scan(labels.numpy(), np.eye(4)),
+    "tensor": lambda labels, folder: MetaTensor(labels, affine=torch.eye(4)),
+    "tensor in LPS": as_tensor_in_lps,
+    "file": on_disk,
+}
+
+
+@pytest.mark.parametrize("kind", ON_ITS_GRID)
+def test_one_fraction_in_a_truth_is_refused_also_where_the_coarser_grid_misses_it(kind, tmp_path):
+    scan, model = bright_cube(), small_model(**COARSER)
+    for plane in range(8):  # of three neighbours the coarser grid has two
+        labels = torch.zeros(8, 8, 8)
+        labels[2:6, 2:6, 1:6] = 1
+        labels[plane, 0, 0] = 0.5
+        region = FalseNegatives(ON_ITS_GRID[kind](labels, tmp_path))
+        for target in (ClassLogit(1, region), WeightedSum([(1, ClassLogit(1, region))])):
+            with pytest.raises(TargetError, match=r"1 values .*no whole numbers, such as 0\.5"):
+                explain(scan, model, target, layers="0")
+
+
+@pytest.mark.parametrize("kind", ON_ITS_GRID)
+def test_a_truth_of_whole_numbers_is_compared_on_the_coarser_grid(kind, tmp_path):
+    labels = torch.zeros(8, 8, 8)
+    labels[2:6, 2:6, 1:6] = 1
+    region = FalseNegatives(ON_ITS_GRID[kind](labels, tmp_path))
+    found = explain(bright_cube(), small_model(**COARSER), ClassLogit(1, region), layers="0")
+    assert found.region[2:5, 2:6, 1].all()  # the truth begins a voxel below the bright cube
+    assert not found.region[..., 2:].any()
 
 
 @pytest.mark.parametrize("changes", [{}, COARSER], ids=["as it is", "resampled"])
@@ -105,6 +148,16 @@ def test_a_file_between_whole_numbers_is_no_truth(place, options):
     assert not (place.out / "case.json").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--region", "true_positives")], ids=["drawn", "region"])
+def test_one_fraction_in_a_file_is_refused_before_anything_is_explained(place, options):
+    labels = np.zeros(SHAPE)
+    labels[LESION] = 2
+    labels[1, 1, 1] = 0.5
+    outcome = place.explain("--target", "lesion", *options, "--truth", write_labels(place, labels))
+    assert (outcome.code, "1 voxels hold no whole number" in outcome.complaint) == (1, True)
+    assert not (place.out / "case.json").exists()
+
+
 def test_the_scan_itself_is_no_truth(place):
     options = ("--target", "lesion", "--region", "false_negatives", "--truth")
     outcome = place.explain(*options, place.scan)
@@ -127,7 +180,7 @@ ILLEGAL = [
     *(("occlusion", "block", value) for value in (*NOT_COUNTS, (), (4, 0, 4), [2, 2.5, 2])),
     *(("score_cam", "memory_gb", value) for value in ("x", NAN, INFINITE, -1, 0, True, None)),
     *(("ablation_cam", "memory_gb", value) for value in ("x", NAN, INFINITE, -1, 0)),
-    *(("random", "seed", value) for value in ("a", 1.5, True, None, 2**64)),
+    *(("random", "seed", value) for value in ("a", 1.5, True, None, 2**64, -(2**63) - 1)),
     *(("kpca_cam", "gamma", value) for value in ("a", NAN, INFINITE, 0, -1, True)),
 ]
 
@@ -137,6 +190,36 @@ def test_illegal_values_of_methods(method, name, value):
     kind = {**CAMS, **ATTRIBUTIONS}[method]
     with pytest.raises(ConfigError, match=rf"^{name} .*number"):
         kind(nn.Conv3d(1, 2, 1), **{name: value})
+
+
+CHOICES = [
+    *(("kpca_cam", "kernel", value, "'sigmoid' and 'rbf'") for value in ("cubic", None, 1)),
+    *(("xres_cam", "mode", value, "'mean', 'max'") for value in ("median", None, 1)),
+    *(("full_grad", "psi", value, "'signed' and 'paper'") for value in ("abs", None, 1)),
+    *(("xres_cam", "window", value, "a whole number from 1") for value in (0, -1, 1.5, (1, 0, 2))),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value", "legal"), CHOICES, ids=str)
+def test_a_choice_that_a_method_does_not_have_is_refused_with_those_it_has(
+    method, name, value, legal
+):
+    with pytest.raises(ConfigError, match=legal):
+        CAMS[method](nn.Conv3d(1, 2, 1), **{name: value})
+
+
+def test_every_seed_of_64_bits_is_legal():
+    for seed in (-(2**63), -1, 0, 2**64 - 1):
+        assert CAMS["random"](nn.Conv3d(1, 2, 1), seed=seed).settings == {"seed": seed}
+
+
+def test_a_window_for_another_number_of_axes_than_the_layers_is_refused():
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
+    cam = CAMS["xres_cam"](network, "0", window=(1, 2))
+    with pytest.raises(
+        ConfigError, match=r"window \(1, 2\) has 2 numbers, the layer has 3 spatial"
+    ):
+        cam(torch.rand(1, 1, 4, 4, 4), ClassLogit(1, "volume"))
 
 
 LEGAL = {

@@ -780,7 +780,8 @@ def test_what_is_not_the_networks_fault_passes_through(error, x):
     net.error = error
     with pytest.raises(type(error)) as caught:
         GradCAM(net, TARGET)(x, VOLUME)
-    assert caught.value is error
+    # What does not fit in memory comes with advice, and is still torch's own kind of error.
+    assert caught.value is error or caught.value.__cause__ is error
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

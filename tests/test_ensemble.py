@@ -10,7 +10,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 from toy import plain, random_input, seeded
 
-from seg3dcam import GradCAM, HiResCAM, WindowPlan
+from seg3dcam import EigenCAM, GradCAM, HiResCAM, WindowPlan
 from seg3dcam.cams import CAMS
 from seg3dcam.ensemble import Ensemble, Member
 from seg3dcam.errors import ConfigError, InputError, ModelError
@@ -287,6 +287,17 @@ def test_gradients_through_nnunets_windows_are_exact():
     for start, map_ in zip(windows.starts, maps, strict=True):
         expected[tuple(slice(s, s + 6) for s in start)] += map_
     torch.testing.assert_close(result.maps["3"][0], expected)
+
+
+def test_nnunets_windows_are_run_once_for_a_map_of_activations():
+    """They are kept from the prediction, as those of MONAI's windows are."""
+    pytest.importorskip("nnunetv2")
+    network, runs = plain(seed=1), []
+    plan = WindowPlan((6, 6, 6), overlap=0.5, convention="nnunet")
+    cam = EigenCAM(network, "3", sliding_window=plan)
+    cam(X, TARGET)  # the layer's grid is measured once
+    network.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    assert cam(X, TARGET).windows == sum(runs)
 
 
 def test_an_unknown_convention_is_refused():

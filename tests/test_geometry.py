@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, geometry, targets
 from seg3dcam.errors import InputError
-from seg3dcam.geometry import FeatureGrid, interpolate, resample
+from seg3dcam.geometry import FeatureGrid, interpolate, ras_affine, resample, resample_labels
 
 
 def rotation(*degrees: float) -> np.ndarray:
@@ -78,12 +78,59 @@ def test_a_world_field_survives_resampling_between_oblique_grids(axis: int) -> N
     assert (found - expected).abs().max() < 1e-4  # mm
 
 
-def test_slabs_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    volume = torch.rand(9, 8, 7)
-    whole = resample(volume, np.eye(4), OBLIQUE_LAS, (13, 11, 5))
-    monkeypatch.setattr(geometry, "SLAB_VOXELS", 60)
-    sliced = resample(volume, np.eye(4), OBLIQUE_LAS, (13, 11, 5))
+@pytest.mark.parametrize(
+    ("voxels", "slabs"), [(1, [1] * 13), (60, [1] * 13), (120, [2] * 6 + [1]), (280, [5, 5, 3])]
+)
+def test_slabs_of_limited_size_give_what_one_piece_gives(
+    monkeypatch: pytest.MonkeyPatch, voxels: int, slabs: list[int]
+) -> None:
+    volume, affine = torch.rand(9, 8, 7), rotation(3, -4, 5) @ np.diag([0.6, 0.7, 1.2, 1.0])
+    whole = resample(volume, np.eye(4), affine, (13, 11, 5))
+    assert whole[0].any()
+    assert whole[-1].any()
+    sizes = []
+
+    class Watched(geometry.SpatialResample):
+        def __call__(self, *args, **settings):
+            sizes.append(settings["spatial_size"])
+            return super().__call__(*args, **settings)
+
+    monkeypatch.setattr(geometry, "SpatialResample", Watched)
+    monkeypatch.setattr(geometry, "SLAB_VOXELS", voxels)
+    sliced = resample(volume, np.eye(4), affine, (13, 11, 5))
     torch.testing.assert_close(sliced, whole)
+    assert sizes == [(thickness, 11, 5) for thickness in slabs]
+
+
+def test_on_its_own_grid_a_volume_comes_back_as_it_is_and_as_a_copy() -> None:
+    volume = torch.rand(9, 8, 7)
+    found = resample(volume, OBLIQUE_LAS, OBLIQUE_LAS.copy(), volume.shape)
+    assert torch.equal(found, volume)
+    found.zero_()
+    assert volume.any()
+
+
+def test_what_is_moved_carries_no_graph() -> None:
+    values = torch.rand(4, 4, 4, requires_grad=True)
+    for move in (resample, resample_labels):
+        assert not move(values, np.eye(4), np.diag([2.0, 2, 2, 1]), (2, 2, 2)).requires_grad
+
+
+def test_two_grids_are_the_same_whether_measured_or_assumed() -> None:
+    measured = FeatureGrid((3,), (2.0,), (0.5,))
+    assert measured == FeatureGrid((3,), (2.0,), (0.5,), measured=False)
+    assert measured != FeatureGrid((3,), (2.0,), (0.0,))
+
+
+def test_an_affine_is_in_ras_unless_it_says_lps() -> None:
+    flipped = np.diag([-1.0, -1, 1, 1]) @ OBLIQUE_LAS
+    for space in (None, "RAS", "ras"):
+        assert np.array_equal(ras_affine(OBLIQUE_LAS, space), OBLIQUE_LAS)
+    assert np.array_equal(ras_affine(OBLIQUE_LAS, "LPS"), flipped)
+    both = ras_affine(np.stack([OBLIQUE_LAS] * 2), [None, "LPS"])
+    assert np.array_equal(both, np.stack([OBLIQUE_LAS, flipped]))
+    with pytest.raises(InputError, match=r"'MNI'\. Legal: 'RAS', 'LPS'"):
+        ras_affine(OBLIQUE_LAS, "MNI")
 
 
 def test_zero_outside_of_what_the_network_saw_and_held_at_its_rim() -> None:
@@ -109,11 +156,23 @@ def test_zero_outside_of_what_the_network_saw_and_held_at_its_rim() -> None:
         (np.full((4, 4), np.nan), "finite 4x4"),
         (np.eye(3), "finite 4x4"),
         (np.diag([1.0, 0.0, 1.0, 1.0]), "cannot be inverted"),
+        (np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "two axes coincide"),
     ],
 )
 def test_an_affine_that_is_none_is_refused(affine: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         resample(torch.ones(2, 2, 2), affine, np.eye(4), (2, 2, 2))
+
+
+@pytest.mark.parametrize("move", [resample, resample_labels])
+@pytest.mark.parametrize("which", [0, 1], ids=["from", "to"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_number_of_an_affine_that_is_not_finite_is_enough_to_refuse_it(move, which, value):
+    for place in np.ndindex(4, 4):
+        affines = [np.eye(4), np.eye(4)]
+        affines[which][place] = value
+        with pytest.raises(InputError, match="finite 4x4"):
+            move(torch.ones(2, 2, 2), *affines, (2, 2, 2))
 
 
 def strided(channels: int = 4) -> list[nn.Module]:

@@ -553,10 +553,11 @@ def test_the_second_call_of_a_cam_costs_one_pass(functional):
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     cam = HiResCAM(net, "0")
     cam(x, VOLUME)
-    assert len(runs) == 3 + 12  # two for the layout; for the grid two sizes along each axis, twice
-    runs.clear()
-    cam(x, VOLUME)
-    assert len(runs) == 1
+    assert len(runs) > 1  # for the layout, the grid, and whether the gradient tells the truth
+    for again in (cam, HiResCAM(net, "0")):
+        runs.clear()
+        again(x, VOLUME)
+        assert len(runs) == 1
 
 
 # -------------------------------------------------------------------------- a user's own layout

@@ -92,6 +92,13 @@ def test_the_best_predictions_stay_when_fixed():
         assert torch.equal(held.regions(other), target.regions(head))
 
 
+def test_as_many_of_the_best_as_there_are_is_all_of_them():
+    head = random_head()  # of 18 predictions
+    chosen, every = DetectionClass(0, 3, top=18), DetectionClass(0, 3)
+    torch.testing.assert_close(chosen(head), every(head))
+    assert torch.equal(chosen.regions(head), every.regions(head))
+
+
 def test_second_derivatives_exist():
     head = random_head().requires_grad_()
     target = DetectionClass(0, NAMES, top=3)

@@ -27,6 +27,7 @@ from seg3dcam.targets import (
     components,
     score_and_seed,
 )
+from seg3dcam.targets.regions import Given, Predicted, Volume
 
 SHAPES = [(12,), (5, 6), (3, 4, 5), (2, 3, 2, 3)]
 TRUTHS = [FalseNegatives, FalsePositives, TruePositives]
@@ -376,6 +377,16 @@ def test_an_empty_comparison_says_what_the_truth_holds():
         ClassLogit(1, FalseNegatives(np.zeros(4, dtype=bool)))(logits)
 
 
+@pytest.mark.parametrize(("labels", "more"), [(12, ""), (13, " and 1 more"), (15, " and 3 more")])
+def test_of_many_labels_in_a_truth_twelve_are_listed(labels, more):
+    logits = logits_that_predict([[0] * 20])
+    truth = np.minimum(np.arange(100, 120), 99 + labels)
+    listed = ", ".join(f"label {label} in 1 voxels" for label in range(100, 111))
+    message = rf"The truth holds {listed}, label 111 in \d voxels{more}\. "
+    with pytest.raises(EmptyRegionError, match=message):
+        ClassLogit(1, FalseNegatives(truth))(logits)
+
+
 @pytest.mark.parametrize("kind", TRUTHS)
 @pytest.mark.parametrize("shape", [(3, 4), (5, 4, 3), (3, 3, 4, 5)])
 def test_truth_of_another_shape_is_refused(kind, shape):
@@ -401,6 +412,13 @@ def test_an_array_of_what_is_no_number_is_refused(dtype):
             ClassLogit(1, region)(random_logits((3, 4, 5)))
 
 
+def test_a_tensor_of_what_is_no_number_is_refused():
+    tensor = torch.zeros(3, 4, 5, dtype=torch.complex64)
+    for region in (FalseNegatives(tensor), tensor):
+        with pytest.raises(TargetError, match=r"is a tensor of .*; legal are numbers or bool"):
+            ClassLogit(1, region)(random_logits((3, 4, 5)))
+
+
 @pytest.mark.parametrize("kind", TRUTHS)
 def test_truth_that_makes_no_sense(kind):
     with pytest.raises(TargetError, match="legal are a label map or boolean mask"):
@@ -409,6 +427,30 @@ def test_truth_that_makes_no_sense(kind):
         kind(torch.ones(3), label=1.0)
     with pytest.raises(TargetError, match="label 1 of a truth that is a boolean mask"):
         ClassLogit(1, kind(torch.ones(3, 4, 5).bool(), label=1))(random_logits((3, 4, 5)))
+
+
+# ---------------------------------------------------------------------------------- every region
+
+
+REGIONS = {
+    "predicted": Predicted(),
+    "volume": Volume(),
+    "mask": Given(torch.arange(60).reshape(3, 4, 5) % 7),
+    "box": Box((0, 1, 0), (2, 3, 5)),
+    "component": Component(0),
+    "no component": Component(99),
+    "outside of all components": Component(voxel=(0, 0, 0)),
+    "boundary": Boundary(),
+    "misses": FalseNegatives(torch.arange(60).reshape(3, 4, 5) % 3),
+}
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_every_region_is_a_boolean_mask_of_every_item_even_if_it_is_empty(region):
+    logits = random_logits((3, 4, 5))
+    logits[:, 0, 0, 0, 0] = 9  # not class 1
+    found = region.masks(ClassLogit(1).view(logits))
+    assert (found.dtype, found.shape) == (torch.bool, (len(logits), 3, 4, 5))
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -467,6 +509,12 @@ def test_of_equal_logits_the_first_class_is_predicted_as_by_argmax():
         assert np.array_equal(expected.numpy(), scores.predicted(logits, c))
         assert torch.equal(ClassLogit(c).regions(logits), expected)
     assert torch.equal(MaskOutput("predicted").regions(logits), logits.argmax(1) != 0)
+
+
+def test_a_logit_of_zero_does_not_predict_its_class_among_classes_that_may_overlap():
+    logits = torch.tensor([[[-1.0, 0.0, 1.0], [-1.0, 0.0, -1.0]]])
+    for target in (ClassLogit(0, activation="sigmoid"), MaskOutput("predicted", "sigmoid")):
+        assert target.regions(logits).tolist() == [[False, False, True]]
 
 
 def test_a_logit_that_is_not_a_number_is_not_left_out_unnoticed():

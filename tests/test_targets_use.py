@@ -142,6 +142,13 @@ def test_a_fixed_target_holds_no_graph_and_still_gives_one():
     assert gradient.any()
 
 
+def test_a_fixed_target_is_shown_without_what_was_fixed():
+    finer, head = Finer(1, 0.5, "volume"), torch.zeros(2, 14, 3, 4)
+    assert repr(fixed(finer, random_logits(0))) == repr(finer)
+    best = DetectionClass(0, 2, top=3)
+    assert repr(fixed(best, head)) == repr(best)
+
+
 def test_a_target_is_fixed_only_where_it_has_a_region():
     nothing = random_logits(0)
     nothing[:, 0] = 100

@@ -68,6 +68,15 @@ def test_with_truth(phantom):
     assert torch.equal(with_truth.truth, phantom.truth)
 
 
+def test_one_fraction_in_a_truth_is_refused(phantom):
+    """Also far from the class: the map was interpolated, and no class is where it seems to be."""
+    blurred = phantom.truth.float()
+    blurred[0, 0, 0] = 0.5
+    for label in (None, 1):
+        with pytest.raises(TargetError, match=r"1 values .*no whole numbers, such as 0\.5"):
+            phantom.with_truth(labels(phantom, blurred), label)
+
+
 def test_truth_on_another_grid(phantom):
     shifted = phantom.affine + np.array([[0, 0, 0, 1.0], *[[0, 0, 0, 0]] * 3])
     with pytest.raises(TargetError, match="lies elsewhere in the patient"):

@@ -310,6 +310,13 @@ def test_native_maps_exist_for_one_window_only() -> None:
         ({"roi_size": 16, "overlap": 1.0}, r"overlap 1.0: a fraction, 0 <= overlap < 1"),
         ({"roi_size": 16, "mode": "hann"}, r"'hann': legal are 'gaussian' and 'constant'"),
         ({"roi_size": 16, "sw_batch_size": 0}, r"sw_batch_size 0"),
+        *(
+            (
+                {"roi_size": size},
+                r"roi_size .*: whole numbers of voxels from 1 up",
+            )
+            for size in (0, -2, 2.5, True, "16", None, (16, 0, 16), (16, 2.5, 16))
+        ),
     ],
 )
 def test_settings_that_make_no_windows_are_refused(settings: dict, message: str) -> None:
@@ -320,6 +327,16 @@ def test_settings_that_make_no_windows_are_refused(settings: dict, message: str)
 def test_a_plan_for_another_number_of_axes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"roi_size \(16, 16\) has 2 numbers; the volume has 3"):
         plan_windows(WindowPlan((16, 16)), (20, 20, 20))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "constant"])
+def test_a_volume_is_padded_by_the_value_only_where_the_mode_takes_one(mode: str) -> None:
+    windows = plan_windows(WindowPlan((9, 6), padding_mode=mode, cval=0.5), (6, 6))
+    x = torch.rand(2, 1, 6, 6)
+    value = 0.5 if mode == "constant" else None
+    padded = windows.pad(x)
+    assert torch.equal(padded, nn.functional.pad(x, (0, 0, 1, 2), mode, value))
+    assert torch.equal(windows.crop(padded), x)
 
 
 def test_windows_of_a_network_that_halves_its_output_are_refused() -> None:

@@ -9,6 +9,7 @@ logits of the volume change when every activation grows in proportion.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,6 @@ def corrected_pass(
     seeds: Sequence[Seed],
     progress: Progress,
     *,
-    keep_graph: bool = False,
     targets: Sequence[Callable[..., torch.Tensor]],
 ) -> Iterator[Gradients]:
     """Yield, in place of the gradients, G - HA / 2 of every target in every window with a seed.
@@ -65,8 +65,15 @@ def corrected_pass(
 def _differentiable(
     first: FirstPass, items: Sequence[int], seed: Seed, progress: Progress
 ) -> Iterator[Gradients]:
-    try:
+    with _twice():  # what fails in the caller's loop is not seen here
         yield from gradient_pass(first, items, [seed], progress, keep_graph=True, create_graph=True)
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    """Say what the network lacks, where a second derivative fails."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -82,7 +89,8 @@ def _tangents(
     tangents: dict[LayerRef, torch.Tensor] = {}
     for found in _differentiable(first, items, seed, progress):
         for layer, product in _products(found).items():
-            (change,) = torch.autograd.grad(product, found.upstream, retain_graph=True)
+            with _twice():
+                (change,) = torch.autograd.grad(product, found.upstream, retain_graph=True)
             tangent = tangents.setdefault(layer, torch.zeros_like(first.logits))
             stitch(first, tangent, items, found.batch, change)
     return tangents
@@ -97,10 +105,11 @@ def _products(found: Gradients) -> dict[LayerRef, torch.Tensor]:
 
 
 def _through_network(first: FirstPass, found: Gradients) -> dict[LayerRef, torch.Tensor]:
-    return {
-        layer: first.capture.derivative(product, layer)
-        for layer, product in _products(found).items()
-    }
+    with _twice():
+        return {
+            layer: first.capture.derivative(product, layer)
+            for layer, product in _products(found).items()
+        }
 
 
 def _through_score(

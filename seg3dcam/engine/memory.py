@@ -6,14 +6,13 @@ Windows do not see each other, so that a batch in two halves gives what it gives
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from seg3dcam.errors import OutOfMemoryError, Seg3dcamWarning
+from seg3dcam.errors import OutOfMemoryError, tell
 from seg3dcam.windows import WindowPlan
 
 Result = TypeVar("Result")
@@ -59,11 +58,9 @@ class AtOnce:
         if tried == 1:
             raise error
         self.count = tried // 2
-        warnings.warn(
+        tell(
             f"{tried} {self.of} at once do not fit in memory: going on with {self.count}. The maps "
-            f"are the same; a smaller {self.setting} saves the attempt",
-            Seg3dcamWarning,
-            stacklevel=2,
+            f"are the same; a smaller {self.setting} saves the attempt"
         )
 
 

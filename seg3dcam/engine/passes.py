@@ -78,8 +78,8 @@ class FirstPass:
 
     def cut(self, items: Sequence[int], which: Sequence[int]) -> torch.Tensor:
         """Return windows of the input as the network takes them: (items x windows, C, *roi)."""
-        # Cloned: a network may work in place on its input, and that is the caller's.
-        return self.capture.to_model(self.windows.cut(self.padded[list(items)], which).clone())
+        # A copy, as whatever is cut: a network may work in place on its input.
+        return self.capture.to_model(self.windows.cut(self.padded[list(items)], which))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class PooledGradient(Method):
     def weigh(self, a: torch.Tensor, g: torch.Tensor, survey: Sums) -> Sums:
         """Pool the gradient; over the axes pooled whole the mean is a sum, until all is known."""
         axes = self.whole_axes(g.ndim - 2)
-        voxels = float(np.prod([g.shape[2 + axis] for axis in axes])) if axes else 1.0
+        voxels = float(np.prod([g.shape[2 + axis] for axis in axes]))
         scale = voxels if self.mode == "mean" else 1.0
         return {
             "signed": pool(g, self.block, self.mode) * scale,

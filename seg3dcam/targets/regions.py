@@ -71,7 +71,7 @@ class View:
         if self.overlapping:
             counts = [int((channel > 0).sum()) for channel in logits]
         else:
-            counts = torch.bincount(logits.argmax(0).flatten(), minlength=len(logits)).tolist()
+            counts = torch.bincount(logits.argmax(0).flatten()).tolist()
         listed = ", ".join(f"class {c} in {n} voxels" for c, n in enumerate(counts) if n)
         return f"Predicted: {listed or 'no class anywhere'}"
 
@@ -111,11 +111,11 @@ def nonzero(mask: Mask, view_grid: Sequence[int]) -> torch.Tensor:
 def labels(truth: Mask, view_grid: Sequence[int]) -> torch.Tensor:
     """Return a label map as (B, *S): bool, or whole numbers."""
     values = _plain(truth, "truth")
-    _check_labels(values)
+    check_labels(values)
     return _fitted(values, view_grid, "truth")
 
 
-def _check_labels(values: torch.Tensor) -> None:
+def check_labels(values: torch.Tensor) -> None:
     """Refuse a truth that holds anything but whole numbers."""
     if not values.is_floating_point():
         return
@@ -650,7 +650,7 @@ def placed_region(region: Region, move: Move) -> Region:
     """Return the region with its mask or truth brought onto the network's grid."""
     if isinstance(region, AgainstTruth):
         if isinstance(region.truth, OnItsGrid):  # here, since a coarser grid may miss a fraction
-            _check_labels(torch.as_tensor(region.truth.data, device="cpu"))
+            check_labels(torch.as_tensor(region.truth.data, device="cpu"))
         return replace(region, truth=placed_mask(region.truth, move))
     return region if isinstance(region, str | RegionKind) else placed_mask(region, move)
 

@@ -109,6 +109,37 @@ def test_integrated_gradients_sum_to_what_the_score_gains(baseline):
 
 
 @signed_maps
+def test_integrated_gradients_of_one_step_look_half_way():
+    network, x = network_of(smooth=True), toy.random_input(2, 2, 6, 4, 8)
+    found = IntegratedGradients(network, steps=1, baseline=0.4)(x, curved).maps["input"]
+    half_way = slopes(network, (x + 0.4) / 2, None, curved)
+    assert deviation(found, ((x - 0.4) * half_way).sum(1)) < EXACT
+
+
+@signed_maps
+@pytest.mark.parametrize(
+    ("key", "settings", "inputs"),
+    [
+        ("smooth_grad", {"samples": 7}, 7),
+        ("integrated_gradients", {"steps": 7}, 7),
+        ("occlusion", {"block": (2, 4, 8)}, 5),  # of 2 of 6 voxels each: five places
+    ],
+)
+def test_no_more_than_a_batch_of_inputs_goes_through_the_network_at_once(key, settings, inputs):
+    network, sizes = network_of(), []
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x = toy.random_input(1, 2, 6, 4, 8)
+    for batch in (1, 3):
+        sizes.clear()
+        ATTRIBUTIONS[key](network, batch=batch, **settings)(x, curved)
+        assert max(sizes) == batch
+        assert sum(sizes) >= inputs
+    sizes.clear()
+    ATTRIBUTIONS[key](network, batch=50, **settings)(x, curved)
+    assert max(sizes) == inputs
+
+
+@signed_maps
 @pytest.mark.parametrize("name", PLANS)
 def test_integrated_gradients_of_a_linear_score_through_windows(name):
     given, shape = PLANS[name]
@@ -256,6 +287,18 @@ def test_without_captum_the_error_names_the_extra(key, monkeypatch):
     network = copy.deepcopy(network_of())
     with pytest.raises(MissingExtraError, match=r"pip install 'seg3dcam\[captum\]'"):
         ATTRIBUTIONS[key](network)(toy.random_input(1, 2, 6, 4, 8), curved)
+
+
+DEFAULTS = {
+    "smooth_grad": {"samples": 16, "noise": 0.1, "batch": 4},
+    "integrated_gradients": {"baseline": 0.0, "steps": 50, "batch": 4},
+    "occlusion": {"baseline": 0.0, "block": 8, "batch": 4},
+}
+
+
+@pytest.mark.parametrize("key", ATTRIBUTIONS)
+def test_settings_that_are_not_given_are_the_documented_ones(key):
+    assert ATTRIBUTIONS[key](network_of()).settings == DEFAULTS.get(key, {})
 
 
 def test_settings_are_those_of_the_comparator():

@@ -20,8 +20,10 @@ from helpers_engine import (
     signed_maps,
 )
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from seg3dcam import GradCAM, ShapleyCAM, WindowPlan, targets
+from seg3dcam.errors import ModelError
 
 
 def smooth(ndim: int) -> nn.Sequential:
@@ -152,3 +154,45 @@ def test_several_targets_and_layers_at_once(plan):
         for layer in ("1", "3"):
             alone = ShapleyCAM(network, layer, sliding_window=plan)(x, target)
             assert deviation(result.maps[layer], alone.maps[layer]) < EXACT
+
+
+@signed_maps
+def test_a_score_whose_own_weights_want_a_gradient_is_linear_all_the_same():
+    network, x = smooth(2), toy.random_input(2, 1, 4, 6)
+    weights = toy.random_input(1, 2, 4, 6, seed=3)
+    learnt = nn.Parameter(weights.clone())
+    found, expected = (
+        ShapleyCAM(network, ["1", "3"])(x, lambda z, w=w: (z * w).flatten(1).sum(1)).maps
+        for w in (learnt, weights)
+    )
+    for layer, map_ in expected.items():
+        assert deviation(found[layer], map_) < EXACT
+
+
+class OnceOnly(torch.autograd.Function):
+    """A square whose gradient has none, as kernels written by hand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Squared(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return OnceOnly.apply(x)
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", [None, WindowPlan((4, 4), overlap=0.5)], ids=["one", "many"])
+def test_a_network_that_has_no_second_derivative_is_refused(plan):
+    network = toy.seeded(nn.Sequential(nn.Conv2d(1, 2, 1), Squared(), nn.Conv2d(2, 2, 1)))
+    x = toy.random_input(1, 1, 4, 6)
+    assert GradCAM(network, "0", sliding_window=plan)(x, product).status["0"] in ("ok", "zero")
+    with pytest.raises(ModelError, match=r"cannot be differentiated twice, as shapley_cam needs"):
+        ShapleyCAM(network, "0", sliding_window=plan)(x, product)

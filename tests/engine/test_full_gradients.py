@@ -183,6 +183,30 @@ def test_where_the_sum_is_not_the_score_both_are_told(name, plan):
     assert len(result.layers["input"].flags) == 1
 
 
+class Pooled(nn.Module):
+    """Adds a vector made of the whole image, and mixes channels that come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(2, 4, 1)
+        self.of_vector = nn.Linear(4, 4)
+        self.of_voxels = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = x + self.of_vector(x.mean((2, 3, 4)))[..., None, None, None]
+        return self.of_voxels(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@signed_maps
+def test_biases_of_vectors_and_of_voxels_in_one_network_are_all_counted():
+    network, x = toy.seeded(Pooled(), seed=4), toy.random_input(2, 2, 6, 4, 8, seed=1)
+    target = targets.ClassLogit(1, targets.Box((0, 1, 2), (3, 3, 5)))
+    result = FullGrad(network)(x, target)
+    assert result.layers["input"].flags == ()
+    assert deviation(result.maps["input"].flatten(1).sum(1), result.score) < EXACT
+
+
 @signed_maps
 def test_the_papers_psi_on_coarser_levels():
     """Absolute values, every channel scaled to [0, 1], interpolated to the input, and summed."""

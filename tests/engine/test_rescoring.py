@@ -177,6 +177,26 @@ def test_how_many_channels_go_at_once_does_not_matter(key, name):
 
 
 @signed_maps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("key", METHODS)
+def test_what_goes_through_the_network_at_once_fits_the_memory_that_it_may_take(key, dtype):
+    """All that the network's modules give is counted; not much less than what fits is used."""
+    network, x = two_levels().to(dtype), toy.random_input(1, 1, 6, 4, 8).to(dtype)
+    network[2] = toy.seeded(nn.Conv3d(4, 64, 3, stride=2, padding=1)).to(dtype)
+    network[4] = toy.seeded(nn.ConvTranspose3d(64, 3, 2, stride=2)).to(dtype)
+    taken = []
+    for module in network:
+        module.register_forward_hook(lambda m, args, output: taken.append(output.nbytes))
+    network(x)
+    bytes_of_one = sum(taken)
+    sizes = []
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    cam = METHODS[key](network, "3", memory_gb=10 * bytes_of_one / 1e9)
+    cam(x, targets.ClassLogit(1, "volume"))
+    assert 5 <= max(sizes) <= 10
+
+
+@signed_maps
 @pytest.mark.parametrize("key", METHODS)
 def test_windows_that_the_region_does_not_touch_are_not_run_again(key):
     counting = Counting(two_levels())

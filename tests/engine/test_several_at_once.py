@@ -157,6 +157,40 @@ def test_activations_that_were_not_kept_are_computed_once_more():
     assert inputs_run(["eigen_cam", "xgrad_cam"], plan, TARGETS) == 6 + 6 + 2 * 6
 
 
+#: Method -> its steps, through windows.
+STEPS = {
+    "hires_cam": ["predicting", "explaining"],
+    "grad_cam": ["predicting", "explaining", "mapping"],
+    "eigen_cam": ["predicting", "mapping", "mapping"],
+    "score_cam": ["predicting", "rescoring"],
+    "full_grad": ["predicting", "explaining"],
+    "gradient": ["predicting", "comparing"],
+}
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", [None, SIX, replace(SIX, sw_batch_size=4)], ids=str)
+@pytest.mark.parametrize("key", STEPS)
+def test_progress_counts_up_to_what_there_is_to_do(key, plan):
+    steps: list[list[tuple]] = []
+
+    def progress(*call):
+        if not steps or steps[-1][-1][0] != call[0] or steps[-1][-1][1] == call[2]:
+            steps.append([])
+        steps[-1].append(call)
+
+    kind = (CAMS | ATTRIBUTIONS)[key]
+    kind(two_levels(), "3", sliding_window=plan, progress=progress)(volume(1), curved)
+    for step in steps:
+        _, counts, (total, *others) = zip(*step, strict=True)
+        assert {*others} <= {total}
+        assert list(counts) == sorted(counts)
+        assert counts[0] >= 0
+        assert counts[-1] <= total
+        assert plan is None or counts[-1] == total
+    assert plan is None or [step[0][0] for step in steps] == STEPS[key]
+
+
 @signed_maps
 @pytest.mark.parametrize("key", ["hires_cam", "grad_cam"])
 def test_a_target_is_differentiated_in_its_own_windows_only(key, monkeypatch):

@@ -102,6 +102,10 @@ def test_kernel_of_too_many_voxels_is_refused_with_the_numbers(shape, plan, voxe
 
 METHODS = CAMS | ATTRIBUTIONS
 
+#: Their maps are not proportional to the score.
+UNITLESS = ("eigen_cam", "kpca_cam", "fem", "random", "score_cam", "ablation_cam",
+            "grad_cam_plus_plus")  # fmt: skip
+
 
 @signed_maps
 @through
@@ -119,6 +123,38 @@ def test_networks_of_low_precision_give_finite_maps_of_float32(key, dtype, plan)
         assert result.status[name] in ("ok", "zero")
         if dtype == torch.float32 and key != "smooth_grad":
             assert deviation(map_, expected.maps[name]) < 1e-4
+
+
+@signed_maps
+@pytest.mark.parametrize("plan", [None, SIDE_BY_SIDE, WindowPlan(4, overlap=0.5)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("key", ["score_cam", "ablation_cam"])
+def test_the_ceiling_is_what_a_map_would_be_if_nothing_cancelled(key, sign, plan):
+    """Two channels hold the input with either sign; the sizes of their weights sum to one."""
+    network = nn.Sequential(nn.Conv3d(1, 2, 1, bias=False), nn.Conv3d(2, 1, 1, bias=False))
+    for convolution in network:
+        convolution.weight.data = torch.tensor([1.0, -1.0]).reshape(convolution.weight.shape)
+    x = toy.random_input(2, 1, 8, 4, 8).abs()
+    target = targets.WeightedSum([(sign, targets.ClassLogit(0, "volume"))])
+    layer = METHODS[key](network.double(), "0", sliding_window=plan)(x, target).layers["0"]
+    torch.testing.assert_close(layer.ceiling, x.flatten(1).amax(1))
+    assert (layer.values.abs().flatten(1).amax(1) < 0.9 * layer.ceiling).all()
+
+
+@signed_maps
+@through
+@pytest.mark.parametrize("key", METHODS)
+def test_a_score_in_other_units_is_no_less_of_a_map(key, plan):
+    """What is rounding noise is measured by the map's own ceiling."""
+    network, x = two_levels(smooth=True), toy.random_input(1, 1, 8, 4, 8)
+    cam = METHODS[key](network, ["1", "3"], sliding_window=plan)
+    target = targets.ClassLogit(1, targets.Box((1, 0, 2), (7, 3, 6)))
+    one, tiny = cam(x, target), cam(x, targets.WeightedSum([(1e-9, target)]))
+    assert one.status == tiny.status
+    assert one.layers.keys() == tiny.layers.keys()
+    if key not in UNITLESS:
+        for name, layer in one.layers.items():
+            assert deviation(1e9 * tiny.layers[name].ceiling, layer.ceiling) < 1e-6
 
 
 @signed_maps

@@ -63,8 +63,9 @@ def test_blocks_pooled_over_windows(window, mode, score):
 
 
 @signed_maps
-def test_maximum_of_gradients_that_are_negative_wherever_there_are_some():
-    """One window has a seed; the others' gradients are zero, and that is the larger number."""
+@pytest.mark.parametrize("last", [4, 8], ids=["in one window", "everywhere"])
+def test_maximum_of_gradients_that_are_negative_wherever_there_are_some(last):
+    """Where a window has no seed the gradients are zero, and that is the larger number."""
     layers = [nn.Conv3d(1, 4, 1), nn.ReLU(), nn.Conv3d(4, 2, 1)]
     network = toy.seeded(nn.Sequential(*layers), seed=5)
     assert (network[2].weight[1] < 0).any()
@@ -72,7 +73,7 @@ def test_maximum_of_gradients_that_are_negative_wherever_there_are_some():
     plan = WindowPlan(4, overlap=0, mode="constant")
 
     def score(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, 1, :, :, :4].flatten(1).sum(1)
+        return logits[:, 1, :, :, :last].flatten(1).sum(1)
 
     pair = joined(parts_of(case, plan, score), 1)
     found = XResCAM(network, "1", sliding_window=plan, window=None, mode="max")(case.x, score)

@@ -15,6 +15,7 @@ from reference import methods as slow
 from sklearn.decomposition import KernelPCA
 
 from seg3dcam import METHODS
+from seg3dcam.errors import ConfigError
 
 EXACT = 1e-9  # float64, relative to the largest value of the map
 CLOSE = 1e-5  # float32
@@ -158,6 +159,49 @@ def test_kernel_component_is_that_of_scikit_learn(kernel):
         found = KernelPCA(n_components=1, kernel=kernel).fit_transform(voxels)[:, 0]
         found *= np.sign(found @ map_.ravel())
         assert deviation(torch.as_tensor(found), map_.ravel()) < EXACT
+
+
+#: key -> activations and gradients of which the map is what the ceiling is said to be.
+WITHOUT_CANCELLING = {
+    **dict.fromkeys(
+        ("grad_cam", "slice_grad_cam", "hires_cam", "xres_cam", "grad_cam_elementwise"),
+        lambda a, g: (a.abs(), g.abs()),
+    ),
+    "layer_cam": lambda a, g: (a.abs(), g),
+    "fem": lambda a, g: (a, g),
+}
+
+
+@pytest.mark.parametrize("key", WITHOUT_CANCELLING)
+def test_the_ceiling_is_what_the_map_would_be_if_nothing_cancelled(key):
+    a, g = pair("signed", toy.SHAPES[3])
+    method = METHODS[key]
+    found = method.ceiling(a, g, method.weights_of_all(a, g))
+    expected = method(*WITHOUT_CANCELLING[key](a, g)).abs()
+    assert deviation(found, expected) < EXACT
+
+
+def test_what_a_method_needs_it_says():
+    a, _ = pair("relu", toy.SHAPES[2])
+    for key in set(FORMULAS) - {*AGNOSTIC, "score_cam", "ablation_cam", "shapley_cam"}:
+        with pytest.raises(TypeError, match="needs gradients"):
+            METHODS[key](a)
+    with pytest.raises(TypeError, match="needs the score"):
+        METHODS["ablation_cam"](a, lambda channels: peaks(a)[:, channels])
+
+
+def test_a_kernel_of_16_cubed_voxels_is_the_largest():
+    method = METHODS["kpca_cam"]
+
+    def surveyed(voxels: int) -> dict[str, torch.Tensor]:
+        return method.survey(torch.zeros(1, 2, voxels), torch.ones(voxels))
+
+    surveyed(4096)
+    with pytest.raises(ConfigError, match="4097 or more, and 4096"):
+        surveyed(4097)
+    method.join(surveyed(4000), surveyed(96))
+    with pytest.raises(ConfigError, match="4097 or more, and 4096"):
+        method.join(surveyed(4000), surveyed(97))
 
 
 # ------------------------------------------------------------------------------- unusual numbers
