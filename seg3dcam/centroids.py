@@ -235,7 +235,8 @@ def _fitted(
     pulled_back = found + pull * place
     others = torch.stack([(distances(part) + pull * place).mean() for part in range(len(weight))])
     shift = pulled_back.mean()
-    error = ((len(weight) - 1) / len(weight) * (others - shift).square().sum()).sqrt()
-    error = float(error) if len(weight) >= FEW_PARTS else math.inf
+    parts = len(weight)
+    spread_of_parts = (parts - 1) / parts * float((others - shift).square().sum())
+    error = math.sqrt(spread_of_parts) if parts >= FEW_PARTS else math.inf
     rest = pulled_back.std(correction=0)
     return _Line(float(shift), error, pull, float(rest), len(place), draws)

@@ -8,7 +8,6 @@ a transposed one to (stride / s, offset - stride / s * ((k - 1) / 2 - p)).
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ right, or not at all and with a warning, whatever the first measurement believes
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -113,7 +114,7 @@ class Shuffled(nn.Module):
 def chain(kind, channels=(1, 4, 6, 8)):
     torch.manual_seed(1)
     layers = []
-    for before, after in zip(channels, channels[1:], strict=False):
+    for before, after in itertools.pairwise(channels):
         layers += [kind(before, after), nn.ReLU()]
     return nn.Sequential(*layers)
 
