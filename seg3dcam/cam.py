@@ -513,6 +513,8 @@ def _is_auto(spec: LayerSpec) -> bool:
 def _warn(name: str, layer: LayerMap, target: str) -> None:
     for flag in layer.flags:
         tell(f"layer '{name}', '{target}': {flag}")
+    if caution := layer.caution:
+        tell(f"layer '{name}', '{target}': {caution}; scale=\"signed\" or --signed shows both")
     if layer.status == "ok":
         return
     low, high = float(layer.values.min()), float(layer.values.max())

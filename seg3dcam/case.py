@@ -1,7 +1,8 @@
 """A case on disk: everything that one scan's explanation leaves behind, in one folder.
 
 nifti   prediction.nii.gz              predicted labels (sigmoid: one file per class)
-        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged
+        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged; of a
+                                       signed job -1 to 1: nothing cut
         raw_<target>_<layer>.nii.gz    raw signed map of one layer
 png     slices/<target>/<plane>_*.png  scan beside overlay
         montage_<target>.png           the slices that matter
@@ -77,7 +78,6 @@ def case_key(scan: Scan, model: SegModel, job: Job) -> str:
     digest = hashlib.sha256(scan_code(scan).encode())
     if job.truth is not None:
         digest.update(Path(job.truth).read_bytes())
-    settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
     use = [
         model.name,
         model.fingerprint(),
@@ -87,10 +87,16 @@ def case_key(scan: Scan, model: SegModel, job: Job) -> str:
         version("seg3dcam"),
         repr(model.window),
         str(model.output),
-        settings,
+        _settings(job),
     ]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Return what decides on the results, with the colours that are drawn."""
+    settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
+    return settings | {"colormap": look_of(job).colormap}
 
 
 def is_done(folder: str | Path, key: str) -> bool:
@@ -153,7 +159,7 @@ def write_case(
         "seg3dcam": version("seg3dcam"),
         "case": case,
         "key": key,
-        "job": {k: v for k, v in job.model_dump().items() if k not in _WHERE},
+        "job": _settings(job),
         "files": [str(file.relative_to(folder)) for file in dict.fromkeys(files)],
         "explanations": cases,
     }
@@ -166,7 +172,7 @@ def _write_nifti(
 ) -> list[Path]:
     layers = unique_names(list(explanation.maps))
     return [
-        explanation.save(folder / f"cam_{name}.nii.gz"),
+        explanation.save(folder / f"cam_{name}.nii.gz", scale=look_of(job).scale),
         *(
             explanation.save_raw(folder / f"raw_{name}_{short}.nii.gz", layer)
             for short, layer in zip(layers, explanation.maps, strict=True)
@@ -229,7 +235,7 @@ def _write_cine(
 def _write_nrrd(
     folder: Path, explanation: Explanation, name: str, job: Job, case: str
 ) -> list[Path]:
-    volume = explanation.volume().float().numpy()
+    volume = explanation.volume(scale=look_of(job).scale).float().numpy()
     return [write_nrrd(folder / f"cam_{name}.nrrd", volume, explanation.affine)]
 
 
@@ -276,7 +282,8 @@ def check_formats(scan: Scan, job: Job) -> None:
 
 def look_of(job: Job) -> Look:
     """Return how scan and CAM are shown; ConfigError where that is illegal."""
-    return Look(job.intensity_window, job.threshold, colormap=job.colormap)
+    colormap = "" if job.colormap is None else job.colormap
+    return Look(job.intensity_window, job.threshold, colormap=colormap, signed=job.signed)
 
 
 def _record(folder: Path) -> dict[str, Any]:

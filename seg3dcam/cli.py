@@ -177,6 +177,12 @@ def explain(
     colormap: Annotated[
         str | None, typer.Option(help="any name of matplotlib or OpenCV; default: inferno")
     ] = None,
+    signed: Annotated[
+        bool | None,
+        typer.Option(
+            "--signed", help="show evidence against the target too, in colours of its own"
+        ),
+    ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="allow the model's own Python code to run")
     ] = False,

@@ -221,7 +221,12 @@ class Job(_Settings):
         None, description="a preset such as 'soft tissue', or [width, level]; none: by the scan"
     )
     threshold: float = Field(0.2, ge=0, lt=1)
-    colormap: str = "inferno"
+    colormap: str | None = Field(
+        None, description="of matplotlib or OpenCV; none: inferno, or blue_orange where signed"
+    )
+    signed: bool = Field(
+        False, description="show evidence against the target too, in every format, from -1 to 1"
+    )
 
     @field_validator("target", "layer", "method", "format", "axis", mode="before")
     @classmethod

@@ -309,6 +309,12 @@ def _region_on(
     return resample_labels(found[0].cpu(), affine, scan.affine, scan.shape).bool()
 
 
+def _over_mask(target: Target) -> bool:
+    """Tell whether a target's score sums over the predicted mask of its class."""
+    region: Any = getattr(target, "region", None)
+    return region is not None and isinstance(as_region(region), Predicted)
+
+
 def _explanation(
     scan: Scan,
     prepared: MetaTensor,
@@ -347,6 +353,7 @@ def _explanation(
         native_spacing=result.native_spacing,
         label=_label(model, class_index, target),
         region=_region_on(scan, prepared, target, result.logits),
+        over_mask=_over_mask(target),
         has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 
 from seg3dcam.errors import InputError, TargetError, nearest
 from seg3dcam.geometry import peak_voxel, to_world
-from seg3dcam.result import Scale, Status, scaled
+from seg3dcam.result import Evidence, Scale, Status, display_range, scaled, shown_part
 from seg3dcam.scan import Scan, load_labels
 from seg3dcam.truth import check_on_grid, truth_mask
 
@@ -51,6 +52,8 @@ class Explanation:
             class's mask nor the whole volume: a lesion, a boundary, a given mask. Else None.
         has_background: class 0 is the background and the classes exclude each other (softmax);
             False: every class has a channel of its own (sigmoid).
+        over_mask: without a `region`, the score sums over the class's mask; False: it does not, as
+            one over the whole volume.
 
     Raises:
         InputError: maps, prediction, truth or region that do not lie on the scan's grid.
@@ -71,6 +74,7 @@ class Explanation:
     truth: torch.Tensor | None = None
     region: torch.Tensor | None = None
     has_background: bool = True
+    over_mask: bool = True
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""
@@ -102,6 +106,11 @@ class Explanation:
         return None if self.class_index is None else self.prediction[self.class_index]
 
     @property
+    def explained(self) -> torch.Tensor | None:
+        """The voxels that the score sums over, (X, Y, Z) bool; None for the volume or unknown."""
+        return self.mask if self.region is None and self.over_mask else self.region
+
+    @property
     def shown_layers(self) -> tuple[str | None, ...]:
         """What `volume` can show: None, all layers averaged; of several also each by itself."""
         return (None, *self.maps) if len(self.maps) > 1 else (None,)
@@ -122,6 +131,28 @@ class Explanation:
         if "nonfinite" in found:
             return NO_HEAT["nonfinite"]
         return "" if "ok" in found else NO_HEAT[found[0]]
+
+    def evidence(self, layer: str | None = None) -> Evidence | None:
+        """Return what speaks for the target and against it in the scan; None without a CAM.
+
+        It is in the raw maps' own units; layers without a usable map are left out.
+        """
+        if self.notice(layer):
+            return None
+        names = self.maps if layer is None else [layer]
+        return Evidence.together(
+            [self._evidence[name] for name in names if self.status[name] == "ok"]
+        )
+
+    @cached_property
+    def _evidence(self) -> dict[str, Evidence]:
+        """Every layer's; kept, since writers ask for it at every slice."""
+        return {name: Evidence.of(values) for name, values in self.maps.items()}
+
+    def caution(self, layer: str | None = None) -> str:
+        """Say in words that a map is mostly evidence against its target; nothing where not."""
+        found = self.evidence(layer)
+        return "" if found is None else found.caution
 
     def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
         """Return the same with the truth of its class, from a label map on the scan's grid.
@@ -152,7 +183,8 @@ class Explanation:
 
         Args:
             layer: one layer's name; None averages all.
-            scale: "max", "minmax" or "raw", see `CamResult.volume`.
+            scale: "max", "minmax", "raw" or, for evidence against it too, in [-1, 1], "signed";
+                see `CamResult.volume`.
         """
         names = list(self.maps) if layer is None else [layer]
         for name in names:
@@ -161,9 +193,9 @@ class Explanation:
         if self.notice(layer):
             return torch.zeros_like(self.maps[names[0]])
         usable = [self.maps[name] for name in names if self.status[name] == "ok"]
-        fused = usable[0].clamp(min=0)
+        fused = shown_part(usable[0], scale)
         for other in usable[1:]:
-            fused += other.clamp(min=0)
+            fused += shown_part(other, scale)
         return scaled((fused / len(names) if len(names) > 1 else fused)[None], scale)[0]
 
     def slice(self, index: int, axis: Axis = "axial") -> torch.Tensor:
@@ -189,13 +221,14 @@ class Explanation:
 
         Args:
             path: ends in .nii or .nii.gz.
-            scale: "max" writes [0, 1]; "raw" writes positive evidence in its own units.
+            scale: "max" writes [0, 1]; "signed" [-1, 1], with the evidence against; "raw" writes
+                positive evidence in its own units.
         """
-        return self._write(path, self.volume(layer, scale=scale), scale != "raw")
+        return self._write(path, self.volume(layer, scale=scale), display_range(scale))
 
     def save_raw(self, path: str | Path, layer: str) -> Path:
         """Write a layer's raw signed map as NIfTI with the scan's own geometry."""
-        return self._write(path, self.maps[layer], False)
+        return self._write(path, self.maps[layer], None)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the HTML report."""
@@ -203,7 +236,9 @@ class Explanation:
 
         return notebook_view(self)
 
-    def _write(self, path: str | Path, volume: torch.Tensor, unit_range: bool) -> Path:
+    def _write(
+        self, path: str | Path, volume: torch.Tensor, shown: tuple[float, float] | None
+    ) -> Path:
         from seg3dcam.export.nifti import write_nifti
 
         return write_nifti(
@@ -213,7 +248,7 @@ class Explanation:
             reference=self.scan.header,
             intent_name=self.class_name,
             description=f"{self.method} {self.target}",
-            display_range=(0, 1) if unit_range else None,
+            display_range=shown,
         )
 
 

@@ -17,11 +17,15 @@ from scipy import ndimage
 from seg3dcam.explanation import Explanation
 from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
 
-__all__ = ["Peak", "find_peaks", "findings"]
+__all__ = ["Peak", "find_peaks", "find_signed_peaks", "findings"]
+
+
+#: A CAM with a smaller part than this inside the explained region lies outside of it.
+BARELY_INSIDE = 0.01
 
 
 class Peak(NamedTuple):
-    """A local maximum of a CAM: its value in 0..1, its voxel, and its place in RAS mm."""
+    """A local extremum of a CAM: its value, its voxel, and its place in RAS mm."""
 
     value: float
     voxel: tuple[int, int, int]
@@ -71,6 +75,25 @@ def find_peaks(
     return found
 
 
+def find_signed_peaks(
+    volume: NDArray[np.floating] | torch.Tensor, affine: NDArray[np.float64], *, count: int = 5
+) -> list[Peak]:
+    """Find the strongest peaks for and against a target, strongest first.
+
+    Args:
+        volume: (X, Y, Z) in [-1, 1].
+        affine, count: as for `find_peaks`, which finds those of each sign.
+
+    >>> volume = np.zeros((9, 9, 9))
+    >>> volume[1, 1, 1], volume[7, 7, 7] = 0.5, -1
+    >>> [(peak.value, peak.voxel) for peak in find_signed_peaks(volume, np.diag([3, 3, 3, 1]))]
+    [(-1.0, (7, 7, 7)), (0.5, (1, 1, 1))]
+    """
+    against = [peak._replace(value=-peak.value) for peak in find_peaks(-volume, affine)]
+    both = [*find_peaks(volume, affine), *against]
+    return sorted(both, key=lambda peak: -abs(peak.value))[:count]
+
+
 def findings(explanation: Explanation, layer: str | None = None) -> dict[str, Any]:
     """Return the figures of an explanation, ready for JSON; None where there is nothing to say.
 
@@ -79,6 +102,8 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
     - `peak_to_prediction_mm`, `peak_to_truth_mm`: 0 inside; else to the nearest voxel's centre.
     - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: parts of the sum of the CAM;
       outside is outside of both.
+    - `evidence_against`: what speaks against the target in the raw maps, as a part of their
+      absolute sum; the CAM shows the rest.
     - `resolution_mm`, `cell_ml`: the size of one voxel of the layer's own grid, of several layers
       the finest one's.
     - `warnings`: what a reader must know, in words.
@@ -89,6 +114,7 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
     """
     volume = explanation.volume(layer)
     affine, prediction, truth = explanation.affine, explanation.mask, explanation.truth
+    evidence = explanation.evidence(layer)
     names = list(explanation.maps) if layer is None else [layer]
     resolution = min((explanation.native_spacing[name] for name in names), key=math.prod)
     peaks = find_peaks(volume, affine, above=0.2) if not explanation.notice(layer) else []
@@ -107,10 +133,11 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
         "peak_to_prediction_mm": _distance(peaks, prediction, affine),
         "peak_to_truth_mm": _distance(peaks, truth, affine),
         **_shares(volume, prediction, truth),
+        "evidence_against": None if evidence is None else evidence.against,
         "resolution_mm": resolution,
         "cell_ml": cell_ml,
     }
-    return {**found, "warnings": _warnings(explanation, found, layer)}
+    return {**found, "warnings": _warnings(explanation, found, layer, volume)}
 
 
 def _highest_blocks(
@@ -155,18 +182,19 @@ def _shares(
     heat = volume.numpy()
     masks = [mask.numpy() for mask in (prediction, truth) if mask is not None]
     total = float(heat.sum(dtype=np.float64))
-
-    def part(mask: NDArray[np.bool_] | None) -> float | None:
-        if mask is None or total <= 0:
-            return None
-        return float(heat.sum(dtype=np.float64, where=mask)) / total
-
-    covered = part(np.logical_or.reduce(masks) if masks else None)
+    covered = _part(heat, total, np.logical_or.reduce(masks) if masks else None)
     return {
-        "cam_inside_prediction": part(None if prediction is None else prediction.numpy()),
-        "cam_inside_truth": part(None if truth is None else truth.numpy()),
+        "cam_inside_prediction": _part(heat, total, prediction),
+        "cam_inside_truth": _part(heat, total, truth),
         "cam_outside": None if covered is None else 1 - covered,
     }
+
+
+def _part(heat: NDArray[np.floating], total: float, mask: Any) -> float | None:
+    """Return which part of the CAM's sum lies inside a mask, None without either."""
+    if mask is None or total <= 0:
+        return None
+    return float(heat.sum(dtype=np.float64, where=np.asarray(mask))) / total
 
 
 def _distance(
@@ -185,7 +213,9 @@ def _distance(
     return float(np.sqrt((offsets**2).sum(1).min()))
 
 
-def _warnings(explanation: Explanation, found: dict[str, Any], layer: str | None) -> list[str]:
+def _warnings(
+    explanation: Explanation, found: dict[str, Any], layer: str | None, volume: torch.Tensor
+) -> list[str]:
     """Say in words what makes the CAM hard to read."""
     words = []
     if notice := explanation.notice(layer):
@@ -193,6 +223,8 @@ def _warnings(explanation: Explanation, found: dict[str, Any], layer: str | None
     silent = [name for name, status in explanation.status.items() if status != "ok"]
     if layer is None and silent and not notice:
         words.append(f"without the layers {', '.join(silent)}, whose map is not usable")
+    if caution := explanation.caution(layer):
+        words.append(f"{caution}; the signed view shows both")
     for name, ml in (("predicted region", "predicted_ml"), ("true region", "truth_ml")):
         if found[ml] == 0:
             words.append(f"the {name} is empty")
@@ -201,4 +233,24 @@ def _warnings(explanation: Explanation, found: dict[str, Any], layer: str | None
                 f"the {name} ({found[ml]:.2g} ml) is smaller than one voxel of the layer's own "
                 f"grid ({found['cell_ml']:.2g} ml): the CAM cannot resolve it"
             )
+    if outside := _outside(explanation, found, volume):
+        words.append(outside)
     return words
+
+
+def _outside(explanation: Explanation, found: dict[str, Any], volume: torch.Tensor) -> str:
+    """Say that the CAM lies outside of what is explained, where it could lie inside."""
+    region = explanation.explained
+    voxel_ml = abs(float(np.linalg.det(explanation.affine[:3, :3]))) / 1000
+    size = (_count(region) or 0) * voxel_ml
+    if not 0 < size >= found["cell_ml"]:
+        return ""
+    heat = volume.numpy()
+    inside = _part(heat, float(heat.sum(dtype=np.float64)), region)
+    if inside is None or inside >= BARELY_INSIDE:
+        return ""
+    what = "predicted" if explanation.region is None else "explained"
+    return (
+        f"the CAM lies outside of the {what} region ({size:.2g} ml): {100 * inside:.2g} % of it is "
+        "inside"
+    )

@@ -1,6 +1,7 @@
 """How a scan and its CAM are shown, the same in every format: grey window, threshold, colours.
 
 Look(window="lung", threshold=0.3, colormap="viridis")
+Look(signed=True)  # evidence against the target too, in colours of its own
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import matplotlib
@@ -38,6 +39,25 @@ AUTO_SAMPLE = 8_000_000
 #: From this value of the CAM on, heat has its full opacity; below, less.
 FULL_OPACITY = 0.5
 
+#: The colours where none are named, of the usual look and of a signed one.
+USUAL_COLOURS, SIGNED_COLOURS = "inferno", "blue_orange"
+
+#: Diverging colours from -1 to 1, in even steps. They are dark in the middle and brighten with the
+#: strength, as inferno does: the usual diverging colours are darkest at their ends, where the
+#: strongest values would be the least visible on a dark scan. Both sides are equally bright, and
+#: blue and orange are told apart with every kind of colour vision.
+BLUE_ORANGE = (
+    (120, 195, 255),
+    (62, 147, 250),
+    (22, 101, 206),
+    (6, 52, 118),
+    (0, 0, 0),
+    (102, 38, 0),
+    (184, 78, 0),
+    (240, 125, 10),
+    (255, 185, 80),
+)
+
 
 class Window(NamedTuple):
     """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
@@ -56,7 +76,10 @@ class Look:
             soft tissue for a CT, else the 0.5-99.5 percentile of the voxels that are not zero.
         threshold: lower CAM values are fully transparent.
         opacity: of the heat where the CAM is 0.5 or more; less below.
-        colormap: any name of matplotlib, or of OpenCV.
+        colormap: any name of matplotlib, or of OpenCV, or "blue_orange"; "": "inferno", and
+            "blue_orange" where the look is signed.
+        signed: shows the evidence against the target as well, from -1 to 1 on one scale, see
+            `Explanation.volume`; threshold and opacity then go by the size of a value.
 
     Raises:
         ConfigError: what cannot be shown, with what is legal.
@@ -70,10 +93,14 @@ class Look:
     window: str | Sequence[float] | None = None
     threshold: float = 0.2
     opacity: float = 0.5
-    colormap: str = "inferno"
+    colormap: str = ""
+    signed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse early what no writer could draw."""
+        """Refuse early what no writer could draw, and choose the colours where none are named."""
+        if not self.colormap:
+            chosen = SIGNED_COLOURS if self.signed else USUAL_COLOURS
+            object.__setattr__(self, "colormap", chosen)
         if self.window is not None:
             width_level(self.window)
         for name in ("threshold", "opacity"):
@@ -81,12 +108,45 @@ class Look:
                 raise ConfigError(f"{name} must be in 0..1, not {getattr(self, name)!r}")
         colours(self.colormap)
 
+    @property
+    def scale(self) -> Literal["max", "signed"]:
+        """What `Explanation.volume` is asked for."""
+        return "signed" if self.signed else "max"
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The CAM values drawn in the first and in the last colour."""
+        return (-1.0, 1.0) if self.signed else (0.0, 1.0)
+
+    @property
+    def from_text(self) -> str:
+        """The threshold in words.
+
+        >>> Look().from_text, Look(signed=True).from_text
+        ('0.20', '±0.20')
+        """
+        return f"±{self.threshold:.2f}" if self.signed else f"{self.threshold:.2f}"
+
+    def strength(self, cam: Any) -> Any:
+        """Return how strong CAM values are, numbers or arrays: what threshold and peaks go by."""
+        return abs(cam) if self.signed else cam
+
+    def level(self, cam: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return the places of CAM values among the colours, 0 the first and 1 the last.
+
+        >>> Look(signed=True).level(np.array([-1.0, 0.0, 0.5])).tolist()
+        [0.0, 0.5, 0.75]
+        """
+        low, high = self.ends
+        return (cam - low) / (high - low)
+
     def alpha(self, cam: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Opacity of the heat at CAM values in 0..1: opacity * min(1, cam / 0.5), else 0.
+        """Opacity of the heat at CAM values: opacity * min(1, strength / 0.5), else 0.
 
         >>> Look(threshold=0.2, opacity=0.5).alpha(np.array([0.1, 0.25, 0.9])).tolist()
         [0.0, 0.25, 0.5]
         """
+        cam = self.strength(cam)
         return np.where(cam < self.threshold, 0, self.opacity * np.minimum(1, cam / FULL_OPACITY))
 
 
@@ -97,8 +157,8 @@ def colours(colormap: str) -> NDArray[np.uint8]:
     """Red, green and blue of a colormap at 0, 1/255, .. 1: (256, 3).
 
     Args:
-        colormap: a name of matplotlib, or one of OpenCV in small letters, such as "parula"; where
-            both know it, matplotlib's is taken.
+        colormap: "blue_orange", a name of matplotlib, or one of OpenCV in small letters, such as
+            "parula"; where both know it, matplotlib's is taken.
 
     Raises:
         ConfigError: a name that neither knows.
@@ -106,6 +166,8 @@ def colours(colormap: str) -> NDArray[np.uint8]:
     >>> colours("gray")[[0, 255]].tolist()
     [[0, 0, 0], [255, 255, 255]]
     """
+    if colormap == SIGNED_COLOURS:
+        return _between(BLUE_ORANGE)
     if colormap in matplotlib.colormaps:
         rgb = matplotlib.colormaps[colormap](np.linspace(0, 1, 256))[:, :3]
         return (rgb * 255).round().astype(np.uint8)
@@ -114,7 +176,15 @@ def colours(colormap: str) -> NDArray[np.uint8]:
         levels = np.arange(256, dtype=np.uint8)[:, None]
         return cv2.applyColorMap(levels, of_opencv[colormap])[:, 0, ::-1].copy()
     names = {name for name in matplotlib.colormaps if not name.endswith("_r")} | set(of_opencv)
+    names.add(SIGNED_COLOURS)
     raise ConfigError(f"unknown colormap {colormap!r}; {nearest(str(colormap), sorted(names))}")
+
+
+def _between(knots: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
+    """Return 256 colours, straight between some that are evenly spread."""
+    at = np.linspace(0, len(knots) - 1, 256)
+    columns = [np.interp(at, np.arange(len(knots)), column) for column in zip(*knots, strict=True)]
+    return np.stack(columns, axis=1).round().astype(np.uint8)
 
 
 def _opencv_colormaps() -> dict[str, int]:

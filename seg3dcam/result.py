@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from seg3dcam.errors import InputError
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 
 Status = Literal["ok", "zero", "nonfinite", "degenerate", "incomplete"]
-Scale = Literal["max", "minmax", "raw"]
+Scale = Literal["max", "minmax", "raw", "signed"]
 
 #: Below this fraction of what a map would be without cancellation, it is rounding noise; for
 #: activations of low precision, ten times their machine epsilon.
@@ -23,6 +23,10 @@ CANCELLED = 1e-6
 
 #: A map that varies by less than this fraction of its maximum is the same everywhere.
 CONSTANT = 1e-5
+
+#: Where what speaks for a target sums to a smaller part than this of what speaks against it, heat
+#: hides more than ten times what it shows.
+MOSTLY_AGAINST = 0.1
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,19 @@ class LayerMap:
         """The worst item's status."""
         order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "incomplete", "ok")
         return next(status for status in order if status in self.item_status)
+
+    @property
+    def caution(self) -> str:
+        """Say in words which items' maps are mostly evidence against the target; else nothing."""
+        several = len(self.values) > 1
+        words = (
+            (f"item {number}: " if several else "", Evidence.of(values).caution)
+            for number, (values, status) in enumerate(
+                zip(self.values, self.item_status, strict=True)
+            )
+            if status == "ok"
+        )
+        return "; ".join(item + said for item, said in words if said)
 
     def items_that_are(self, status: Status) -> torch.Tensor:
         """Return (B, 1, ...) bool, to be used as a mask on a batch of maps."""
@@ -181,7 +198,8 @@ class CamResult:
             layer: one layer's name; None fuses all.
             scale: "max" divides by each item's maximum, so that zero stays zero; "minmax" maps
                 minimum to 0 and maximum to 1, which lifts a map whose minimum is positive; "raw"
-                leaves the values.
+                leaves the values; "signed" keeps the evidence against, in [-1, 1]: divided by the
+                largest absolute value, so that both signs share one scale and zero stays zero.
             per_layer: scale every layer before they are averaged, and cut and scale it on its own
                 grid before resizing: the original recipe.
 
@@ -194,9 +212,11 @@ class CamResult:
         for name in names:
             native = self._layer(name)
             if per_layer:
-                view = interpolate(scaled(native.values.clamp(min=0), scale), native.grid, voxels)
+                view = interpolate(
+                    scaled(shown_part(native.values, scale), scale), native.grid, voxels
+                )
             else:
-                view = self.maps[name].clamp(min=0)
+                view = shown_part(self.maps[name], scale)
             views.append(view.masked_fill(~native.items_that_are("ok"), 0))
         fused = torch.stack(views).mean(0)
         for name in names:
@@ -259,7 +279,7 @@ class CamResult:
             affine,
             intent_name=self.method,
             description=f"{self.method} {self.target}",
-            display_range=None if scale == "raw" else (0, 1),
+            display_range=display_range(scale),
         )
 
     def _affine_of(self, item: int) -> np.ndarray | None:
@@ -277,6 +297,8 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
 
     >>> scaled(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "minmax").tolist()
     [[0.0, 1.0], [0.0, 0.0]]
+    >>> scaled(torch.tensor([[-4.0, 1.0]]), "signed").tolist()
+    [[-1.0, 0.25]]
     """
     _check_scale(scale)
     if scale == "raw":
@@ -284,16 +306,87 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
     flat = maps.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     bottom = low if scale == "minmax" else torch.zeros_like(low)
-    constant = high - low <= CONSTANT * high.abs()
-    height = torch.where(constant, 1, high - bottom)
+    top = torch.maximum(high, -low) if scale == "signed" else high
+    constant = high - low <= CONSTANT * top.abs()
+    height = torch.where(constant, 1, top - bottom)
     shape = (-1, *[1] * (maps.ndim - 1))
     maps -= bottom.view(shape)
     return maps.div_(height.view(shape)).masked_fill_(constant.view(shape), 0)
 
 
+def shown_part(values: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Return a copy of raw values without what a scale does not show: the evidence against."""
+    return values.clone() if scale == "signed" else values.clamp(min=0)
+
+
+def display_range(scale: Scale) -> tuple[float, float] | None:
+    """Return the values that viewers show in the first and the last colour; None: any."""
+    return {"raw": None, "signed": (-1.0, 1.0)}.get(scale, (0.0, 1.0))
+
+
+class Evidence(NamedTuple):
+    """What raw maps hold for their target and against it: sums and largest values, all as sizes.
+
+    >>> Evidence.of(torch.tensor([0.5, -4.0, -1.0]))
+    Evidence(sum_for=0.5, sum_against=5.0, most_for=0.5, most_against=4.0)
+    """
+
+    sum_for: float
+    sum_against: float
+    most_for: float
+    most_against: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Evidence:
+        """Measure a raw map of any shape."""
+        flat = values.detach().cpu().numpy()  # by numpy: in float64, without a copy of the map
+        sum_for = float(flat.sum(dtype=np.float64, where=flat > 0))
+        sum_against = sum_for - float(flat.sum(dtype=np.float64))
+        return cls(sum_for, sum_against, max(0.0, float(flat.max())), max(0.0, -float(flat.min())))
+
+    @classmethod
+    def together(cls, parts: Sequence[Evidence]) -> Evidence:
+        """Return that of several maps, at least one."""
+        sums_for, sums_against, most_for, most_against = zip(*parts, strict=True)
+        return cls(sum(sums_for), sum(sums_against), max(most_for), max(most_against))
+
+    @property
+    def against(self) -> float | None:
+        """The part of the absolute sum that speaks against the target; None of a zero map."""
+        total = self.sum_for + self.sum_against
+        return self.sum_against / total if total > 0 else None
+
+    @property
+    def caution(self) -> str:
+        """Say in words that a map is mostly evidence against its target; nothing where it is not.
+
+        A weak background against the target outweighs a small lesion in a large scan by its sum
+        alone, and is no reason to distrust the heat of the lesion, which is the strongest value.
+
+        >>> Evidence.of(torch.tensor([0.5, -4.0, -2.0])).caution.partition(":")[0]
+        'mostly evidence against the target'
+        >>> Evidence.of(torch.tensor([0.5, *[-0.1] * 100])).caution
+        ''
+        """
+        few = self.sum_for < MOSTLY_AGAINST * self.sum_against
+        if not (few and self.most_for < self.most_against):
+            return ""
+        return (
+            "mostly evidence against the target: at most "
+            f"{_three_digits(self.most_for)} for it, in sum {_three_digits(self.sum_for)}, and "
+            f"{_three_digits(self.most_against)} against it, in sum "
+            f"{_three_digits(self.sum_against)}"
+        )
+
+
+def _three_digits(number: float) -> str:
+    """Write 9120 and not 9.12e+03."""
+    return f"{float(f'{number:.3g}'):g}"
+
+
 def _check_scale(scale: str) -> None:
-    if scale not in ("max", "minmax", "raw"):
-        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax' and 'raw'")
+    if scale not in ("max", "minmax", "raw", "signed"):
+        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax', 'raw' and 'signed'")
 
 
 def _status_of(

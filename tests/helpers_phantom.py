@@ -7,6 +7,7 @@ is a ball around it, and the truth the same ball, 4 mm further to the left.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from seg3dcam.scan import Scan
 
 #: Where the marker is: right of the middle, in front of it and above it (RAS mm).
 MARKER_MM = np.array([30.0, 22.0, 26.0])
+#: Where what speaks against the target is, in `make_signed_phantom`: left, behind, below.
+AGAINST_MM = np.array([-32.0, -20.0, -18.0])
 MARKER_RADIUS_MM = 8.0
 MASK_RADIUS_MM = 11.0
 TRUTH_SHIFT_MM = np.array([-4.0, 0.0, 0.0])
@@ -102,6 +105,28 @@ def make_phantom(
         label=classes[-1],
         truth=torch.tensor(truth),
     )
+
+
+def make_signed_phantom(codes: str = "LPS", height: float = 1.0, **others: Any) -> Explanation:
+    """Return a phantom with a bump of `height` at the marker, and one of -2 at `AGAINST_MM`.
+
+    On one scale the marker has the value `height` / 2, the other place -1.
+    """
+    phantom = make_phantom(codes, **others)
+    place = positions(phantom.scan.shape, phantom.affine)
+    marker = marker_mm(phantom.affine, phantom.scan.shape)
+
+    def bump(middle: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.exp(-((np.linalg.norm(place - middle, axis=-1) / 10) ** 2) / 2)
+
+    values = height * bump(marker) - 2 * bump(marker - MARKER_MM + AGAINST_MM)
+    values[np.abs(values) < 0.01] = 0
+    return replace(phantom, maps={name: torch.tensor(values).float() for name in phantom.maps})
+
+
+def against_mm(explanation: Explanation) -> NDArray[np.float64]:
+    """Where a signed phantom holds most against its target, in RAS mm."""
+    return marker_mm(explanation.affine, explanation.scan.shape) - MARKER_MM + AGAINST_MM
 
 
 def silent(explanation: Explanation, status: str) -> Explanation:

@@ -8,6 +8,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from helpers_cases import (
     IN_LESION,
     OBLIQUE,
@@ -73,6 +74,33 @@ def test_raw_map_is_signed_and_the_cam_is_its_positive_part(place):
     raw = place.volume("raw_lesion_model_0.nii.gz")
     cam = place.volume("cam_lesion.nii.gz")
     assert np.allclose(cam, np.clip(raw, 0, None) / raw.max(), atol=1e-6)
+
+
+def test_volumes_of_a_signed_case_keep_both_signs_on_one_scale(place):
+    formats = ("--format", "nifti", "--format", "nrrd", "--layer", "model.0", "--signed")
+    assert place.explain("--target", "organ", *formats).code == 0
+    raw = place.volume("raw_organ_model_0.nii.gz")
+    assert raw.min() < 0 < raw.max()
+    wanted = raw / np.abs(raw).max()
+    cam = nib.load(place.out / "cam_organ.nii.gz")
+    np.testing.assert_allclose(np.asarray(cam.dataobj), wanted, atol=1e-6)
+    assert (cam.header["cal_min"], cam.header["cal_max"]) == (-1, 1)
+    assert (np.asarray(cam.dataobj)[raw == 0] == 0).all()
+    found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(place.out / "cam_organ.nrrd"))
+    np.testing.assert_allclose(found.T, wanted, atol=1e-6)
+    assert (place.record["job"]["signed"], place.record["job"]["colormap"]) == (True, "blue_orange")
+    assert place.explain("--target", "organ").code == 0
+    assert (place.record["job"]["signed"], place.record["job"]["colormap"]) == (False, "inferno")
+    assert place.volume("cam_organ.nii.gz").min() == 0
+
+
+def test_every_format_of_a_signed_case(place):
+    kinds = ("nifti", "png", "cine", "html", "slicer", "nrrd", "fused")
+    options = [word for kind in kinds for word in ("--format", kind)]
+    assert place.explain("--target", "organ", "--signed", *options).code == 0
+    assert file_names(place) == {*place.record["files"], "case.json"}
+    assert "blue_orange" in (place.out / "slicer" / "cam.ctbl").read_text()
+    assert '"signed":true' in (place.out / "report.html").read_text()
 
 
 # ----------------------------------------------------------------------------------- case.json

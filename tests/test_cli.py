@@ -317,6 +317,12 @@ def test_options_override_the_job_file(place, job):
     assert (case["method"]["name"], case["target"]["class"]) == ("hires_cam", "organ")
 
 
+def test_a_signed_job_file_stays_signed(place, job):
+    job.write_text(job.read_text() + "signed: true\n", encoding="utf-8")
+    assert seg3dcam("explain", "--config", job, "--format", "nifti").code == 0
+    assert place.record["job"]["signed"] is True
+
+
 def test_options_paths_are_relative_to_the_shell(place, job, monkeypatch):
     monkeypatch.chdir(place.folder)
     other = write_scan(place.folder / "other.nii.gz", voxels() * 1.01)
@@ -422,6 +428,7 @@ def test_force_does_it_again_with_the_same_result(place):
         ("--score", "mask_output"),
         (*PICTURES,),
         ("--slice", 8),
+        ("--signed",),
     ],
     ids=lambda change: " ".join(map(str, change)),
 )
@@ -429,6 +436,12 @@ def test_other_settings_are_another_case(place, change):
     place.explain()
     assert not is_skipped(place.explain(*change))
     assert is_skipped(place.explain(*change))
+
+
+def test_the_default_colours_by_name_are_the_same_case(place):
+    place.explain("--signed")
+    assert is_skipped(place.explain("--signed", "--colormap", "blue_orange"))
+    assert not is_skipped(place.explain("--signed", "--colormap", "coolwarm"))
 
 
 @pytest.mark.parametrize(
@@ -515,6 +528,22 @@ def test_a_warning_is_one_line(place):
     first, *more = outcome.err.splitlines()
     assert first.startswith("warning: model.yaml: the network has random weights, as asked")
     assert all(line.startswith("warning: ") for line in more)  # of the map, if it is zero
+
+
+def test_mostly_evidence_against_is_said_of_the_class(place):
+    """One channel speaks against the organ; the other one for it, in a faint spot."""
+    spot = np.zeros_like(voxels())
+    spot[1:4, 1:4, 1:4] = 0.3
+    scans = [place.scan, write_scan(place.folder / "spot.nii.gz", spot)]
+    write_model(place.folder, gains=[[0, 0], [-10, 10], [10, 0]])
+    words = "mostly evidence against the target: at most"
+    options = ("--score", "logit", "--region", "volume")
+    outcome = place.explain("--target", "organ", *options, scans=scans)
+    assert outcome.code == 0
+    assert words in outcome.err
+    assert f"organ whole volume: {words}" in outcome.out
+    assert words in place.record["explanations"][0]["found"]["warnings"][0]
+    assert words not in place.explain("--target", "lesion", *options, scans=scans).out
 
 
 def test_class_names_are_no_markup(place):

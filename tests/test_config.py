@@ -208,6 +208,12 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
         (Job, {"scan": "a"}, r"^file\.yaml:\n  model: missing$"),
         (Job, {"scan": "a", "model": "b", "format": "pdf"}, r"ml:\n  format.0: .*'png'.*'pdf'$"),
         (Job, {"scan": "a", "model": "b", "format": []}, r"format: an empty list"),
+        (Job, {"scan": "a", "model": "b", "signed": "perhaps"}, r"signed: .*boolean.*'perhaps'"),
+        (
+            Job,
+            {"scan": "a", "model": "b", "sign": True},
+            r"sign: unknown key, did you mean 'signed",
+        ),
         (Job, {"scan": "a", "model": "b", "slice": 3, "axis": ["axial", "coronal"]}, "one axis"),
         (ModelSpec, {"factory": "os.system", "weights": "w", "classes": ["a"]}, r"factory: .*os"),
         (ModelSpec, {"nets": 1}, r"nets: unknown key, .*\n  weights: missing"),

@@ -23,6 +23,7 @@ from seg3dcam import (
 )
 from seg3dcam.config import Prepare
 from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, ModelError, TargetError
+from seg3dcam.findings import findings
 from seg3dcam.models.prepare import build_preparation
 from tests.test_geometry import OBLIQUE_LAS, rotation, world_field
 
@@ -192,6 +193,36 @@ def test_a_mask_or_a_whole_volume_is_no_region_of_its_own(region: str) -> None:
     target = targets.ClassLogit(1, region=region)
     found = explain(load_scan(data, affine=OBLIQUE_LAS), model, target, layers="0")
     assert found.region is None
+    assert (found.explained is None) == (region == "volume")
+    assert region == "volume" or torch.equal(found.explained, found.mask)
+
+
+def test_evidence_elsewhere_is_said_of_a_mask_and_not_of_a_volume() -> None:
+    """The network shifts the scan, so what speaks for a class lies beside its mask."""
+
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Conv3d(1, 1, 1, bias=False)
+            nn.init.ones_(self.seen.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            score = self.seen(x).roll(8, dims=2) - 0.5
+            return torch.cat([-score, score], dim=1)
+
+    data = np.zeros((20, 8, 8), dtype=np.float32)
+    data[2:6] = 1
+    model, scan = SegModel(Shifting(), ("background", "lesion")), load_scan(data, np.eye(4))
+    said = {
+        region: findings(explain(scan, model, targets.ClassLogit(1, region), layers="seen"))
+        for region in ("predicted", "volume")
+    }
+    assert (
+        said["volume"]["cam_inside_prediction"] == said["predicted"]["cam_inside_prediction"] == 0
+    )
+    (warning,) = said["predicted"]["warnings"]
+    assert warning.startswith("the CAM lies outside of the predicted region (0.26 ml): 0 %")
+    assert said["volume"]["warnings"] == []
 
 
 def test_slices_are_cut_along_anatomical_axes() -> None:

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers_phantom import (
+    against_mm,
     make_phantom,
+    make_signed_phantom,
     marker_mm,
     positions,
     silent,
 )
 from scipy import ndimage
 
-from seg3dcam.findings import find_peaks, findings
+from seg3dcam.findings import find_peaks, find_signed_peaks, findings
 from seg3dcam.geometry import peak_voxel
 
 
@@ -81,6 +83,53 @@ def test_a_lesion_smaller_than_a_cell_is_said(phantom, found):
     coarse = replace(phantom, native_spacing={"model.1": (25.6, 25.6, 20.0)})
     (warning,) = [w for w in findings(coarse)["warnings"] if "predicted" in w]
     assert "smaller than one voxel of the layer's own grid (13 ml)" in warning
+
+
+def test_a_map_of_mostly_evidence_against_is_said(phantom):
+    """Where both signs are alike nothing is said."""
+    few, half = make_signed_phantom(height=0.1), make_signed_phantom(height=1.0)
+    raw = few.maps["model.1"].double().numpy()
+    found = findings(few)
+    assert found["evidence_against"] == pytest.approx(-raw[raw < 0].sum() / np.abs(raw).sum())
+    assert found["evidence_against"] > 0.95
+    (warning,) = found["warnings"]
+    assert warning.startswith("mostly evidence against the target: at most 0.0974 for it, in sum ")
+    assert warning.endswith("; the signed view shows both")
+    assert findings(half)["warnings"] == []
+    assert findings(phantom)["warnings"] == []  # weak background against, a strong peak for
+
+
+def test_layers_count_together_and_each_by_itself(phantom):
+    against, plain = make_signed_phantom(height=0.1), phantom.maps["model.1"].clamp(min=0)
+    two = replace(
+        against,
+        maps={"a": against.maps["model.1"], "b": plain},
+        status={"a": "ok", "b": "ok"},
+        native_spacing=dict.fromkeys("ab", (6.4, 6.4, 10.0)),
+    )
+    assert "mostly evidence against" in findings(two, "a")["warnings"][0]
+    assert findings(two)["warnings"] == findings(two, "b")["warnings"] == []
+    left_out = replace(two, status={"a": "ok", "b": "zero"})
+    assert "mostly evidence against" in findings(left_out)["warnings"][1]
+
+
+def test_a_cam_outside_of_what_is_explained_is_said(phantom):
+    place = positions(phantom.scan.shape, phantom.affine)
+    away = np.linalg.norm(place - against_mm(phantom), axis=-1)
+    elsewhere = torch.tensor(away < 11)
+    prediction = torch.stack([~elsewhere, elsewhere])
+    moved = replace(phantom, prediction=prediction, truth=None)
+    (warning,) = findings(moved)["warnings"]
+    assert warning.startswith("the CAM lies outside of the predicted region (5.")
+    # The explained voxels count, and not the class's mask, where they are others.
+    assert findings(replace(moved, region=phantom.mask))["warnings"] == []
+    (warning,) = findings(replace(phantom, region=elsewhere))["warnings"]
+    assert warning.startswith("the CAM lies outside of the explained region")
+    # A score over the whole volume explains no mask.
+    assert findings(replace(moved, over_mask=False))["warnings"] == []
+    # What a layer cannot resolve, it cannot hit.
+    coarse = findings(replace(moved, native_spacing={"model.1": (25.6, 25.6, 20.0)}))["warnings"]
+    assert not any("outside" in word for word in coarse)
 
 
 def test_an_empty_mask_is_said(phantom):
@@ -150,6 +199,16 @@ def test_no_more_than_asked_and_not_nearer_than_asked():
     apart = find_peaks(volume, affine, apart_mm=10)
     assert [p.voxel for p in apart] == [places[0], *places[2:]]
     assert [p.voxel for p in find_peaks(volume, affine, apart_mm=4, count=2)] == places[:2]
+
+
+def test_signed_peaks_are_the_strongest_of_both_signs():
+    places = [(10, 10, 5), (50, 40, 25), (10, 40, 20), (40, 12, 8)]
+    above, affine = bumps(np.ones(3), places[:2], [0.5, 0.9])
+    below, _ = bumps(np.ones(3), places[2:], [1.0, 0.3])
+    found = find_signed_peaks(above - below, affine)
+    assert [peak.voxel for peak in found] == [places[2], places[1], places[0], places[3]]
+    assert [peak.value for peak in found] == pytest.approx([-1.0, 0.9, 0.5, -0.3])
+    assert find_signed_peaks(above - below, affine, count=1) == found[:1]
 
 
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (0.8, 0.8, 5.0), (3, 1, 2)])

@@ -38,6 +38,39 @@ def test_the_default_rises_in_brightness():
     assert (np.diff(brightness("jet")) < -0.5).any()
 
 
+def lightness(rgb):
+    return cv2.cvtColor(rgb[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0, :, 0]
+
+
+def test_signed_colours_brighten_with_the_strength_alike_on_both_sides():
+    against, speaks_for = np.split(lightness(colours(Look(signed=True).colormap)), [128])
+    assert (np.diff(against[::-1]) > -0.1).all()
+    assert (np.diff(speaks_for) > -0.1).all()
+    assert np.abs(against[::-1] - speaks_for).max() < 5
+    assert lightness(colours("RdBu_r"))[[0, -1]].max() < 40  # why it is none of matplotlib's
+
+
+def test_blue_is_against_and_orange_for():
+    table = colours("blue_orange").astype(int)
+    assert (table[:120, 2] > table[:120, 0]).all()
+    assert (table[136:, 0] > table[136:, 2]).all()
+
+
+def test_only_a_signed_look_without_a_name_has_diverging_colours():
+    assert Look().colormap == Look(colormap="inferno").colormap == "inferno"
+    assert Look(signed=True).colormap == "blue_orange"
+    assert Look(signed=True, colormap="viridis").colormap == "viridis"
+    assert Look(colormap="blue_orange").signed is False
+
+
+def test_a_signed_look_goes_by_the_size_of_a_value():
+    cam = np.array([-1.0, -0.5, -0.25, -0.19, 0, 0.19, 0.25, 1])
+    look = Look(threshold=0.2, opacity=0.4, signed=True)
+    assert look.alpha(cam) == pytest.approx([0.4, 0.4, 0.2, 0, 0, 0, 0.2, 0.4])
+    assert look.level(cam) == pytest.approx((cam + 1) / 2)
+    assert Look().level(np.abs(cam)) == pytest.approx(np.abs(cam))
+
+
 def test_alpha_is_zero_below_the_threshold_and_full_from_a_half():
     cam = np.array([0, 0.19, 0.2, 0.25, 0.5, 1.0])
     assert Look(threshold=0.2, opacity=0.4).alpha(cam) == pytest.approx([0, 0, 0.16, 0.2, 0.4, 0.4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -15,7 +16,7 @@ from monai.utils import SpaceKeys
 from seg3dcam import CamResult, GradCAM, HiResCAM, SliceGradCAM, WindowPlan, targets
 from seg3dcam.errors import InputError, Seg3dcamWarning
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.result import LayerMap, scaled
+from seg3dcam.result import Evidence, LayerMap, scaled
 
 SCALES = ["max", "minmax", "raw"]
 nan, inf = float("nan"), float("inf")
@@ -132,6 +133,103 @@ def test_raw_maps_are_kept_signed_and_unscaled():
 # --------------------------------------------------------------------------------- layers, grids
 
 
+# ------------------------------------------------------------------------------------ both signs
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([-4.0, 0.0, 2.0], [-1, 0, 0.5]),
+        ([-1.0, 0.0, 2.0], [-0.5, 0, 1]),
+        ([0.0, 1.0, 2.0], [0, 0.5, 1]),
+    ],
+)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_signed_keeps_both_signs_on_one_scale(values, drawn, per_layer):
+    result = result_of(layer_map([values]))
+    assert view(result, scale="signed", per_layer=per_layer) == [pytest.approx(drawn)]
+    assert result.maps["a"].tolist() == [values]  # the raw map stays as it is
+
+
+def test_signed_items_are_scaled_each_on_its_own():
+    result = result_of(layer_map([[-4.0, 2.0], [1.0, 8.0]]))
+    assert view(result, scale="signed") == [[-1, 0.5], [0.125, 1]]
+
+
+def test_signed_layers_speak_against_each_other():
+    """One layer's evidence against cancels another one's for; each sign alone does not."""
+    result = result_of(layer_map([[-4.0, 2.0, 1.0]]), layer_map([[4.0, -6.0, 3.0]]))
+    assert view(result, scale="signed") == [[0, -1, 1]]
+    assert view(result) == [[1, 0.5, 1]]
+    per_layer = [[-4 / 9, -2 / 3, 1]]  # (-1 + 2/3, 1/2 - 1, 1/4 + 1/2) on its own scale
+    assert view(result, scale="signed", per_layer=True) == [pytest.approx(per_layer[0])]
+
+
+def test_signed_leaves_out_what_is_not_usable():
+    noise, good = layer_map([[1e-9, -2e-9]], magnitude=[1.0]), layer_map([[-3.0, 1.0]])
+    assert result_of(noise).status == {"a": "zero"}
+    assert view(result_of(noise), scale="signed") == [[0, 0]]
+    assert view(result_of(noise, good), scale="signed") == [pytest.approx([-1, 1 / 3])]
+    assert view(result_of(layer_map([[nan, 1.0]]), good), scale="signed") == [[0, 0]]
+    assert view(result_of(layer_map([[2.0, 2.0]])), scale="signed") == [[0, 0]]
+
+
+def test_a_signed_volume_is_saved_with_its_range(tmp_path):
+    result = result_of(layer_map([[[[-4.0, 2.0], [0.0, 1.0]]] * 2]))
+    image = nib.load(result.save(tmp_path / "cam.nii.gz", affine=np.eye(4), scale="signed"))
+    assert (image.header["cal_min"], image.header["cal_max"]) == (-1, 1)
+    assert np.asarray(image.dataobj)[0].tolist() == [[-1, 0.5], [0, 0.25]]
+
+
+# ------------------------------------------------------------------------------ evidence against
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.12, -4.31, -1.0], True),
+        ([0.12, -1.19], False),  # a tenth of it speaks for the target
+        ([0.12, -1.21], True),
+        ([3.0, *[-0.5] * 100], False),  # a weak background: the strongest value speaks for it
+        ([1.0, 0.0], False),
+    ],
+)
+def test_what_is_mostly_against_its_target_is_said(values, said):
+    found = layer_map([values]).caution
+    assert found.startswith("mostly evidence against the target: at most 0.12 for it") == said
+    assert bool(found) == said
+
+
+def test_evidence_is_summed_by_sign():
+    values = np.random.default_rng(0).normal(-0.3, 1, (4, 5, 6))
+    found = Evidence.of(torch.tensor(values))
+    assert found.sum_for == pytest.approx(values[values > 0].sum())
+    assert found.sum_against == pytest.approx(-values[values < 0].sum())
+    assert (found.most_for, found.most_against) == (values.max(), -values.min())
+    assert found.against == pytest.approx(found.sum_against / np.abs(values).sum())
+    assert Evidence.of(torch.zeros(3)).against is None
+
+
+def test_of_a_batch_the_items_are_named():
+    values = [[0.1, -4.0], [1.0, -1.0], [0.2, -9.0]]
+    words = layer_map(values).caution.split("; ")
+    assert [word.partition(":")[0] for word in words] == ["item 0", "item 2"]
+
+
+def test_a_map_of_mostly_evidence_against_warns_at_the_users_line():
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 1, 1, bias=False), torch.nn.Identity())
+    torch.nn.init.ones_(network[0].weight)
+    x = torch.full((1, 1, 4, 4, 4), -1.0)
+    x[..., 0, 0] = 0.1
+    with pytest.warns(Seg3dcamWarning, match="'0'.*mostly evidence against.*signed") as caught:
+        result = HiResCAM(network, "0")(x, targets.ClassLogit(0, region="volume"))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert result.status == {"0": "ok"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiResCAM(network, "0")(-x, targets.ClassLogit(0, region="volume"))
+
+
 def test_layers_are_averaged_and_then_scaled():
     result = result_of(layer_map([[1.0, 0.0, 3.0]]), layer_map([[-5.0, 2.0, 5.0]]))
     assert view(result) == [[1 / 8, 1 / 4, 1]]  # mean of (1, 0, 3) and (0, 2, 5), over 4
@@ -246,7 +344,7 @@ def test_slice_out_of_bounds_names_what_is_legal(index, axis, message):
 
 def test_wrong_words_are_refused_with_the_legal_ones():
     result = result_of(layer_map(toy.random_input(1, 4)))
-    with pytest.raises(InputError, match=r"scale 'median': legal are 'max', 'minmax' and 'raw'"):
+    with pytest.raises(InputError, match=r"scale 'median': legal are 'max', 'minmax', 'raw' and"):
         result.volume(scale="median")
     with pytest.raises(InputError, match=r"no map of layer 'z': there are \['a'\]"):
         result.volume("z")

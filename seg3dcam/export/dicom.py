@@ -3,7 +3,7 @@
     save_dicom("dicom", explanations, Look(window="lung"))
 
 <name>_pictures/0001.dcm ..    Secondary Capture: slices in colour, for every viewer
-<name>_map.dcm                 Parametric Map: the CAM itself, 0 to 1, float32
+<name>_map.dcm                 Parametric Map: the CAM itself, 0 to 1, float32; signed -1 to 1
 <name>_segments.dcm            Segmentation: the prediction, and the CAM from the threshold on
 
 All of them lie in the frame of reference of the source series and name its slices, so that a viewer
@@ -126,7 +126,7 @@ class DicomExport:
         """Write the objects of one explanation; `name` is for file names."""
         check_installed()
         headers = checked_series(explanation)
-        heat = _as_frames(explanation.volume().float().numpy())
+        heat = _as_frames(explanation.volume(scale=self._look.scale).float().numpy())
         masks = {key: _as_frames(mask) for key, mask in masks_of(explanation).items()}
         plan = _plan(explanation, headers, heat, masks, self._look, self._case, self._count)
         self._files += _write_pictures(plan, heat, masks, self._folder / f"{name}_pictures")
@@ -166,6 +166,12 @@ class _Plan:
         notice = self.explanation.notice()
         shown = ", ".join(shown_words(self.explanation))
         return f"{shown}; {notice}" if notice else shown
+
+    @property
+    def meaning(self) -> str:
+        """What the values of the map mean."""
+        signs = "above 0 for the target, below 0 against it; " if self.look.signed else ""
+        return f"{signs}relative, not a probability"
 
     def uid(self, *parts: object) -> str:
         return make_uid(self.content, *parts)
@@ -296,11 +302,12 @@ def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
     from pydicom.sr.codedict import codes
 
     is_cam = plan.explanation.method in CAMS
+    low, high = plan.look.ends
     mapping = RealWorldValueMapping(
         lut_label="CAM",
-        lut_explanation=one_line(f"relative, not a probability: {plan.words}"),
+        lut_explanation=one_line(f"{plan.meaning}: {plan.words}"),
         unit=codes.UCUM.NoUnits,
-        value_range=(0.0, 1.0),
+        value_range=(low, high),
         slope=1.0,
         intercept=0.0,
         quantity_definition=codes.DCM.ClassActivation if is_cam else codes.DCM.Saliency,
@@ -310,7 +317,9 @@ def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
         pixel_array=heat,
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
-        voi_lut_transformations=[VOILUTTransformation(window_center=0.5, window_width=1.0)],
+        voi_lut_transformations=[
+            VOILUTTransformation(window_center=(low + high) / 2, window_width=high - low)
+        ],
         content_label="CAM",
         content_description=one_line(plan.words),
         device_serial_number="none",

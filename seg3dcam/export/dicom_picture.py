@@ -156,28 +156,30 @@ def _blank(
     if notice:
         blocks.append(text_block(wrap_items([notice], room), width, AMBER))
     else:
-        blocks.append(_colour_bar(palette, look.threshold, width))
+        blocks.append(_colour_bar(palette, width))
     if outlined := [name for name, mask in masks_of(explanation).items() if mask.any()]:
         blocks.append(draw_legend({name: name for name in outlined}, width))
     facts = [case, *shown_words(explanation), f"window {window.text}"]
     if not notice:
-        facts.append(f"CAM shown from {look.threshold:.2f}")
+        facts.append(f"CAM shown from {look.from_text}")
     blocks.append(text_block(wrap_items([clean_text(fact) for fact in facts], room), width))
     blocks.append(text_block([CAUTION, ""], width, AMBER))
     return stack_rows(blocks)
 
 
-def _colour_bar(palette: Palette, threshold: float, width: int) -> Picture:
-    """Draw the colours from 0 to 1 in one line; what is not shown stays black."""
-    line = text_block(["0"], width)
+def _colour_bar(palette: Palette, width: int) -> Picture:
+    """Draw the colours of all values in one line; what is not shown stays black."""
+    look = palette.look
+    first, last = ("against -1", "1 for, relative") if look.signed else ("0", "1   relative")
+    line = text_block([first], width)
     wide, tall = _BAR
-    left, top = MARGIN + text_width("0 ") + 4, (line.shape[0] - tall) // 2 + 2
-    value = np.linspace(0, 1, wide, dtype=np.float32)[None].repeat(tall, 0)
-    bar = cv2.applyColorMap(cv2.convertScaleAbs(value, alpha=255), palette.pure)
-    bar[value < threshold] = 0
+    left, top = MARGIN + text_width(f"{first} ") + 4, (line.shape[0] - tall) // 2 + 2
+    value = np.linspace(*look.ends, wide, dtype=np.float32)[None].repeat(tall, 0)
+    bar = cv2.applyColorMap(palette.levels(value), palette.pure)
+    bar[look.strength(value) < look.threshold] = 0
     line[top : top + tall, left : left + wide] = bar
     cv2.rectangle(line, (left - 1, top - 1), (left + wide, top + tall), GREY, 1)
-    put_text(line, "1   relative, not a probability", left + wide + GAP, GAP)
+    put_text(line, f"{last}, not a probability", left + wide + GAP, GAP)
     return line
 
 
@@ -191,6 +193,8 @@ def shown_words(explanation: Explanation) -> list[str]:
     ]
     if silent and not explanation.notice():
         words.append(f"without {', '.join(silent)}, whose map is not usable")
+    if caution := explanation.caution():
+        words.append(caution)
     return words
 
 

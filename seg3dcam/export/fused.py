@@ -45,7 +45,7 @@ def write_fused(
     """
     path, scan = Path(path), explanation.scan
     header = placed_header(path, scan.shape, RGB, explanation.affine, scan.header)
-    grey, cam = scan.data[0], explanation.volume(layer)
+    grey, cam = scan.data[0], explanation.volume(layer, scale=look.scale)
     low, high, _ = choose_window(grey.numpy(), look.window)
     table = colours(look.colormap).astype(np.float32)
 
@@ -68,7 +68,7 @@ def blended(
 
     Args:
         level: grey in 0..255, (*S).
-        cam: 0..1, (*S).
+        cam: (*S) in [0, 1], of a signed look in [-1, 1].
         look: gives the heat's opacity.
         table: (256, 3), the heat's colours.
 
@@ -81,8 +81,8 @@ def blended(
     [100, 178]
     """
     picture = np.repeat(level.round().astype(np.uint8)[..., None], 3, -1)
-    warm = cam >= look.threshold
+    warm = look.strength(cam) >= look.threshold
     alpha = look.alpha(cam[warm])[:, None]
-    heat = table[(cam[warm] * 255).round().astype(np.uint8)]
+    heat = table[(look.level(cam[warm]) * 255).round().astype(np.uint8)]
     picture[warm] = (level[warm][:, None] * (1 - alpha) + heat * alpha).round()
     return picture

@@ -41,6 +41,7 @@ LEGEND = {
     "size": "0.12 0.5",
     "orientation": "Vertical",
 }
+SIGNED_LEGEND = LEGEND | {"titleText": "CAM: below 0 against"}
 
 _TABLE = "vtkMRMLColorTableNodeCAM1"
 _GREY = "vtkMRMLColorTableNodeGrey"
@@ -52,7 +53,8 @@ class Shown:
 
     - `name`, `description`, `attributes`: what its node says in words.
     - `file`: in the scene's folder; letters, digits, dots, hyphens and underscores.
-    - `low`, `high`: the values drawn in the first and the last colour.
+    - `low`, `high`: the values drawn in the first and the last colour; a CAM's `low` below 0: the
+      colour table says what is transparent.
     - `threshold`: a CAM's, transparent below; None: a scan, in grey.
     - `heat`: a CAM that shows any.
     """
@@ -128,7 +130,8 @@ def _add_volume(root: ET.Element, number: int, volume: Shown, folder: str) -> No
         "window": repr(volume.high - volume.low),
         "level": repr((volume.high + volume.low) / 2),
     }
-    if volume.threshold is not None:
+    signed = is_cam and volume.low < 0
+    if volume.threshold is not None and not signed:
         colour |= {
             "applyThreshold": "1",
             "lowerThreshold": repr(max(volume.threshold, LEAST_THRESHOLD)),
@@ -143,7 +146,8 @@ def _add_volume(root: ET.Element, number: int, volume: Shown, folder: str) -> No
     _add(root, "VolumeArchetypeStorage", storage, {"fileName": folder + volume.file})
     _add(root, "VolumeDisplay", display, colour)
     if is_cam:
-        _add(root, "ColorLegendDisplay", legend, LEGEND, {"primaryDisplay": display})
+        shown = SIGNED_LEGEND if signed else LEGEND
+        _add(root, "ColorLegendDisplay", legend, shown, {"primaryDisplay": display})
     _add(root, "Volume", _volume_id(number), words, {"display": displays, "storage": storage})
 
 

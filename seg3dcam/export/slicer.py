@@ -6,7 +6,7 @@ scene.mrml             what to open in the folder
 case.mrb               the same in one file, ready to be sent
 scan.nrrd              of several channels, scan_1.nrrd and so on
 cam_<n>_<target>.nrrd  what `Explanation.volume` shows; of several layers also each by itself
-cam.ctbl               the CAMs' colours
+cam.ctbl               the CAMs' colours; of a signed look transparent in the middle
 masks.seg.nrrd         prediction and truth of every class, and every region explained: lesions
 
 Volumes are NRRD, Slicer's own format: NIfTI rounds a place to float32, and Slicer reads no shear
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explanation import Explanation
-from seg3dcam.export.mrml import Place, Shown, scene_xml
+from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, Shown, scene_xml
 from seg3dcam.export.nrrd import (
     Segment,
     same_voxels,
@@ -139,7 +139,7 @@ class SlicerScene:
         if self._grid is None:
             raise InputError("no explanation was given, so there is nothing to show in 3D Slicer")
         files = [self._folder / volume.file for volume in (*self._scans, *self._cams)]
-        files.append(_write_table(self._folder / _TABLE, self._look.colormap))
+        files.append(_write_table(self._folder / _TABLE, self._look))
         if masks := list(self._segments.values()):
             files.append(write_segments(self._folder / _MASKS, masks, *self._grid))
         scene, bundle = self._folder / "scene.mrml", self._folder / "case.mrb"
@@ -170,18 +170,22 @@ class SlicerScene:
 
         One without heat is written too, so that its name can say why there is none.
         """
-        volume, notice = explanation.volume(layer), explanation.notice(layer)
+        look = self._look
+        volume, notice = explanation.volume(layer, scale=look.scale), explanation.notice(layer)
+        low, high = look.ends
         layer_name = explanation.layer_name(layer)
+        caution = explanation.caution(layer)
         words = f"CAM {explanation.label}, {explanation.method}, {layer_name}"
         part = name if layer is None else f"{name}_{layer}"
         shown = Shown(
             name=f"{words} ({notice})" if notice else words,
             file=f"cam_{len(self._cams) + 1}_{_safe(part)}.nrrd",
-            low=0.0,
-            high=1.0,
-            threshold=self._look.threshold,
+            low=low,
+            high=high,
+            threshold=look.threshold,
             heat=not notice,
-            description=f"{explanation.target}. {CAUTION}",
+            description=" ".join(f"{words}." for words in (explanation.target, caution) if words)
+            + f" {CAUTION}",
             attributes={
                 "Class": explanation.class_name,
                 "Target": explanation.target,
@@ -194,7 +198,7 @@ class SlicerScene:
         write_nrrd(self._folder / shown.file, volume, explanation.affine)
         if notice:
             return None
-        return to_world(explanation.affine, peak_voxel(volume))
+        return to_world(explanation.affine, peak_voxel(look.strength(volume)))
 
     def _add_masks(self, explanation: Explanation) -> list[tuple[str, str]]:
         """Remember an explanation's masks, each once, and return their keys."""
@@ -270,14 +274,22 @@ def outline(kind: str, number: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(first + width * (number * _GOLDEN % 1), 1.0, 1.0)
 
 
-def _write_table(path: Path, colormap: str) -> Path:
-    """Write a colour table as Slicer reads it: number, name, red, green, blue, opacity."""
+def _write_table(path: Path, look: Look) -> Path:
+    """Write a colour table as Slicer reads it: number, name, red, green, blue, opacity.
+
+    Slicer's own threshold keeps one range of values. Of a signed look that would be one sign, so
+    there the colours of weak values are transparent instead.
+    """
+    values = np.linspace(*look.ends, 256)
+    hidden = look.signed & (look.strength(values) < max(look.threshold, LEAST_THRESHOLD))
     rows = [
-        f"{level} {level / 255:.3f} {red} {green} {blue} 255"
-        for level, (red, green, blue) in enumerate(colours(colormap).tolist())
+        f"{level} {value:.3f} {red} {green} {blue} {0 if clear else 255}"
+        for level, (value, (red, green, blue), clear) in enumerate(
+            zip(values, colours(look.colormap).tolist(), hidden, strict=True)
+        )
     ]
     with atomic(path) as temporary:
-        temporary.write_text("\n".join([f"# {colormap}", *rows, ""]), encoding="ascii")
+        temporary.write_text("\n".join([f"# {look.colormap}", *rows, ""]), encoding="ascii")
     return path
 
 

@@ -36,15 +36,24 @@ LINES = {
 
 
 class Palette(NamedTuple):
-    """Heat colours for the levels 0..255.
+    """Heat colours for the levels 0..255, from the first to the last value of a look.
 
     `pure` (256, 1, 3): the colormap. `heat` (256, 1, 3): the colormap times alpha.
     `keep` (256,): how much of the grey shows through, 255 = all of it.
+    `zero`: the level where nothing is drawn.
     """
 
     pure: Picture
     heat: Picture
     keep: Picture
+    zero: int
+    look: Look
+
+    def levels(self, cam: NDArray[np.float32]) -> Picture:
+        """Return the levels of CAM values."""
+        low, high = self.look.ends
+        step = 255 / (high - low)
+        return cv2.convertScaleAbs(cam, alpha=step, beta=-low * step)
 
 
 def make_palette(look: Look) -> Palette:
@@ -53,12 +62,18 @@ def make_palette(look: Look) -> Palette:
     >>> make_palette(Look(colormap="gray", opacity=0.5)).keep[[0, 64, 255]].tolist()
     [255, 191, 128]
     """
-    alpha = replace(look, threshold=0.0).alpha(np.linspace(0, 1, 256))
+    values = np.linspace(*look.ends, 256)
+    strength = look.strength(values)
+    alpha = replace(look, threshold=0.0).alpha(values)
+    # Of a signed look zero lies between two levels.
+    alpha[np.isclose(strength, strength.min())] = 0
     bgr = colours(look.colormap)[:, None, ::-1]
     return Palette(
         pure=np.ascontiguousarray(bgr),
         heat=(bgr * alpha[:, None, None]).round().astype(np.uint8),
         keep=((1 - alpha) * 255).round().astype(np.uint8),
+        zero=int(strength.argmin()),
+        look=look,
     )
 
 
@@ -105,12 +120,14 @@ def draw_heat(
 
     Args:
         grey: (height, width) uint8.
-        cam: (height, width) float32 in [0, 1], on the scale of the whole volume.
-        threshold: lower values are fully transparent.
+        cam: (height, width) float32 in [0, 1], of a signed look in [-1, 1], on the scale of the
+            whole volume.
+        threshold: what is weaker is fully transparent.
         palette: from `make_palette`.
     """
-    level = cv2.convertScaleAbs(cam, alpha=255)
-    level[cam < threshold - 1e-6] = 0  # 1e-6: interpolation of equal values may round down
+    level = palette.levels(cam)
+    hidden = palette.look.strength(cam) < threshold - 1e-6  # equal values may be rounded down
+    level[hidden] = palette.zero
     kept = cv2.multiply(grey, cv2.LUT(level, palette.keep), scale=1 / 255)
     return cv2.add(cv2.cvtColor(kept, cv2.COLOR_GRAY2BGR), cv2.applyColorMap(level, palette.heat))
 

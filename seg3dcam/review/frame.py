@@ -34,6 +34,7 @@ BLACK: Colour = (0, 0, 0)
 POINTER = 5  # length of an arrowhead in pixels: it ends before the letters
 BAR_WIDTH = 122  # the colour bar with its ticks and words
 BAR_HEIGHT = 300  # enough for the words beside it
+TICKS, SIGNED_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1), (-1, -0.5, 0, 0.5, 1)
 
 
 def scale_length(longest_mm: float) -> float:
@@ -123,9 +124,10 @@ def draw_colour_bar(palette: Palette, threshold: float) -> Picture:
     bar = np.zeros((BAR_HEIGHT, BAR_WIDTH, 3), np.uint8)
     top, bottom = 12, BAR_HEIGHT - 13
     left, middle, right = 8, 22, 44
-    value = np.linspace(1, 0, bottom - top + 1, dtype=np.float32)[:, None]
-    strip = cv2.applyColorMap(cv2.convertScaleAbs(value, alpha=255), palette.pure)
-    strip[value < threshold] = BLACK
+    look, (low, high) = palette.look, palette.look.ends
+    value = np.linspace(high, low, bottom - top + 1, dtype=np.float32)[:, None]
+    strip = cv2.applyColorMap(palette.levels(value), palette.pure)
+    strip[look.strength(value) < threshold] = BLACK
     bar[top : bottom + 1, left:middle] = strip
     # Beside the pure colours, as they look on the scan, from black to white.
     grey = np.linspace(0, 255, right - middle).astype(np.uint8)[None].repeat(len(value), 0)
@@ -134,17 +136,29 @@ def draw_colour_bar(palette: Palette, threshold: float) -> Picture:
     cv2.rectangle(bar, (left - 1, top - 1), (right, bottom + 1), GREY, 1)
 
     def put_tick(number: float, text: str, colour: Colour) -> None:
-        y = round(bottom - number * (bottom - top))
+        y = round(bottom - (number - low) / (high - low) * (bottom - top))
         cv2.line(bar, (right, y), (right + 4, y), colour, 1)
         put_text(bar, text, right + 8, y - line_height() // 2 + 1, colour)
 
-    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        if abs(tick - threshold) > 0.07:
+    shown_from = {threshold, -threshold} if look.signed else {threshold}
+    for tick in SIGNED_TICKS if look.signed else TICKS:
+        if min(abs(tick - limit) for limit in shown_from) > 0.07 * (high - low):
             put_tick(tick, f"{tick:.1f}", WHITE)
-    put_tick(threshold, f"{threshold:.2f}", AMBER)
-    words = np.rot90(text_mask("CAM: relative, not a probability", TEXT_SIZE - 1))
-    paste_text(bar, words, BAR_WIDTH - 26, (BAR_HEIGHT - words.shape[0]) // 2, WHITE)
+    for limit in shown_from:
+        put_tick(limit, f"{limit:.2f}", AMBER)
+    if not look.signed:
+        _put_upwards(bar, "CAM: relative, not a probability", BAR_HEIGHT // 2)
+        return bar
+    _put_upwards(bar, "against", bottom - text_width("against") // 2)
+    _put_upwards(bar, "CAM: relative", BAR_HEIGHT // 2)
+    _put_upwards(bar, "for", top + text_width("for") // 2)
     return bar
+
+
+def _put_upwards(bar: Picture, words: str, middle: int) -> None:
+    """Write words beside a colour bar, from the bottom to the top, around a row."""
+    mask = np.rot90(text_mask(words, TEXT_SIZE - 1))
+    paste_text(bar, mask, BAR_WIDTH - 26, middle - mask.shape[0] // 2, WHITE)
 
 
 def draw_legend(words: Mapping[str, str], width: int) -> Picture:

@@ -70,8 +70,8 @@ def draw_montage(review: Review, columns: int | None = None) -> Picture:
 def _draw_tile(review: Review, index: int, size: display.Size, side: int) -> Picture:
     body = frame.stack_columns(draw_framed_pair(review, index, size, (side, side)), GAP)
     text = f"{review.view.index_name} = {index},  {display.position_text(review.view, index)}"
-    if review.profile.largest is not None:
-        text += f",  max {review.profile.largest[index]:.2f}"
+    if shown := review.range_in(index):
+        text += f",  {shown}"
     if index == review.peak_slice:
         text += " (peak)"
     return frame.stack_rows([text_block([text], body.shape[1]), body])

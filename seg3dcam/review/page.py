@@ -85,7 +85,7 @@ def _footer(review: Review, width: int) -> Picture:
     items += review.caption
     if review.cam is not None:
         items += [
-            f"CAM shown from {review.look.threshold:.2f}, opacity {review.look.opacity:.2f}",
+            f"CAM shown from {review.look.from_text}, opacity {review.look.opacity:.2f}",
             "one scale for the volume",
         ]
     lines = text_block(wrap_items(items, width - 2 * MARGIN), width, GREY)

@@ -33,13 +33,15 @@ class Profile(NamedTuple):
 
     Attributes:
         largest: highest value of the CAM; None without a CAM to draw, and so is `total`.
-        total: sum of the CAM.
+        total: sum of the CAM; of a signed look, of its values' sizes.
         volumes: "truth" and "prediction", those that are known, in ml.
+        lowest: lowest value of the CAM of a signed look, else None.
     """
 
     largest: NDArray[Any] | None
     total: NDArray[np.float64] | None
     volumes: dict[str, NDArray[np.float64]]
+    lowest: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +50,12 @@ class Review:
 
     Attributes:
         scan: (X, Y, Z).
-        cam: (X, Y, Z) in [0, 1]; None where there is nothing to draw.
+        cam: (X, Y, Z) in [0, 1], of a signed look in [-1, 1]; None where there is nothing to draw.
         masks: "truth" and "prediction", those that are known, (X, Y, Z) bool.
         affine: (4, 4), voxel index -> RAS mm.
         look: the settings; `window` is what they give for this scan.
         notice: why there is no heat, in words; "" where there is.
-        peak: the voxel where the CAM is highest; None without a CAM.
+        peak: the voxel where the CAM is strongest; None without a CAM.
         view, profile, indices: how slices are cut, the figures of each, and those to show.
         title, caption: words for the header and for the footer.
     """
@@ -76,6 +78,15 @@ class Review:
     def peak_slice(self) -> int | None:
         """The slice that holds the peak, None without a CAM."""
         return None if self.peak is None else self.peak[self.view.slice_axis]
+
+    def range_in(self, index: int) -> str:
+        """Say between which values the CAM lies in a slice: "max 0.40", or "-0.83 to 0.40"."""
+        if self.profile.largest is None:
+            return ""
+        largest = f"{self.profile.largest[index]:.2f}"
+        if self.profile.lowest is None:
+            return f"max {largest}"
+        return f"{self.profile.lowest[index]:.2f} to {largest}"
 
     @cached_property
     def palette(self) -> draw.Palette:
@@ -103,8 +114,8 @@ class Review:
         view = display.plan_view(self.scan.shape, self.affine, axis)
         profile = self.profile
         if view.slice_axis != self.view.slice_axis:
-            profile = _profile(view, self.cam, self.masks)
-        shown = _chosen(slices, view, profile, self.look.threshold, self.peak)
+            profile = _profile(view, self.cam, self.masks, self.look)
+        shown = _chosen(slices, view, profile, self.look, self.peak)
         return replace(self, view=view, profile=profile, indices=shown)
 
 
@@ -126,10 +137,10 @@ def review_volumes(
 
     Args:
         scan: (X, Y, Z), any real numbers.
-        cam: (X, Y, Z) in [0, 1], already scaled once for the whole volume. All zero, or with NaN:
-            no heat is drawn and the pictures say so.
+        cam: (X, Y, Z) in [0, 1], of a signed look in [-1, 1], already scaled once for the whole
+            volume. All zero, or with NaN: no heat is drawn and the pictures say so.
         affine: (4, 4), voxel index -> RAS mm.
-        look: window, threshold, opacity and colours.
+        look: window, threshold, opacity, colours, and whether the CAM is signed.
         prediction: (X, Y, Z) mask, drawn as a dashed cyan outline.
         truth: (X, Y, Z) mask, drawn as a solid green outline.
         axis: "axial", "coronal" or "sagittal"; an oblique scan is cut along its own axes.
@@ -141,7 +152,7 @@ def review_volumes(
         notice: why the CAM must not be drawn, where that is known; it is written instead.
 
     Raises:
-        InputError: shapes that differ, an index outside the scan, a CAM outside [0, 1].
+        InputError: shapes that differ, an index outside the scan, a CAM on another scale.
         ConfigError: an unknown axis.
 
     Example:
@@ -161,13 +172,13 @@ def review_volumes(
         if mask is not None
     }
     view = display.plan_view(image.shape, affine, axis)
-    notice = clean_text(notice) or _missing_heat(heat)
+    notice = clean_text(notice) or _missing_heat(heat, look)
     shown = None if notice else heat
-    profile = _profile(view, shown, masks)
+    profile = _profile(view, shown, masks, look)
     peak = None
     if shown is not None:
-        peak = peak_voxel(shown)
-        notice = _faint_heat(shown[peak], look.threshold)
+        peak = peak_voxel(look.strength(shown))
+        notice = _faint_heat(look.strength(shown[peak]), look.threshold)
     return Review(
         scan=image,
         cam=shown,
@@ -179,7 +190,7 @@ def review_volumes(
         peak=peak,
         view=view,
         profile=profile,
-        indices=_chosen(slices, view, profile, look.threshold, peak),
+        indices=_chosen(slices, view, profile, look, peak),
         title=clean_text(title),
         caption=[
             f"{clean_text(key)}: {clean_text(value)}" for key, value in (caption or {}).items()
@@ -214,7 +225,7 @@ def review_explanation(
     words = (case, explanation.label or explanation.class_name)
     return review_volumes(
         explanation.scan.data[0].numpy(),
-        explanation.volume(layer).numpy(),
+        explanation.volume(layer, scale=look.scale).numpy(),
         explanation.affine,
         look=look,
         prediction=None if mask is None else mask.numpy(),
@@ -246,20 +257,24 @@ def _caption(explanation: Explanation, layer: str | None) -> dict[str, str]:
         words["scan"] = f"channel 1 of {len(explanation.scan.data)}"
     if silent and len(silent) < len(names):
         words["without the layers, whose map is not usable"] = ", ".join(silent)
+    if caution := explanation.caution(layer):
+        words["caution"] = caution
     return words
 
 
-def _missing_heat(heat: NDArray[Any]) -> str:
+def _missing_heat(heat: NDArray[Any], look: Look) -> str:
     """Say in words why there is no heat, or nothing where there is; refuse another scale."""
     low, high = float(heat.min()), float(heat.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         return "no CAM: the map holds NaN or infinite values"
-    if low < -1e-3 or high > 1 + 1e-3:
+    least, most = look.ends
+    if low < least - 1e-3 or high > most + 1e-3:
+        example = "cam / abs(cam).max()" if look.signed else "cam.clip(0) / cam.max()"
         raise InputError(
-            f"cam must be in 0..1, but goes from {low:.4g} to {high:.4g}: scale it once for the "
-            "whole volume, for example cam.clip(0) / cam.max()"
+            f"cam must be in {least:g}..{most:g}, but goes from {low:.4g} to {high:.4g}: scale it "
+            f"once for the whole volume, for example {example}"
         )
-    return "" if high > 0 else "no CAM: the map is zero"
+    return "" if high > 0 or (look.signed and low < 0) else "no CAM: the map is zero"
 
 
 def _faint_heat(high: float, threshold: float) -> str:
@@ -272,25 +287,36 @@ def _faint_heat(high: float, threshold: float) -> str:
 
 
 def _profile(
-    view: display.View, cam: NDArray[Any] | None, masks: Mapping[str, NDArray[np.bool_]]
+    view: display.View,
+    cam: NDArray[Any] | None,
+    masks: Mapping[str, NDArray[np.bool_]],
+    look: Look,
 ) -> Profile:
     others = (view.row_axis, view.column_axis)
     voxel_ml = abs(float(np.linalg.det(view.affine[:3, :3]))) / 1000
-    largest, total = (None, None) if cam is None else display.slice_profile(view, cam)
     volumes = {name: np.count_nonzero(mask, axis=others) * voxel_ml for name, mask in masks.items()}
-    return Profile(largest, total, volumes)
+    if cam is None:
+        return Profile(None, None, volumes)
+    largest, total = display.slice_profile(view, cam)
+    if not look.signed:
+        return Profile(largest, total, volumes)
+    _, total = display.slice_profile(view, look.strength(cam))
+    return Profile(largest, total, volumes, lowest=cam.min(axis=others))
 
 
 def _chosen(
     slices: SliceSetting,
     view: display.View,
     profile: Profile,
-    threshold: float,
+    look: Look,
     peak: Sequence[int] | None,
 ) -> list[int]:
     relevant = np.zeros(view.slice_count, bool)
+    least = max(look.threshold, float(np.finfo(np.float32).tiny))
     if profile.largest is not None:
-        relevant |= profile.largest >= max(threshold, np.finfo(np.float32).tiny)
+        relevant |= profile.largest >= least
+    if profile.lowest is not None:
+        relevant |= profile.lowest <= -least
     if "prediction" in profile.volumes:
         relevant |= profile.volumes["prediction"] > 0
     return display.choose_slices(slices, relevant, None if peak is None else peak[view.slice_axis])

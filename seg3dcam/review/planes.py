@@ -73,8 +73,9 @@ def draw_planes(review: Review) -> Picture:
 
 def _focus(review: Review) -> tuple[tuple[int, ...], str]:
     """Choose the voxel to look at, and say what it is."""
-    if review.peak is not None:
-        return review.peak, "the CAM's peak"
+    if review.peak is not None and review.cam is not None:
+        against = " against the target" if review.cam[review.peak] < 0 else ""
+        return review.peak, f"the CAM's peak{against}"
     prediction = review.masks.get("prediction")
     if prediction is not None and prediction.any():
         counts = (np.count_nonzero(prediction, axis=others) for others in ((1, 2), (0, 2), (0, 1)))

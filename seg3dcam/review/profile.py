@@ -91,11 +91,26 @@ def _plot_cam(panel: Any, review: Review) -> None:
         share = 100 * total / total.sum()
         dot = _dot(largest)
         panel.plot(largest, color="#ff9a4d", marker=dot, label="CAM max")
+        if review.profile.lowest is not None:
+            _plot_against(panel, review, review.profile.lowest)
         right.plot(share, color="#b48cff", linestyle="--", marker=dot, label="share of the sum")
         right.set_ylim(0, 1.05 * share.max())
-    lines = [*panel.get_lines(), *right.get_lines()]
+    lines = [
+        line
+        for line in (*panel.get_lines(), *right.get_lines())
+        if not str(line.get_label()).startswith("_")
+    ]
     frame = {"facecolor": "black", "edgecolor": _hex(GREY), "labelcolor": _hex(WHITE)}
     right.legend(handles=lines, **frame)  # the later axes lie above: no line crosses it
+
+
+def _plot_against(panel: Any, review: Review, lowest: np.ndarray) -> None:
+    """Plot the lowest value of a signed CAM too, below a line at zero."""
+    panel.set_ylim(-1.05, 1.05)
+    panel.set_ylabel("against    CAM    for")
+    panel.axhline(-review.look.threshold, color=_hex(GREY), linestyle=":")
+    panel.axhline(0, color=_hex(GREY), linewidth=0.8)
+    panel.plot(lowest, color="#52a6fa", marker=_dot(lowest), label="CAM min")
 
 
 def _plot_volumes(panel: Any, review: Review) -> None:

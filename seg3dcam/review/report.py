@@ -28,7 +28,7 @@ import torch
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
 from seg3dcam.explanation import Explanation
 from seg3dcam.files import atomic
-from seg3dcam.findings import findings
+from seg3dcam.findings import find_signed_peaks, findings
 from seg3dcam.geometry import peak_voxel, spacing_of
 from seg3dcam.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review import report_data as data
@@ -257,19 +257,22 @@ class _Page:
         frame, notice = self.frame, explanation.notice(layer)
         found = findings(explanation, layer)
         shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
+        volume = None if notice else explanation.volume(layer, scale=self.look.scale)
+        listed = found["peaks"]
+        if self.look.signed and volume is not None:
+            listed = [peak._asdict() for peak in find_signed_peaks(volume, explanation.affine)]
         peaks = [
             {**peak, "at": frame.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
-            for peak in found["peaks"]
+            for peak in listed
         ]
-        volume = None if notice else explanation.volume(layer)
         names = explanation.maps if layer is None else [layer]
         return {
             "name": explanation.layer_name(layer),
             "notice": notice,
             "found": shown,
             "peaks": peaks,
-            "maps": [] if volume is None else _weights(explanation, names, volume, kept),
-            "profile": None if volume is None else data.map_profile(volume, frame),
+            "maps": [] if volume is None else _weights(explanation, names, volume, kept, self.look),
+            "profile": None if volume is None else data.map_profile(volume, frame, self.look),
         }
 
     def _add_maps(self, explanation: Explanation) -> Kept:
@@ -277,7 +280,7 @@ class _Page:
         spacing, provenance = explanation.scan.spacing, explanation.provenance
         kept = {}
         for layer, values in explanation.maps.items():
-            largest = float(values.max())
+            largest = float(self.look.strength(values).max())
             if explanation.status[layer] != "ok" or not largest > 0:
                 continue
             lattice = None
@@ -289,7 +292,7 @@ class _Page:
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             share = self.map_room * MAP_SHARE / BASE64
             packed = report_maps.pack_map(
-                values.float() / largest, self.frame, lattice, cells, share
+                values.float() / largest, self.frame, lattice, cells, share, self.look.signed
             )
             self.map_room -= len(packed.data) * BASE64
             kept[layer] = len(self.maps), largest
@@ -345,8 +348,10 @@ class _Page:
                 "threshold": self.look.threshold,
                 "opacity": self.look.opacity,
                 "colours": colours(self.look.colormap).tolist(),
+                "signed": self.look.signed,
+                "ends": self.look.ends,
             },
-            "zero": report_maps.ZERO_CODE,
+            "zero": report_maps.zero_code(self.look.signed),
             "maps": [{k: v for k, v in one.items() if k != "data"} for one in self.maps],
             "masks": list(self.masks.values()),
             "items": self.items,
@@ -354,16 +359,21 @@ class _Page:
 
 
 def _weights(
-    explanation: Explanation, names: Iterable[str], volume: torch.Tensor, kept: Kept
+    explanation: Explanation,
+    names: Iterable[str],
+    volume: torch.Tensor,
+    kept: Kept,
+    look: Look,
 ) -> list[tuple[int, float]]:
     """Say which maps the page adds up to draw `volume`: their numbers and weights.
 
     `Explanation.volume` adds layers in their own units and divides by the sum's largest value;
     each of the page's maps is divided by its own.
     """
-    peak = peak_voxel(volume)
+    peak = peak_voxel(look.strength(volume))
     found = {name: kept[name] for name in names if name in kept}
-    height = sum(max(0.0, float(explanation.maps[name][peak])) for name in found)
+    parts = (float(explanation.maps[name][peak]) for name in found)
+    height = abs(sum(part if look.signed else max(0.0, part) for part in parts))
     return [(number, largest / height) for number, largest in found.values()] if height else []
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.geometry import spacing_of
-from seg3dcam.look import CT_AIR, WINDOWS, Window
+from seg3dcam.look import CT_AIR, WINDOWS, Look, Window
 from seg3dcam.review.display import plan_view
 
 #: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
@@ -253,22 +253,27 @@ def pack_mask(mask: torch.Tensor, frame: Frame) -> bytes:
     return zlib.compress(bits.tobytes(), 6)
 
 
-def map_profile(volume: torch.Tensor, frame: Frame) -> list[dict[str, list[float]]]:
-    """Return the largest value and the sum of every slice, across x, y and z."""
+def map_profile(volume: torch.Tensor, frame: Frame, look: Look) -> list[dict[str, list[float]]]:
+    """Return the largest value and the sum of every slice, across x, y and z.
+
+    Of a signed look the lowest value too, and the sum of the values' sizes.
+    """
+    strength = look.strength(volume)
     # Two axes are left after the first step, so a large volume is read only twice.
     largest = [volume.amax(2), volume.amax(0)]
-    total = [volume.sum(2), volume.sum(0)]
-    return _ordered(
-        frame,
-        [
-            {"max": one.numpy(), "sum": two.numpy()}
-            for one, two in (
-                (largest[0].amax(1), total[0].sum(1)),
-                (largest[0].amax(0), total[0].sum(0)),
-                (largest[1].amax(0), total[1].sum(0)),
-            )
-        ],
-    )
+    total = [strength.sum(2), strength.sum(0)]
+    profiles = [
+        {"max": one.numpy(), "sum": two.numpy()}
+        for one, two in (
+            (largest[0].amax(1), total[0].sum(1)),
+            (largest[0].amax(0), total[0].sum(0)),
+            (largest[1].amax(0), total[1].sum(0)),
+        )
+    ]
+    if look.signed:
+        for axis, profile in enumerate(profiles):
+            profile["min"] = volume.amin([other for other in range(3) if other != axis]).numpy()
+    return _ordered(frame, profiles)
 
 
 def mask_profile(mask: torch.Tensor, frame: Frame) -> list[dict[str, list[float]]]:

@@ -23,6 +23,8 @@ MAP_PARTS = (1, 2, 4)
 MAX_BLOCK_MM = 20.0
 #: The code of 0 in a map. What is below is never drawn, but it says where the map crosses 0.
 ZERO_CODE = 55
+#: In a signed map, where what is below 0 is drawn as well as what is above.
+SIGNED_ZERO_CODE = 127
 #: Planes along each axis where the error is measured, besides the one through the peak.
 ERROR_PLANES = 4
 
@@ -32,8 +34,8 @@ class PackedMap(NamedTuple):
 
     The map is interpolated first and then cut at zero, as `Explanation.volume` was; that is why
     values below zero are kept. `data` unpacks to differences along x of the codes, (Z, Y, X).
-    Code c is the value `ends[1] * (c - ZERO_CODE) / (255 - ZERO_CODE)`, and below zero
-    `ends[0] * (ZERO_CODE - c) / ZERO_CODE`.
+    With the code `zero` of 0, code c is the value `ends[1] * (c - zero) / (255 - zero)`, and below
+    zero `ends[0] * (zero - c) / zero`.
 
     `shape`, `start` and `step` are (x, y, z): voxel k lies at the scan's display index
     start + step * k; beyond the outermost voxels their value is held. `error` is how far the page
@@ -61,6 +63,7 @@ def pack_map(
     lattice: Lattice | None,
     cells: Sequence[float],
     limit: float,
+    signed: bool = False,
 ) -> PackedMap:
     """Pack a map, (X, Y, Z), whose largest value is 1, on the coarsest grid that is good enough.
 
@@ -69,15 +72,22 @@ def pack_map(
             nothing is lost on them. None: not known, or not parallel to the scan's axes.
         cells: scan voxels to one voxel of the layer's own grid, for each axis.
         limit: bytes. Where no grid needs less, blocks of voxels are averaged.
+        signed: what is below 0 is drawn too; 1 is then the largest absolute value.
     """
-    candidates = (_packed(*read, values, frame) for read in _ways_to_read(values, lattice, cells))
+    ways = _ways_to_read(values, lattice, cells, signed)
+    candidates = (_packed(*read, values, frame, signed) for read in ways)
     best: PackedMap | None = None
     for packed in candidates:
         if len(packed.data) <= limit and (best is None or packed.error < best.error):
             best = packed
         if len(packed.data) > limit or packed.error <= MAP_ERROR:
             break
-    return best or _packed_blocks(values, frame, limit)
+    return best or _packed_blocks(values, frame, limit, signed)
+
+
+def zero_code(signed: bool) -> int:
+    """Return the code of 0 in the maps of a page."""
+    return SIGNED_ZERO_CODE if signed else ZERO_CODE
 
 
 def lattice_of(
@@ -98,7 +108,7 @@ def lattice_of(
 
 
 def _ways_to_read(
-    values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float]
+    values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float], signed: bool
 ) -> Iterator[tuple[torch.Tensor, FeatureGrid]]:
     """Yield a map on coarse grids first, on the scan's own at last."""
     own = FeatureGrid.of_voxels(values.shape)
@@ -111,10 +121,11 @@ def _ways_to_read(
             stride = tuple(step / parts for step in lattice.stride)
             grid = _nodes_or_voxels(Lattice(stride, lattice.offset), values.shape)
             yield _at_nodes(values, grid), grid
-    yield values.clamp(min=0), own  # each voxel alone: what is below zero tells nothing
+    # Each voxel alone: what is below zero, and is not drawn, tells nothing.
+    yield values if signed else values.clamp(min=0), own
 
 
-def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float) -> PackedMap:
+def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float, signed: bool) -> PackedMap:
     """Average blocks of voxels, the larger the smaller `limit` is."""
     side = min(frame.spacing)
     while True:
@@ -126,7 +137,7 @@ def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float) -> PackedMa
         means = avg_pool3d(values[None], block, ceil_mode=True)[0]
         offset = tuple((by - 1) / 2 for by in block)
         grid = FeatureGrid(tuple(means.shape), tuple(map(float, block)), offset)
-        packed = _packed(means, grid, values, frame)
+        packed = _packed(means, grid, values, frame, signed)
         if len(packed.data) <= limit or side > MAX_BLOCK_MM:
             return packed
 
@@ -172,17 +183,19 @@ def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
 
 
 def _packed(
-    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame
+    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame, signed: bool
 ) -> PackedMap:
-    # What is below zero, and has no neighbour above, is never seen: zeros need no room.
-    seen = max_pool3d(coarse[None], 3, stride=1, padding=1)[0] > 0
-    coarse = torch.where(seen, coarse, 0)
-    ends = [min(-1e-6, float(coarse.min())), max(1.0, float(coarse.max()))]
-    above, below = (255 - ZERO_CODE) / ends[1], ZERO_CODE / -ends[0]
-    codes = (torch.where(coarse < 0, coarse * below, coarse * above) + ZERO_CODE).round_().byte()
+    if not signed:
+        # What is below zero, and has no neighbour above, is never seen: zeros need no room.
+        seen = max_pool3d(coarse[None], 3, stride=1, padding=1)[0] > 0
+        coarse = torch.where(seen, coarse, 0)
+    zero = zero_code(signed)
+    ends = [min(-1e-6, float(coarse.min())), max(1e-6 if signed else 1.0, float(coarse.max()))]
+    above, below = (255 - zero) / ends[1], zero / -ends[0]
+    codes = (torch.where(coarse < 0, coarse * below, coarse * above) + zero).round_().byte()
     arranged = frame.arrange(codes.numpy())
     data = zlib.compress(np.diff(arranged, axis=2, prepend=np.uint8(0)).tobytes(), 3)
-    levels = codes.float() - ZERO_CODE
+    levels = codes.float() - zero
     drawn = torch.where(levels < 0, levels / below, levels / above)
     first = [
         size - 1 - offset - step * (count - 1) if flip else offset
@@ -196,13 +209,16 @@ def _packed(
         frame.by_axis(grid.shape),
         frame.by_axis(first),
         frame.by_axis(grid.stride),
-        _largest_error(values, drawn, grid),
+        _largest_error(values, drawn, grid, signed),
     )
 
 
-def _largest_error(values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid) -> float:
+def _largest_error(
+    values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid, signed: bool
+) -> float:
     """Compare planes through the peak, and some others, with what the page will draw."""
-    peak = np.unravel_index(int(values.argmax()), values.shape)
+    strongest = values.abs() if signed else values
+    peak = np.unravel_index(int(strongest.argmax()), values.shape)
     largest = 0.0
     for axis, size in enumerate(values.shape):
         others = np.linspace(0, size - 1, min(size, ERROR_PLANES)).astype(int)
@@ -214,7 +230,7 @@ def _largest_error(values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid
                 _axis_first(grid, axis),
                 FeatureGrid(tuple(wanted.shape), (1.0, 1.0, 1.0), (float(index), 0.0, 0.0)),
             )
-            gap = drawn.clamp_(min=0) - wanted.clamp(min=0)
+            gap = drawn - wanted if signed else drawn.clamp_(min=0) - wanted.clamp(min=0)
             largest = max(largest, float(gap.abs().max()))
     return largest
 

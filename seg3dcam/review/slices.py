@@ -127,8 +127,8 @@ def _slice_lines(review: Review, index: int, room: int) -> list[str]:
         f" (voxel index {view.index_name} = {index})",
         display.position_text(view, index),
     ]
-    if review.profile.largest is not None:
-        words.append(f"CAM max in slice {review.profile.largest[index]:.2f}")
+    if shown := review.range_in(index):
+        words.append("CAM " + shown.replace("max", "max in slice"))
     if index == review.peak_slice:
         words.append("peak slice")
     lines = wrap_items(words, room)

@@ -15,7 +15,14 @@ import pytest
 import SimpleITK
 import torch
 from helpers_dicom import complaints, write_series
-from helpers_phantom import make_phantom, marker_mm, offset_mm, silent
+from helpers_phantom import (
+    against_mm,
+    make_phantom,
+    make_signed_phantom,
+    marker_mm,
+    offset_mm,
+    silent,
+)
 from pydicom.sr.codedict import codes
 
 from seg3dcam.errors import ConfigError, MissingExtraError, Seg3dcamWarning
@@ -145,6 +152,71 @@ def test_the_map_says_what_it_is(written):
         assert image[name].value == source[name].value
     assert image.SeriesInstanceUID != source.SeriesInstanceUID
     assert (image.Manufacturer, image.SoftwareVersions) == ("seg3dcam", "0.1.0")
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory):
+    """A map whose strongest value, -1, is against its target, and what is written of it."""
+    folder = tmp_path_factory.mktemp("signed")
+    explanation = replace(explained(folder / "in"), maps=make_signed_phantom().maps)
+    look = replace(LOOK, colormap="", signed=True)
+    return explanation, save_dicom(folder / "out", explanation, look)
+
+
+def test_a_signed_map_holds_both_signs_and_says_so(signed):
+    explanation, files = signed
+    file = of_kind(files, "_map")
+    assert complaints(file) == []
+    image = pydicom.dcmread(file)
+    frames = np.frombuffer(image.FloatPixelData, "<f4").reshape(-1, image.Rows, image.Columns)
+    volume = explanation.volume(scale="signed").numpy()
+    assert volume.min() == -1
+    for frame, (place, _) in zip(frames, frames_of(image), strict=True):
+        np.testing.assert_array_equal(frame, volume[:, :, slice_at(explanation, place)].T)
+    shared = image.SharedFunctionalGroupsSequence[0]
+    window = shared.FrameVOILUTSequence[0]
+    assert (window.WindowWidth, window.WindowCenter) == (2, 0)
+    mapping = shared.RealWorldValueMappingSequence[0]
+    assert "below 0 against it" in mapping.LUTExplanation
+
+
+def test_signed_pictures_show_each_sign_in_its_colour_at_its_place(signed):
+    explanation, files = signed
+    pictures = of_kind(files, "_pictures")
+    assert complaints(pictures[0]) == []
+    bare = save_dicom(
+        pictures[0].parent / "bare", plain(explanation), replace(LOOK, colormap="", signed=True)
+    )
+    marker = marker_mm(explanation.affine, explanation.scan.shape)
+    for towards, place in ((-1, against_mm(explanation)), (1, marker)):
+        weight, moment = 0.0, np.zeros(3)
+        for file in of_kind(bare, "_pictures"):
+            image = pydicom.dcmread(file)
+            inside = area(image, explanation.scan)
+            pixels = image.pixel_array.astype(int)
+            heat = np.zeros(pixels.shape[:2])
+            heat[inside] = (towards * (pixels[..., 0] - pixels[..., 2]))[inside] > 25
+            rows, columns = np.nonzero(heat)
+            moment += picture_affine(image) @ np.stack([columns, rows, np.ones(len(rows))]).sum(1)
+            weight += len(rows)
+        assert weight > 100
+        assert np.linalg.norm(LPS[:3, :3] @ moment / weight - place) < 1.5
+
+
+def test_the_segment_of_a_signed_map_is_what_speaks_for_the_target(signed):
+    explanation, files = signed
+    image = highdicom.seg.segread(of_kind(files, "_segments"))
+    labels = {n: image.get_segment_description(n).segment_label for n in image.segment_numbers}
+    assert sorted(labels.values()) == ["CAM from 0.30: lesion", "prediction: lesion"]
+    wanted = explanation.volume(scale="signed").numpy() >= 0.3
+    (number,) = [n for n, label in labels.items() if label.startswith("CAM")]
+    count = 0
+    for frame, (place, item) in zip(image.pixel_array, frames_of(image), strict=True):
+        if item.SegmentIdentificationSequence[0].ReferencedSegmentNumber == number:
+            k = slice_at(explanation, place)
+            np.testing.assert_array_equal(frame, wanted[:, :, k].T)
+            count += int(frame.sum())
+    assert count == wanted.sum() > 0
 
 
 def test_segments_are_exact(written):

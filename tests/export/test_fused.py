@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 (its own convention)
 import torch
-from helpers_phantom import BODY, make_phantom, marker_mm, offset_mm, silent
+from helpers_phantom import (
+    BODY,
+    against_mm,
+    make_phantom,
+    make_signed_phantom,
+    marker_mm,
+    offset_mm,
+    silent,
+)
 
 from seg3dcam.errors import InputError, OutputError
 from seg3dcam.export import write_fused
@@ -35,9 +43,14 @@ def expected(explanation, look, layer=None):
     """Voxel by voxel in float64, from the meaning of `Look`."""
     low, high, _ = choose_window(explanation.scan.data[0].numpy(), look.window)
     grey = np.clip((explanation.scan.data[0].double().numpy() - low) / (high - low), 0, 1) * 255
-    cam = explanation.volume(layer).double().numpy()
-    heat = colours(look.colormap)[np.round(cam * 255).astype(int)]
-    alpha = np.where(cam < look.threshold, 0, look.opacity * np.minimum(1, cam / 0.5))
+    if look.signed:
+        cam = explanation.volume(layer, scale="signed").double().numpy()
+        heat = colours(look.colormap)[np.round((cam + 1) / 2 * 255).astype(int)]
+    else:
+        cam = explanation.volume(layer).double().numpy()
+        heat = colours(look.colormap)[np.round(cam * 255).astype(int)]
+    strength = np.abs(cam)
+    alpha = np.where(strength < look.threshold, 0, look.opacity * np.minimum(1, strength / 0.5))
     return grey[..., None] * (1 - alpha[..., None]) + heat * alpha[..., None]
 
 
@@ -48,6 +61,19 @@ def test_every_voxel(tmp_path, phantom, layer, name, monkeypatch):
     found, affine = read(write_fused(tmp_path / name, phantom, LOOK, layer))
     assert np.abs(found - expected(phantom, LOOK, layer)).max() <= 0.501  # rounded
     np.testing.assert_allclose(affine, phantom.affine, atol=1e-4)
+
+
+def test_every_voxel_of_a_signed_picture(tmp_path):
+    phantom, look = make_signed_phantom("PIR"), Look(threshold=0.3, opacity=0.8, signed=True)
+    found, affine = read(write_fused(tmp_path / "a.nii.gz", phantom, look))
+    # float32 and float64 may round a level to different sides, one of 255.
+    assert np.abs(found - expected(phantom, look)).max() <= 3
+    red, _, blue = np.moveaxis(found.astype(float), -1, 0)
+    marker = marker_mm(phantom.affine, phantom.scan.shape)
+    for heat, place in ((np.maximum(blue - red, 0), against_mm(phantom)), (red - blue, marker)):
+        assert offset_mm(np.maximum(heat, 0), affine, place) < min(phantom.scan.spacing) / 2
+    silent_place = phantom.maps["model.1"].numpy() == 0
+    assert (np.ptp(found[silent_place], axis=-1) == 0).all()
 
 
 def test_layers_differ(tmp_path, phantom):

@@ -27,8 +27,10 @@ from helpers_phantom import (
     MARKER,
     SPACING,
     TRUTH_SHIFT_MM,
+    against_mm,
     make_grid,
     make_phantom,
+    make_signed_phantom,
     marker_mm,
     silent,
 )
@@ -224,6 +226,48 @@ def test_scan_and_heat_have_their_own_colours(scene, phantom, view):
     peak = pixels[np.linalg.norm(away, axis=-1) < 1.5].mean(0)
     expected = 0.6 * levels[2] + 0.4 * colours("inferno")[-3:].mean(0)
     np.testing.assert_allclose(peak, expected, atol=12)
+
+
+@needs_slicer
+@pytest.mark.parametrize(("height", "sign"), [(1.0, -1), (4.0, 1)])
+def test_a_signed_scene_shows_each_sign_in_its_colour_and_nothing_between(tmp_path, height, sign):
+    """The views go through the strongest place: with bumps of 1 and -2 the one against."""
+    phantom = make_signed_phantom(height=height)
+    look = replace(LOOK, colormap="", signed=True)
+    save_scene(tmp_path, replace(phantom, class_index=None, truth=None), look)
+    found = slicer_reads(tmp_path / "scene.mrml")
+    (cam,) = found["volumes"][1:]
+    assert (cam["window"], cam["level"], cam["auto"]) == (2, 0, 0)
+    assert cam["threshold"][0] == 0  # the table is transparent in the middle
+    assert cam["colours"] == "CAM blue_orange"
+    np.testing.assert_array_equal(cam["table"], colours("blue_orange"))
+    middle = against_mm(phantom) if sign < 0 else marker_mm(phantom.affine, phantom.scan.shape)
+    for view, pixels in found["pixels"].items():
+        place = np.array(found["views"][view]["place"])
+        across = np.argmax(np.abs(place[:3, 2]))
+        away = np.linalg.norm(np.delete(places(found, view) - middle, across, -1), axis=-1)
+        coloured = np.sign((pixels[..., 0] - pixels[..., 2]) * (heat(pixels)))
+        assert (coloured[away < 14] == sign).all()  # 0.3 of a bump of 10 mm lies at 15.5 mm
+        assert (np.ptp(pixels[away > 18], axis=-1) <= 1).all()  # the scan alone
+        grey = round(((MARKER if sign > 0 else BODY) + 160) / 400 * 255)
+        strongest = colours("blue_orange")[255 if sign > 0 else 0]
+        expected = 0.6 * grey + 0.4 * strongest
+        np.testing.assert_allclose(pixels[away < 1.5].mean(0), expected, atol=12)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_the_table_of_a_signed_scene_is_transparent_where_the_cam_is_weak(tmp_path, threshold):
+    look = Look(threshold=threshold, signed=True)
+    save_scene(tmp_path, make_signed_phantom(), look)
+    rows = np.loadtxt(tmp_path / "cam.ctbl", comments="#", usecols=(1, 5))
+    values, opaque = rows.T
+    assert set(opaque) == {0, 255}
+    assert (opaque == 255).tolist() == (np.abs(values) >= max(threshold, 0.01)).tolist()
+    assert (opaque == opaque[::-1]).all()
+    text = (tmp_path / "scene.mrml").read_text()
+    assert "against" in re.search('titleText="([^"]*)"', text)[1]
+    save_scene(tmp_path, make_phantom(), Look())
+    assert set(np.loadtxt(tmp_path / "cam.ctbl", comments="#", usecols=5)) == {255}
 
 
 @needs_slicer

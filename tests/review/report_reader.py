@@ -44,8 +44,9 @@ class Reader:
 
     def volume(self, item: int, layer: int) -> NDArray[np.float64]:
         shown = self.meta["items"][item]["layers"][layer]
+        least = -np.inf if self.meta["look"]["signed"] else 0
         return sum(  # type: ignore[return-value]
-            weight * np.maximum(self._map(int(number)), 0) for number, weight in shown["maps"]
+            weight * np.maximum(self._map(int(number)), least) for number, weight in shown["maps"]
         )
 
     def _map(self, number: int) -> NDArray[np.float64]:

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_phantom import make_phantom, marker_mm, offset_mm, silent
+from helpers_phantom import (
+    against_mm,
+    make_phantom,
+    make_signed_phantom,
+    marker_mm,
+    offset_mm,
+    silent,
+)
 from report_reader import Reader
 
 from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarning
@@ -20,6 +27,7 @@ from seg3dcam.models import SegModel
 from seg3dcam.review import report_data
 from seg3dcam.review.report import Report, notebook_view, save_report
 from seg3dcam.scan import Scan, load_scan
+from seg3dcam.targets import ClassLogit
 
 CT = Look(window="soft tissue")
 
@@ -111,6 +119,67 @@ def test_profiles_are_the_volumes_own_sums(tmp_path, phantom):
         assert profile[axis]["max"] == pytest.approx(volume.max(others), rel=1e-3, abs=1e-6)
         assert profile[axis]["sum"] == pytest.approx(volume.sum(others), rel=1e-3, abs=1e-3)
         assert counts[axis]["voxels"] == mask.sum(others).tolist()
+
+
+@pytest.mark.parametrize("codes", ["LPS", "PIR"])
+def test_a_signed_page_holds_both_signs_where_they_are(tmp_path, codes):
+    explanation = make_signed_phantom(codes, layers=("model.1", "encoder.4"))
+    # A second layer that speaks against the first one: their sum is not that of each sign alone.
+    other = explanation.maps["model.1"].roll(3, 0) * -0.4
+    explanation = replace(explanation, maps=explanation.maps | {"encoder.4": other})
+    page = saved(tmp_path, explanation, look=replace(CT, colormap="", signed=True))
+    for number, layer in enumerate(explanation.shown_layers):
+        volume = explanation.volume(layer, scale="signed").numpy()
+        assert volume.min() < -0.4
+        assert volume.max() > 0.4
+        assert np.abs(page.volume(0, number) - volume).max() < 0.03
+    against = np.maximum(-page.volume(0, 1), 0)
+    middle = offset_mm(against, explanation.affine, against_mm(explanation))
+    assert middle < min(explanation.scan.spacing) / 2
+
+    layer = page.meta["items"][0]["layers"][1]
+    first, second = layer["peaks"][:2]
+    assert (first["value"], second["value"]) == (-1, pytest.approx(0.5, abs=0.02))
+    assert np.linalg.norm(np.array(first["mm"]) - against_mm(explanation)) < 3
+    look = page.meta["look"]
+    assert (look["signed"], look["ends"]) == (True, [-1, 1])
+    assert look["colours"] == colours("blue_orange").tolist()
+
+
+def test_profiles_of_a_signed_page(tmp_path):
+    explanation = make_signed_phantom()
+    page = saved(tmp_path, explanation, look=Look(signed=True))
+    volume = explanation.volume(scale="signed").double().numpy()
+    for axis, profile in enumerate(page.meta["items"][0]["layers"][0]["profile"]):
+        others = tuple({0, 1, 2} - {axis})
+        assert profile["max"] == pytest.approx(volume.max(others), rel=1e-3, abs=1e-6)
+        assert profile["min"] == pytest.approx(volume.min(others), rel=1e-3, abs=1e-6)
+        assert profile["sum"] == pytest.approx(np.abs(volume).sum(others), rel=1e-3, abs=1e-3)
+
+
+def test_a_signed_map_on_a_layers_own_grid_loses_nothing(tmp_path):
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 4, 2, stride=2), torch.nn.Upsample(scale_factor=2, mode="trilinear")
+    )
+    torch.manual_seed(1)
+    torch.nn.init.normal_(network[0].weight)
+    model = SegModel(network, ("a", "b", "c", "d"))
+    scan = load_scan(noise((24, 28, 20)) - 40, affine=np.diag([1.0, 1.0, 2.0, 1.0]))
+    explanation = explain(scan, model, ClassLogit(1, "volume"), layers="0")
+    page = saved(tmp_path, explanation, look=Look(signed=True))
+    volume = explanation.volume(scale="signed").numpy()
+    assert volume.min() < -0.5 or volume.max() < 1
+    (packed,) = page.meta["maps"]
+    assert np.prod(packed["shape"]) < volume.size / 4
+    assert np.abs(page.volume(0, 0) - volume).max() < 0.01
+
+
+def test_what_is_mostly_against_the_target_is_a_notice(tmp_path):
+    page = saved(tmp_path, make_signed_phantom(height=0.1))
+    layer = page.meta["items"][0]["layers"][0]
+    assert "mostly evidence against the target" in layer["found"]["warnings"][0]
+    assert layer["peaks"][0]["value"] == 1  # the usual page shows what speaks for it alone
+    assert page.meta["look"]["signed"] is False
 
 
 def test_a_real_layer_is_stored_on_its_own_grid_and_nothing_is_lost(tmp_path):

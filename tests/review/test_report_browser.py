@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from browser import Page, open_browser, serve
-from helpers_phantom import make_phantom, marker_mm, silent
+from helpers_phantom import (
+    against_mm,
+    make_phantom,
+    make_signed_phantom,
+    marker_mm,
+    silent,
+)
 from numpy.typing import NDArray
 
 from seg3dcam.explanation import Explanation
@@ -235,6 +241,97 @@ def test_crosshair_and_scale_bar(page, phantom, plane):
     drawn = page.find(f"#{plane} .scale").rect["width"]
     pixels_per_mm = width / (shape[columns] * phantom.scan.spacing[columns])
     assert drawn == pytest.approx(mm * pixels_per_mm, rel=0.02)
+
+
+# ---------------------------------------------------------------- both signs
+
+
+@pytest.fixture(scope="module")
+def signed() -> Explanation:
+    """At the marker 0.5, at another place -1."""
+    return make_signed_phantom("LPS")
+
+
+@pytest.fixture
+def signed_page(browser: Page, signed: Explanation, tmp_path: Path) -> Iterator[Page]:
+    look = Look(window="soft tissue", signed=True)
+    browser.open(save_report(tmp_path / "case.html", signed, look).as_uri())
+    yield browser
+    assert browser.console() == []
+
+
+def pixel_on(page: Page, plane: str, explanation: Explanation, mm: NDArray[np.float64]):
+    """Row and column on a plane's canvases of a place in the patient, and its voxel."""
+    columns, rows, _, down = PLANES[plane]
+    left, top, width, height = box_of(page, plane, explanation)
+    shape = explanation.scan.shape
+    voxel = (np.linalg.inv(explanation.affine) @ [*mm, 1])[:3]
+    row = voxel[rows] if down else shape[rows] - 1 - voxel[rows]
+    y, x = (row + 0.5) / shape[rows] * height, (voxel[columns] + 0.5) / shape[columns] * width
+    return (int(top + y), int(left + x)), voxel
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_each_sign_has_its_colour_at_its_place(signed_page, signed, plane):
+    bare(signed_page)
+    grey = signed_page.pixels(f"{plane}-overlay")
+    signed_page.click("#heat")
+    table = np.array(signed_page.run("return meta.look.colours"))
+    places = ((against_mm(signed), -1.0), (marker_mm(signed.affine, signed.scan.shape), 0.5))
+    for (mm, value), presses in zip(places, (0, 1), strict=True):
+        signed_page.press(*["p"] * presses)  # the page opens at the strongest place
+        at, _ = pixel_on(signed_page, plane, signed, mm)
+        overlay = signed_page.pixels(f"{plane}-overlay")
+        scan = signed_page.pixels(f"{plane}-scan")
+        wanted = scan[at] * 0.5 + table[round((value + 1) / 2 * 255)] * 0.5
+        assert np.abs(overlay[at] - wanted).max() < 14
+        sign = np.sign(overlay[..., 0] - overlay[..., 2]) * (heat_on(signed_page, plane) > 12)
+        assert set(np.unique(sign)) == {0, np.sign(value)}
+        weights = (sign != 0) * 1.0
+        assert np.abs(np.subtract(centre(weights), at[::-1])).max() < 8
+    assert grey.shape == overlay.shape
+
+
+def test_threshold_of_a_signed_page_goes_by_the_size(signed_page):
+    bare(signed_page)
+    grey = signed_page.pixels("axial-overlay")
+    signed_page.click("#heat")
+    areas = []
+    for threshold in (0, 0.2, 0.6):
+        signed_page.slide("#threshold", threshold)
+        areas.append((heat_on(signed_page) > 8).mean())
+        assert signed_page.text("#o-threshold") == f"±{threshold:.2f}"
+    assert areas[0] > areas[1] > areas[2] > 0
+    signed_page.slide("#threshold", 0)  # where there is nothing, nothing is drawn
+    corner = np.s_[30:60, 30:60]
+    assert (signed_page.pixels("axial-overlay")[corner] == grey[corner]).all()
+
+
+def test_words_of_a_signed_page(signed_page, signed):
+    assert "CAM -0.9" in signed_page.text("#readout") or "CAM -1.00" in signed_page.text("#readout")
+    assert signed_page.text("#readout").split(" · ")[3].endswith(" against")
+    signed_page.press("p")
+    assert signed_page.text("#readout").split(" · ")[3] in ("CAM 0.50 for", "CAM 0.49 for")
+    signed_page.press("\ue011")  # home: a slice where the map is zero
+    assert signed_page.text("#readout").split(" · ")[3] == "CAM 0.00"
+    assert signed_page.text("#peaks").split("\n")[1] == "-1.00 against"
+    assert signed_page.text("#bar-low") == "-1 against"
+    assert signed_page.text("#bar-high") == "for 1"
+    assert "against the target" in signed_page.find("#bar").get_attribute("aria-label")
+    assert signed_page.is_shown("#profile-min")
+    assert "Evidence against" in signed_page.text("#numbers")
+    bar = signed_page.pixels("bar")
+    assert bar[0, 20, 2] > bar[0, 20, 0] + 60  # blue at the left
+    assert bar[0, 235, 0] > bar[0, 235, 2] + 60
+    label = signed_page.find("#axial-overlay").get_attribute("aria-label")
+    assert label.endswith("scan with CAM from ±0.20")
+
+
+def test_the_usual_page_says_nothing_of_signs(page):
+    assert page.text("#bar-low") == "0"
+    assert not page.is_shown("#profile-min")
+    assert "±" not in page.text("#o-threshold")
+    assert "against" not in page.text("#readout")
 
 
 # ---------------------------------------------------------------- sliders

@@ -195,6 +195,7 @@ async function start() {
     `Grey values: ${stored.text}. Masks: exact. ` + mapText() +
     (meta.scan.channels > 1 ? ` Channel 1 of ${meta.scan.channels} is shown.` : "") +
     (meta.scan.oblique ? ` Oblique scan: ${meta.scan.oblique}° off the axes, letters are the nearest.` : "");
+  if (signed) nameSigns();
   Object.keys(PLANES).forEach(buildPlane);
   byId("stage").append(element("p", { id: "readout" }), element("p", { id: "progress" }));
   listen();

@@ -62,7 +62,7 @@ function drawGrey(context, place, grey) {
 }
 
 // Heat at every pixel of the canvas, interpolated between the maps' voxels, as the formula says:
-// opacity * min(1, value / 0.5) from the threshold on, nothing below. `maps` are [map, weight].
+// opacity * min(1, strength / 0.5) from the threshold on, nothing below. `maps` are [map, weight].
 function drawHeat(context, place, maps, plane, at, threshold, opacity) {
   const left = Math.max(0, Math.ceil(place.left - 0.5));
   const top = Math.max(0, Math.ceil(place.top - 0.5));
@@ -78,7 +78,11 @@ function drawHeat(context, place, maps, plane, at, threshold, opacity) {
   const rgba = new Uint32Array(picture.data.buffer);
   const table = heatTable(threshold, opacity);
   const last = table.length - 1;
-  heat.forEach((value, n) => (rgba[n] = table[Math.min(Math.round(value * last), last)]));
+  const [lowest, highest] = meta.look.ends;
+  heat.forEach((value, n) => {
+    const level = Math.round(((value - lowest) / (highest - lowest)) * last);
+    rgba[n] = table[Math.min(Math.max(level, 0), last)];
+  });
   context.drawImage(asCanvas(picture), left, top);
 }
 
@@ -99,17 +103,23 @@ function addHeat(heat, { left, top, wide, high }, place, map, share, plane, at) 
       const [low, up, weight] = sides[c];
       const one = slice[upper + low] + weight * (slice[upper + up] - slice[upper + low]);
       const two = slice[lower + low] + weight * (slice[lower + up] - slice[lower + low]);
-      heat[r * wide + c] += share * Math.max(one + down * (two - one), 0);
+      heat[r * wide + c] += share * shownPart(one + down * (two - one));
     }
   }
 }
 
-// Colour and opacity, packed, of the values 0, 1/4095, .. 1.
+// A value between the ends of the scale, by its part of the way.
+function valueOf(part) {
+  const [lowest, highest] = meta.look.ends;
+  return lowest + part * (highest - lowest);
+}
+
+// Colour and opacity, packed, of 4096 values from one end of the scale to the other.
 function heatTable(threshold, opacity) {
   return Uint32Array.from({ length: 4096 }, (_, n) => {
-    const value = n / 4095;
+    const value = strength(valueOf(n / 4095));
     if (value < threshold) return 0;
-    const [red, green, blue] = meta.look.colours[Math.round(value * 255)];
+    const [red, green, blue] = meta.look.colours[Math.round((n / 4095) * 255)];
     const alpha = Math.round(255 * opacity * Math.min(1, value / FULL_OPACITY_AT));
     return ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0;
   });
@@ -196,7 +206,7 @@ function drawCrosshair(context, place, plane, at) {
 function drawColourBar(canvas, threshold) {
   const context = canvas.getContext("2d");
   for (let n = 0; n < 256; n++) {
-    const shown = n / 255 >= threshold;
+    const shown = strength(valueOf(n / 255)) >= threshold;
     const [red, green, blue] = meta.look.colours[n];
     context.fillStyle = `rgb(${red} ${green} ${blue})`;
     context.clearRect(n, 0, 1, canvas.height);

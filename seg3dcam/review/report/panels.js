@@ -124,6 +124,18 @@ function refill() {
     byId(id).hidden = isHidden() || !layer().maps.length;
 }
 
+// What the colours and the curves of a signed page are.
+function nameSigns() {
+  byId("bar").setAttribute(
+    "aria-label",
+    "Colour bar from -1, against the target, to 1, for it: relative values, not a probability",
+  );
+  byId("bar-low").textContent = "-1 against";
+  byId("bar-high").textContent = "for 1";
+  byId("profile-max").textContent = "for";
+  byId("profile-min").hidden = false;
+}
+
 const trouble = new Set();
 
 function fillNotices() {
@@ -155,7 +167,7 @@ function fillPeaks() {
           textContent: placeText(peak.mm),
           onclick: () => jump(peak.at),
         }),
-        element("span", { textContent: peak.value.toFixed(2) }),
+        element("span", { textContent: camText(peak.value) }),
       ]),
     ),
   );
@@ -172,12 +184,15 @@ function fillNumbers() {
     "True volume": ml(found.truth_ml),
     Dice: digits(found.dice, "", 2),
   };
+  // These figures are of what speaks for the target, also on a signed page.
+  const [part, peak] = signed ? ["Evidence for", "Its peak"] : ["CAM", "Peak"];
   const cam = {
-    "CAM inside the prediction": percent(found.cam_inside_prediction),
-    "CAM inside the truth": percent(found.cam_inside_truth),
-    "CAM outside of both": percent(found.cam_outside),
-    "Peak to prediction": mm(found.peak_to_prediction_mm),
-    "Peak to truth": mm(found.peak_to_truth_mm),
+    "Evidence against": percent(found.evidence_against),
+    [`${part} inside the prediction`]: percent(found.cam_inside_prediction),
+    [`${part} inside the truth`]: percent(found.cam_inside_truth),
+    [`${part} outside of both`]: percent(found.cam_outside),
+    [`${peak} to prediction`]: mm(found.peak_to_prediction_mm),
+    [`${peak} to truth`]: mm(found.peak_to_truth_mm),
     "CAM resolution": found.resolution_mm.map((x) => x.toFixed(1)).join(" × ") + " mm",
     "One voxel of the layer": ml(found.cell_ml),
     "Score explained": String(+item().score),

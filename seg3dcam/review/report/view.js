@@ -114,7 +114,16 @@ function drawPlane(plane) {
 function overlayText() {
   if (isHidden()) return "scan with the prediction, CAM hidden";
   if (!layer().maps.length) return `scan, ${layer().notice}`;
-  return state.heat ? `scan with CAM from ${state.threshold.toFixed(2)}` : "scan, CAM off";
+  return state.heat ? `scan with CAM from ${thresholdText()}` : "scan, CAM off";
+}
+
+const thresholdText = () => `${signed ? "±" : ""}${state.threshold.toFixed(2)}`;
+
+// "0.40"; of a signed page also for what it speaks: "-0.83 against".
+function camText(value) {
+  const text = value.toFixed(2);
+  if (!signed) return text;
+  return +text === 0 ? "0.00" : `${text} ${value > 0 ? "for" : "against"}`;
 }
 
 function fitToBox(canvases) {
@@ -159,7 +168,7 @@ function drawScale(bar, on) {
 function drawSidebar() {
   const [low, high] = state.window;
   const texts = {
-    threshold: state.threshold.toFixed(2),
+    threshold: thresholdText(),
     opacity: state.opacity.toFixed(2),
     width: round(high - low),
     level: round((high + low) / 2),
@@ -181,11 +190,15 @@ function drawProfileNow() {
   const axis = PLANES[state.plane].across;
   const canvas = byId("profile");
   fitToBox([canvas]);
-  const { max, sum } = layer().profile[axis];
+  const { max, sum, min } = layer().profile[axis];
+  const above = (values) => values.map((value) => Math.max(value, 0));
+  const against = above((min ?? max).map((value) => -value));
   const series = [
     { values: sum, largest: Math.max(...sum), colour: "sum", dash: [4, 3] },
-    { values: max, largest: 1, colour: "max" },
+    { values: above(max), largest: 1, colour: "max" },
   ];
+  if (signed) series.push({ values: against, largest: 1, colour: "min" });
+  const strongest = max.map((value, n) => Math.max(value, against[n]));
   const number = item().prediction;
   byId("profile-volume").hidden = number === null;
   if (number !== null) {
@@ -194,7 +207,7 @@ function drawProfileNow() {
   }
   const style = getComputedStyle(canvas);
   const colours = Object.fromEntries(
-    ["max", "sum", "volume", "now"].map((name) => [name, style.getPropertyValue(`--${name}`)]),
+    ["max", "min", "sum", "volume", "now"].map((name) => [name, style.getPropertyValue(`--${name}`)]),
   );
   drawProfile(canvas, series, state.at[axis], colours);
   const [from, to] = PLANES[state.plane].ends;
@@ -202,7 +215,7 @@ function drawProfileNow() {
   byId("profile-high").textContent = to;
   byId("h-profile").textContent = `Profile along the ${state.plane} slices`;
   const best = state.at.slice();
-  best[axis] = max.indexOf(Math.max(...max));
+  best[axis] = strongest.indexOf(Math.max(...strongest));
   canvas.setAttribute(
     "aria-label",
     `CAM maximum, CAM sum and predicted volume of every ${state.plane} slice; ` +
@@ -232,7 +245,7 @@ function describe() {
     placeText(toMm(at)),
     `voxel ${ownVoxel(at).join(", ")}`,
     `scan ${stored.mime === "image/png" ? "" : "≈ "}${round(meta.scan.values[code])}`,
-    heat ? `CAM ${sumAt(heat, at).toFixed(2)}` : without,
+    heat ? `CAM ${camText(sumAt(heat, at))}` : without,
     ...inside.map((kind) => `in the ${kind}`),
   ].join(" · ");
   byId("readout").textContent = words;

@@ -16,6 +16,11 @@ const PLANES = {
   sagittal: { across: 0, columns: 1, rows: 2, upwards: true, ends: ["R", "L"] },
 };
 
+// Of a signed page the evidence against is drawn too, and what is drawn goes by a value's size.
+const { signed } = meta.look;
+const shownPart = signed ? (value) => value : (value) => Math.max(value, 0);
+const strength = signed ? Math.abs : (value) => value;
+
 // ---------------------------------------------------------------- reading the file
 
 function lines(id) {
@@ -150,7 +155,7 @@ function valueAt(map, at) {
     });
     if (share > 0) sum += share * map.values[map.codes[from]];
   }
-  return Math.max(sum, 0);
+  return shownPart(sum);
 }
 
 function bitAt(bits, at) {
