@@ -24,6 +24,7 @@ from torch import nn
 from seg3dcam.draws import Drawn, drawing_from, random_state
 from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
+from seg3dcam.kinds import takes_hooks
 from seg3dcam.known import Known, opened
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import INPUT, pulled_back, spatial_shape
@@ -67,17 +68,28 @@ def capturing(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         check_explainable(model)
+        _check_hooks(layers)
         capture = Capture(member, layers, output, known)
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(untouched(model))
         # Before the layers' own hooks, which swap what modules give.
-        for module in filter(Witnesses.may_be, model.modules()):
+        for module in filter(takes_hooks, filter(Witnesses.may_be, model.modules())):
             stack.callback(module.register_forward_hook(capture.on_witness).remove)
         for layer in layers:
             hook = partial(_call_hook, capture, layer)
             stack.callback(layer.module.register_forward_hook(hook).remove)
         stack.callback(capture.clear)
         yield capture
+
+
+def _check_hooks(layers: Sequence[LayerRef]) -> None:
+    """Raise LayerError for a layer that cannot be looked at."""
+    for layer in layers:
+        if not takes_hooks(layer.module):
+            raise LayerError(
+                f"layer '{layer}' is TorchScript, which takes no hooks: choose the layer before or "
+                "behind it, or put the module that it was made from back in its place"
+            )
 
 
 def _call_hook(capture: Capture, layer: LayerRef, module: nn.Module, args: Any, output: Any) -> Any:
@@ -277,7 +289,8 @@ class Capture:
                 self._drop(
                     layer,
                     f"the score does not depend on layer '{layer}': the layer feeds another "
-                    "output, or nothing. suggest_layers(model, input_shape) lists layers that work",
+                    "output, or nothing, or nothing that has a gradient (detach(), argmax). "
+                    "suggest_layers(model, input_shape) lists layers that work",
                 )
             else:
                 gradients[layer] = self._laid_out(layer, gradient)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from seg3dcam.errors import InputError, TargetError
 from seg3dcam.geometry import ras_affine
@@ -22,6 +23,11 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         )
     if not x.is_floating_point():
         raise InputError(f"the input must be floating point, as the network is; got {x.dtype}")
+    if x.device.type == "meta" or isinstance(x, FakeTensor):
+        raise InputError(
+            "the input is a FakeTensor or on the meta device: it has a shape but no values. Give a "
+            "tensor on a real device, outside of FakeTensorMode"
+        )
     if 0 in x.shape:
         raise InputError(f"the input is empty: shape {tuple(x.shape)}")
     affine = None

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import nn
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Tell whether what a module gives can be seen: of a script, traced or frozen, it cannot."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

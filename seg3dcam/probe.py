@@ -27,6 +27,7 @@ from seg3dcam.capture import Capture, capturing
 from seg3dcam.centroids import agreeing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
+from seg3dcam.kinds import takes_hooks
 from seg3dcam.known import key_of
 from seg3dcam.layers import LayerRef, unwrap
 from seg3dcam.operations import PlainOperations
@@ -244,7 +245,7 @@ def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
         return torch.zeros_like(output) if tokens else None
 
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in filter(takes_hooks, model.modules()):
             if re.search("attention|sablock", type(module).__name__, re.IGNORECASE):
                 stack.callback(module.register_forward_hook(add_nothing).remove)
             is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)

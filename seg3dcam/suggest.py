@@ -24,7 +24,7 @@ from torch import nn
 from seg3dcam.capture import Capture, capturing
 from seg3dcam.ensemble import members_of
 from seg3dcam.errors import LayerError
-from seg3dcam.kinds import kind_of
+from seg3dcam.kinds import kind_of, takes_hooks
 from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
 from seg3dcam.layouts import stride_of
 from seg3dcam.outputs import OutputSelection, tensors_in
@@ -229,7 +229,7 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
 
     with ExitStack() as stack:
         for name, module in capture.model.named_modules():
-            if name:
+            if name and takes_hooks(module):
                 stack.callback(module.register_forward_hook(partial(look, name)).remove)
         logits = capture.forward(x)
     # A LayerNorm makes all tokens equally long: the block before it says more (but see _as_read).

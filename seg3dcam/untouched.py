@@ -171,7 +171,9 @@ def _buffers(module: nn.Module) -> tuple[_Change, _Change]:
     def write_back() -> None:
         with torch.no_grad():
             for buffer, before in kept:
-                buffer.copy_(before)
+                # Only then: a graph that was made meanwhile may need it as it is.
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
     return write_back, _nothing
 

@@ -107,13 +107,13 @@ def test_a_cam_may_be_asked_for_inside_a_target():
 def test_switches_of_the_process_are_put_back_by_the_last():
     """Two networks at once: the second one to finish must not restore what the first had set."""
     precision = torch.backends.mkldnn.matmul.fp32_precision
-    entered, may_go = threading.Barrier(2), [threading.Event(), threading.Event()]
+    entered, may_go = threading.Barrier(3), [threading.Event(), threading.Event()]
 
     def slow(number):
         def score(logits):
             if not may_go[number].is_set():
-                entered.wait()
-                may_go[number].wait()
+                entered.wait(60)
+                may_go[number].wait(60)
             return logits[:, 1].flatten(1).sum(1)
 
         HiResCAM(network(), "3")(image(0), score)
@@ -121,6 +121,7 @@ def test_switches_of_the_process_are_put_back_by_the_last():
     threads = [threading.Thread(target=slow, args=(n,)) for n in (0, 1)]
     for thread in threads:
         thread.start()
+    entered.wait(60)  # both are in the middle of an explanation
     for go, thread in zip(may_go, threads, strict=True):
         go.set()
         thread.join()

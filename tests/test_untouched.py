@@ -24,6 +24,9 @@ from seg3dcam.errors import ModelError
 from seg3dcam.layers import resolve_layers
 from seg3dcam.probe import measure_grids
 
+# The network draws random numbers, which is said; that is the subject of test_draws.py.
+pytestmark = pytest.mark.filterwarnings("ignore:the network draws random numbers")
+
 VOLUME = targets.ClassLogit(1, region="volume")
 LAYER = "encoder.1"
 FEATURES = 7  # a number of channels that nothing else has, so that activations can be recognised

@@ -22,6 +22,7 @@ from seg3dcam.engine.passes import (
     wide,
 )
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
+from seg3dcam.kinds import takes_hooks
 from seg3dcam.layers import LayerRef
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
@@ -208,7 +209,7 @@ def _footprint(first: FirstPass) -> int:
     hooks = [
         module.register_forward_hook(count)
         for module in first.capture.model.modules()
-        if not any(module.children())
+        if not any(module.children()) and takes_hooks(module)
     ]
     try:
         first.capture.observe(x, copy=False)
