@@ -7,6 +7,7 @@ result.volume()                    # (B, D, H, W) in [0, 1]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -64,14 +65,16 @@ TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | Any | None
 class BaseCAM:
     """Explains a segmentation network's output by the activations of some of its layers.
 
-    The model is put into eval mode while a map is computed and is afterwards exactly as it was.
+    The model is put into eval mode while a map is computed and is afterwards exactly as it was. One
+    thread at a time explains a network; what is measured on it is kept with the network, so that
+    further CAM objects of it cost no more than their maps.
 
     Args:
         model: any network with a channel-first input (B, C, *S) and logits (B, K, *S), or an
             `Ensemble` of networks and flips.
         target_layers: a dotted name ("decoder.2"), one with `*` ("encoder.stages.*"), a name with
             the element of a tuple, list or dict ("encoder[0]"), a module, a list of these, "auto"
-            (the bottleneck, see `suggest_layers`) or "all" (every convolution). Several layers
+            (the bottleneck, or the middle of the depth where there is none, see `suggest_layers`) or "all" (every convolution). Several layers
             cost one forward pass. Channels-last and token layers are understood.
         sliding_window: a `WindowPlan`; None takes the input as one window.
         output: which of several outputs are the logits: a position, key or function.
@@ -301,6 +304,7 @@ def _explain_member(
         asked = ask(first.logits)
         gaps = _gaps(first, asked, functions, lead.output)
         table = maps_of(first, asked, functions, grids, lead.output, lead.progress)
+        table = _without_numbers(table, asked)
     return _Found(
         first.logits,
         asked,
@@ -377,6 +381,22 @@ def _gaps(
     seeded = [w for one in asked for w in seeded_windows(first, [0], one.seed)]
     window = first.cut([0], seeded[:1] or [0])
     return gradient_gaps(first.capture, window, layers, output)
+
+
+def _without_numbers(table: Table, asked: Sequence[Asked]) -> Table:
+    """Let the maps of items whose score is no number hold none: a gradient may not show that."""
+
+    def blanked(one: Asked, map_: LayerMap) -> LayerMap:
+        bad = ~torch.isfinite(one.score).to(map_.values.device)
+        if not bad.any():
+            return map_
+        shape = (-1, *[1] * (map_.values.ndim - 1))
+        return replace(map_, values=map_.values.masked_fill(bad.view(shape), math.nan))
+
+    return [
+        [{layer: blanked(one, map_) for layer, map_ in maps.items()} for maps in row]
+        for one, row in zip(asked, table, strict=True)
+    ]
 
 
 def _with_gaps(table: Table, functions: Sequence[Any], gaps: Mapping[LayerRef, float]) -> Table:
