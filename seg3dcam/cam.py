@@ -74,8 +74,9 @@ class BaseCAM:
             `Ensemble` of networks and flips.
         target_layers: a dotted name ("decoder.2"), one with `*` ("encoder.stages.*"), a name with
             the element of a tuple, list or dict ("encoder[0]"), a module, a list of these, "auto"
-            (the bottleneck, or the middle of the depth where there is none, see `suggest_layers`) or "all" (every convolution). Several layers
-            cost one forward pass. Channels-last and token layers are understood.
+            (the bottleneck, or the middle of the depth where there is none, see `suggest_layers`)
+            or "all" (every convolution). Several layers cost one forward pass. Channels-last and
+            token layers are understood.
         sliding_window: a `WindowPlan`; None takes the input as one window.
         output: which of several outputs are the logits: a position, key or function.
         activation: "softmax" or "sigmoid" (one channel, or several that may overlap).
