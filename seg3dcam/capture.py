@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from seg3dcam.draws import Drawn, drawing_from, random_state
+from seg3dcam.draws import Drawn, drawing_from, random_state, set_random_state
 from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
 from seg3dcam.kinds import takes_hooks
@@ -397,7 +397,13 @@ class Capture:
         """
         known = self.known
         if known.draws == "":
-            yield
+            before, noted = random_state(), Drawn()
+            with noted:
+                yield
+            if noted.operation and not before.equals(random_state()):
+                # Only now and then, as its input or a setting is: the caller explains it again.
+                set_random_state(before)
+                known.draws = noted.operation
             return
         with drawing_from(self._random):
             if known.draws:

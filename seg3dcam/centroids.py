@@ -42,7 +42,7 @@ STEPS = 4.0
 
 #: Voxels along the axis that is looked at and at most along the others, and draws of noise. The
 #: first is enough for most networks; those that leave a doubt are looked at again.
-LOOKS = ((64, 32, 1), (128, 32, 4), (192, 64, 8))
+LOOKS = ((64, 32, 1), (128, 32, 2), (128, 32, 6), (192, 64, 8))
 
 #: Parts that each draw's places are divided into, whose spread tells how sure a centre is. Other
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
@@ -81,13 +81,15 @@ def agreeing(
     """
     left = set(grids)
     for axis in range(x.ndim - 2):
-        open_ = set(left)
-        for shape, noise in _looks(tuple(x.shape[2:]), axis):
-            # Of fractional strides only the input's own size has the grid.
+        open_, seen = set(left), set[LayerRef]()
+        full = tuple(x.shape[2:])
+        for shape, noise in _looks(full, axis):
+            # Of fractional strides only the input's own size has the grid; it may be large, so it
+            # is left out where another one will do.
             asked = {
                 layer
                 for layer in open_
-                if shape == tuple(x.shape[2:]) or grids[layer].stride[axis].is_integer()
+                if (layer not in seen if shape == full else grids[layer].stride[axis].is_integer())
             }
             if not asked:
                 continue
@@ -95,6 +97,7 @@ def agreeing(
                 lines = _lines(capture, x, shape, axis, {la: grids[la] for la in asked}, noise)
             except (ModelError, LayerError, torch.OutOfMemoryError):
                 continue  # some networks take one size only
+            seen |= lines.keys() if shape != full else set()
             for layer, line in lines.items():
                 verdict = _verdict(line, grids[layer], axis)
                 if verdict is not None:

@@ -17,9 +17,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import Tokens, channels_first, channels_last
+
+#: (name of a module, key) -> what is there.
+Structure = dict[tuple[str, str], Hashable]
 
 
 @dataclass
@@ -30,22 +34,39 @@ class Known:
 
     Attributes:
         structure: of the network when all this was found out.
+        restless: what of it the network's own forward pass changes, such as a counter: that says
+            nothing about the structure.
+        doubted: numbers that changed since the last knowledge, such as a step of a training.
+        former: the grids of that knowledge: if they are the same, these numbers are restless, too.
         layouts: layer -> its layout, where that needed evidence.
         grids: (shape of the input, layer, its spatial shape, its layout) -> grid.
         gaps: (layer, its layout) -> which part of a change of the score its gradient misses.
         draws: the operation with which it draws random numbers, "" for none, None: not known yet.
     """
 
-    structure: Hashable = None
+    structure: Structure = field(default_factory=dict)
+    restless: set[tuple[str, str]] = field(default_factory=set)
+    doubted: set[tuple[str, str]] = field(default_factory=set)
+    former: dict[tuple, FeatureGrid] = field(default_factory=dict)
     layouts: dict[LayerRef, Layout] = field(default_factory=dict)
     grids: dict[tuple, FeatureGrid] = field(default_factory=dict)
     gaps: dict[tuple, float] = field(default_factory=dict)
     draws: str | None = None
 
+    def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
+        """Remember a grid; where it is what it was before some numbers changed, forget these."""
+        self.grids[key] = grid
+        if self.former.get(key) == grid:
+            self.restless |= self.doubted
+            self.doubted = set()
+
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+#: Lock -> the thread that took it last; thread -> the lock that it waits for.
+_owners: dict[int, int] = {}
+_waiting: dict[int, int] = {}
 _tables = threading.RLock()
 
 
@@ -54,8 +75,13 @@ def known_of(network: nn.Module) -> Known:
     structure = _structure(network)
     with _tables:
         known = _known.get(network)
-        if known is None or known.structure != structure:
+        if known is None:
             known = _known[network] = Known(structure)
+        elif changed := _changed(known.structure, structure) - known.restless:
+            new = Known(structure, restless=known.restless)
+            if all(isinstance(structure.get(key), int | float) for key in changed):
+                new.doubted, new.former = changed, known.grids
+            known = _known[network] = new
         return known
 
 
@@ -85,33 +111,66 @@ def opened(network: nn.Module) -> Iterator[Known]:
         locks = [_locks.setdefault(module, threading.RLock()) for module in modules]
     with contextlib.ExitStack() as stack:
         for lock in locks:
-            stack.enter_context(lock)
+            _acquire(lock)
+            stack.callback(lock.release)
         if network in _open:
             yield _open[network]
             return
-        _open[network] = known_of(network)
+        known = _open[network] = known_of(network)
+        before = _structure(network)
         try:
-            yield _open[network]
+            yield known
         finally:
             del _open[network]
+            known.restless |= _changed(before, _structure(network))
 
 
-def _structure(network: nn.Module) -> Hashable:
+def _acquire(lock: Any) -> None:
+    """Wait for a lock, unless its owner waits for this thread.
+
+    Raises:
+        ModelError: two networks, each explained inside a target of the other's, in two threads.
+    """
+    me, rounds = threading.get_ident(), 0
+    while not lock.acquire(timeout=0.2):
+        with _tables:
+            _waiting[me] = id(lock)
+            rounds = rounds + 1 if _waits_for(me) else 0
+            if rounds > 5:  # not just in the moment when one lets go
+                del _waiting[me]
+                raise ModelError(
+                    "two threads wait for each other: each explains a network inside a target of "
+                    "the other's. Explain one after the other"
+                )
+    with _tables:
+        _waiting.pop(me, None)
+        _owners[id(lock)] = me
+
+
+def _waits_for(me: int) -> bool:
+    """Tell whether the owner of the lock that a thread waits for waits, by others, for it."""
+    thread, seen = me, set[int]()
+    while thread in _waiting and thread not in seen:
+        seen.add(thread)
+        thread = _owners.get(_waiting[thread], 0)
+    return thread == me and bool(seen)
+
+
+def _structure(network: nn.Module) -> Structure:
     """Return what places and layouts depend on: modules, plain settings, shapes of weights."""
-    return tuple(
-        (
-            name,
-            id(module),
-            type(module),
-            tuple((key, _shape(p)) for key, p in module._parameters.items()),
-            tuple(
-                (key, value)
-                for key, value in vars(module).items()
-                if key != "training" and _is_plain(value)
-            ),
-        )
-        for name, module in network.named_modules(remove_duplicate=False)
-    )
+    found: Structure = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        found[name, ""] = (id(module), type(module))
+        for key, parameter in module._parameters.items():
+            found[name, key] = _shape(parameter)
+        for key, value in vars(module).items():
+            if key != "training" and _is_plain(value):
+                found[name, key] = value
+    return found
+
+
+def _changed(one: Structure, other: Structure) -> set[tuple[str, str]]:
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
 def _shape(parameter: Any) -> Hashable:

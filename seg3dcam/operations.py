@@ -33,6 +33,12 @@ _CORE_NORMS = (
     "native_group_norm",
     "native_layer_norm",
 )
+# What would cut the ramp off, or drop voxels of it.
+_LIMITS = ("relu6", "hardtanh", "clamp", "clip", "clamp_", "hardtanh_", "tanh", "tanh_")
+_DROPOUTS = (
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+    *("feature_alpha_dropout", "dropout_"),
+)
 _ATTENTION = ("scaled_dot_product_attention",)
 
 # Where an upsampled path meets a skip connection, the skip connection knows the place. Residual
@@ -59,7 +65,7 @@ class PlainOperations(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = _name(func)
-        if name in _NORMS:
+        if name in (*_NORMS, *_LIMITS, *_DROPOUTS):
             return args[0] if args else kwargs["input"]
         if name in _CORE_NORMS:
             return args[0], *func(*args, **kwargs)[1:]
@@ -118,7 +124,8 @@ def _with_weight(
 ) -> tuple[tuple, dict[str, Any]]:
     """Return the arguments (input, weight, bias, ...) of an operation with another weight."""
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    weight, rest = change(named["weight"]), args[3:]
+    # Of a network in half precision: what is shown to it may be more exact.
+    weight, rest = change(named["weight"]).to(named["input"].dtype), args[3:]
     others = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
     return (named["input"], weight, named.get("bias") if bias else None, *rest), others
 

@@ -13,6 +13,7 @@ the network as it is (`seg3dcam.centroids`): where they do not agree, nothing co
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def measure_grids(
             # Only now: a measurement that fails leaves nothing behind.
             for layer in new:
                 if (key := keys[layer]) is not None:
-                    capture.known.grids[key] = grids[layer]
+                    capture.known.keep_grid(key, grids[layer])
     return {layer: grids[layer] for layer in shapes}
 
 
@@ -123,10 +124,12 @@ def _measure_axis(
     """
     full = tuple(x.shape[2:])
     fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
-    for shape in dict.fromkeys((_handy(full, axis), full)):
+    # More exact than half precision, if the network's other operations take that.
+    dtypes = dict.fromkeys((torch.promote_types(x.dtype, torch.float32), x.dtype))
+    for shape, dtype in itertools.product(dict.fromkeys((_handy(full, axis), full)), dtypes):
         try:
             # Not all at once: a layer of many channels at full resolution takes much memory.
-            flat, rising, falling = _ramps(x, shape, axis)
+            flat, rising, falling = _ramps(x.to(dtype), shape, axis)
             pairs = [torch.stack([flat, ramp]) for ramp in (rising, falling)]
             shown = [_means(capture.observe_layers(pair)) for pair in pairs]
         except (ModelError, LayerError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -60,8 +61,8 @@ def check_explainable(model: nn.Module) -> None:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Freeze a network in eval mode, in exact arithmetic; put everything back at the end.
 
-    The mode of every module, `requires_grad`, buffers, and what modules keep in attributes are
-    afterwards as they were, also after an exception. Random states see `seg3dcam.draws`.
+    The mode of every module, `requires_grad`, buffers, and tensors that modules keep in attributes
+    are afterwards as they were, also after an exception. Random states see `seg3dcam.draws`.
 
     Args:
         model: one that `check_explainable` has let pass.
@@ -110,48 +111,68 @@ def _mode(module: nn.Module) -> tuple[_Change, _Change]:
 
 
 def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
-    """Return what puts the attributes of a module's own back that a forward pass may set.
+    """Return what puts the tensors back that a module keeps in attributes of its own.
 
     DynUNet notes the heads of its last pass: their graph would stay, and forbid a deepcopy.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return _nothing, _nothing
-    before = _of_its_own(module)
+    before = _tensors_of_its_own(module)
     inside = [
-        (value, copy.copy(value))
-        for value in before.values()
-        if isinstance(value, list | dict) and _holds_tensors(value)
+        (container, copy.copy(container))
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE
+        for container in _containers(value)
     ]
 
     tensors = [
-        (value, value._version, value.detach().clone())
+        (value, value.detach().clone())
         for value in before.values()
-        if isinstance(value, torch.Tensor) and not value.is_inference()
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not value.is_inference() and value.device.type != "meta"
     ]
 
     def put_back() -> None:
         attributes = vars(module)
-        for name in _of_its_own(module).keys() - before.keys():
+        for name in _tensors_of_its_own(module).keys() - before.keys():
             del attributes[name]
         attributes.update(before)
         for value, items in inside:
-            value.clear()
-            value.extend(items) if isinstance(value, list) else value.update(items)
+            if _holds_tensors(value) or _holds_tensors(items):
+                value.clear()
+                value.extend(items) if isinstance(value, list | deque) else value.update(items)
         with torch.no_grad():
-            for tensor, version, values in tensors:
-                if tensor._version != version:
+            for tensor, values in tensors:
+                if not torch.equal(tensor, values):
                     tensor.copy_(values)
 
     return put_back, _nothing
 
 
-def _of_its_own(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield a list, dict, set or deque, and those that it holds: a forward pass may fill them."""
+    if isinstance(value, list | dict | set | deque):
+        yield value
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+
+
+def _tensors_of_its_own(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that are tensors, or lists, tuples and dicts of some."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and _holds_tensors(value)
+    }
 
 
 def _holds_tensors(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return any(isinstance(item, torch.Tensor) for item in items)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple | set | deque):
+        return isinstance(value, torch.Tensor)
+    return any(isinstance(item, torch.Tensor) for item in value)
 
 
 def _buffers(module: nn.Module) -> tuple[_Change, _Change]:

