@@ -136,7 +136,7 @@ STACKS = {
         0.5,
     ),
     "even window, padded at its end": (
-        [function(lambda x: F.avg_pool3d(F.pad(x, (0, 1) * 3), 2, 1))],
+        [function(lambda x: F.avg_pool3d(F.pad(x, (0, 1) * 3), 2, 1)), conv],
         1,
         0.5,
     ),
