@@ -144,6 +144,19 @@ def test_gradients_of_the_input_miss_it_too(key):
     assert (layer_map.missing > 0.1) == (key != "occlusion")
 
 
+@pytest.mark.parametrize(("branch", "status"), [(torch.relu, "ok"), (torch.detach, "incomplete")])
+def test_networks_of_one_size_are_tried_at_it(branch, status):
+    """The middle of a long image is another size than they take."""
+    net = TwoWays(branch)
+    position = torch.rand(4, 100, 4, 4)
+    net.mix.register_forward_hook(lambda module, args, output: output + position)
+    cam = HiResCAM(net, "conv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Seg3dcamWarning)
+        result = cam(torch.rand(1, 1, 100, 4, 4), VOLUME)
+    assert result.status["conv"] == status
+
+
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 def test_quantised_branches():
     net = TwoWays(lambda z: z)
