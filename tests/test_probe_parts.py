@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from seg3dcam import centroids, probe
 from seg3dcam.capture import capturing
 from seg3dcam.centroids import AGREE, FEW_PARTS, PULLED, PUSHED, STEPS
+from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
 from seg3dcam.operations import FADED, MirroredOperations, PlainOperations
@@ -151,6 +152,58 @@ def test_what_is_looked_at_gets_dearer():
         (full, 16),
     ]
     assert next(centroids._looks(full, 1)) == ((32 + 12, 64 + 8, 20), 1)
+
+
+CUBE = FeatureGrid((16, 8, 16), (4.0, 4.0, 4.0), (1.5, 1.5, 1.5))
+SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS)
+DOUBT, OFF = SURE._replace(error=math.inf), SURE._replace(shift=9.0)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected", "axes"),
+    [
+        ([SURE] * 3, True, [0, 1, 2]),
+        ([DOUBT, DOUBT, SURE, SURE, DOUBT, SURE], True, [0, 0, 0, 1, 2, 2]),
+        ([OFF], False, [0]),
+        ([SURE, DOUBT, OFF], False, [0, 1, 1]),
+        ([SURE, SURE, OFF], False, [0, 1, 2]),
+        ([SURE, *[DOUBT] * 6], False, [0, *[1] * 6]),
+        ([ModelError("one size"), SURE, LayerError("none"), SURE, SURE], True, [0, 0, 1, 1, 2]),
+        ([SURE, *[torch.OutOfMemoryError()] * 6], False, [0, *[1] * 6]),
+    ],
+)
+def test_every_axis_is_looked_at_until_there_is_no_doubt(seen, expected, axes, monkeypatch):
+    rest, looked = iter(seen), []
+
+    def lines(capture, x, shape, axis, grids, noise):
+        looked.append((axis, shape, noise))
+        line = next(rest)
+        if isinstance(line, Exception):
+            raise line
+        return dict.fromkeys(grids, line)
+
+    monkeypatch.setattr(centroids, "_lines", lines)
+    found = centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), {"a": CUBE})
+    assert found == ({"a"} if expected else set())
+    assert [axis for axis, *_ in looked] == axes
+    every = [(a, *look) for a in range(3) for look in centroids._looks((64, 32, 64), a)]
+    assert looked == [(a, *look) for a, *look in every if (a, *look) in looked]
+    assert next(rest, None) is None
+
+
+def test_each_layer_is_looked_at_as_long_as_it_is_in_doubt(monkeypatch):
+    """One of a fractional stride at the input's own size alone, which is the second look."""
+    looked = []
+
+    def lines(capture, x, shape, axis, grids, noise):
+        looked.append(("".join(sorted(grids)), axis))
+        found = {"a": SURE, "b": OFF if axis == 1 else SURE, "c": SURE}
+        return {layer: found[layer] for layer in grids}
+
+    monkeypatch.setattr(centroids, "_lines", lines)
+    grids = {"a": CUBE, "b": CUBE, "c": FeatureGrid((16, 8, 16), (4.2,) * 3, (0.0,) * 3)}
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), grids) == {"a", "c"}
+    assert looked == [("ab", 0), ("c", 0), ("ab", 1), ("c", 1), ("a", 2), ("c", 2)]
 
 
 GRID = FeatureGrid((32,), (2.0,), (0.5,))
