@@ -83,7 +83,8 @@ def test_networks_that_draw_nothing_are_left_in_peace():
 
 
 def test_what_another_thread_draws_is_not_the_networks():
-    net, stop = Drawing(lambda a: a), threading.Event()
+    # Made before: the other thread would draw in between, and the weights be others each time.
+    nets, stop = [Drawing(lambda a: a) for _ in range(5)], threading.Event()
 
     def draw():
         while not stop.is_set():
@@ -92,8 +93,7 @@ def test_what_another_thread_draws_is_not_the_networks():
     other = threading.Thread(target=draw)
     other.start()
     try:
-        for _ in range(5):
-            net = Drawing(lambda a: a)
+        for net in nets:
             assert HiResCAM(net, "relu")(image(size=8), VOLUME).draws == ""
     finally:
         stop.set()

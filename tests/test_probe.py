@@ -72,6 +72,14 @@ class Functional(nn.Module):
         return self.function(x)
 
 
+class OwnNorm(nn.Module):
+    """Normalises over channels by operations of its own (ConvNeXt)."""
+
+    def forward(self, x):
+        off = x - x.mean(1, keepdim=True)
+        return off / (off.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
 def function(call):
     return lambda: Functional(call)
 
@@ -127,6 +135,11 @@ STACKS = {
         2,
         0.5,
     ),
+    "even window, padded at its end": (
+        [function(lambda x: F.avg_pool3d(F.pad(x, (0, 1) * 3), 2, 1)), conv],
+        1,
+        0.5,
+    ),
     "nearest upsampling": ([halve, lambda: nn.Upsample(scale_factor=2)], 1, 0),
 }
 
@@ -153,6 +166,7 @@ def test_a_stack_has_the_grid_worked_out_by_hand(name):
         lambda: nn.GroupNorm(2, 2),
         lambda: nn.Dropout3d(0.5),
         nn.Identity,
+        OwnNorm,
     ],
 )
 def test_what_stands_between_makes_no_difference(between):

@@ -19,6 +19,8 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from seg3dcam import HiResCAM, targets
 from seg3dcam import probe as probe_module
 from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.layers import resolve_layers
+from seg3dcam.probe import measure_grids
 
 
 class OwnConv(nn.Module):
@@ -280,3 +282,36 @@ def test_a_number_that_changes_in_training_is_measured_again_once():
         counts.append(len(net.body.runs))
     assert counts[0] > 1
     assert counts[2:] == [1, 1]
+
+
+def test_channels_of_the_input_are_part_of_what_is_remembered():
+    """The same layer and shapes, and another way to them."""
+
+    class Either(nn.Module):
+        def forward(self, x):
+            return F.max_pool3d(x, 2) if x.shape[1] == 1 else F.max_pool3d(x.mean(1)[:, None], 1, 2)
+
+    net = nn.Sequential(nn.Identity(), Either(), nn.Conv3d(1, 2, 1))
+    (layer,) = resolve_layers(net, "2")
+    for channels, offset in ((1, 0.5), (2, 0), (1, 0.5)):
+        grids = measure_grids(net, torch.zeros(1, channels, 32, 32, 32), {layer: (16,) * 3})
+        assert_grid(grids[layer], (2,) * 3, (offset,) * 3)
+
+
+def test_where_an_upsampled_path_is_added_the_skip_connection_knows_the_place():
+    """The path is half a voxel off, by strided convolution and back, and as strong."""
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 4, 3, padding=1)
+            self.down = nn.Conv3d(4, 4, 3, 2, 1)
+            self.up = nn.ConvTranspose3d(4, 4, 2, 2)
+
+        def forward(self, x):
+            a = self.conv(x)
+            return a + self.up(self.down(a))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Beside(), nn.Conv3d(4, 2, 1))
+    assert_grid(grids_of(net, (32,) * 3, "0")["0"], (1,) * 3, (0,) * 3)

@@ -24,7 +24,7 @@ from seg3dcam.outputs import OutputSelection
 
 #: Steps, as parts of the activations' size. Rounding takes its share of the change at small steps,
 #: curvature and the kinks of ReLU and pooling at large ones; a missing branch at all of them.
-STEPS: tuple[float, ...] = (3e-4, 1e-3, 1e-2, 1e-1)
+STEPS: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 
 #: In half precision smaller steps are lost in rounding.
 STEPS_OF_HALF = (3e-2, 1e-1, 3e-1)
@@ -32,12 +32,13 @@ STEPS_OF_HALF = (3e-2, 1e-1, 3e-1)
 #: A gradient that misses more than this part of every change misses a branch.
 MISSED, MISSED_OF_HALF = 0.1, 0.4
 
-#: A change that grows so many times over its promise from a small step to the next is a jump, as of
-#: an argmax that turns over: curvature grows in proportion to the step.
+#: Where so much more is missed at a step three times as large, there is a jump, as of an argmax
+#: that turns over: what curvature misses grows as the step's square at most, ten times.
 JUMP = 15
 
-#: Directions at each step: a few first, and more where those leave a doubt.
+#: Directions at each step: a few first, at some of the steps; more where those leave a doubt.
 FEW, MANY = 3, 8
+FIRST, FIRST_OF_HALF = (1, 3), (1, 2)
 
 #: Layers that are nudged together at most, unless that makes more than this many groups.
 TOGETHER, GROUPS = 3, 8
@@ -135,13 +136,14 @@ class _Promise:
         self._sizes, self._effects = sizes, effects
         half = any(torch.finfo(a.dtype).eps > 1e-5 for a in activations.values())
         self._steps, self._limit = (STEPS_OF_HALF, MISSED_OF_HALF) if half else (STEPS, MISSED)
+        self._first = FIRST_OF_HALF if half else FIRST
         # What rounding alone may change of the score.
         precision = torch.finfo(logits.dtype).eps
         self._rounding = 8 * precision * float((self._weights * logits.double()).norm())
 
     def is_kept(self, layers: Sequence[LayerRef], directions: int) -> bool:
         """Tell whether nothing is missed at a small step, and at a larger one no jump is seen."""
-        missed = [self._missed(layers, step, directions) for step in self._steps[1:3]]
+        missed = [self._missed(layers, self._steps[n], directions) for n in self._first]
         return all(part <= self._limit * times for part, times in zip(missed, (1, 3), strict=True))
 
     def gap(self, layer: LayerRef, directions: int) -> float:

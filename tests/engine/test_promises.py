@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.attributions import ATTRIBUTIONS
 from seg3dcam.cams import CAMS
+from seg3dcam.engine import promises
 from seg3dcam.errors import Seg3dcamWarning
 
 VOLUME = targets.ClassLogit(1, "volume")
@@ -143,6 +144,19 @@ def test_gradients_of_the_input_miss_it_too(key):
     assert (layer_map.missing > 0.1) == (key != "occlusion")
 
 
+@pytest.mark.parametrize(("branch", "status"), [(torch.relu, "ok"), (torch.detach, "incomplete")])
+def test_networks_of_one_size_are_tried_at_it(branch, status):
+    """The middle of a long image is another size than they take."""
+    net = TwoWays(branch)
+    position = torch.rand(4, 100, 4, 4)
+    net.mix.register_forward_hook(lambda module, args, output: output + position)
+    cam = HiResCAM(net, "conv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Seg3dcamWarning)
+        result = cam(torch.rand(1, 1, 100, 4, 4), VOLUME)
+    assert result.status["conv"] == status
+
+
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 def test_quantised_branches():
     net = TwoWays(lambda z: z)
@@ -178,3 +192,145 @@ def test_it_is_found_out_once_for_each_layer():
     result, _ = explained(net, cam=GradCAM)
     assert len(calls) == first + 1
     assert result.status["conv"] == "incomplete"
+
+
+# --------------------------------------------------------------------- what it is made of
+
+
+class Score:
+    """A capture of one number for each layer's activations, as if the logits were their sum."""
+
+    def __init__(self, functions):
+        self.functions = functions
+
+    def nudged(self, x, steps):
+        return sum(self.functions[name](step.double()) for name, step in steps.items())
+
+
+def promise(functions, gradients, activations, dtype=torch.float64):
+    given = {k: torch.full((1, 2, 16, 16, 16), v, dtype=dtype) for k, v in gradients.items()}
+    shown = {k: torch.full((1, 2, 16, 16, 16), v, dtype=dtype) for k, v in activations.items()}
+    one = torch.ones((), dtype=dtype)
+    return promises._Promise(Score(functions), torch.zeros(()), 0 * one, one, given, shown)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0, -1.0])
+@pytest.mark.parametrize("size", [0.1, 30.0])
+def test_the_part_missed_is_that_of_the_change(share, size):
+    """The score grows by 1 + share where the gradient says 1."""
+    net = promise({"a": lambda step: (1 + share) * step.sum()}, {"a": 1.0}, {"a": size})
+    missed = abs(share) / max(1, abs(1 + share))  # of the larger one, change or promise
+    assert net._missed(["a"], 1e-3, 3) == pytest.approx(missed)
+    assert net.gap("a", 4) == pytest.approx(missed)
+    assert not net.is_kept(["a"], 3)
+
+
+def test_steps_are_parts_of_the_activations_size():
+    seen = []
+    net = promise({"a": lambda step: seen.append(step) or step.sum()}, {"a": 1.0}, {"a": 7.0})
+    assert net._missed(["a"], 1e-2, 20) == pytest.approx(0, abs=1e-9)
+    assert len(seen) == 40
+    assert torch.stack(seen).std().item() == pytest.approx(0.07, rel=0.05)
+    torch.testing.assert_close(seen[0], -seen[1])  # from both sides
+    assert not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(("factor", "share"), [(2.0, 0.5), (5.0, 0.2), (50.0, 0.1)])
+def test_layers_together_are_nudged_with_as_much_effect(factor, share):
+    """The one of the greater effect by less, and by a tenth at least."""
+    sizes = {}
+
+    def seen(name):
+        return lambda step: sizes.setdefault(name, step.std()) * 0 + step.sum()
+
+    net = promise({"a": seen("a"), "b": seen("b")}, {"a": 1.0, "b": factor}, {"a": 1.0, "b": 1.0})
+    net._missed(["a", "b"], 1e-1, 1)
+    assert float(sizes["b"] / sizes["a"]) == pytest.approx(share, rel=0.05)
+    assert net._missed(["b"], 1e-1, 1) == pytest.approx((factor - 1) / factor)
+
+
+def test_without_effect_there_is_nothing_to_miss_or_all():
+    assert promise({"a": lambda step: 0 * step.sum()}, {"a": 0.0}, {"a": 1.0}).gap("a", 3) == 0
+    assert promise({"a": lambda step: step.sum()}, {"a": 0.0}, {"a": 1.0}).gap("a", 3) == 1
+    assert promise({"a": lambda step: 0 * step.sum()}, {"a": 1.0}, {"a": 1.0}).gap("a", 3) == 1
+
+
+def test_what_is_seen_at_the_smallest_steps_alone_is_rounding():
+    """Small steps are lost, those of 1/10 arrive whole."""
+
+    def rounded(step):
+        return step.sum() if step.std() > 0.05 else 0 * step.sum()
+
+    net = promise({"a": rounded}, {"a": 1.0}, {"a": 1.0})
+    assert not net.is_kept(["a"], 3)
+    assert net.gap("a", 3) == 0
+
+
+def test_changes_below_the_rounding_of_the_score_tell_nothing():
+    """A score of a million in single precision, and changes of a hundredth, all of them wrong."""
+    logits = torch.full((1, 2, 4, 4, 4), 1e6)
+    shown = {"a": torch.full((1, 2, 4, 4, 4), 1e-3)}
+    capture = Score({"a": lambda step: -step.sum()})
+    net = promises._Promise(
+        capture, logits, logits, torch.ones(1, 2, 4, 4, 4), {"a": torch.ones(1, 2, 4, 4, 4)}, shown
+    )
+    assert net.gap("a", 3) == 0
+    exact = promises._Promise(
+        capture, logits, 0 * logits, torch.ones(1, 2, 4, 4, 4), {"a": 1 + 0 * shown["a"]}, shown
+    )
+    assert exact.gap("a", 3) == 1
+
+
+def test_curvature_is_nothing_missed_and_a_jump_is():
+    """What curves misses less at smaller steps; an argmax that turns over misses all at once."""
+    curved = promise({"a": lambda step: (step + 1e4 * step**3).sum()}, {"a": 1.0}, {"a": 1.0})
+    assert curved._missed(["a"], 1e-1, 3) > 0.45
+    assert curved._missed(["a"], 3e-4, 3) < 0.1
+    assert curved.gap("a", 3) == 0
+
+    def jumping(step):
+        return step.sum() + (1e3 * step.sum().sign() if step.std() > 5e-3 else 0)
+
+    assert promise({"a": jumping}, {"a": 1.0}, {"a": 1.0}).gap("a", 3) > 0.5
+
+
+def test_half_precision_takes_large_steps_alone():
+    seen = []
+    net = promise(
+        {"a": lambda step: seen.append(step.std()) or step.sum()},
+        {"a": 1.0},
+        {"a": 1.0},
+        torch.bfloat16,
+    )
+    assert net.is_kept(["a"], 2)
+    assert [float(s) for s in seen] == pytest.approx([0.1] * 4 + [0.3] * 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(0, []), (1, [1]), (3, [3]), (7, [3, 3, 1]), (24, [3] * 8), (33, [5] * 6 + [3])],
+)
+def test_layers_are_nudged_in_few_groups(count, sizes):
+    groups = list(promises._groups(list(range(count))))
+    assert [len(group) for group in groups] == sizes
+    assert [layer for group in groups for layer in group] == list(range(count))
+
+
+def test_the_middle_of_an_image_is_looked_at():
+    """At most 64-95 voxels an axis, as many as the whole has modulo 32."""
+    x = torch.arange(200 * 96).view(1, 1, 200, 96, 1).expand(-1, -1, -1, -1, 5)
+    part = promises._middle(x, 64)
+    assert part.shape == (1, 1, 72, 64, 5)
+    assert part.is_contiguous()
+    torch.testing.assert_close(part, x[:, :, 64:136, 16:80])
+
+
+def test_weights_of_the_score_are_smooth_and_the_same():
+    """Alike in blocks of eight voxels, different from one to the next, for each class its own."""
+    weights = promises._weights(torch.zeros(1, 3, 32, 16, 4))
+    assert weights.shape == (1, 3, 32, 16, 4)
+    blocks = weights.unflatten(2, (4, 8)).unflatten(4, (2, 8))
+    assert torch.equal(blocks.amax((3, 5, 6)), blocks.amin((3, 5, 6)))
+    assert len(weights.unique()) == 3 * 4 * 2
+    assert torch.equal(weights, promises._weights(torch.ones(1, 3, 32, 16, 4)))
+    assert promises._weights(torch.zeros(2, 3)).unique().numel() == 6

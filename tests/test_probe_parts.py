@@ -1,0 +1,483 @@
+"""What the measurements of a grid are made of, each against what is worked out by hand.
+
+Whole networks hide much of it: what one measurement gets wrong, the other finds out, and a doubt is
+looked at again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from seg3dcam import centroids, probe
+from seg3dcam.capture import capturing
+from seg3dcam.centroids import AGREE, FEW_PARTS, PULLED, PUSHED, STEPS
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.layers import resolve_layers
+from seg3dcam.operations import FADED, MirroredOperations, PlainOperations
+
+# --------------------------------------------------------------------------------- the ramp
+
+
+def shown_by(stride, offset, size, length, around=((1,), (1,))):
+    """Return what a layer of some grid shows of the three ramps, along its middle axis."""
+    place = stride * torch.arange(size, dtype=torch.float64) + offset
+    part = (place / (length - 1)).view(1, -1, 1).expand(len(around[0]), -1, len(around[1]))
+    low, high = probe._LOW, probe._HIGH
+    scale = 3.0  # of the layer
+    return [scale * v for v in (torch.full_like(part, low), low + (high - low) * part)] + [
+        scale * (high - (high - low) * part)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stride", "offset", "size", "length"),
+    [(2, 0, 32, 64), (4, 1.5, 16, 64), (1, 0, 64, 64), (8, 3.5, 8, 64), (64, 31.5, 1, 64)],
+)
+def test_a_ramp_tells_stride_and_offset(stride, offset, size, length):
+    shown = shown_by(stride, offset, size, length, ((1, 2), (1, 2, 3)))
+    assert probe._fit(shown, 1, length, size, length) == pytest.approx((stride, offset))
+    line = [values[0, :, 0] for values in shown]
+    assert probe._fit(line, 0, length, size, length) == pytest.approx((stride, offset))
+
+
+def test_what_padding_does_to_the_ends_does_not_count():
+    shown = shown_by(2, 0.5, 32, 64)
+    for values in shown:
+        values[:, :8] = values[:, -8:] = 7.0
+    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+
+
+def test_what_shows_nothing_does_not_count():
+    """Neither whole places along the axis nor some at a place."""
+    shown = shown_by(2, 0.5, 32, 64, ((1, 2), (1, 2, 3)))
+    for values in shown:
+        values[:, 10:12] = 0
+        values[1, 14:] = 0
+    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+    for values in shown:
+        values[:, 9:] = 0
+    assert probe._fit(shown, 1, 64, 32, 64) is None
+
+
+def test_another_size_must_have_the_same_grid():
+    """Not two voxels more or less, nor a resampled one: its stride depends on the size."""
+    shown = shown_by(2, 0.5, 32, 64)
+    assert probe._fit(shown, 1, 64, 96, 192) == pytest.approx((2, 0.5))
+    assert probe._fit(shown, 1, 64, 98, 192) is None
+    assert probe._fit(shown, 1, 64, 94, 192) is None
+    resampled = shown_by(1.5, 0.25, 43, 64)
+    assert probe._fit(resampled, 1, 64, 43, 64) is not None
+    assert probe._fit(resampled, 1, 64, 128, 192) is None
+
+
+@pytest.mark.parametrize(
+    ("shift", "believed"), [(16, True), (-16, True), (16.5, False), (-16.5, False)]
+)
+def test_a_layers_middle_is_about_that_of_the_input(shift, believed):
+    found = probe._fit(shown_by(2, 0.5 + shift, 32, 64), 1, 64, 32, 64)
+    assert found == (pytest.approx((2, 0.5 + shift)) if believed else None)
+
+
+@pytest.mark.parametrize(("shift", "believed"), [(31, True), (33, False)])
+def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
+    """Two voxels of stride 32 in 64: a quarter of the input is less than one of them."""
+    found = probe._fit(shown_by(32, 15.5 + shift, 2, 64), 1, 64, 2, 64)
+    assert (found is not None) == believed
+
+
+@pytest.mark.parametrize(
+    ("true", "size", "length", "expected"),
+    [
+        (2, 32, 64, 2),
+        (2, 32, 63, 2),  # rounded up
+        (2, 32, 65, 2),  # and down
+        (63 / 31, 32, 64, 63 / 31),  # corners aligned
+        (1.5, 42, 63, 1.5),  # lengths divided
+        (4, 14, 64, 4),  # of 14 voxels, without padding
+        (-2, 32, 64, None),  # mirrored
+        (0, 32, 64, None),  # all at one place
+        (0.8, 32, 64, None),  # less than half of the input
+        (2.6, 32, 64, None),  # more than all of it
+        (1.9, 32, 64, 1.9),
+    ],
+)
+def test_the_stride_is_a_whole_one_where_that_fits(true, size, length, expected):
+    index = torch.arange(size // 4, size - size // 4).double()
+    found = probe._stride(index, true * index + 3.25, size, length)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_staircase_has_the_whole_stride_of_its_steps():
+    """Of transposed convolutions: places in pairs, of which no line fits well.
+
+    Neither does it matter that 30 voxels of 64 are left, nor 34.
+    """
+    for size in (30, 32, 34):
+        index = torch.arange(size // 4, size - size // 4).double()
+        assert probe._stride(index, 4 * (index / 2).floor(), size, 64) == 2
+
+
+def test_the_handy_shape_is_the_input_modulo_32():
+    assert probe._handy((200, 70, 20), 0) == (64 + 8, 32 + 6, 20)
+    assert probe._handy((200, 70, 20), 2) == (32 + 8, 32 + 6, 64 + 20)
+    assert probe._handy((32, 31), 1) == (32, 64 + 31)
+
+
+@pytest.mark.parametrize(("true", "expected"), [(4.6, 5), (4.4, 4)])
+def test_of_two_whole_strides_the_nearer_one_is_taken(true, expected):
+    """Places so rough that a line of either fits them; 15 voxels in 64 are 4.3 to one."""
+    rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
+    index = torch.arange(3, 11).double()
+    assert probe._stride(index, true * index + 2 * rough, 15, 64) == expected
+
+
+# ----------------------------------------------------------------------- the middle of the field
+
+
+def test_what_is_looked_at_gets_dearer():
+    """A handy shape, then the input's own with twice the noise, of each length."""
+    full = (300, 40, 20)
+    assert list(centroids._looks(full, 0)) == [
+        ((64 + 12, 40, 20), 1),
+        (full, 2),
+        ((128 + 12, 40, 20), 2),
+        (full, 4),
+        ((128 + 12, 40, 20), 6),
+        (full, 12),
+        ((192 + 12, 40, 20), 8),
+        (full, 16),
+    ]
+    assert next(centroids._looks(full, 1)) == ((32 + 12, 64 + 8, 20), 1)
+
+
+CUBE = FeatureGrid((16, 8, 16), (4.0, 4.0, 4.0), (1.5, 1.5, 1.5))
+SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS)
+DOUBT, OFF = SURE._replace(error=math.inf), SURE._replace(shift=9.0)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected", "axes"),
+    [
+        ([SURE] * 3, True, [0, 1, 2]),
+        ([DOUBT, DOUBT, SURE, SURE, DOUBT, SURE], True, [0, 0, 0, 1, 2, 2]),
+        ([OFF], False, [0]),
+        ([SURE, DOUBT, OFF], False, [0, 1, 1]),
+        ([SURE, SURE, OFF], False, [0, 1, 2]),
+        ([SURE, *[DOUBT] * 4], False, [0, *[1] * 4]),  # its own size shows no more than others
+        ([ModelError("one size"), SURE, LayerError("none"), SURE, SURE], True, [0, 0, 1, 1, 2]),
+        ([SURE, *[torch.OutOfMemoryError()] * 8], False, [0, *[1] * 8]),
+    ],
+)
+def test_every_axis_is_looked_at_until_there_is_no_doubt(seen, expected, axes, monkeypatch):
+    rest, looked = iter(seen), []
+
+    def lines(capture, x, shape, axis, grids, noise):
+        looked.append((axis, shape, noise))
+        line = next(rest)
+        if isinstance(line, Exception):
+            raise line
+        return dict.fromkeys(grids, line)
+
+    monkeypatch.setattr(centroids, "_lines", lines)
+    found = centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), {"a": CUBE})
+    assert found == ({"a"} if expected else set())
+    assert [axis for axis, *_ in looked] == axes
+    every = [(a, *look) for a in range(3) for look in centroids._looks((64, 32, 64), a)]
+    assert looked == [(a, *look) for a, *look in every if (a, *look) in looked]
+    assert next(rest, None) is None
+
+
+def test_each_layer_is_looked_at_as_long_as_it_is_in_doubt(monkeypatch):
+    """One of a fractional stride at the input's own size alone, which is the second look."""
+    looked = []
+
+    def lines(capture, x, shape, axis, grids, noise):
+        looked.append(("".join(sorted(grids)), axis))
+        found = {"a": SURE, "b": OFF if axis == 1 else SURE, "c": SURE}
+        return {layer: found[layer] for layer in grids}
+
+    monkeypatch.setattr(centroids, "_lines", lines)
+    grids = {"a": CUBE, "b": CUBE, "c": FeatureGrid((16, 8, 16), (4.2,) * 3, (0.0,) * 3)}
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), grids) == {"a", "c"}
+    assert looked == [("ab", 0), ("c", 0), ("ab", 1), ("c", 1), ("a", 2), ("c", 2)]
+
+
+GRID = FeatureGrid((32,), (2.0,), (0.5,))
+PLACE = 2 * torch.arange(32).double() + 0.5 - 31.5
+
+
+def fitted(distances, grid=GRID, place=PLACE, length=64, weight=None):
+    """Fit distances of centres, (parts, size) or of one part alike for eight."""
+    distances = torch.as_tensor(distances).double().expand(8, len(place))
+    weight = torch.ones(8, len(place)).double() if weight is None else weight
+    return centroids._fitted(weight * (place + distances), weight, grid, 0, length, 3)
+
+
+@pytest.mark.parametrize("offset", [0.5, 6.5, -5.5])
+def test_shift_and_pull_of_centres(offset):
+    """What is pulled to the middle is the distance from it, wherever the layer has its own."""
+    place = PLACE + offset - 0.5
+    line = fitted(0.75 - 0.3 * place, FeatureGrid((32,), (2.0,), (offset,)), place)
+    assert line.shift == pytest.approx(0.75)
+    assert line.pull == pytest.approx(0.3)
+    assert line.error == pytest.approx(0, abs=1e-9)
+    assert line.rest == pytest.approx(0, abs=1e-9)
+    assert line.draws == 3
+
+
+def test_the_inner_half_and_a_voxel_more_is_looked_at():
+    """Of places 2 * u - 31 those up to 64 / 4 + 2 / 2 from the middle: -17 ... 17."""
+    off = torch.where(PLACE.abs() > 17.5, 50.0, 0.25)
+    line = fitted(off)
+    assert line.voxels == 18
+    assert line.shift == pytest.approx(0.25)
+    assert line.pull == pytest.approx(0)
+
+
+def test_what_is_left_of_the_line_is_the_root_mean_square():
+    values = torch.tensor([1.0, -1.0, 0.0] * 3)
+    off = torch.zeros(32)
+    off[16:25], off[7:16] = values, values.flip(0)
+    assert fitted(off).rest == pytest.approx(math.sqrt(2 / 3))
+
+
+def test_the_error_is_that_of_the_mean_of_the_parts():
+    """Parts of equal weight, each of another shift: the jackknife is their standard error."""
+    shifts = torch.tensor([0.1, -0.2, 0.3, 0.25, -0.4, 0.0, 0.15, 0.2]).double()
+    line = fitted(shifts[:, None].expand(-1, 32))
+    assert line.shift == pytest.approx(float(shifts.mean()))
+    assert line.error == pytest.approx(float(shifts.std()) / math.sqrt(8))
+
+
+@pytest.mark.parametrize("parts", [FEW_PARTS - 1, FEW_PARTS])
+def test_few_parts_tell_no_error(parts):
+    weight = torch.ones(parts, 32).double()
+    line = centroids._fitted(weight * PLACE, weight, GRID, 0, 64, 1)
+    assert math.isinf(line.error) == (parts < FEW_PARTS)
+
+
+def test_parts_count_by_their_weight():
+    """Half of the parts saw three times as much as the others, and 1 further on."""
+    weight = torch.tensor([[1.0]] * 4 + [[3.0]] * 4).double().expand(8, 32)
+    distances = torch.tensor([[0.0]] * 4 + [[1.0]] * 4).expand(8, 32)
+    assert fitted(distances, weight=weight).shift == pytest.approx(0.75)
+
+
+def test_one_voxel_has_a_shift_and_no_pull():
+    line = fitted([[0.5]], FeatureGrid((1,), (64.0,), (31.5,)), torch.zeros(1).double())
+    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3)
+
+
+@pytest.mark.parametrize("what", ["unseen", "not finite", "outside"])
+def test_what_is_not_seen_tells_nothing(what):
+    weight, grid = torch.ones(8, 32).double(), GRID
+    moment = weight * PLACE
+    if what == "unseen":
+        weight[:, 16] = 0
+    elif what == "not finite":
+        moment[3, 16] = math.nan
+    else:
+        grid = FeatureGrid((32,), (2.0,), (500.0,))
+    line = centroids._fitted(moment, weight, grid, 0, 64, 5)
+    assert line.voxels == 0
+    assert math.isinf(line.error)
+    assert line.draws == 5
+    assert centroids._verdict(line, grid, 0) is None
+
+
+WITHIN = AGREE * (1 + 2)
+FAR = WITHIN + 4 * 0.1
+GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "draws": FEW_PARTS}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"shift": 0.98 * WITHIN}, True),
+        ({"shift": -0.98 * WITHIN}, True),
+        ({"shift": 1.02 * WITHIN}, None),
+        ({"shift": 0.98 * FAR}, None),
+        ({"shift": 1.02 * FAR}, False),
+        ({"shift": -1.02 * FAR}, False),
+        ({"shift": 1.02 * FAR, "draws": FEW_PARTS - 1}, None),
+        ({"shift": 1.02 * FAR, "voxels": 2}, None),
+        ({"shift": 1.02 * FAR, "voxels": 3}, False),
+        ({"error": 0.98 * WITHIN}, True),
+        ({"error": 1.02 * WITHIN}, None),
+        ({"error": math.inf}, None),
+        ({"pull": 0.98 * PULLED}, True),
+        ({"pull": 1.02 * PULLED}, None),
+        ({"pull": -0.98 * PUSHED}, True),
+        ({"pull": -1.02 * PUSHED}, None),
+        ({"rest": 0.98 * STEPS}, True),
+        ({"rest": 1.02 * STEPS}, None),
+        ({"voxels": 2}, True),
+        ({"voxels": 1}, None),
+        ({"draws": 1}, True),
+    ],
+)
+def test_when_two_measurements_agree(changed, expected):
+    line = centroids._Line(**GOOD | changed)
+    assert centroids._verdict(line, GRID, 0) is expected
+
+
+def test_a_layers_voxel_is_the_measure_of_what_agrees():
+    """Along its own axis; below a voxel of the input, that one."""
+    grid = FeatureGrid((4, 64, 1), (8.0, 0.5, 64.0), (3.5, 0.0, 31.5))
+
+    def verdict(axis, **changed):
+        return centroids._verdict(centroids._Line(**GOOD | changed), grid, axis)
+
+    assert verdict(0, shift=AGREE * 8.9) is True
+    assert verdict(0, rest=7.9) is True
+    assert verdict(0, rest=8.1) is None
+    assert verdict(1, shift=AGREE * 1.98) is True
+    assert verdict(1, shift=AGREE * 2.02) is None
+    # One voxel has no line.
+    assert verdict(2, voxels=1, pull=5.0, rest=100.0) is True
+    assert verdict(2, voxels=1, shift=AGREE * 66) is None
+
+
+@pytest.mark.parametrize(("size", "expected"), [(31, True), (33, True), (30, False), (34, False)])
+def test_a_grid_is_the_same_in_a_shorter_input(size, expected):
+    """96 voxels of stride 2 in 192; 32 of them in 64, or one more or less by padding."""
+    grid = FeatureGrid((96,), (2.0,), (0.5,))
+    assert centroids._has_grid(grid, 0, size, 64, 192) is expected
+
+
+def test_sums_in_parts_are_of_places():
+    values = torch.rand(1, 3, 4, 5, 6).double()
+    for axis in range(3):
+        parts = centroids._in_parts(values, axis)
+        assert parts.shape == (centroids.PARTS, values.shape[2 + axis])
+        others = [0, 1, *(a for a in range(2, 5) if a != axis + 2)]
+        torch.testing.assert_close(parts.sum(0), values.sum(others))
+    first = values.sum((0, 1)).movedim(1, -1).flatten(0, 1)[:3].sum(0)
+    torch.testing.assert_close(centroids._in_parts(values, 1)[0], first)
+    assert centroids._in_parts(values[..., :1, :1], 0).shape == (1, 4)
+
+
+def lines_of(net, shape, axis, grid, noise=4):
+    layers = resolve_layers(net, "body")
+    x = torch.zeros(1, 1, *shape)
+    with capturing(net, layers) as capture:
+        capture.observe(x, copy=False)
+        return centroids._lines(capture, x, shape, axis, {layers[0]: grid}, noise)[layers[0]]
+
+
+class Net(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return F.interpolate(self.body(x), size=x.shape[2:])
+
+
+def test_what_looks_at_one_voxel_has_its_centre_there():
+    net = Net(nn.Conv3d(1, 3, 1, stride=2))
+    line = lines_of(net, (16, 32, 8), 1, FeatureGrid((8, 16, 4), (2.0,) * 3, (0.0,) * 3), 1)
+    assert line.shift == pytest.approx(0, abs=1e-3)
+    assert line.pull == pytest.approx(0, abs=1e-3)
+    assert line.error == pytest.approx(0, abs=1e-3)
+    assert line.rest == pytest.approx(0, abs=1e-3)
+    assert line.draws == 1
+    off = lines_of(net, (16, 32, 8), 1, FeatureGrid((8, 16, 4), (2.0,) * 3, (0.5,) * 3), 1)
+    assert off.shift == pytest.approx(-0.5, abs=1e-3)
+
+
+def test_mirrored_kernels_pull_back_as_much():
+    """A kernel of one tap at its end: both together have the middle of the kernel."""
+    conv = nn.Conv3d(1, 1, 5, padding=2, bias=False)
+    with torch.no_grad():
+        conv.weight.zero_()[0, 0, 2, 2, 4] = 1
+    line = lines_of(Net(conv), (4, 4, 64), 2, FeatureGrid((4, 4, 64), (1.0,) * 3, (0.0,) * 3))
+    assert abs(line.shift) < 0.1
+    assert line.rest < 0.5
+    assert 0 < line.error < 0.1
+
+
+# -------------------------------------------------------------------------- changed operations
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("core", [False, True])
+def test_mirrored_kernels_see_the_mirrored_image(ndim, transposed, core):
+    """At stride 1 and with kernels of odd size, the result is the mirrored one of the mirrored."""
+    x, weight, bias = torch.rand(1, 3, *[7] * ndim), torch.rand(3, 3, *[3] * ndim), torch.rand(3)
+    name = f"conv_transpose{ndim}d" if transposed else f"conv{ndim}d"
+    ones = [1] * ndim
+
+    def run(x):
+        if core:
+            call = torch.ops.aten.convolution.default
+            return call(x, weight, bias, ones, ones, ones, transposed, [0] * ndim, 1)
+        return getattr(F, name)(x, weight, bias, padding=1)
+
+    plain, axes = run(x), list(range(2, 2 + ndim))
+    with MirroredOperations(True):
+        mirrored = run(x.flip(axes)).flip(axes)
+    torch.testing.assert_close(mirrored, plain * (FADED if transposed else 1))
+    with MirroredOperations(False):
+        torch.testing.assert_close(run(x), plain * (FADED if transposed else 1))
+
+
+@pytest.mark.parametrize(("size", "middle"), [(1, 0), (2, 0.5), (3, 1), (4, 1.5), (5, 2)])
+def test_plain_convolutions_average_and_look_straight_ahead(size, middle):
+    """All channels of the group alike; an even kernel looks at the two taps in its middle."""
+    x = torch.rand(2, 4, 9, 10, 11)
+    line = torch.arange(11.0).expand_as(x)
+    conv = nn.Conv3d(4, 6, size, groups=2)
+    with PlainOperations(1.0), torch.no_grad():
+        found, place = conv(x), conv(line)
+    torch.testing.assert_close(place, (torch.arange(12.0 - size) + middle).expand_as(place))
+    groups = torch.stack([x[:, :2].mean(1)] * 3 + [x[:, 2:].mean(1)] * 3, 1)
+    cut = (size - 1) // 2
+    inner = groups[:, :, cut : 9 - cut, cut : 10 - cut, cut : 11 - cut]
+    torch.testing.assert_close(found, inner if size % 2 else F.avg_pool3d(inner, 2, 1))
+
+
+def test_plain_linear_layers_average():
+    x = torch.rand(5, 4)
+    with PlainOperations(1.0), torch.no_grad():
+        found = nn.Linear(4, 3)(x)
+    torch.testing.assert_close(found, x.mean(1, keepdim=True).expand(5, 3))
+
+
+@pytest.mark.parametrize("level", [2.0, 0.0, -3.0])
+def test_what_is_upsampled_becomes_small_in_proportion_to_what_is_shown(level):
+    """By the first item, which is constant; one that shows nothing stays as it is."""
+    x = torch.full((2, 4, 5, 5), level)
+    x[1] *= torch.rand(4, 5, 5)
+    wide = F.interpolate(x, scale_factor=2)
+    with PlainOperations(10.0), torch.no_grad():
+        found = F.interpolate(x, scale_factor=2)
+        transposed = nn.ConvTranspose2d(4, 3, 2, 2)(x)
+    torch.testing.assert_close(found, wide * (FADED * 10.0 / level) if level else wide)
+    torch.testing.assert_close(transposed, found.mean(1, keepdim=True).expand(2, 3, 10, 10))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_plain_networks_do_not_normalise_nor_attend(named):
+    x = torch.rand(2, 4, 6)
+    given = ((), {"input": x}) if named else ((x,), {})
+    with PlainOperations(1.0):
+        norms = [
+            F.layer_norm(*given[0], **given[1], normalized_shape=(6,)),
+            F.group_norm(*given[0], **given[1], num_groups=2),
+            F.instance_norm(*given[0], **given[1]),
+        ]
+        core = torch.ops.aten.native_layer_norm.default(x, [6], None, None, 1e-5)
+        attended = F.scaled_dot_product_attention(x, x, x)
+        other = F.relu(*given[0], **given[1])
+    assert all(torch.equal(values, x) for values in [*norms, core[0], other])
+    assert len(core) == 3
+    assert torch.equal(attended, torch.zeros_like(x))
