@@ -165,7 +165,7 @@ def _lines(
                 # Both kinds of kernels count alike, however strong they are.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
                 new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
-                sums[layer, seed] = sums.get((layer, seed), torch.zeros(())) + new
+                sums[layer, seed] = sums.get((layer, seed), torch.zeros((), device="cpu")) + new
     lines = {}
     for layer, grid in grids.items():
         moment, weight = torch.cat([sums[layer, seed] for seed in range(noise)], dim=1)

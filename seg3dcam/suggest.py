@@ -459,7 +459,7 @@ def _read_by_one(one: _Seen, logits: torch.Tensor) -> bool:
         start, step = small // 2, large // small
         place.append(slice(start * step, (start + 1) * step))
     patch = logits[tuple(place)]
-    weights = torch.linspace(1, 2, patch.numel()).view(patch.shape).to(patch)
+    weights = torch.linspace(1, 2, patch.numel(), device="cpu").view(patch.shape).to(patch)
     (gradient,) = torch.autograd.grad(
         patch, one.tensor, weights, retain_graph=True, allow_unused=True
     )

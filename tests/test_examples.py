@@ -200,7 +200,7 @@ def test_every_convolution_that_makes_the_score_gets_its_picture(tmp_path, capsy
     with pytest.warns(Seg3dcamWarning, match="no map of layer 'spare'"):
         result = of.explain_every_convolution(network, picture, tmp_path)
     names = ["body.0", "body.2", "last"]
-    assert passes.count(True) == 1  # the others only look where features lie
+    assert passes.count(True) == 2  # one makes the maps, one tries the gradient; others just look
     assert list(result.layers) == names
     assert "no map of spare" in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.iterdir()) == [

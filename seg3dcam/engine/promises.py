@@ -84,7 +84,20 @@ def _middle(x: torch.Tensor, part: int) -> torch.Tensor:
     return x.contiguous()
 
 
+def _stirred(x: torch.Tensor) -> torch.Tensor:
+    """Return an image with a little noise.
+
+    Where it is empty, a layer without a bias gives exactly 0, the kink of a ReLU behind it, where
+    no gradient is right for steps to both sides.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    spread = float(x.double().std(correction=0)) or 1.0
+    noise = torch.randn(x.shape, generator=generator, device="cpu").to(x)
+    return x + 0.1 * spread * noise
+
+
 def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
+    x = _stirred(x)
     logits = capture.forward(x)
     weights = _weights(logits)
     gradients = capture.gradients(logits, weights)

@@ -273,6 +273,7 @@ def test_items_of_a_batch_may_have_masks_of_their_own(key):
 def test_windows_without_a_seed_are_not_run_again():
     counting = Counting(network_of())
     x, plan = toy.random_input(1, 2, 4, 4, 20), WindowPlan(4, overlap=0, mode="constant")
+    Gradient(counting, sliding_window=plan)(x, targets.ClassLogit(1, "volume"))  # gets to know it
     runs = []
     for region in (targets.Voxel((0, 0, 9)), targets.Box((0, 0, 0), (4, 4, 8))):
         counting.reset()
