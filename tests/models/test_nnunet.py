@@ -170,6 +170,7 @@ def test_the_class_that_is_asked_for_is_explained(tmp_path):
     model = load_model(f"nnunet:{folder}")
     seen = []
     head = model.module.decoder.seg_layers[-1]
+    explain(scan, model, ClassLogit(1, "volume"), layers=LAYER)  # gets to know the network
 
     def note(module, given, output):
         if output.requires_grad:
