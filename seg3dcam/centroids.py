@@ -34,6 +34,9 @@ from seg3dcam.operations import MirroredOperations
 #: Two measurements agree within this part of a layer's voxel, and this part of an input voxel.
 AGREE = 0.15
 
+#: A centre is known well enough where its error is below this part of a layer's and an input voxel.
+HALF = 0.2
+
 #: How much of its distance from the middle of the image a centre may be pulled there, or away.
 PULLED, PUSHED = 0.6, 0.08
 
@@ -132,8 +135,12 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     # Transposed convolutions see in steps, as wide as the strides that they undo.
     straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
     alone = grid.shape[axis] == 1
-    sure = line.error <= tolerance and (line.voxels > 1 or alone)
-    return True if sure and abs(line.shift) <= tolerance and (straight or alone) else None
+    # Of several draws the error is known, and small channels are seen no better than that: enough
+    # if half a layer's voxel, as between a convolution and a pooling, is told apart.
+    slack, limit = (2 * line.error, HALF * (1 + stride)) if line.draws > 1 else (0.0, tolerance)
+    sure = line.error <= limit and (line.voxels > 1 or alone)
+    near = sure and abs(line.shift) <= tolerance + slack
+    return True if near and (straight or alone) else None
 
 
 def _lines(

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import centroids, probe
 from seg3dcam.capture import capturing
-from seg3dcam.centroids import AGREE, FEW_PARTS, PULLED, PUSHED, STEPS
+from seg3dcam.centroids import AGREE, FEW_PARTS, HALF, PULLED, PUSHED, STEPS
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
@@ -302,7 +302,9 @@ GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "dra
         ({}, True),
         ({"shift": 0.98 * WITHIN}, True),
         ({"shift": -0.98 * WITHIN}, True),
-        ({"shift": 1.02 * WITHIN}, None),
+        ({"shift": 1.02 * WITHIN, "draws": 1}, None),
+        ({"shift": 0.98 * (WITHIN + 2 * GOOD["error"])}, True),  # as near as its error tells
+        ({"shift": 1.02 * (WITHIN + 2 * GOOD["error"])}, None),
         ({"shift": 0.98 * FAR}, None),
         ({"shift": 1.02 * FAR}, False),
         ({"shift": -1.02 * FAR}, False),
@@ -310,7 +312,9 @@ GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "dra
         ({"shift": 1.02 * FAR, "voxels": 2}, None),
         ({"shift": 1.02 * FAR, "voxels": 3}, False),
         ({"error": 0.98 * WITHIN}, True),
-        ({"error": 1.02 * WITHIN}, None),
+        ({"error": 1.02 * WITHIN, "draws": 1}, None),
+        ({"error": 0.98 * HALF * 3}, True),
+        ({"error": 1.02 * HALF * 3}, None),
         ({"error": math.inf}, None),
         ({"pull": 0.98 * PULLED}, True),
         ({"pull": 1.02 * PULLED}, None),
@@ -333,7 +337,8 @@ def test_a_layers_voxel_is_the_measure_of_what_agrees():
     grid = FeatureGrid((4, 64, 1), (8.0, 0.5, 64.0), (3.5, 0.0, 31.5))
 
     def verdict(axis, **changed):
-        return centroids._verdict(centroids._Line(**GOOD | changed), grid, axis)
+        line = centroids._Line(**GOOD | {"draws": 1} | changed)
+        return centroids._verdict(line, grid, axis)
 
     assert verdict(0, shift=AGREE * 8.9) is True
     assert verdict(0, rest=7.9) is True

@@ -245,9 +245,10 @@ def test_activations_kept_or_computed_again_give_the_same_map(cache_gb: float) -
 def test_a_window_without_a_seed_gets_no_backward_pass() -> None:
     network, x = unet(), volume(16, 16, 64)
     runs = []
-    network.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     plan = WindowPlan(16, overlap=0)
     target = targets.ClassLogit(1, region=targets.Voxel((3, 3, 20)))
+    HiResCAM(network, LAYER, sliding_window=plan)(x, target)  # gets to know the network
+    network.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     result = HiResCAM(network, LAYER, sliding_window=plan)(x, target)
     network._forward_hooks.clear()
     assert result.windows == 4
