@@ -45,7 +45,7 @@ STEPS = 4.0
 
 #: Voxels along the axis that is looked at and at most along the others, and draws of noise. The
 #: first is enough for most networks; those that leave a doubt are looked at again.
-LOOKS = ((64, 32, 1), (128, 32, 2), (128, 32, 6), (192, 64, 8))
+LOOKS = ((64, 32, 1), (128, 32, 2), (128, 32, 6))
 
 #: Parts that each draw's places are divided into, whose spread tells how sure a centre is. Other
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
