@@ -202,6 +202,20 @@ class Capture:
             self._stop_early = False
         return self.activations
 
+    def traced(self, x: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
+        """Return the activations of `x` with a graph, in which each depends on those before it.
+
+        The network stops once every target layer has run. See `derivative`.
+        """
+        self._stop_early = True
+        try:
+            x = self.member.into(x)
+            self._run(x, "leaf")
+            self._read_layers(x)
+        finally:
+            self._stop_early = False
+        return {layer: self._laid_out(layer, tensor) for layer, tensor in self._tensors.items()}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of `x`, with a graph that starts at the target layers."""
         logits = self._forward(x, "leaf")
@@ -444,8 +458,7 @@ class Capture:
         if self._mode == "observe":
             kept = tensor.detach().clone() if self._copies else tensor.detach()
             self._tensors[layer], self._versions[layer] = kept, kept._version
-            if self._stop_early and len(self._tensors) == len(self._runs):
-                raise _LayersReached
+            self._stop_if_reached()
             return None
         # A leaf, unless another target layer upstream needs the graph to go through this one.
         leaf = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
@@ -453,7 +466,12 @@ class Capture:
         if self._mode == "leaf":
             self._tensors[layer], self._versions[layer] = leaf, leaf._version
             self._witnesses.alike(tensor, passed_on)
+            self._stop_if_reached()
         return layer.put(output, passed_on)
+
+    def _stop_if_reached(self) -> None:
+        if self._stop_early and len(self._tensors) == len(self._runs):
+            raise _LayersReached
 
     def on_witness(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note what a module shows of the layouts of tensors."""

@@ -1,55 +1,80 @@
 """A second measurement of where a layer's voxels lie: the middle of what they really look at.
 
 A ramp through a network of plain kernels (`seg3dcam.probe`) tells a place exactly, if everything
-that moves things is known to it. This one needs no such knowledge: it looks at the true network,
-how a layer answers to small changes of its input. With J the derivative of a layer's value with
-respect to input voxel p, and z independent noise of one voxel,
+that moves things is known to it. This one needs no such knowledge: it looks at the true network.
+With J the derivative of a layer's value with respect to input voxel p, the centre of what the value
+looks at is sum_p J^2 p / sum_p J^2. It is found in two ways.
+
+By noise: with z independent noise of one voxel,
 
     E[(sum_p J z)(sum_p J z p)] / E[(sum_p J z)^2] = sum_p J^2 p / sum_p J^2,
 
-the centre of the receptive field. So two small changes of the input, z and z times a coordinate,
-show the centres of all voxels of all layers at once, averaged over channels and over the other
-axes. Kernels pull the centre to one side or the other; mirrored ones pull back as much.
+so two small changes of the input, z and z times a coordinate, show the centres of all voxels of all
+layers at once, averaged over channels and over the other axes. That takes a few forward passes, and
+is exact enough where a layer has many voxels.
 
-What a voxel sees of the whole image (attention, InstanceNorm) and the image's rim pull all centres
-towards the middle of the image, in proportion to their distance from it. So a line is fitted, and
-what counts is by how much the centres are off in the middle.
+By gradients: those of two voxels of a layer, in a random mixture of its channels, give all of J at
+once. That takes a backward pass for each, and tells the centres of coarse layers, whose few voxels
+look at thousands.
+
+Kernels pull the centre to one side or the other; mirrored ones pull back as much. What a voxel sees
+of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards the middle
+of the image, in proportion to their distance from it. So a line is fitted, and what counts is by
+how much the centres are off in the middle.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from seg3dcam.capture import Capture
+from seg3dcam.capture import Capture, capturing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef
+from seg3dcam.layouts import INPUT
 from seg3dcam.operations import MirroredOperations
 
-#: Two measurements agree within this part of a layer's voxel, and this part of an input voxel.
+#: Two measurements agree within this part of a layer's voxel, and this part of an input voxel; in
+#: coarse layers within half of what tells a strided convolution from a pooling.
 AGREE = 0.15
 
-#: A centre is known well enough where its error is below this part of a layer's and an input voxel.
-HALF = 0.2
+#: How much of its distance from the middle of the image a centre may be pulled there, or away. What
+#: is left of a distance is what is left of a shift, too.
+PULLED, PUSHED = 0.95, 0.08
 
-#: How much of its distance from the middle of the image a centre may be pulled there, or away.
-PULLED, PUSHED = 0.6, 0.08
+#: What is pulled more may see more of the whole image than of its place, and the whole image to one
+#: side. That does not tell that the place is wrong.
+LITTLE = 0.5
+
+#: By how much kernels may pull a centre to one side, as part of a layer's and of an input voxel. A
+#: causal or a shifting convolution pulls it by one voxel; then the middle of its kernel is not
+#: where the layer looks.
+LEANING = 0.4
 
 #: Centres lie this many input voxels off a line at most, root mean square, or a layer's voxel.
 STEPS = 4.0
 
-#: Voxels along the axis that is looked at and at most along the others, and draws of noise. The
-#: first is enough for most networks; those that leave a doubt are looked at again.
-LOOKS = ((64, 32, 1), (128, 32, 2), (128, 32, 6))
-
 #: Parts that each draw's places are divided into, whose spread tells how sure a centre is. Other
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
 PARTS, FEW_PARTS = 8, 4
+
+#: Voxels of an input that is looked at: along the axis, and at most along the others.
+LONG, OTHERS = 64, 32
+
+#: Voxels of an image whose graph is kept, along an axis at most: of flat ones and others.
+OF_FLAT, OF_SOLID = 256, 64
+
+#: So many voxels make one look; of smaller inputs more draws are taken, up to so many times.
+ENOUGH, TIMES = LONG * OTHERS**2, 8
+
+Grids = Mapping[LayerRef, FeatureGrid]
+Doubts = Collection[tuple[LayerRef, int]]
 
 
 class _Line(NamedTuple):
@@ -61,7 +86,8 @@ class _Line(NamedTuple):
         pull: part of the distance from the middle.
         rest: what is left, root mean square.
         voxels: how many were looked at.
-        draws: of noise.
+        draws: of noise, or of mixtures of channels.
+        lean: by how much the kernels as they are pull the centres to one side.
     """
 
     shift: float
@@ -70,11 +96,13 @@ class _Line(NamedTuple):
     rest: float
     voxels: int
     draws: int
+    lean: float = 0.0
 
 
-def agreeing(
-    capture: Capture, x: torch.Tensor, grids: Mapping[LayerRef, FeatureGrid]
-) -> set[LayerRef]:
+Lines = dict[tuple[LayerRef, int], _Line]
+
+
+def agreeing(capture: Capture, x: torch.Tensor, grids: Grids) -> set[LayerRef]:
     """Return the layers whose voxels see what lies where their grids say.
 
     Args:
@@ -82,65 +110,79 @@ def agreeing(
         x: (B, C, *S); its shape, dtype and device count, its values do not.
         grids: layer -> its grid in an input of this shape.
     """
-    left = set(grids)
-    for axis in range(x.ndim - 2):
-        open_, seen = set(left), set[LayerRef]()
-        full = tuple(x.shape[2:])
-        for shape, noise in _looks(full, axis):
-            # Of fractional strides only the input's own size has the grid; it may be large, so it
-            # is left out where another one will do.
-            asked = {
-                layer
-                for layer in open_
-                if (layer not in seen if shape == full else grids[layer].stride[axis].is_integer())
-            }
-            if not asked:
-                continue
-            try:
-                lines = _lines(capture, x, shape, axis, {la: grids[la] for la in asked}, noise)
-            except (ModelError, LayerError, torch.OutOfMemoryError):
-                continue  # some networks take one size only
-            seen |= lines.keys() if shape != full else set()
-            for layer, line in lines.items():
-                verdict = _verdict(line, grids[layer], axis)
-                if verdict is not None:
-                    open_.discard(layer)
-                if verdict is False:
-                    left.discard(layer)
-            if not open_:
-                break
-        left -= open_  # what stays in doubt is not measured
-        if not left:
+    wrong: set[LayerRef] = set()
+    doubts = set(itertools.product(grids, range(x.ndim - 2)))
+    for look, draws in LOOKS:
+        if not doubts:
             break
-    return left
-
-
-def _looks(full: tuple[int, ...], axis: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yield shapes of inputs and how much noise to draw, the cheapest first."""
-    for (length, others, noise), own in itertools.product(LOOKS, (False, True)):
-        handy = (
-            length + n % 32 if a == axis else min(n, others + n % 32) for a, n in enumerate(full)
-        )
-        yield (full, 2 * noise) if own else (tuple(handy), noise)
+        for (layer, axis), line in look(capture, x, grids, doubts, draws).items():
+            verdict = _verdict(line, grids[layer], axis)
+            if verdict is not None:
+                doubts.discard((layer, axis))
+            if verdict is False:
+                wrong.add(layer)
+        doubts = {(layer, axis) for layer, axis in doubts if layer not in wrong}
+    return (
+        set(grids) - wrong - {layer for layer, _ in doubts}
+    )  # what stays in doubt is not measured
 
 
 def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
     stride = max(1.0, grid.stride[axis])
-    tolerance = AGREE * (1 + stride)
+    tolerance = max(AGREE * (1 + stride), (stride - 1) / 4)
+    left = max(1 - line.pull, 1 - PULLED)
+    off = max(abs(line.shift) / left - tolerance, abs(line.lean) - LEANING * (1 + stride))
+    error = line.error / left
     # Within one draw, places that see the same noise make it look surer than it is.
-    known = line.voxels > 2 and line.draws >= FEW_PARTS
-    if known and abs(line.shift) > tolerance + 4 * line.error:
+    known = line.voxels > 1 and line.draws >= FEW_PARTS and line.pull <= LITTLE
+    if known and off > 4 * error:
         return False
     # Transposed convolutions see in steps, as wide as the strides that they undo.
     straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
     alone = grid.shape[axis] == 1
-    # Of several draws the error is known, and small channels are seen no better than that: enough
-    # if half a layer's voxel, as between a convolution and a pooling, is told apart.
-    slack, limit = (2 * line.error, HALF * (1 + stride)) if line.draws > 1 else (0.0, tolerance)
-    sure = line.error <= limit and (line.voxels > 1 or alone)
-    near = sure and abs(line.shift) <= tolerance + slack
-    return True if near and (straight or alone) else None
+    near = off <= 0 and error <= tolerance / 2
+    return True if near and (alone or (straight and line.voxels > 1)) else None
+
+
+# ------------------------------------------------------------------------------- by noise
+
+
+def _by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int) -> Lines:
+    """Look axis by axis, in an input of a handy shape, or of its own where that is taken alone."""
+    found: Lines = {}
+    full = tuple(x.shape[2:])
+    for axis in range(x.ndim - 2):
+        open_ = {layer for layer in grids if (layer, axis) in doubts}
+        handy = tuple(
+            LONG + n % 32 if a == axis else min(n, OTHERS + n % 32) for a, n in enumerate(full)
+        )
+        for shape in dict.fromkeys((handy, full)):
+            asked = _same_at(shape, full, {layer: grids[layer] for layer in open_})
+            if not asked:
+                continue
+            try:
+                lines = _lines(capture, x, shape, axis, asked, draws * _times(shape))
+            except (ModelError, LayerError, torch.OutOfMemoryError):
+                continue  # some networks take one size only
+            found |= {(layer, axis): line for layer, line in lines.items()}
+            open_ -= lines.keys()
+    return found
+
+
+def _same_at(
+    shape: Sequence[int], full: Sequence[int], grids: Grids
+) -> dict[LayerRef, FeatureGrid]:
+    """Return the grids that are the same in an input of this shape, of fractional strides none."""
+    return {
+        layer: grid
+        for layer, grid in grids.items()
+        if shape == full or all(float(stride).is_integer() for stride in grid.stride)
+    }
+
+
+def _times(shape: Sequence[int]) -> int:
+    return min(TIMES, max(1, ENOUGH // math.prod(shape)))
 
 
 def _lines(
@@ -148,15 +190,15 @@ def _lines(
     like: torch.Tensor,
     shape: Sequence[int],
     axis: int,
-    grids: Mapping[LayerRef, FeatureGrid],
-    noise: int,
+    grids: Grids,
+    draws: int,
 ) -> dict[LayerRef, _Line]:
     """Fit a line to the centres of each layer along one axis, for inputs of a shape."""
     length = shape[axis]
     place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
     place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
-    sums: dict[tuple[LayerRef, int], torch.Tensor] = {}
-    for seed, mirrored in itertools.product(range(noise), (False, True)):
+    sums: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
+    for seed, mirrored in itertools.product(range(draws), (False, True)):
         generator = torch.Generator("cpu").manual_seed(seed)
         image, z = (
             torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
@@ -172,13 +214,20 @@ def _lines(
                 # Both kinds of kernels count alike, however strong they are.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
                 new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
-                sums[layer, seed] = sums.get((layer, seed), torch.zeros((), device="cpu")) + new
+                sums[layer][mirrored].append(new)
     lines = {}
     for layer, grid in grids.items():
-        moment, weight = torch.cat([sums[layer, seed] for seed in range(noise)], dim=1)
-        if _has_grid(grid, axis, weight.shape[1], length, like.shape[2 + axis]):
-            half = (length - 1) / 2
-            lines[layer] = _fitted(moment * half, weight, grid, axis, length, noise)
+        # (moment and weight, plain and mirrored, draws, parts, places)
+        sums_of = torch.stack([torch.stack(kind, dim=1) for kind in sums[layer]], dim=1)
+        # Other draws tell best how sure a centre is.
+        moment, weight = sums_of.sum(3) if draws >= FEW_PARTS else sums_of.flatten(2, 3)
+        size = weight.shape[-1]
+        if _has_grid(grid, axis, size, length, like.shape[2 + axis]):
+            half, stride = (length - 1) / 2, grid.stride[axis]
+            from_middle = grid.offset[axis] + stride * torch.arange(size, device="cpu") - half
+            inner = from_middle.abs() <= max(length / 4, stride / 2) + stride / 2
+            seen = moment[..., inner] * half, weight[..., inner], from_middle[inner].double()
+            lines[layer] = _fitted(*seen, draws)
     return lines
 
 
@@ -206,47 +255,141 @@ def _in_parts(values: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.stack([part.sum(0) for part in flat.tensor_split(parts)]).cpu()
 
 
-def _fitted(
-    moment: torch.Tensor,
-    weight: torch.Tensor,
-    grid: FeatureGrid,
-    axis: int,
-    length: int,
-    draws: int,
-) -> _Line:
+# ------------------------------------------------------------------------------- by gradients
+
+
+def _by_gradients(
+    capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int, voxels: int
+) -> Lines:
+    """Look along all axes at once, in an input of a handy shape, or of its own.
+
+    Args:
+        voxels: how many of the coarsest layer a handy shape has: the graph is kept, so the fewest
+            that will do.
+    """
+    found: Lines = {}
+    full = tuple(x.shape[2:])
+    open_ = {layer: grid for layer, grid in grids.items() if any(layer == la for la, _ in doubts)}
+    coarsest = [max(grid.stride[axis] for grid in open_.values()) for axis in range(len(full))]
+    most = OF_SOLID if len(full) > 2 else OF_FLAT
+    handy = tuple(
+        min(most, 32 * math.ceil(voxels * coarse / 32)) + n % 32
+        for n, coarse in zip(full, coarsest, strict=True)
+    )
+    with capturing(capture.member, [*open_, INPUT]) as traced:
+        for shape in dict.fromkeys((handy, full)):
+            seen = {layer for layer, _ in found}
+            asked = _same_at(shape, full, {la: g for la, g in open_.items() if la not in seen})
+            if not asked:
+                continue
+            try:
+                # Another look has draws of its own.
+                seeds = range(1000 * voxels, 1000 * voxels + draws * _times(shape))
+                found |= _lines_of_all_axes(traced, x, shape, asked, seeds)
+            except (ModelError, LayerError, RuntimeError):
+                continue  # some networks take one size only, some have no gradients
+    return found
+
+
+def _lines_of_all_axes(
+    traced: Capture, like: torch.Tensor, shape: Sequence[int], grids: Grids, seeds: Sequence[int]
+) -> Lines:
+    """Fit lines to the centres of two voxels of each layer, along every axis.
+
+    Args:
+        traced: of the network with these layers and its input.
+        seeds: of the draws.
+    """
+    centres: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
+    sizes: dict[LayerRef, torch.Size] = {}
+    for seed, mirrored in itertools.product(seeds, (False, True)):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        image = torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
+        with MirroredOperations(mirrored):
+            activations = traced.traced(image)
+            for layer in grids:
+                a = activations[layer][0]
+                mixture = torch.randn(len(a), generator=generator, device="cpu").to(a)
+                values = [mixture @ a.movedim(0, -1)[u] for u in _two_voxels(a.shape[1:])]
+                seen = [_centre(traced.derivative(value, INPUT)[0]) for value in values]
+                centres[layer][mirrored].append(torch.stack(seen))
+                sizes[layer] = a.shape[1:]
+    lines: Lines = {}
+    for layer, grid in grids.items():
+        found = torch.stack([torch.stack(kind) for kind in centres[layer]])
+        for axis, (length, full) in enumerate(zip(shape, like.shape[2:], strict=True)):
+            if _has_grid(grid, axis, sizes[layer][axis], length, full):
+                index = torch.tensor([u[axis] for u in _two_voxels(sizes[layer])], device="cpu")
+                place = grid.stride[axis] * index.double() + grid.offset[axis]
+                middle = (length - 1) / 2
+                # (plain and mirrored, draws, voxels)
+                weight = found[..., -1]
+                moment = found[..., axis] - middle * weight
+                lines[layer, axis] = _fitted(moment, weight, place - middle, len(seeds))
+    return lines
+
+
+def _two_voxels(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return two voxels on either side of the middle; one where there is but one."""
+    low = tuple((n - 1) // 4 for n in sizes)
+    return list(dict.fromkeys([low, tuple(n - 1 - u for n, u in zip(sizes, low, strict=True))]))
+
+
+def _centre(derivative: torch.Tensor) -> torch.Tensor:
+    """Return sum_p J^2 p / sum_p J^2 of J (C, *S) for each axis, and a weight, as a last one.
+
+    The weight is 1, and 0 where J is zero (behind a ReLU): then the centre is, too.
+    """
+    square = derivative.double().square().sum(0).cpu()
+    whole = square.sum()
+    square /= whole if whole > 0 else 1
+    places = (torch.arange(n, dtype=square.dtype, device="cpu") for n in square.shape)
+    centre = [(square.movedim(a, -1) * place).sum() for a, place in enumerate(places)]
+    return torch.stack([*centre, (whole > 0).double()])
+
+
+# ------------------------------------------------------------------------------- a line
+
+
+def _fitted(moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, draws: int) -> _Line:
     """Fit a line to the distances of centres from the grid's places.
 
     Args:
-        moment, weight: (parts, size): sums of J^2 times the place, from the middle of the image
-            on, and of J^2.
-        draws: of noise that they come from.
+        moment, weight: (kinds, parts, size), of plain and of mirrored kernels: sums of J^2 times
+            the place and of J^2.
+        place: (size,), where the grid says that the voxels lie. All places count from the middle
+            of the image.
+        draws: that they come from.
     """
-    stride, size = grid.stride[axis], weight.shape[1]
-    place = (
-        stride * torch.arange(size, dtype=torch.float64, device="cpu")
-        + grid.offset[axis]
-        - (length - 1) / 2
-    )
-    inner = place.abs() <= max(length / 4, stride / 2) + stride / 2
-    moment, weight, place = moment[:, inner], weight[:, inner], place[inner]
-    seen = weight.sum(0) > 0
+    seen = weight.sum(1) > 0
     if not seen.all() or not seen.numel() or not torch.isfinite(moment).all():
         return _Line(0.0, math.inf, 0.0, 0.0, 0, draws)
 
-    def distances(left_out: int | None) -> torch.Tensor:
-        """Return how far each voxel's centre is from its place, without one of the parts."""
-        kept = [part for part in range(len(weight)) if part != left_out]
-        return moment[kept].sum(0) / weight[kept].sum(0) - place
+    def distances(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return how far each voxel's centre is from its place."""
+        return moment.sum((0, 1)) / weight.sum((0, 1)) - place
 
     # All voxels count alike: those of a transposed convolution see their input unequally well.
-    found, from_middle = distances(None), place - place.mean()
+    found, from_middle = distances(moment, weight), place - place.mean()
     spread = from_middle.square().sum()
     pull = -float((from_middle * found).sum() / spread) if spread > 0 else 0.0
     pulled_back = found + pull * place
-    others = torch.stack([(distances(part) + pull * place).mean() for part in range(len(weight))])
-    shift = pulled_back.mean()
-    parts = len(weight)
-    spread_of_parts = (parts - 1) / parts * float((others - shift).square().sum())
-    error = math.sqrt(spread_of_parts) if parts >= FEW_PARTS else math.inf
-    rest = pulled_back.std(correction=0)
-    return _Line(float(shift), error, pull, float(rest), len(place), draws)
+    shift, rest = pulled_back.mean(), pulled_back.std(correction=0)
+    parts, error = weight.shape[1], math.inf
+    if parts >= FEW_PARTS:
+        kept = [[other for other in range(parts) if other != part] for part in range(parts)]
+        without = torch.stack([distances(moment[:, k], weight[:, k]) for k in kept])
+        others = (without + pull * place).mean(1)
+        error = math.sqrt((parts - 1) / parts * float((others - shift).square().sum()))
+    plain, mirrored = distances(moment[:1], weight[:1]), distances(moment[1:], weight[1:])
+    lean = float((plain - mirrored).mean()) / 2
+    return _Line(float(shift), error, pull, float(rest), len(place), draws, lean)
+
+
+#: How it is looked, the cheapest first, and how many draws; layers that leave a doubt again.
+LOOKS: tuple[tuple[Callable[..., Lines], int], ...] = (
+    (_by_noise, 1),
+    (partial(_by_gradients, voxels=2), FEW_PARTS),
+    (partial(_by_gradients, voxels=8), FEW_PARTS),
+    (_by_noise, 6),
+)

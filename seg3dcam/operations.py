@@ -17,7 +17,7 @@ _Change = Callable[..., torch.Tensor]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_UPSAMPLING = ("interpolate", "upsample", "_upsample")
+_UPSAMPLING = ("interpolate", "upsample", "_upsample", "pixel_shuffle")
 _NORMS = (
     "batch_norm",
     "instance_norm",
@@ -78,7 +78,7 @@ class PlainOperations(TorchFunctionMode):
         output = func(*args, **kwargs)
         if name in _ATTENTION:
             return torch.zeros_like(output)
-        if transposed or name.startswith(_UPSAMPLING):
+        if transposed or name.startswith(_UPSAMPLING) or _shuffles(name, args, output):
             level = output[0].mean()  # of the constant ramp
             return output * (FADED * self._level / level) if level else output
         return output
@@ -104,7 +104,8 @@ class MirroredOperations(TorchFunctionMode):
         if self._mirrored and (transposed or name in _CONVOLUTIONS or name == "convolution"):
             args, kwargs = _with_weight(args, kwargs, _mirrored, bias=True)
         output = func(*args, **kwargs)
-        return output * FADED if transposed or name.startswith(_UPSAMPLING) else output
+        upsampled = transposed or name.startswith(_UPSAMPLING) or _shuffles(name, args, output)
+        return output * FADED if upsampled else output
 
 
 def _name(func: Any) -> str:
@@ -117,6 +118,18 @@ def _transposes(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if name == "convolution":
         return bool(args[6] if len(args) > 6 else kwargs.get("transposed"))
     return name in _TRANSPOSED
+
+
+def _shuffles(name: str, args: tuple, output: Any) -> bool:
+    """Tell the last step of a sub-pixel upsampling: (B, C, d, r, h, s) -> (B, C, d r, h s).
+
+    Windows of tokens are put together in the same way, but with their channels last.
+    """
+    if name not in ("reshape", "view") or not isinstance(args[0], torch.Tensor):
+        return False
+    before, after = args[0].shape, output.shape
+    pairs = [a * b for a, b in zip(before[2::2], before[3::2], strict=False)]
+    return len(before) == 2 * len(after) - 2 > 4 and [*before[:2], *pairs] == [*after]
 
 
 def _with_weight(

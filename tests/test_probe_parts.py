@@ -15,10 +15,11 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import centroids, probe
 from seg3dcam.capture import capturing
-from seg3dcam.centroids import AGREE, FEW_PARTS, HALF, PULLED, PUSHED, STEPS
+from seg3dcam.centroids import AGREE, FEW_PARTS, LEANING, LITTLE, PULLED, PUSHED, STEPS
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
+from seg3dcam.layouts import INPUT
 from seg3dcam.operations import FADED, MirroredOperations, PlainOperations
 
 # --------------------------------------------------------------------------------- the ramp
@@ -140,88 +141,121 @@ def test_of_two_whole_strides_the_nearer_one_is_taken(true, expected):
 # ----------------------------------------------------------------------- the middle of the field
 
 
-def test_what_is_looked_at_gets_dearer():
-    """A handy shape, then the input's own with twice the noise, of each length."""
-    full = (300, 40, 20)
-    assert list(centroids._looks(full, 0)) == [
-        ((64 + 12, 40, 20), 1),
-        (full, 2),
-        ((128 + 12, 40, 20), 2),
-        (full, 4),
-        ((128 + 12, 40, 20), 6),
-        (full, 12),
-    ]
-    assert next(centroids._looks(full, 1)) == ((32 + 12, 64 + 8, 20), 1)
+def test_small_inputs_are_looked_at_more_often():
+    assert centroids._times((64, 32, 32)) == centroids._times((500, 500, 500)) == 1
+    assert centroids._times((32, 32, 32)) == 2
+    assert centroids._times((64, 48)) == centroids.TIMES
 
 
 CUBE = FeatureGrid((16, 8, 16), (4.0, 4.0, 4.0), (1.5, 1.5, 1.5))
+FRACTION = FeatureGrid((16, 8, 16), (4.2, 4.0, 4.0), (1.5, 1.5, 1.5))
 SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS)
 DOUBT, OFF = SURE._replace(error=math.inf), SURE._replace(shift=9.0)
 
 
-@pytest.mark.parametrize(
-    ("seen", "expected", "axes"),
-    [
-        ([SURE] * 3, True, [0, 1, 2]),
-        ([DOUBT, DOUBT, SURE, SURE, DOUBT, SURE], True, [0, 0, 0, 1, 2, 2]),
-        ([OFF], False, [0]),
-        ([SURE, DOUBT, OFF], False, [0, 1, 1]),
-        ([SURE, SURE, OFF], False, [0, 1, 2]),
-        ([SURE, *[DOUBT] * 3], False, [0, *[1] * 3]),  # its own size shows no more than others
-        ([ModelError("one size"), SURE, LayerError("none"), SURE, SURE], True, [0, 0, 1, 1, 2]),
-        ([SURE, *[torch.OutOfMemoryError()] * 6], False, [0, *[1] * 6]),
-    ],
-)
-def test_every_axis_is_looked_at_until_there_is_no_doubt(seen, expected, axes, monkeypatch):
-    rest, looked = iter(seen), []
+def test_what_is_in_doubt_is_looked_at_again(monkeypatch):
+    """Each axis by itself, until no doubt is left; one axis that is off is enough."""
+    asked = []
 
-    def lines(capture, x, shape, axis, grids, noise):
-        looked.append((axis, shape, noise))
-        line = next(rest)
-        if isinstance(line, Exception):
-            raise line
-        return dict.fromkeys(grids, line)
+    def look(number, seen):
+        def lines(capture, x, grids, doubts, draws):
+            asked.append((number, draws, sorted("".join(map(str, d)) for d in doubts)))
+            return seen
 
-    monkeypatch.setattr(centroids, "_lines", lines)
-    found = centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), {"a": CUBE})
-    assert found == ({"a"} if expected else set())
-    assert [axis for axis, *_ in looked] == axes
-    every = [(a, *look) for a in range(3) for look in centroids._looks((64, 32, 64), a)]
-    assert looked == [(a, *look) for a, *look in every if (a, *look) in looked]
-    assert next(rest, None) is None
+        return lines
+
+    by = {
+        "noise": {("a", 0): SURE, ("a", 1): DOUBT, ("b", 0): OFF, ("c", 0): SURE, ("c", 1): SURE},
+        "gradients": {("a", 1): DOUBT, ("a", 0): OFF},
+        "again": {("a", 1): SURE},
+        "never": {},
+    }
+    looks = tuple((look(name, seen), n) for n, (name, seen) in enumerate(by.items(), 1))
+    monkeypatch.setattr(centroids, "LOOKS", looks)
+    grids = dict.fromkeys("abc", FeatureGrid((16, 8), (4.0, 4.0), (1.5, 1.5)))
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}
+    assert asked == [
+        ("noise", 1, ["a0", "a1", "b0", "b1", "c0", "c1"]),
+        ("gradients", 2, ["a1"]),
+    ]
+    asked.clear()
+    del by["gradients"]["a", 0]
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"a", "c"}
+    assert asked[2:] == [("again", 3, ["a1"])]
+    del by["again"]["a", 1]
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}  # still in doubt
+    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), {}) == set()
 
 
-def test_each_layer_is_looked_at_as_long_as_it_is_in_doubt(monkeypatch):
-    """One of a fractional stride at the input's own size alone, which is the second look."""
+def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):
+    """Fractional strides and networks of one size in their own; each axis by itself."""
     looked = []
 
-    def lines(capture, x, shape, axis, grids, noise):
-        looked.append(("".join(sorted(grids)), axis))
-        found = {"a": SURE, "b": OFF if axis == 1 else SURE, "c": SURE}
-        return {layer: found[layer] for layer in grids}
+    def lines(capture, x, shape, axis, grids, draws):
+        looked.append((shape, axis, "".join(sorted(grids)), draws))
+        if axis == 1 and shape != (300, 40, 20):
+            raise (ModelError, LayerError, torch.OutOfMemoryError)[len(looked) % 3]("one size")
+        return {layer: SURE for layer in grids if layer != "d"}
 
     monkeypatch.setattr(centroids, "_lines", lines)
-    grids = {"a": CUBE, "b": CUBE, "c": FeatureGrid((16, 8, 16), (4.2,) * 3, (0.0,) * 3)}
-    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32, 64), grids) == {"a", "c"}
-    assert looked == [("ab", 0), ("c", 0), ("ab", 1), ("c", 1), ("a", 2), ("c", 2)]
+    grids = {"a": CUBE, "f": FRACTION, "d": CUBE}
+    doubts = [("a", 0), ("a", 1), ("f", 1), ("f", 2), ("d", 0)]
+    found = centroids._by_noise(None, torch.zeros(1, 1, 300, 40, 20), grids, doubts, 3)
+    own = (300, 40, 20)
+    assert looked == [
+        ((64 + 12, 40, 20), 0, "ad", 3),
+        (own, 0, "d", 3),
+        ((32 + 12, 64 + 8, 20), 1, "a", 3),
+        (own, 1, "af", 3),
+        (own, 2, "f", 3),
+    ]
+    assert found == dict.fromkeys([("a", 0), ("a", 1), ("f", 1), ("f", 2)], SURE)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "stride", "length"), [(2, 4, 32), (2, 16, 32), (2, 32, 64), (8, 8, 64), (8, 16, 64)]
+)
+def test_gradients_are_looked_at_in_no_more_voxels_than_needed(voxels, stride, length, monkeypatch):
+    looked = []
+
+    def lines(traced, x, shape, grids, seeds):
+        looked.append((shape, sorted(map(str, grids)), len(seeds)))
+        raise RuntimeError("no gradient")
+
+    monkeypatch.setattr(centroids, "_lines_of_all_axes", lines)
+    net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
+    coarse, fine = resolve_layers(net, ["0", "1"])
+    grids = {
+        coarse: FeatureGrid((200 // stride, 1, 1), (float(stride), 1.0, 1.0), (0.0,) * 3),
+        fine: FeatureGrid((200, 1, 1), (1.0,) * 3, (0.0,) * 3),
+    }
+    x = torch.zeros(1, 1, 200, 33, 64)
+    with capturing(net, [coarse, fine]) as capture:
+        for doubts, names in (([(coarse, 0), (fine, 2)], ["0", "1"]), ([(coarse, 1)], ["0"])):
+            looked.clear()
+            assert centroids._by_gradients(capture, x, grids, doubts, 4, voxels) == {}
+            handy, own = (length + 8, 32 + 1, 32), (200, 33, 64)
+            times = max(1, 64 * 32 * 32 // (handy[0] * 33 * 32))
+            assert looked == [(handy, names, 4 * times), (own, names, 4)]
 
 
 GRID = FeatureGrid((32,), (2.0,), (0.5,))
 PLACE = 2 * torch.arange(32).double() + 0.5 - 31.5
 
 
-def fitted(distances, grid=GRID, place=PLACE, length=64, weight=None):
+def fitted(distances, place=PLACE, weight=None):
     """Fit distances of centres, (parts, size) or of one part alike for eight."""
     distances = torch.as_tensor(distances).double().expand(8, len(place))
     weight = torch.ones(8, len(place)).double() if weight is None else weight
-    return centroids._fitted(weight * (place + distances), weight, grid, 0, length, 3)
+    moment = weight * (place + distances)
+    return centroids._fitted(torch.stack([moment] * 2), torch.stack([weight] * 2), place, 3)
 
 
 @pytest.mark.parametrize("offset", [0.5, 6.5, -5.5])
 def test_shift_and_pull_of_centres(offset):
     """What is pulled to the middle is the distance from it, wherever the layer has its own."""
     place = PLACE + offset - 0.5
-    line = fitted(0.75 - 0.3 * place, FeatureGrid((32,), (2.0,), (offset,)), place)
+    line = fitted(0.75 - 0.3 * place, place)
     assert line.shift == pytest.approx(0.75)
     assert line.pull == pytest.approx(0.3)
     assert line.error == pytest.approx(0, abs=1e-9)
@@ -231,18 +265,17 @@ def test_shift_and_pull_of_centres(offset):
 
 def test_the_inner_half_and_a_voxel_more_is_looked_at():
     """Of places 2 * u - 31 those up to 64 / 4 + 2 / 2 from the middle: -17 ... 17."""
-    off = torch.where(PLACE.abs() > 17.5, 50.0, 0.25)
-    line = fitted(off)
-    assert line.voxels == 18
-    assert line.shift == pytest.approx(0.25)
-    assert line.pull == pytest.approx(0)
+    net = Net(nn.Conv3d(1, 3, 1, stride=2))
+    for offset, voxels in ((0, 17), (0.5, 18)):
+        grid = FeatureGrid((32, 4, 4), (2.0,) * 3, (float(offset), 0.0, 0.0))
+        assert lines_of(net, (64, 8, 8), 0, grid, 1).voxels == voxels
 
 
 def test_what_is_left_of_the_line_is_the_root_mean_square():
     values = torch.tensor([1.0, -1.0, 0.0] * 3)
     off = torch.zeros(32)
     off[16:25], off[7:16] = values, values.flip(0)
-    assert fitted(off).rest == pytest.approx(math.sqrt(2 / 3))
+    assert fitted(off).rest == pytest.approx(math.sqrt(12 / 32))
 
 
 def test_the_error_is_that_of_the_mean_of_the_parts():
@@ -255,9 +288,19 @@ def test_the_error_is_that_of_the_mean_of_the_parts():
 
 @pytest.mark.parametrize("parts", [FEW_PARTS - 1, FEW_PARTS])
 def test_few_parts_tell_no_error(parts):
-    weight = torch.ones(parts, 32).double()
-    line = centroids._fitted(weight * PLACE, weight, GRID, 0, 64, 1)
+    weight = torch.ones(2, parts, 32).double()
+    line = centroids._fitted(weight * PLACE, weight, PLACE, 1)
     assert math.isinf(line.error) == (parts < FEW_PARTS)
+
+
+def test_kernels_that_pull_to_one_side_lean_and_mirrored_ones_pull_back():
+    """The first part has twice the weight: what leans is told by weight, too."""
+    weight = torch.tensor([2.0] + [1.0] * 6).double()[:, None].expand(2, 7, 32)
+    by = torch.tensor([[1.0], [-1.0]]).double()[..., None] * (0.5 + 4.0 * (weight == 2))
+    line = centroids._fitted(weight * (PLACE + 0.25 + by), weight, PLACE, 1)
+    assert line.shift == pytest.approx(0.25)
+    assert line.lean == pytest.approx(0.5 + 4 * 2 / 8)
+    assert line.error == pytest.approx(0, abs=1e-9)
 
 
 def test_parts_count_by_their_weight():
@@ -268,29 +311,32 @@ def test_parts_count_by_their_weight():
 
 
 def test_one_voxel_has_a_shift_and_no_pull():
-    line = fitted([[0.5]], FeatureGrid((1,), (64.0,), (31.5,)), torch.zeros(1).double())
-    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3)
+    line = fitted([[0.5]], torch.zeros(1).double())
+    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3, 0.0)
 
 
-@pytest.mark.parametrize("what", ["unseen", "not finite", "outside"])
+@pytest.mark.parametrize("what", ["unseen", "unseen by one kind", "not finite", "outside"])
 def test_what_is_not_seen_tells_nothing(what):
-    weight, grid = torch.ones(8, 32).double(), GRID
+    weight, place = torch.ones(2, 8, 32).double(), PLACE
     moment = weight * PLACE
     if what == "unseen":
-        weight[:, 16] = 0
+        weight[:, :, 16] = 0
+    elif what == "unseen by one kind":
+        weight[1, :, 16] = 0
     elif what == "not finite":
-        moment[3, 16] = math.nan
+        moment[0, 3, 16] = math.nan
     else:
-        grid = FeatureGrid((32,), (2.0,), (500.0,))
-    line = centroids._fitted(moment, weight, grid, 0, 64, 5)
+        weight, moment, place = weight[..., :0], moment[..., :0], place[:0]
+    line = centroids._fitted(moment, weight, place, 5)
     assert line.voxels == 0
     assert math.isinf(line.error)
     assert line.draws == 5
-    assert centroids._verdict(line, grid, 0) is None
+    assert centroids._verdict(line, GRID, 0) is None
 
 
-WITHIN = AGREE * (1 + 2)
-FAR = WITHIN + 4 * 0.1
+WITHIN, LEFT = AGREE * (1 + 2), 1 - 0.1
+FAR = WITHIN + 4 * 0.1 / LEFT
+ASIDE = LEANING * (1 + 2)
 GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "draws": FEW_PARTS}
 
 
@@ -298,24 +344,31 @@ GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "dra
     ("changed", "expected"),
     [
         ({}, True),
-        ({"shift": 0.98 * WITHIN}, True),
-        ({"shift": -0.98 * WITHIN}, True),
-        ({"shift": 1.02 * WITHIN, "draws": 1}, None),
-        ({"shift": 0.98 * (WITHIN + 2 * GOOD["error"])}, True),  # as near as its error tells
-        ({"shift": 1.02 * (WITHIN + 2 * GOOD["error"])}, None),
-        ({"shift": 0.98 * FAR}, None),
-        ({"shift": 1.02 * FAR}, False),
-        ({"shift": -1.02 * FAR}, False),
-        ({"shift": 1.02 * FAR, "draws": FEW_PARTS - 1}, None),
-        ({"shift": 1.02 * FAR, "voxels": 2}, None),
-        ({"shift": 1.02 * FAR, "voxels": 3}, False),
-        ({"error": 0.98 * WITHIN}, True),
-        ({"error": 1.02 * WITHIN, "draws": 1}, None),
-        ({"error": 0.98 * HALF * 3}, True),
-        ({"error": 1.02 * HALF * 3}, None),
+        ({"shift": 0.98 * WITHIN * LEFT}, True),
+        ({"shift": -0.98 * WITHIN * LEFT}, True),
+        ({"shift": 1.02 * WITHIN * LEFT}, None),
+        ({"shift": 0.98 * FAR * LEFT}, None),
+        ({"shift": 1.02 * FAR * LEFT}, False),
+        ({"shift": -1.02 * FAR * LEFT}, False),
+        ({"shift": 1.02 * FAR * LEFT, "draws": FEW_PARTS - 1}, None),
+        ({"shift": 1.02 * FAR * LEFT, "voxels": 1}, None),
+        ({"shift": 1.02 * FAR * LEFT, "voxels": 2}, False),
+        ({"shift": 9.0, "pull": 0.98 * LITTLE}, False),
+        ({"shift": 9.0, "pull": 1.02 * LITTLE}, None),  # of the whole image, perhaps
+        ({"lean": 0.98 * ASIDE}, True),
+        ({"lean": -0.98 * ASIDE}, True),
+        ({"lean": 1.02 * ASIDE}, None),
+        ({"lean": 0.98 * (ASIDE + FAR - WITHIN)}, None),
+        ({"lean": 1.02 * (ASIDE + FAR - WITHIN)}, False),
+        ({"lean": -1.02 * (ASIDE + FAR - WITHIN)}, False),
+        ({"error": 0.98 * WITHIN / 2 * LEFT}, True),
+        ({"error": 1.02 * WITHIN / 2 * LEFT}, None),
         ({"error": math.inf}, None),
-        ({"pull": 0.98 * PULLED}, True),
-        ({"pull": 1.02 * PULLED}, None),
+        ({"pull": 0.98 * PULLED, "error": 0.01}, True),
+        ({"pull": 0.98 * PULLED}, None),  # too little is left for its error
+        ({"pull": 0.8, "shift": 0.98 * WITHIN * 0.2, "error": 0.01}, True),
+        ({"pull": 0.8, "shift": 1.02 * WITHIN * 0.2, "error": 0.01}, None),
+        ({"pull": 1.02 * PULLED, "error": 0.01}, None),
         ({"pull": -0.98 * PUSHED}, True),
         ({"pull": -1.02 * PUSHED}, None),
         ({"rest": 0.98 * STEPS}, True),
@@ -335,17 +388,19 @@ def test_a_layers_voxel_is_the_measure_of_what_agrees():
     grid = FeatureGrid((4, 64, 1), (8.0, 0.5, 64.0), (3.5, 0.0, 31.5))
 
     def verdict(axis, **changed):
-        line = centroids._Line(**GOOD | {"draws": 1} | changed)
+        line = centroids._Line(**GOOD | {"draws": 1, "pull": 0.0} | changed)
         return centroids._verdict(line, grid, axis)
 
-    assert verdict(0, shift=AGREE * 8.9) is True
+    # Half of what is between a strided convolution and a pooling.
+    assert verdict(0, shift=3.5 / 2 * 0.99) is True
+    assert verdict(0, shift=3.5 / 2 * 1.01) is None
     assert verdict(0, rest=7.9) is True
     assert verdict(0, rest=8.1) is None
     assert verdict(1, shift=AGREE * 1.98) is True
     assert verdict(1, shift=AGREE * 2.02) is None
     # One voxel has no line.
-    assert verdict(2, voxels=1, pull=5.0, rest=100.0) is True
-    assert verdict(2, voxels=1, shift=AGREE * 66) is None
+    assert verdict(2, voxels=1, rest=100.0) is True
+    assert verdict(2, voxels=1, shift=31.5 / 2 * 1.01) is None
 
 
 @pytest.mark.parametrize(("size", "expected"), [(31, True), (33, True), (30, False), (34, False)])
@@ -407,7 +462,93 @@ def test_mirrored_kernels_pull_back_as_much():
     assert 0 < line.error < 0.1
 
 
+def gradient_lines_of(net, shape, grid, seeds=range(4)):
+    layers, x = resolve_layers(net, "body"), torch.zeros(1, 1, *shape)
+    with capturing(net, [*layers, INPUT]) as traced:
+        return {
+            axis: line
+            for (_, axis), line in centroids._lines_of_all_axes(
+                traced, x, shape, {layers[0]: grid}, seeds
+            ).items()
+        }
+
+
+def test_gradients_show_the_places_of_two_voxels_along_all_axes():
+    net = Net(nn.Conv3d(1, 3, 1, stride=(4, 2, 8)))
+    grid = FeatureGrid((8, 16, 2), (4.0, 2.0, 8.0), (0.0, 0.5, -1.0))
+    found = gradient_lines_of(net, (32, 32, 16), grid)
+    assert [round(found[axis].shift, 6) for axis in range(3)] == [0, -0.5, 1]
+    for line in found.values():
+        assert line.pull == pytest.approx(0, abs=1e-6)
+        assert line.error == pytest.approx(0, abs=1e-6)
+        assert line.lean == pytest.approx(0, abs=1e-6)
+        assert (line.voxels, line.draws) == (2, 4)
+
+
+def test_gradients_show_what_leans_and_what_is_pulled():
+    """A kernel of one tap at its end; and half of what is seen (of J^2) is the whole image."""
+
+    class Leaning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 3, padding=1, bias=False)
+            with torch.no_grad():
+                self.conv.weight.zero_()[0, 0, 1, 1, 2] = 1
+
+        def forward(self, x):
+            return self.conv(x)
+
+    class Global(nn.Module):
+        def forward(self, x):
+            return x + x.sum((2, 3, 4), keepdim=True) / math.sqrt(x[0].numel())
+
+    grid = FeatureGrid((16, 16, 16), (1.0,) * 3, (0.0,) * 3)
+    leaning = gradient_lines_of(Net(Leaning()), (16,) * 3, grid)
+    assert [round(leaning[a].lean, 6) for a in range(3)] == [0, 0, 1]
+    assert [round(leaning[a].shift, 6) for a in range(3)] == [0, 0, 0]
+    for line in gradient_lines_of(Net(Global()), (16,) * 3, grid).values():
+        assert line.pull == pytest.approx(0.5, abs=0.02)
+        assert line.shift == pytest.approx(0, abs=1e-6)
+
+
+def test_voxels_behind_a_closed_gate_tell_nothing():
+    class Gate(nn.Module):
+        def forward(self, x):
+            return F.relu(x) * (x.sum() > 0)
+
+    grid = FeatureGrid((16, 16, 16), (1.0,) * 3, (0.0,) * 3)
+    lines = gradient_lines_of(Net(Gate()), (16,) * 3, grid, range(32))
+    assert all(abs(line.shift) < 1e-6 and line.voxels == 2 for line in lines.values())
+    lines = gradient_lines_of(Net(nn.Threshold(100.0, 0.0)), (16,) * 3, grid)
+    assert all(line.voxels == 0 and math.isinf(line.error) for line in lines.values())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "voxels"),
+    [((8, 4), [(1, 0), (6, 3)]), ((1, 3), [(0, 0), (0, 2)]), ((1, 1), [(0, 0)])],
+)
+def test_two_voxels_lie_on_either_side_of_the_middle(sizes, voxels):
+    assert centroids._two_voxels(sizes) == voxels
+
+
 # -------------------------------------------------------------------------- changed operations
+
+
+@pytest.mark.parametrize("changed", [PlainOperations(1.0), MirroredOperations(False)])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_sub_pixel_upsampling_becomes_small_and_windows_of_tokens_do_not(changed, ndim):
+    x = torch.ones(1, 2**ndim, *[4] * ndim)
+    apart = x.view(1, 1, *[2] * ndim, *[4] * ndim)
+    order = [2 + a + ndim * (1 - b) for a in range(ndim) for b in range(2)]
+    windows = torch.ones(1, *[2, 4] * ndim, 6)
+    with changed:
+        shuffled = apart.permute(0, 1, *order).reshape(1, 1, *[8] * ndim)
+        torch.testing.assert_close(shuffled, torch.full_like(shuffled, FADED))
+        if ndim == 2:
+            found = F.pixel_shuffle(x, 2)
+            torch.testing.assert_close(found, torch.full_like(found, FADED))
+        together = windows.view(1, *[8] * ndim, 6)
+        assert together.unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])

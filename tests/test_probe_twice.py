@@ -136,6 +136,65 @@ def headed(body, channels, ndim=3):
     return Net()
 
 
+class Causal(nn.Conv3d):
+    """Pads in front alone, so that the middle of its kernel is where it looks."""
+
+    def __init__(self, before, after):
+        super().__init__(before, after, 3)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0, 1, 1, 1, 1)))
+
+
+class Masked(nn.Conv3d):
+    """Sees nothing of what comes later in raster order (PixelCNN): .7 of a voxel to one side."""
+
+    def __init__(self, before, after):
+        super().__init__(before, after, 3, padding=1)
+        self.register_buffer("mask", (torch.arange(27) < 14).float().view(3, 3, 3))
+
+    def forward(self, x):
+        return F.conv3d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class Shift(nn.Conv3d):
+    """Has weights in one tap, not the middle one: shifts by a voxel."""
+
+    def __init__(self, before, after):
+        super().__init__(before, after, 3, padding=1)
+        with torch.no_grad():
+            self.weight *= torch.eye(27)[14].view(3, 3, 3)
+
+
+@pytest.mark.parametrize(("kind", "depth"), [(Shift, 1), (Shift, 3), (Masked, 2), (Masked, 3)])
+@pytest.mark.parametrize("pooled", [1, 2])
+def test_kernels_that_look_to_one_side_are_said(kind, depth, pooled):
+    """The structure puts them in the middle of their kernels, where they do not look."""
+    body = chain(kind, (1, 6, 8, 10)[: depth + 1])
+    grid = grids_of(headed(nn.Sequential(body, nn.MaxPool3d(pooled)), body[-2].out_channels),
+                    (32,) * 3, "body")["body"]  # fmt: skip
+    if (kind, depth, pooled) == (Shift, 1, 2):
+        assert_grid(grid, (2,) * 3, (0.5,) * 3)  # half of a layer's voxel
+    else:
+        assert not grid.measured
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_kernels_whose_padding_puts_them_to_one_side_are_in_their_place(depth):
+    body = chain(Causal, (1, 6, 8, 10)[: depth + 1])
+    grid = grids_of(headed(body, body[-2].out_channels), (32,) * 3, "body")["body"]
+    assert_grid(grid, (1,) * 3, (0, 0, -depth))
+
+
+@pytest.mark.parametrize("layer", ["upcat_4", "upcat_3", "upcat_2", "upcat_1"])
+def test_decoders_of_sub_pixel_upsampling_are_in_their_place(layer):
+    torch.manual_seed(0)
+    net = nets.BasicUNet(3, 1, 2, features=(8, 8, 12, 16, 20, 8), upsample="pixelshuffle")
+    stride = 2.0 ** (int(layer[-1]) - 1)
+    grid = grids_of(net, (32,) * 3, layer)[layer]
+    assert_grid(grid, (stride,) * 3, ((stride - 1) / 2,) * 3, within=0.005)
+
+
 @pytest.mark.parametrize("kind", [OwnConv, Hyper, Experts])
 def test_kernels_are_known_wherever_they_are_kept(kind):
     grid = grids_of(headed(chain(kind), 8), (64, 64, 64), "body")["body"]
