@@ -42,6 +42,7 @@ class Known:
         grids: (shape of the input, layer, its spatial shape, its layout) -> grid.
         gaps: (layer, its layout) -> which part of a change of the score its gradient misses.
         draws: the operation with which it draws random numbers, "" for none, None: not known yet.
+        overwrites: whether it overwrites tensors, in place, that its gradient needs.
     """
 
     structure: Structure = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Known:
     grids: dict[tuple, FeatureGrid] = field(default_factory=dict)
     gaps: dict[tuple, float] = field(default_factory=dict)
     draws: str | None = None
+    overwrites: bool = False
 
     def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
         """Remember a grid; where it is what it was before some numbers changed, forget these."""
@@ -116,13 +118,19 @@ def opened(network: nn.Module) -> Iterator[Known]:
         if network in _open:
             yield _open[network]
             return
-        known = _open[network] = known_of(network)
-        before = _structure(network)
-        try:
-            yield known
-        finally:
-            del _open[network]
-            known.restless |= _changed(before, _structure(network))
+        _open[network] = known_of(network)
+        stack.callback(_open.__delitem__, network)
+        yield _open[network]
+
+
+@contextlib.contextmanager
+def watched(network: nn.Module, known: Known) -> Iterator[None]:
+    """Note what the network's own passes change of it, before that is put back."""
+    before = _structure(network)
+    try:
+        yield
+    finally:
+        known.restless |= _changed(before, _structure(network))
 
 
 def _acquire(lock: Any) -> None:
