@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 #: How many things are looked at, the nearest first, and how far inside each other.
-MOST, DEEPEST = 10_000, 5
+MOST, DEEPEST = 2_000, 5
 
 #: Random generators that a network may own.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -40,7 +40,8 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's own attributes; a script has none that can be read."""
     if isinstance(module, torch.jit.ScriptModule):
         return {}
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = vars(module)
+    return {name: own[name] for name in own.keys() - _OF_EVERY_MODULE}
 
 
 def belongings(model: nn.Module) -> list[Any]:
@@ -51,7 +52,7 @@ def belongings(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     waiting: deque[tuple[Any, int]] = deque()
     for module in model.modules():
-        waiting.extend((v, 0) for v in attributes(module).values() if type(v) not in _PLAIN)
+        waiting.extend((v, 0) for v in attributes(module).values() if not _is_plain(v))
     for _ in range(MOST):
         if not waiting:
             break
@@ -65,10 +66,16 @@ def belongings(model: nn.Module) -> list[Any]:
             continue
         if not isinstance(value, tuple):
             found[id(value)] = value
-        if depth < DEEPEST:
-            inner = (item for item in islice(items, MOST) if type(item) not in _PLAIN)
-            waiting.extend((item, depth + 1) for item in inner)
+        if depth < DEEPEST and len(waiting) < MOST:
+            waiting.extend((i, depth + 1) for i in islice(items, MOST) if not _is_plain(i))
     return list(found.values())
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell a number, a text, or a tuple of some: nothing can change inside of it."""
+    if type(value) is tuple:
+        return all(type(item) in _PLAIN for item in value)
+    return type(value) in _PLAIN
 
 
 def _inside(value: Any) -> Iterable[Any] | None:

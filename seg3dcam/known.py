@@ -12,7 +12,7 @@ import threading
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -66,6 +66,7 @@ class Known:
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_watched: WeakSet[nn.Module] = WeakSet()
 #: Lock -> the thread that took it last; thread -> the lock that it waits for.
 _owners: dict[int, int] = {}
 _waiting: dict[int, int] = {}
@@ -125,11 +126,16 @@ def opened(network: nn.Module) -> Iterator[Known]:
 
 @contextlib.contextmanager
 def watched(network: nn.Module, known: Known) -> Iterator[None]:
-    """Note what the network's own passes change of it, before that is put back."""
+    """Note what the network's own passes change of it, before that is put back; reentrant."""
+    if network in _watched:
+        yield
+        return
+    _watched.add(network)
     before = _structure(network)
     try:
         yield
     finally:
+        _watched.remove(network)
         known.restless |= _changed(before, _structure(network))
 
 
@@ -190,6 +196,7 @@ def _shape(parameter: Any) -> Hashable:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    kind = type(value)  # isinstance would ask a weak proxy's object, which may be gone
+    if issubclass(kind, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+    return issubclass(kind, bool | int | float | str | None)

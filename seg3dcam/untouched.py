@@ -7,6 +7,7 @@ no other from it, and a network that could not be put back is refused before it 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Not put back are tensors and arrays of more than `LARGEST` bytes, or mapped from a file; what is
     no attribute, as globals and what functions close over; objects with `__slots__`, of libraries,
-    or that hold another network, an optimiser or a data set; and what lies beyond the nearest ten
+    or that hold another network, an optimiser or a data set; and what lies beyond the nearest two
     thousand things.
 
     Args:
@@ -145,6 +146,8 @@ _NONE = object()
 def _belongings(model: nn.Module) -> Iterator[_Change]:
     """Yield what puts back each tensor, array, container and object that modules keep."""
     for thing in belongings(model):
+        if isinstance(thing, nn.Parameter):
+            continue  # as those that an RNN lists: whether one changed is told
         if isinstance(thing, torch.Tensor):
             strided = thing.layout == torch.strided and thing.device.type != "meta"
             if strided and not thing.is_inference() and thing.nbytes <= LARGEST:
@@ -169,16 +172,18 @@ def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 def _refill(container: Any, before: Any) -> None:
     """Put back what a container held, where that changed: other threads may look into it."""
-    if list(map(id, _held(container))) != list(map(id, _held(before))):
-        container.clear()
-        container.extend(before) if isinstance(container, list | deque) else container.update(
-            before
-        )
+    now, then = _held(container), _held(before)
+    if len(now) == len(then) and all(map(operator.is_, now, then)):
+        return
+    container.clear()
+    put = container.extend if isinstance(container, list | deque) else container.update
+    put(before)
 
 
 def _held(container: Any) -> list[Any]:
-    keys = container if isinstance(container, dict) else ()
-    return [*keys, *(container.values() if isinstance(container, dict) else container)]
+    if isinstance(container, dict):
+        return [*container, *container.values()]
+    return list(container)
 
 
 def _buffers(module: nn.Module) -> tuple[_Change, _Change]:
