@@ -436,14 +436,8 @@ class Capture:
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            hint = (
-                ". Most networks need sizes that are multiples of their coarsest stride: pad the "
-                "input, or explain it in windows (WindowPlan)"
-                if "must match" in str(error)
-                else ""
-            )
             raise ModelError(
-                f"the network failed on an input of shape {tuple(x.shape)}: {error}{hint}"
+                f"the network failed on an input of shape {tuple(x.shape)}: {error}{_hint(error)}"
             ) from error
         finally:
             self._mode = "off"
@@ -603,6 +597,23 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
+
+
+def _hint(error: Exception) -> str:
+    """Return what to do about an error of the network's, "" where nothing is known."""
+    text = str(error)
+    if "must match" in text:
+        return (
+            ". Most networks need sizes that are multiples of their coarsest stride: pad the "
+            "input, or explain it in windows (WindowPlan)"
+        )
+    if "modified inplace" in text or "out=..." in text:
+        return (
+            ". The network predicts, but has no gradient: let it make a new tensor there (part = "
+            "part + 1 for part += 1), or name a layer and take a method without gradients "
+            "(score_cam, ablation_cam)"
+        )
+    return ""
 
 
 def _sum(step: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
