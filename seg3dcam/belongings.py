@@ -1,14 +1,17 @@
 """What the modules of a network keep in attributes of their own, beside weights and submodules.
 
 Gone into are lists, tuples, dicts, sets and deques, and objects of a user's own classes. Not gone
-into are other networks, optimisers, data sets, whatever holds one of these (a trainer), and what
-Python, PyTorch or NumPy made (loggers, locks, files, functions with what they close over).
+into are other networks, optimisers, data sets, files, locks, threads, whatever holds one of these
+(a trainer, a writer of logs), and what Python, PyTorch or NumPy made (functions, loggers).
 """
 
 from __future__ import annotations
 
+import io
+import queue
 import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
@@ -31,7 +34,9 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 _SINGLE = (torch.Tensor, np.ndarray, *GENERATORS)
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
-_NEVER = (nn.Module, torch.optim.Optimizer, Dataset, DataLoader)
+_LOCKS: tuple[type, ...] = (type(threading.Lock()), type(threading.RLock()), threading.Condition)
+_THREADS: tuple[type, ...] = (threading.Thread, threading.Event, queue.Queue, *_LOCKS)
+_NEVER = (nn.Module, torch.optim.Optimizer, Dataset, DataLoader, io.IOBase, *_THREADS)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "seg3dcam"}
 _LIBRARIES |= {"lightning", "pytorch_lightning", "ignite"}
 

@@ -69,8 +69,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Not put back are tensors and arrays of more than `LARGEST` bytes, or mapped from a file; what is
     no attribute, as globals and what functions close over; objects with `__slots__`, of libraries,
-    or that hold another network, an optimiser or a data set; and what lies beyond the nearest two
-    thousand things.
+    or that hold a network, an optimiser, a data set, a file, a lock or a thread; and what lies
+    beyond the nearest two thousand things.
 
     Args:
         model: one that `check_explainable` has let pass.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import pathlib
+import queue
 import threading
 import warnings
 import weakref
@@ -393,7 +395,7 @@ class Slices(torch.utils.data.Dataset):
 
 def test_what_belongs_to_others_is_not_gone_into():
     """Nor is what is no attribute: it is neither read nor copied."""
-    never = [torch.zeros(1) for _ in range(6)]
+    never = [torch.zeros(1) for _ in range(8)]
     net = blocks()
     optimiser = torch.optim.SGD(net.parameters())
     optimiser.kept = never[1]
@@ -405,6 +407,9 @@ def test_what_belongs_to_others_is_not_gone_into():
         trainer=Trainer(network=net, kept=never[0]),
         optimiser=optimiser,
         others=[data, logger, threading.Lock(), lambda: never[4], Trainer],
+        writer=Trainer(lock=threading.Lock(), kept=never[5]),
+        pen=Trainer(file=io.StringIO(), kept=never[6]),
+        sender=Trainer(queue=queue.Queue(), kept=never[7]),
         proxy=weakref.proxy(Trainer()),  # of what is gone by now
         path=pathlib.Path(),
     )
