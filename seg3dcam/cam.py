@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from seg3dcam.capture import Capture, capturing
+from seg3dcam.capture import Capture, begun_again, capturing
 from seg3dcam.engine.mapping import Maps
 from seg3dcam.engine.memory import advising
 from seg3dcam.engine.passes import (
@@ -186,6 +186,7 @@ class BaseCAM:
         return self._layers
 
 
+@begun_again
 def each_by(
     cams: Sequence[BaseCAM],
     x: torch.Tensor,
@@ -303,8 +304,11 @@ def _explain_member(
         grids = measured_in_window(capture, example, first.shapes) if first.shapes else {}
         _tell_unmeasured(grids)
         asked = ask(first.logits)
-        gaps = _gaps(first, asked, functions, lead.output)
+        checked = _layers_with_gradients(first, functions)
+        gaps, reason = _gaps(first, asked, checked, lead.output)
         table = maps_of(first, asked, functions, grids, lead.output, lead.progress)
+        unchecked = [la for la in checked if la not in gaps and la not in capture.dropped]
+        _tell_unchecked(unchecked, reason)
         table = _without_numbers(table, asked)
     return _Found(
         first.logits,
@@ -370,15 +374,18 @@ def _check_draws(capture: Capture, functions: Sequence[Any], items: int) -> None
         )
 
 
-def _gaps(
-    first: FirstPass, asked: Sequence[Asked], functions: Sequence[Any], output: OutputSelection
-) -> dict[LayerRef, float]:
-    """Find out where the gradients that the maps are made of miss a branch of the network."""
+def _layers_with_gradients(first: FirstPass, functions: Sequence[Any]) -> list[LayerRef]:
+    """Return the layers whose gradients the maps are made of; `INPUT` may be among them."""
     needed = {needs_gradient_of(function) for function in functions}
-    layers = [*first.shapes] if "layers" in needed else []
-    layers += [INPUT] if "input" in needed else []
+    return [*(first.shapes if "layers" in needed else ()), *[INPUT] * ("input" in needed)]
+
+
+def _gaps(
+    first: FirstPass, asked: Sequence[Asked], layers: Sequence[LayerRef], output: OutputSelection
+) -> tuple[dict[LayerRef, float], str]:
+    """Find out where gradients miss a branch of the network, and why not everywhere."""
     if not layers:
-        return {}
+        return {}, ""
     seeded = [w for one in asked for w in seeded_windows(first, [0], one.seed)]
     window = first.cut([0], seeded[:1] or [0])
     return gradient_gaps(first.capture, window, layers, output)
@@ -525,6 +532,20 @@ def _tell_unmeasured(grids: Mapping[LayerRef, FeatureGrid]) -> None:
                 f"where the voxels of layer '{layer}' lie could not be measured; the map may be "
                 f"{off}stretched or in another order"
             )
+
+
+def _tell_unchecked(layers: Sequence[LayerRef], reason: str) -> None:
+    """Say which layers' gradients are believed without a check."""
+    if not layers:
+        return
+    which = ", ".join("the input" if la is INPUT else f"layer '{la}'" for la in layers[:3])
+    which += f" and {len(layers) - 3} more" * (len(layers) > 3)
+    tell(
+        f"the gradient at {which} could not be checked"
+        + (f" ({reason})" if reason else "")
+        + ": the map may miss what branches without a gradient add to the score. Compare it with a "
+        "method without gradients, such as score_cam or ablation_cam, or explain smaller windows"
+    )
 
 
 def _is_auto(spec: LayerSpec) -> bool:

@@ -13,28 +13,65 @@ see `seg3dcam.layouts`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from seg3dcam.draws import Drawn, drawing_from, random_state, set_random_state
+from seg3dcam.draws import (
+    Drawn,
+    drawing_from,
+    owned_generators,
+    random_state,
+    set_random_state,
+)
 from seg3dcam.ensemble import Member, members_of
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
 from seg3dcam.kinds import takes_hooks
-from seg3dcam.known import Known, opened
+from seg3dcam.known import Known, opened, watched
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import INPUT, pulled_back, spatial_shape
 from seg3dcam.outputs import OutputSelection, select_output
 from seg3dcam.untouched import check_explainable, untouched
 from seg3dcam.witnesses import Witnesses, settle
 
+Asked = ParamSpec("Asked")
+Result = TypeVar("Result")
+
+#: How often an explanation is begun: each network of an ensemble may draw only now and then.
+AGAIN = 8
+
 
 class _LayersReached(BaseException):
     """Ends a forward pass once every target layer has run. No network should catch it."""
+
+
+class FoundLateError(Seg3dcamError):
+    """A pass showed what those before it should have heeded; it is `known` from now on."""
+
+
+def begun_again(run: Callable[Asked, Result]) -> Callable[Asked, Result]:
+    """Let a function begin again where it was found out late what a network is like.
+
+    Raises:
+        ModelError: something else was found out each time.
+    """
+
+    @functools.wraps(run)
+    def running(*args: Asked.args, **kwargs: Asked.kwargs) -> Result:
+        late: FoundLateError | None = None
+        for _ in range(AGAIN):
+            try:
+                return run(*args, **kwargs)
+            except FoundLateError as error:
+                late = error
+        raise ModelError(str(late)) from late
+
+    return running
 
 
 @contextlib.contextmanager
@@ -72,6 +109,7 @@ def capturing(
         capture = Capture(member, layers, output, known)
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(untouched(model))
+        stack.enter_context(watched(model, known))
         # Before the layers' own hooks, which swap what modules give.
         for module in filter(takes_hooks, filter(Witnesses.may_be, model.modules())):
             stack.callback(module.register_forward_hook(capture.on_witness).remove)
@@ -79,7 +117,27 @@ def capturing(
             hook = partial(_call_hook, capture, layer)
             stack.callback(layer.module.register_forward_hook(hook).remove)
         stack.callback(capture.clear)
-        yield capture
+        if known.overwrites:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_copy, _as_saved))
+        try:
+            yield capture
+        except RuntimeError as error:
+            if known.overwrites or "modified by an inplace operation" not in str(error):
+                raise
+            known.overwrites = True
+            raise FoundLateError(
+                "the network overwrites, in place, a tensor that its gradient needs: explain it "
+                "again, now that this is known and copies are kept"
+            ) from error
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what autograd keeps for the backward pass: not to be overwritten."""
+    return tensor.detach().clone()
+
+
+def _as_saved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _check_hooks(layers: Sequence[LayerRef]) -> None:
@@ -128,7 +186,8 @@ class Capture:
         self._mode: Literal["off", "count", "observe", "leaf", "replay", "change"] = "off"
         self._stop_early = False
         self._thread = threading.get_ident()
-        self._random = random_state()
+        self._owned = owned_generators(model)
+        self._random = random_state(self._owned)
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
         self._input_shape: torch.Size = torch.Size()
@@ -391,14 +450,8 @@ class Capture:
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            hint = (
-                ". Most networks need sizes that are multiples of their coarsest stride: pad the "
-                "input, or explain it in windows (WindowPlan)"
-                if "must match" in str(error)
-                else ""
-            )
             raise ModelError(
-                f"the network failed on an input of shape {tuple(x.shape)}: {error}{hint}"
+                f"the network failed on an input of shape {tuple(x.shape)}: {error}{_hint(error)}"
             ) from error
         finally:
             self._mode = "off"
@@ -408,33 +461,42 @@ class Capture:
         """Start every pass of a network that draws random numbers from the same state.
 
         Whether it draws is found out in its first complete pass.
+
+        Raises:
+            FoundLateError: it draws in this pass, and drew nothing in those before.
         """
         known = self.known
-        if known.draws == "":
-            before, noted = random_state(), Drawn()
-            with noted:
+        if known.draws:
+            with drawing_from(self._random):
                 yield
-            if noted.operation and not before.equals(random_state()):
-                # Only now and then, as its input or a setting is: the caller explains it again.
-                set_random_state(before)
-                known.draws = noted.operation
             return
-        with drawing_from(self._random):
-            if known.draws:
-                yield
-                return
-            noted, complete = Drawn(), False
+        late, noted = known.draws == "", Drawn()
+        stopped: _LayersReached | None = None
+        complete = False
+        with contextlib.nullcontext() if late else drawing_from(self._random):
+            before = random_state(self._owned)
             try:
                 with noted:
                     yield
                 complete = True
+            except _LayersReached as reached:
+                stopped = reached
             finally:
-                drawn = not self._random.equals(random_state())
+                now = random_state(self._owned)
                 # Another thread may have drawn meanwhile, but not by an operation of this one.
-                if drawn and (noted.operation or threading.active_count() == 1):
+                own = noted.operation or threading.active_count() == 1
+                if not before.owned_equals(now) or (own and not before.equals(now)):
                     known.draws = noted.operation or "of NumPy or Python"
+                    set_random_state(before)
                 elif complete:
                     known.draws = ""
+        if late and known.draws:
+            raise FoundLateError(
+                f"the network draws random numbers ({known.draws}), but only now and then, as its "
+                "input or a setting is: explain it again, now that this is known"
+            )
+        if stopped is not None:
+            raise stopped
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
         """Take what a layer gave; return what the network is to go on with (None: the same)."""
@@ -533,15 +595,17 @@ class Capture:
         create_graph: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         self._mode = "replay"  # non-reentrant checkpoints run their part of the forward pass again
+        draws = drawing_from(self._random) if self.known.draws else contextlib.nullcontext()
         try:
-            return torch.autograd.grad(
-                outputs,
-                tensors,
-                seed,
-                retain_graph=keep_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            with draws:
+                return torch.autograd.grad(
+                    outputs,
+                    tensors,
+                    seed,
+                    retain_graph=keep_graph,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
@@ -551,6 +615,23 @@ class Capture:
             ) from error
         finally:
             self._mode = "off"
+
+
+def _hint(error: Exception) -> str:
+    """Return what to do about an error of the network's, "" where nothing is known."""
+    text = str(error)
+    if "must match" in text:
+        return (
+            ". Most networks need sizes that are multiples of their coarsest stride: pad the "
+            "input, or explain it in windows (WindowPlan)"
+        )
+    if "modified inplace" in text or "out=..." in text:
+        return (
+            ". The network predicts, but has no gradient: let it make a new tensor there (part = "
+            "part + 1 for part += 1), or name a layer and take a method without gradients "
+            "(score_cam, ablation_cam)"
+        )
+    return ""
 
 
 def _sum(step: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

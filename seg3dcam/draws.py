@@ -2,7 +2,8 @@
 
 A network with dropout that stays on (Monte Carlo dropout) draws anew in every forward pass, so a
 prediction and a gradient of two passes would belong to two networks. Each pass is therefore started
-from the same random state, the caller's, and the state is put back after it.
+from the same random state, the caller's, and the state is put back after it. So are the states of
+generators that the network owns (see `seg3dcam.belongings`).
 """
 
 from __future__ import annotations
@@ -10,48 +11,72 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from seg3dcam.belongings import GENERATORS, belongings
 
 
 class RandomState(NamedTuple):
-    """The state of every global generator that a network may use.
+    """The state of every generator that a network may use.
 
     Attributes:
         torch: of the CPU.
         devices: of each GPU in use, by its index.
         numpy, python: of the libraries' own generators.
+        owned: (generator, its state) of those that the network owns.
     """
 
     torch: torch.Tensor
     devices: tuple[tuple[int, torch.Tensor], ...]
     numpy: Any
     python: Any
+    owned: tuple[tuple[Any, Any], ...] = ()
 
     def equals(self, other: RandomState) -> bool:
         """Tell whether nothing was drawn between the two."""
         tensors = [(self.torch, other.torch)]
         tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=False)]
         same = all(torch.equal(a, b) for a, b in tensors) and self.python == other.python
-        return same and all(map(np.array_equal, self.numpy, other.numpy))
+        same = same and all(map(np.array_equal, self.numpy, other.numpy))
+        return same and self.owned_equals(other)
+
+    def owned_equals(self, other: RandomState) -> bool:
+        """Tell whether the network's own generators drew nothing between the two."""
+        pairs = zip(self.owned, other.owned, strict=True)
+        return all(_same(one, two) for (_, one), (_, two) in pairs)
 
 
 #: Generators belong to the whole process: networks that draw go one after the other.
 _generators = threading.RLock()
 
 
-def random_state() -> RandomState:
-    """Return the present state."""
+def owned_generators(model: nn.Module) -> list[Any]:
+    """Return the random generators that the modules of a network keep in attributes.
+
+    Not those of the operating system's random numbers, which have no state.
+    """
+    return [
+        thing
+        for thing in belongings(model)
+        if isinstance(thing, GENERATORS) and not isinstance(thing, random.SystemRandom)
+    ]
+
+
+def random_state(owned: Sequence[Any] = ()) -> RandomState:
+    """Return the present state, also of generators that a network owns."""
     with _generators:  # never in the middle of another network's draws
         return RandomState(
             torch.get_rng_state(),
             tuple((index, torch.cuda.get_rng_state(index)) for index in gpus()),
             np.random.get_state(),
             random.getstate(),
+            tuple((generator, _state_of(generator)) for generator in owned),
         )
 
 
@@ -62,13 +87,43 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(of_device, index)
     np.random.set_state(state.numpy)
     random.setstate(state.python)
+    for generator, own in state.owned:
+        _set_state_of(generator, own)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate()
+
+
+def _set_state_of(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two states of one generator are the same."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
 @contextlib.contextmanager
 def drawing_from(state: RandomState) -> Iterator[None]:
     """Start from a random state; afterwards the process's is as it was."""
     with _generators:
-        before = random_state()
+        before = random_state([generator for generator, _ in state.owned])
         set_random_state(state)
         try:
             yield

@@ -22,7 +22,7 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from torch import nn
 
-from seg3dcam.capture import Capture, capturing
+from seg3dcam.capture import Capture, begun_again, capturing
 from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.passes import (
     FirstPass,
@@ -92,6 +92,7 @@ class FeatureMaps:
         return left[0], left[-1]
 
 
+@begun_again
 def feature_maps(
     model: nn.Module,
     x: torch.Tensor,

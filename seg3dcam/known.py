@@ -12,7 +12,7 @@ import threading
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -42,6 +42,7 @@ class Known:
         grids: (shape of the input, layer, its spatial shape, its layout) -> grid.
         gaps: (layer, its layout) -> which part of a change of the score its gradient misses.
         draws: the operation with which it draws random numbers, "" for none, None: not known yet.
+        overwrites: whether it overwrites tensors, in place, that its gradient needs.
     """
 
     structure: Structure = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Known:
     grids: dict[tuple, FeatureGrid] = field(default_factory=dict)
     gaps: dict[tuple, float] = field(default_factory=dict)
     draws: str | None = None
+    overwrites: bool = False
 
     def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
         """Remember a grid; where it is what it was before some numbers changed, forget these."""
@@ -64,6 +66,7 @@ class Known:
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_watched: WeakSet[nn.Module] = WeakSet()
 #: Lock -> the thread that took it last; thread -> the lock that it waits for.
 _owners: dict[int, int] = {}
 _waiting: dict[int, int] = {}
@@ -116,13 +119,24 @@ def opened(network: nn.Module) -> Iterator[Known]:
         if network in _open:
             yield _open[network]
             return
-        known = _open[network] = known_of(network)
-        before = _structure(network)
-        try:
-            yield known
-        finally:
-            del _open[network]
-            known.restless |= _changed(before, _structure(network))
+        _open[network] = known_of(network)
+        stack.callback(_open.__delitem__, network)
+        yield _open[network]
+
+
+@contextlib.contextmanager
+def watched(network: nn.Module, known: Known) -> Iterator[None]:
+    """Note what the network's own passes change of it, before that is put back; reentrant."""
+    if network in _watched:
+        yield
+        return
+    _watched.add(network)
+    before = _structure(network)
+    try:
+        yield
+    finally:
+        _watched.remove(network)
+        known.restless |= _changed(before, _structure(network))
 
 
 def _acquire(lock: Any) -> None:
@@ -182,6 +196,7 @@ def _shape(parameter: Any) -> Hashable:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    kind = type(value)  # isinstance would ask a weak proxy's object, which may be gone
+    if issubclass(kind, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+    return issubclass(kind, bool | int | float | str | None)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from seg3dcam.capture import Capture, capturing
+from seg3dcam.capture import Capture, begun_again, capturing
 from seg3dcam.ensemble import members_of
 from seg3dcam.errors import LayerError
 from seg3dcam.kinds import kind_of, takes_hooks
@@ -151,6 +151,7 @@ class _Facts:
         return "as a rule, the closer to the output, the more a map echoes the mask"
 
 
+@begun_again
 def suggest_layers(
     model: nn.Module, input_shape: Sequence[int], *, output: OutputSelection = None
 ) -> list[Suggestion]:

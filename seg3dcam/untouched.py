@@ -7,22 +7,24 @@ no other from it, and a network that could not be put back is refused before it 
 from __future__ import annotations
 
 import contextlib
-import copy
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
+from seg3dcam.belongings import GENERATORS, attributes, belongings
 from seg3dcam.errors import ModelError, tell
 
-#: Attributes of every module: hooks, submodules, parameters, buffers.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+#: Bytes: a copy of a larger tensor or array would cost more than it is worth.
+LARGEST = 2**28
 
 
 def check_explainable(model: nn.Module) -> None:
@@ -61,8 +63,14 @@ def check_explainable(model: nn.Module) -> None:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Freeze a network in eval mode, in exact arithmetic; put everything back at the end.
 
-    The mode of every module, `requires_grad`, buffers, and tensors that modules keep in attributes
-    are afterwards as they were, also after an exception. Random states see `seg3dcam.draws`.
+    The mode of every module, `requires_grad`, buffers, and what modules keep in attributes are
+    afterwards as they were, also after an exception: tensors, arrays, containers and objects of a
+    user's own classes (`seg3dcam.belongings`). Random states see `seg3dcam.draws`.
+
+    Not put back are tensors and arrays of more than `LARGEST` bytes, or mapped from a file; what is
+    no attribute, as globals and what functions close over; objects with `__slots__`, of libraries,
+    or that hold a network, an optimiser, a data set, a file, a lock or a thread; and what lies
+    beyond the nearest two thousand things.
 
     Args:
         model: one that `check_explainable` has let pass.
@@ -71,6 +79,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Whatever is noted is noted before the first change.
         stack.callback(_tell_changed_parameters, _versions(model))
+        for put_back in _belongings(model):
+            stack.callback(put_back)
         changes: list[Callable[[], None]] = []
         for module in modules:
             for note in (_mode, _attributes, _buffers):
@@ -111,68 +121,69 @@ def _mode(module: nn.Module) -> tuple[_Change, _Change]:
 
 
 def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
-    """Return what puts the tensors back that a module keeps in attributes of its own.
+    """Return what puts a module's own attributes back.
 
     DynUNet notes the heads of its last pass: their graph would stay, and forbid a deepcopy.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        return _nothing, _nothing
-    before = _tensors_of_its_own(module)
-    inside = [
-        (container, copy.copy(container))
-        for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE
-        for container in _containers(value)
-    ]
-
-    tensors = [
-        (value, value.detach().clone())
-        for value in before.values()
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not value.is_inference() and value.device.type != "meta"
-    ]
+    before = attributes(module)
 
     def put_back() -> None:
-        attributes = vars(module)
-        for name in _tensors_of_its_own(module).keys() - before.keys():
-            del attributes[name]
-        attributes.update(before)
-        for value, items in inside:
-            if _holds_tensors(value) or _holds_tensors(items):
-                value.clear()
-                value.extend(items) if isinstance(value, list | deque) else value.update(items)
-        with torch.no_grad():
-            for tensor, values in tensors:
-                if not torch.equal(tensor, values):
-                    tensor.copy_(values)
+        own, now = vars(module), attributes(module)
+        for name in before.keys() | now.keys():
+            old, new = before.get(name, _NONE), now.get(name, _NONE)
+            if old is _NONE:
+                del own[name]
+            elif old is not new and name not in module._modules:  # a submodule came in its place
+                own[name] = old
 
     return put_back, _nothing
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    """Yield a list, dict, set or deque, and those that it holds: a forward pass may fill them."""
-    if isinstance(value, list | dict | set | deque):
-        yield value
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item)
+#: Stands for an attribute that is not there.
+_NONE = object()
 
 
-def _tensors_of_its_own(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes that are tensors, or lists, tuples and dicts of some."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and _holds_tensors(value)
-    }
+def _belongings(model: nn.Module) -> Iterator[_Change]:
+    """Yield what puts back each tensor, array, container and object that modules keep."""
+    for thing in belongings(model):
+        if isinstance(thing, nn.Parameter):
+            continue  # as those that an RNN lists: whether one changed is told
+        if isinstance(thing, torch.Tensor):
+            strided = thing.layout == torch.strided and thing.device.type != "meta"
+            if strided and not thing.is_inference() and thing.nbytes <= LARGEST:
+                yield partial(_write_back, thing, thing.detach().clone())
+        elif isinstance(thing, np.ndarray):
+            own = thing.flags.writeable and not isinstance(thing, np.memmap)
+            if own and thing.nbytes <= LARGEST:
+                yield partial(np.copyto, thing, thing.copy())
+        elif isinstance(thing, list | set | deque):
+            yield partial(_refill, thing, list(thing))
+        elif not isinstance(thing, GENERATORS):
+            items = thing if isinstance(thing, dict) else vars(thing)
+            yield partial(_refill, items, dict(items))
 
 
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple | set | deque):
-        return isinstance(value, torch.Tensor)
-    return any(isinstance(item, torch.Tensor) for item in value)
+def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        # Only then: a graph that was made meanwhile may need it as it is.
+        if not torch.equal(tensor, values):
+            tensor.copy_(values)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Put back what a container held, where that changed: other threads may look into it."""
+    now, then = _held(container), _held(before)
+    if len(now) == len(then) and all(map(operator.is_, now, then)):
+        return
+    container.clear()
+    put = container.extend if isinstance(container, list | deque) else container.update
+    put(before)
+
+
+def _held(container: Any) -> list[Any]:
+    if isinstance(container, dict):
+        return [*container, *container.values()]
+    return list(container)
 
 
 def _buffers(module: nn.Module) -> tuple[_Change, _Change]:
@@ -189,11 +200,8 @@ def _buffers(module: nn.Module) -> tuple[_Change, _Change]:
     kept = [(b, b.detach().clone()) for b in buffers.values() if b is not None]
 
     def write_back() -> None:
-        with torch.no_grad():
-            for buffer, before in kept:
-                # Only then: a graph that was made meanwhile may need it as it is.
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for buffer, before in kept:
+            _write_back(buffer, before)
 
     return write_back, _nothing
 

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
-    {"errors"},
+    {"belongings", "errors"},
     {
         "checks",
         "draws",

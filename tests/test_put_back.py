@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
+import pathlib
+import queue
+import threading
 import warnings
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_untouched import untouched
@@ -12,7 +23,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
+from seg3dcam.belongings import MOST, belongings
 from seg3dcam.errors import ModelError, Seg3dcamError, Seg3dcamWarning
+from seg3dcam.untouched import _Switch
 
 VOLUME = targets.ClassLogit(1, "volume")
 X = (1, 1, 8, 8, 8)
@@ -237,6 +250,229 @@ def _fail(*_):
     raise RuntimeError("the head fails")
 
 
+# ------------------------------------------------- arrays, containers and objects in attributes
+
+
+class Notes:
+    """An object of a user's own class, with everything that may change in one."""
+
+    def __init__(self):
+        self.step, self.mean, self.array = 0, torch.zeros(2), np.zeros(3)
+        self.log, self.by_name, self.names = [1.5], {"a": torch.zeros(1)}, {"first"}
+        self.inner = SimpleNamespace(count=0, last=deque([1], maxlen=2))
+        self.me = self  # a cycle
+
+    def change(self, x):
+        self.step += 1
+        self.mean += 1
+        self.array[:] = self.step
+        self.log.append(2.5)
+        self.by_name["a"] += 1
+        self.by_name["b"] = x
+        self.names.add("second")
+        self.inner.count += 1
+        self.inner.last.append(x)
+        self.fresh = x
+
+    def state(self):
+        """Return all values, and what all is."""
+        return (
+            [self.step, self.mean.tolist(), self.array.tolist(), self.log[:], {**self.by_name}]
+            + [self.by_name["a"].tolist(), {*self.names}, self.inner.count, [*self.inner.last]]
+            + [id(thing) for thing in vars(self).values()]
+            + [sorted(vars(self)), self.inner.last.maxlen]
+        )
+
+
+@dataclass
+class Record:
+    notes: Notes = field(default_factory=Notes)
+
+
+class Noting(nn.Module):
+    """Changes notes while it predicts; where it finds them, `kept` says."""
+
+    def __init__(self, kept, find):
+        super().__init__()
+        self.kept, self.find = kept, find
+
+    def forward(self, x):
+        self.find(self.kept).change(x)
+        return x
+
+
+KEPT = {
+    "an attribute": (Notes, lambda kept: kept),
+    "a list": (lambda: [None, Notes()], lambda kept: kept[1]),
+    "a tuple in a dict": (lambda: {"a": (1, Notes())}, lambda kept: kept["a"][1]),
+    "a dataclass": (Record, lambda kept: kept.notes),
+    "a namespace": (lambda: SimpleNamespace(notes=Notes()), lambda kept: kept.notes),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", KEPT)
+def test_objects_that_modules_keep_are_put_back(name, fails):
+    make, find = KEPT[name]
+    net = blocks(Noting(make(), find))
+    notes = find(net[3].kept)
+    before = notes.state()
+    if fails:
+        net[4].register_forward_hook(_fail)
+        with pytest.raises(ModelError, match="the head fails"):
+            HiResCAM(net, "2")(image(), VOLUME)
+    else:
+        HiResCAM(net, "2")(image(), VOLUME)
+    assert find(net[3].kept) is notes
+    assert notes.state() == before
+    net.eval()
+    if not fails:
+        net(image())
+        assert notes.step == 1
+        assert notes.state() != before
+
+
+class Kinds(nn.Module):
+    """Replaces what it keeps by other things while it predicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.key, self.ready, self.calls = None, "none", False, 0
+        self.array, self.shapes, self.notes = np.arange(3.0), [(1, 2)], Notes()
+        self.layer, self.gone = None, np.ones(2)
+
+    def forward(self, x):
+        if not self.ready:
+            self.cache, self.key, self.ready = torch.ones(1), "one", True
+        self.calls += 1
+        self.shapes.append(tuple(x.shape))
+        self.array *= 2
+        self.notes = Notes()
+        if self.layer is None:
+            self.layer = nn.Identity()
+        if hasattr(self, "gone"):
+            del self.gone
+        return self.layer(x) * self.cache
+
+
+def test_attributes_that_belong_together_stay_together():
+    """A cache without the switch that says it is full would fail the next pass."""
+    net = blocks(Kinds())
+    kinds = net[3]
+    array, notes, shapes, gone = kinds.array, kinds.notes, kinds.shapes, kinds.gone
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert (kinds.cache, kinds.key, kinds.ready, kinds.calls) == (None, "none", False, 0)
+    assert kinds.array is array
+    assert array.tolist() == [0, 1, 2]
+    assert kinds.notes is notes
+    assert kinds.shapes is shapes
+    assert shapes == [(1, 2)]
+    assert kinds.gone is gone
+    assert isinstance(kinds.layer, nn.Identity)  # a submodule by now, which stays
+    assert "layer" not in vars(kinds)
+    net.eval()(image())
+    assert kinds.ready
+
+
+class Foreign(nn.Module):
+    def __init__(self, **kept):
+        super().__init__()
+        vars(self).update(kept)
+
+    def forward(self, x):
+        return x
+
+
+class Trainer:
+    def __init__(self, **kept):
+        vars(self).update(kept)
+
+
+class Slices(torch.utils.data.Dataset):
+    def __init__(self):
+        self.items = [torch.zeros(1)]
+
+
+def test_what_belongs_to_others_is_not_gone_into():
+    """Nor is what is no attribute: it is neither read nor copied."""
+    never = [torch.zeros(1) for _ in range(8)]
+    net = blocks()
+    optimiser = torch.optim.SGD(net.parameters())
+    optimiser.kept = never[1]
+    data = Slices()
+    data.items = [never[2]]
+    logger = logging.Logger("of a user")
+    logger.kept = never[3]
+    foreign = Foreign(
+        trainer=Trainer(network=net, kept=never[0]),
+        optimiser=optimiser,
+        others=[data, logger, threading.Lock(), lambda: never[4], Trainer],
+        writer=Trainer(lock=threading.Lock(), kept=never[5]),
+        pen=Trainer(file=io.StringIO(), kept=never[6]),
+        sender=Trainer(queue=queue.Queue(), kept=never[7]),
+        proxy=weakref.proxy(Trainer()),  # of what is gone by now
+        path=pathlib.Path(),
+    )
+    net.append(foreign)
+    found = belongings(net)
+    assert not any(thing is one for thing in found for one in never)
+    assert [type(thing) for thing in found] == [list]
+    HiResCAM(net, "2")(image(), VOLUME)
+
+
+def test_large_things_are_neither_copied_nor_gone_through(monkeypatch):
+    monkeypatch.setattr("seg3dcam.untouched.LARGEST", 100)
+    large, small = np.zeros(101, np.uint8), np.zeros(100, np.uint8)
+    tensors = [torch.zeros(101, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)]
+    net = blocks(Foreign(kept=Trainer(items=[large, small, *tensors])))
+
+    def write(*_):
+        for thing in (large, small, *tensors):
+            thing[:] = 7
+
+    net[3].register_forward_hook(write)
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert [int(thing[0]) for thing in (large, small, *tensors)] == [7, 0, 7, 0]
+
+
+def test_the_nearest_things_are_looked_at_first():
+    """However many lie behind a list: what is no further away is found all the same."""
+    many = [Trainer(number=n) for n in range(100_000)]
+    near = np.zeros(2)
+    net = blocks(Foreign(a_list=many), Foreign(near=near))
+    found = belongings(net)
+    assert any(thing is near for thing in found)
+    assert any(thing is many[0] for thing in found)
+    assert len(found) <= MOST
+
+
+def test_parameters_in_a_list_are_not_copied():
+    weights = [nn.Parameter(torch.zeros(1))]
+    net = blocks(Foreign(flat=weights, lstm=nn.LSTM(2, 2)))
+    net[3].register_forward_hook(lambda *_: weights[0].data.fill_(1) and None)
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert weights[0].item() == 1
+
+
+def test_how_deep_is_looked():
+    deepest = inner = Trainer(level=0)
+    for level in range(1, 9):
+        inner = Trainer(inner=inner, level=level)
+    found = belongings(blocks(Foreign(outer=inner)))
+    assert [thing.level for thing in found] == [8, 7, 6, 5, 4, 3]
+    assert deepest not in found
+
+
+def test_arrays_that_cannot_be_written_are_left_alone(tmp_path):
+    fixed = np.zeros(2)
+    fixed.flags.writeable = False
+    mapped = np.memmap(tmp_path / "mapped", np.float32, "w+", shape=(2,))
+    net = blocks(Foreign(fixed=fixed, mapped=mapped))
+    net[3].register_forward_hook(lambda *_: mapped.fill(3))
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert mapped.tolist() == [3, 3]
+
+
 def test_one_part_that_cannot_be_put_back_keeps_no_other_from_it():
     class Stubborn(nn.Module):
         """Lets its mode be set to eval, but not back."""
@@ -277,3 +513,163 @@ def test_parameters_that_the_network_itself_changes_are_named():
         HiResCAM(blocks(Drifts()), "2")(image(), VOLUME)
     said = [str(w.message) for w in caught]
     assert any("changes its parameters in place (3.mean)" in text for text in said)
+
+
+# ------------------------------------------------------------- scripts, and switches of the process
+
+
+class Accumulates(nn.Module):
+    """Counts in one buffer in place, and replaces another, while it predicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("idle", torch.full((1,), 5.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.last.fill_(float(x.mean()))
+        return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_buffers_of_a_scripted_submodule_are_written_back(nested, fails):
+    inner = nn.Sequential(nn.Identity(), Accumulates()) if nested else Accumulates()
+    net = blocks(torch.jit.script(inner))
+    script = dict(net[3].named_buffers())
+    calls, last, idle = (next(b for k, b in script.items() if n in k) for n in KEYS)
+    calls[0], last[0] = 3, -1
+    at, version = [b.data_ptr() for b in script.values()], idle._version
+    if fails:
+        net[4].register_forward_hook(_fail)
+        with pytest.raises(ModelError, match="the head fails"):
+            HiResCAM(net, "2")(image(), VOLUME)
+    else:
+        HiResCAM(net, "2")(image(), VOLUME)
+    assert (calls.tolist(), last.tolist(), idle.tolist()) == ([3, 0], [-1], [5])
+    assert [b.data_ptr() for b in net[3].buffers()] == at
+    assert idle._version == version  # not written to: a graph may need it as it is
+    if not fails:
+        net.eval()(image())
+        assert calls.tolist() == [4, 1]
+
+
+KEYS = ("calls", "last", "idle")
+
+
+def test_a_scripts_buffers_that_did_not_change_leave_a_graph_valid():
+    net = blocks(torch.jit.script(nn.BatchNorm3d(4))).eval()
+    x = image().requires_grad_()
+    logits = net(x)
+    HiResCAM(net, "2")(image(), VOLUME)
+    logits.sum().backward()
+    assert x.grad is not None
+
+
+def switch():
+    """Return a switch, and a list of what happened to it."""
+    said = []
+
+    @contextlib.contextmanager
+    def turned():
+        said.append("on")
+        yield
+        said.append("off")
+
+    return _Switch(turned), said
+
+
+def test_a_switch_is_turned_back_by_its_last_user():
+    turn, said = switch()
+    with turn():
+        with turn():
+            assert said == ["on"]
+        assert said == ["on"]
+    assert said == ["on", "off"]
+    one, two = turn(), turn()  # of two threads: the first to come is the first to go
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert said == ["on", "off", "on"]
+    two.__exit__(None, None, None)
+    assert said == ["on", "off"] * 2
+    with turn():
+        pass
+    assert said == ["on", "off"] * 3
+
+
+def test_a_switch_is_turned_back_after_an_error():
+    turn, said = switch()
+    with turn():
+        with pytest.raises(ValueError, match="inside"), turn():
+            raise ValueError("inside")
+        assert said == ["on"]
+    assert said == ["on", "off"]
+
+
+def test_what_could_not_be_turned_on_has_no_user():
+    tried = []
+
+    @contextlib.contextmanager
+    def turned():
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("not now")
+        yield
+
+    turn = _Switch(turned)
+    with pytest.raises(RuntimeError, match="not now"), turn():
+        pass
+    with turn(), turn():
+        pass
+    assert len(tried) == 2
+
+
+def precision():
+    """Return the switch of products of matrices: True or "tf32" where they are rounded."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def test_arithmetic_is_exact_until_the_last_explanation_ends():
+    """Two threads, of which the first to begin is the first to end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    usual, nets = precision(), [blocks(), blocks()]
+    for net in nets:  # the first pass of a network, which may draw, is waited for
+        HiResCAM(net, "2")(image(), VOLUME)
+    seen, steps = {}, [threading.Event() for _ in range(3)]
+
+    def explain(number):
+        net = nets[number]
+
+        def look(*_):
+            if number not in seen:
+                seen[number] = precision()
+                if number == 0:
+                    steps[0].set()
+                    assert steps[1].wait(30)
+                else:
+                    steps[1].set()
+                    assert steps[2].wait(30)
+                    seen["after the first"] = precision()
+
+        net[-1].register_forward_hook(look)
+        HiResCAM(net, "2")(image(), VOLUME)
+
+    threads = [threading.Thread(target=explain, args=(number,)) for number in range(2)]
+    try:
+        threads[0].start()
+        assert steps[0].wait(30)
+        threads[1].start()
+        threads[0].join(60)
+        steps[2].set()
+        threads[1].join(60)
+        assert precision() == usual
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert usual not in ("ieee", False)
+    assert {str(value) for value in seen.values()} <= {"ieee", "False"}
+    assert len(seen) == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import random
 import weakref
 
@@ -63,12 +64,12 @@ class Net(nn.Module):
             nn.ConvTranspose3d(FEATURES, 4, 2, 2), nn.InstanceNorm3d(4, track_running_stats=True)
         )
         self.head = nn.Conv3d(4, 3, 1)
+        calls = itertools.count(1)  # what a function closes over goes on, an attribute would not
+        self.calls = lambda: next(calls)
         self.failing_call = None
-        self.call = 0
 
     def forward(self, x):
-        self.call += 1
-        if self.call == self.failing_call:
+        if self.calls() == self.failing_call:
             raise RuntimeError("the network fails")
         return self.head(self.decoder(self.counter(self.encoder(x))))
 
@@ -253,10 +254,15 @@ def breaks(error):
 
 def network_fails(call, plan):
     def run(net, x):
-        net.call, net.failing_call = 0, call
+        net.failing_call = net.calls() + call
         HiResCAM(net, LAYER, sliding_window=plan)(x, VOLUME)
 
     return run
+
+
+def suggestion_fails(net, x):
+    net.failing_call = net.calls() + 1
+    suggest_layers(net, x.shape)
 
 
 FAILING_CALLS = {
@@ -270,7 +276,10 @@ FAILING_CALLS = {
     "network fails at the second window": (network_fails(2, WindowPlan(4)), ModelError),
     "network fails in the second pass": (network_fails(90, WindowPlan(4)), ModelError),
     "network fails while suggesting": (
-        lambda net, x: (setattr(net, "failing_call", net.call + 1), suggest_layers(net, x.shape)),
+        lambda net, x: (
+            setattr(net, "failing_call", net.calls() + 1),
+            suggest_layers(net, x.shape),
+        ),
         ModelError,
     ),
 }

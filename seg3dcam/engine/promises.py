@@ -51,8 +51,11 @@ Steps = dict[LayerRef, torch.Tensor]
 
 def gradient_gaps(
     capture: Capture, x: torch.Tensor, layers: Sequence[LayerRef], output: OutputSelection
-) -> dict[LayerRef, float]:
+) -> tuple[dict[LayerRef, float], str]:
     """Return which part of the score's changes the gradient at each layer misses; 0: none.
+
+    Layers that could not be checked are left out, and tried again the next time; why they could not
+    is returned, too.
 
     Args:
         capture: of the network, whose last pass stays as it is.
@@ -63,17 +66,19 @@ def gradient_gaps(
     known, keys = capture.known.gaps, {layer: key_of(layer) for layer in layers}
     gaps = {layer: known[key] for layer, key in keys.items() if key in known}
     new = [replace(layer, required=False) for layer in layers if layer not in gaps]
+    reason = ""
     for part in (*(_middle(x, size) for size in PARTS), x) if new else ():
         try:
             with capturing(capture.member, new, output) as own:
                 found = _gaps(own, part)
-        except (ModelError, LayerError, torch.OutOfMemoryError):
-            continue  # some networks take one size only; what fails at that too is said elsewhere
+        except (ModelError, LayerError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            continue  # some networks take one size only
         for layer, gap in found.items():
             if (key := keys[layer]) is not None:
                 known[key] = gap
-        return gaps | found
-    return gaps
+        return gaps | found, ""
+    return gaps, reason
 
 
 def _middle(x: torch.Tensor, part: int) -> torch.Tensor:

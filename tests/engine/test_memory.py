@@ -24,7 +24,11 @@ class Hungry(nn.Module):
         self.first = nn.Conv3d(1, 4, 3, padding=1)
         self.head = nn.Conv3d(4, 3, 3, padding=1)
         self.most, self.most_back = most, most_back
-        self.sizes, self.back = [], []
+        seen = [], []  # what a function closes over stays, an attribute would be put back
+        self._seen = lambda: seen
+
+    sizes = property(lambda self: self._seen()[0])
+    back = property(lambda self: self._seen()[1])
 
     def forward(self, x):
         self.sizes.append(len(x))

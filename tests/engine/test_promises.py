@@ -14,7 +14,7 @@ from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.attributions import ATTRIBUTIONS
 from seg3dcam.cams import CAMS
 from seg3dcam.engine import promises
-from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.errors import LayerError, ModelError, Seg3dcamWarning
 
 VOLUME = targets.ClassLogit(1, "volume")
 
@@ -192,6 +192,65 @@ def test_it_is_found_out_once_for_each_layer():
     result, _ = explained(net, cam=GradCAM)
     assert len(calls) == first + 1
     assert result.status["conv"] == "incomplete"
+
+
+class Strict(TwoWays):
+    """Refuses images beyond 0 ... 1, as those of the check are, for they have noise."""
+
+    strict = True
+
+    def forward(self, x):
+        if self.strict and not 0 <= float(x.min()) <= float(x.max()) <= 1:
+            raise ValueError("intensities must lie in [0, 1]")
+        return super().forward(x)
+
+
+NOT_CHECKED = "the gradient at layer 'conv' could not be checked"
+
+
+@pytest.mark.parametrize("plan", [None, WindowPlan(8, overlap=0.5)])
+@pytest.mark.parametrize(("branch", "status"), [(torch.relu, "ok"), (torch.detach, "incomplete")])
+def test_a_gradient_that_could_not_be_checked_is_said_and_tried_again(plan, branch, status):
+    net = Strict(branch)
+    for _ in range(2):  # the second time, too: nothing is remembered
+        result, said = explained(net, plan=plan)
+        assert [text for text in said if NOT_CHECKED in text and "must lie in [0, 1]" in text]
+        assert any("score_cam" in text for text in said)
+        assert result.status["conv"] == "ok"
+    net.strict = False
+    result, said = explained(net, plan=plan)
+    assert not any(NOT_CHECKED in text for text in said)
+    assert result.status["conv"] == status
+
+
+@pytest.mark.parametrize("error", [ModelError, LayerError, torch.OutOfMemoryError])
+def test_whatever_kept_the_check_from_running_is_said(error, monkeypatch):
+    def fails(*_):
+        raise error("it does not run\nfor a long reason")
+
+    monkeypatch.setattr(promises, "_gaps", fails)
+    _, said = explained(TwoWays(torch.relu), layer=["conv", "mix", "head"])
+    (text,) = said
+    assert "layer 'conv', layer 'mix', layer 'head' could not be checked (it does not run):" in text
+    _, said = explained(TwoWays(torch.relu), cam=CAMS["score_cam"])
+    assert not said  # its map is made of no gradient
+    x = torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(Seg3dcamWarning, match="gradient at the input could not be checked"):
+        ATTRIBUTIONS["gradient"](TwoWays(torch.relu))(x, VOLUME)
+
+
+def run_aside(module, args):
+    module.aside(args[0])
+
+
+def test_layers_without_a_map_are_not_said_twice():
+    """That the score does not depend on one is told; its gradient is nothing to be checked."""
+    net = TwoWays(torch.relu)
+    net.aside = nn.Conv3d(1, 4, 1)
+    net.register_forward_pre_hook(run_aside)
+    _, said = explained(net, layer="*")
+    assert any("no map of layer 'aside'" in text for text in said)
+    assert not any("could not be checked" in text for text in said)
 
 
 # --------------------------------------------------------------------- what it is made of
