@@ -122,9 +122,8 @@ def agreeing(capture: Capture, x: torch.Tensor, grids: Grids) -> set[LayerRef]:
             if verdict is False:
                 wrong.add(layer)
         doubts = {(layer, axis) for layer, axis in doubts if layer not in wrong}
-    return (
-        set(grids) - wrong - {layer for layer, _ in doubts}
-    )  # what stays in doubt is not measured
+    # What stays in doubt is not measured.
+    return set(grids) - wrong - {layer for layer, _ in doubts}
 
 
 def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
