@@ -6,8 +6,8 @@ Writes one picture per convolution, `01_conv1.png` and so on in the order of the
 resized to the picture, over the picture. Early maps are fine and follow edges and colours, late
 ones are coarse. The weights are random, so none of them says why this is a bus.
 
-Beside the two passes the network runs on two small probes, which show where each layer's features
-lie in the picture.
+Beside the two passes the network runs on some small probes, once: they show where each layer's
+features lie in the picture, and whether the gradients are whole.
 """
 
 from __future__ import annotations

@@ -102,13 +102,17 @@ class _Line(NamedTuple):
 Lines = dict[tuple[LayerRef, int], _Line]
 
 
-def agreeing(capture: Capture, x: torch.Tensor, grids: Grids) -> set[LayerRef]:
+def agreeing(
+    capture: Capture, x: torch.Tensor, grids: Grids, *, pulled: float = PULLED
+) -> set[LayerRef]:
     """Return the layers whose voxels see what lies where their grids say.
 
     Args:
         capture: of the network with these layers.
         x: (B, C, *S); its shape, dtype and device count, its values do not.
         grids: layer -> its grid in an input of this shape.
+        pulled: how much centres may be pulled to the middle of the image. Strides that are smaller
+            than a grid's pull them, too.
     """
     wrong: set[LayerRef] = set()
     doubts = set(itertools.product(grids, range(x.ndim - 2)))
@@ -116,7 +120,7 @@ def agreeing(capture: Capture, x: torch.Tensor, grids: Grids) -> set[LayerRef]:
         if not doubts:
             break
         for (layer, axis), line in look(capture, x, grids, doubts, draws).items():
-            verdict = _verdict(line, grids[layer], axis)
+            verdict = _verdict(line, grids[layer], axis, pulled)
             if verdict is not None:
                 doubts.discard((layer, axis))
             if verdict is False:
@@ -126,7 +130,7 @@ def agreeing(capture: Capture, x: torch.Tensor, grids: Grids) -> set[LayerRef]:
     return set(grids) - wrong - {layer for layer, _ in doubts}
 
 
-def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
+def _verdict(line: _Line, grid: FeatureGrid, axis: int, pulled: float = PULLED) -> bool | None:
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
     stride = max(1.0, grid.stride[axis])
     tolerance = max(AGREE * (1 + stride), (stride - 1) / 4)
@@ -138,7 +142,7 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int) -> bool | None:
     if known and off > 4 * error:
         return False
     # Transposed convolutions see in steps, as wide as the strides that they undo.
-    straight = -PUSHED <= line.pull <= PULLED and line.rest <= max(stride, STEPS)
+    straight = -PUSHED <= line.pull <= pulled and line.rest <= max(stride, STEPS)
     alone = grid.shape[axis] == 1
     near = off <= 0 and error <= tolerance / 2
     return True if near and (alone or (straight and line.voxels > 1)) else None
@@ -275,18 +279,18 @@ def _by_gradients(
         min(most, 32 * math.ceil(voxels * coarse / 32)) + n % 32
         for n, coarse in zip(full, coarsest, strict=True)
     )
-    with capturing(capture.member, [*open_, INPUT]) as traced:
-        for shape in dict.fromkeys((handy, full)):
-            seen = {layer for layer, _ in found}
-            asked = _same_at(shape, full, {la: g for la, g in open_.items() if la not in seen})
-            if not asked:
-                continue
-            try:
-                # Another look has draws of its own.
-                seeds = range(1000 * voxels, 1000 * voxels + draws * _times(shape))
+    for shape in dict.fromkeys((handy, full)):
+        seen = {layer for layer, _ in found}
+        asked = _same_at(shape, full, {la: g for la, g in open_.items() if la not in seen})
+        if not asked:
+            continue
+        # Another look has draws of its own.
+        seeds = range(1000 * voxels, 1000 * voxels + draws * _times(shape))
+        try:
+            with capturing(capture.member, [*asked, INPUT]) as traced:
                 found |= _lines_of_all_axes(traced, x, shape, asked, seeds)
-            except (ModelError, LayerError, RuntimeError):
-                continue  # some networks take one size only, some have no gradients
+        except (ModelError, LayerError, RuntimeError):
+            continue  # some networks take one size only, some have no gradients
     return found
 
 

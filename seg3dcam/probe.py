@@ -36,6 +36,9 @@ from seg3dcam.operations import PlainOperations
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
 
+# Nothing but the second measurement tells the stride of a layer that passes no ramp on.
+_PULLED = 0.2
+
 # Positions that are less than this many input voxels off a line lie on it.
 _ON_A_LINE = 0.02
 
@@ -85,7 +88,7 @@ def _measured_twice(
     with _any_size(capture.model):
         with _plain_levels(capture.model, x.ndim), PlainOperations(_LOW):
             by_axis = [_measure_axis(capture, x, axis, shapes) for axis in range(x.ndim - 2)]
-        grids = {}
+        grids, guessed = {}, {}
         for layer, shape in shapes.items():
             found = [fits[layer] for fits in by_axis]
             if all(found):
@@ -93,10 +96,10 @@ def _measured_twice(
                 grids[layer] = FeatureGrid(shape, strides, offsets)
             elif tuple(shape) == tuple(x.shape[2:]):
                 # A sigmoid passes no ramp on. Most likely each voxel is its own: look whether.
-                grids[layer] = FeatureGrid(shape, (1.0,) * len(shape), (0.0,) * len(shape))
-        sure = agreeing(capture, x, grids) if grids else set()
+                guessed[layer] = FeatureGrid(shape, (1.0,) * len(shape), (0.0,) * len(shape))
+        sure = agreeing(capture, x, grids) | agreeing(capture, x, guessed, pulled=_PULLED)
     return {
-        layer: grids[layer] if layer in sure else _convention(shape, x.shape[2:])
+        layer: (grids | guessed)[layer] if layer in sure else _convention(shape, x.shape[2:])
         for layer, shape in shapes.items()
     }
 

@@ -383,6 +383,13 @@ def test_when_two_measurements_agree(changed, expected):
     assert centroids._verdict(line, GRID, 0) is expected
 
 
+def test_how_much_may_be_pulled_is_asked():
+    line = centroids._Line(**GOOD | {"pull": 0.3, "error": 0.01})
+    assert centroids._verdict(line, GRID, 0) is True
+    assert centroids._verdict(line, GRID, 0, 0.31) is True
+    assert centroids._verdict(line, GRID, 0, 0.29) is None
+
+
 def test_a_layers_voxel_is_the_measure_of_what_agrees():
     """Along its own axis; below a voxel of the input, that one."""
     grid = FeatureGrid((4, 64, 1), (8.0, 0.5, 64.0), (3.5, 0.0, 31.5))

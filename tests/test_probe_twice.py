@@ -232,7 +232,16 @@ def test_a_decoder_behind_aligned_corners_is_in_its_place():
     assert grid.offset == pytest.approx((0,) * 3, abs=0.05)
 
 
+class Zoomed(nn.Module):
+    """Shows the middle of the image twice as large, behind a sigmoid: no ramp gets there."""
+
+    def forward(self, x):
+        part = [slice(n // 4, n - n // 4) for n in x.shape[2:]]
+        return F.interpolate(torch.sigmoid(x)[(..., *part)], size=x.shape[2:], mode="trilinear")
+
+
 CANNOT = {
+    "zoomed": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Zoomed()),
     "Fourier filter": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Fourier(4)),
     "token mixer": Mixer,
     "mirrored": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Shuffled()),
