@@ -19,8 +19,8 @@ look at thousands.
 
 Kernels pull the centre to one side or the other; mirrored ones pull back as much. What a voxel sees
 of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards the middle
-of the image, in proportion to their distance from it. So a line is fitted, and what counts is by
-how much the centres are off in the middle.
+of the image, or of the layer's voxels in it, in proportion to their distance from it. So a line is
+fitted, and what counts is by how much the centres are off in the middle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,8 +47,8 @@ AGREE = 0.15
 #: is left of a distance is what is left of a shift, too.
 PULLED, PUSHED = 0.95, 0.08
 
-#: What is pulled more may see more of the whole image than of its place, and the whole image to one
-#: side. That does not tell that the place is wrong.
+#: What is pulled more sees more of the whole image than of its place. Where the middle of that lies
+#: (of the image, or of the layer's voxels in it) nobody knows, so the place of a line is not known.
 LITTLE = 0.5
 
 #: By how much kernels may pull a centre to one side, as part of a layer's and of an input voxel. A
@@ -64,11 +63,11 @@ STEPS = 4.0
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
 PARTS, FEW_PARTS = 8, 4
 
-#: Voxels of an input that is looked at: along the axis, and at most along the others.
+#: Voxels of an input that noise is sent through: along the axis, and at most along the others.
 LONG, OTHERS = 64, 32
 
-#: Voxels of an image whose graph is kept, along an axis at most: of flat ones and others.
-OF_FLAT, OF_SOLID = 256, 64
+#: Where gradients are taken: so many voxels of the layer, and at most so many of the input.
+VOXELS, LONGEST = 10, 256
 
 #: So many voxels make one look; of smaller inputs more draws are taken, up to so many times.
 ENOUGH, TIMES = LONG * OTHERS**2, 8
@@ -81,13 +80,14 @@ class _Line(NamedTuple):
     """How far centres are from where they should be: by `shift` in the middle, `pull` towards it.
 
     Attributes:
-        shift: in input voxels.
+        shift: of the layer's places, in input voxels.
         error: its standard error.
         pull: part of the distance from the middle.
         rest: what is left, root mean square.
         voxels: how many were looked at.
         draws: of noise, or of mixtures of channels.
         lean: by how much the kernels as they are pull the centres to one side.
+        bears: how much may be pulled for the shift to be known.
     """
 
     shift: float
@@ -96,7 +96,8 @@ class _Line(NamedTuple):
     rest: float
     voxels: int
     draws: int
-    lean: float = 0.0
+    lean: float
+    bears: float
 
 
 Lines = dict[tuple[LayerRef, int], _Line]
@@ -134,18 +135,16 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int, pulled: float = PULLED) 
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
     stride = max(1.0, grid.stride[axis])
     tolerance = max(AGREE * (1 + stride), (stride - 1) / 4)
-    left = max(1 - line.pull, 1 - PULLED)
-    off = max(abs(line.shift) / left - tolerance, abs(line.lean) - LEANING * (1 + stride))
-    error = line.error / left
+    off = max(abs(line.shift) - tolerance, abs(line.lean) - LEANING * (1 + stride))
+    alone = grid.shape[axis] == 1
+    seen = line.pull <= line.bears and (line.voxels > 1 or alone)
     # Within one draw, places that see the same noise make it look surer than it is.
-    known = line.voxels > 1 and line.draws >= FEW_PARTS and line.pull <= LITTLE
-    if known and off > 4 * error:
+    if seen and off > 4 * line.error and line.voxels > 1 and line.draws >= FEW_PARTS:
         return False
     # Transposed convolutions see in steps, as wide as the strides that they undo.
     straight = -PUSHED <= line.pull <= pulled and line.rest <= max(stride, STEPS)
-    alone = grid.shape[axis] == 1
-    near = off <= 0 and error <= tolerance / 2
-    return True if near and (alone or (straight and line.voxels > 1)) else None
+    near = off <= 0 and line.error <= tolerance / 2
+    return True if seen and near and (straight or alone) else None
 
 
 # ------------------------------------------------------------------------------- by noise
@@ -157,10 +156,7 @@ def _by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, d
     full = tuple(x.shape[2:])
     for axis in range(x.ndim - 2):
         open_ = {layer for layer in grids if (layer, axis) in doubts}
-        handy = tuple(
-            LONG + n % 32 if a == axis else min(n, OTHERS + n % 32) for a, n in enumerate(full)
-        )
-        for shape in dict.fromkeys((handy, full)):
+        for shape in dict.fromkeys((_handy(full, axis, LONG), full)):
             asked = _same_at(shape, full, {layer: grids[layer] for layer in open_})
             if not asked:
                 continue
@@ -171,6 +167,13 @@ def _by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, d
             found |= {(layer, axis): line for layer, line in lines.items()}
             open_ -= lines.keys()
     return found
+
+
+def _handy(full: Sequence[int], axis: int, length: int) -> tuple[int, ...]:
+    """Return a shape that differs by multiples of 32, which most networks take as well."""
+    return tuple(
+        length + n % 32 if a == axis else min(n, OTHERS + n % 32) for a, n in enumerate(full)
+    )
 
 
 def _same_at(
@@ -227,9 +230,9 @@ def _lines(
         size = weight.shape[-1]
         if _has_grid(grid, axis, size, length, like.shape[2 + axis]):
             half, stride = (length - 1) / 2, grid.stride[axis]
-            from_middle = grid.offset[axis] + stride * torch.arange(size, device="cpu") - half
+            from_middle = _places(grid, axis, size) - half
             inner = from_middle.abs() <= max(length / 4, stride / 2) + stride / 2
-            seen = moment[..., inner] * half, weight[..., inner], from_middle[inner].double()
+            seen = moment[..., inner] * half, weight[..., inner], from_middle[inner]
             lines[layer] = _fitted(*seen, draws)
     return lines
 
@@ -237,6 +240,12 @@ def _lines(
 def _has_grid(grid: FeatureGrid, axis: int, size: int, length: int, full: int) -> bool:
     """Tell whether a layer has the same grid in an input of another length."""
     return abs(size - grid.shape[axis] - (length - full) / grid.stride[axis]) <= 1
+
+
+def _places(grid: FeatureGrid, axis: int, size: int) -> torch.Tensor:
+    """Return where so many voxels of a layer lie along an axis of the input."""
+    index = torch.arange(size, dtype=torch.float64, device="cpu")
+    return grid.stride[axis] * index + grid.offset[axis]
 
 
 def _slope(capture: Capture, x: torch.Tensor, step: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
@@ -262,42 +271,36 @@ def _in_parts(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _by_gradients(
-    capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int, voxels: int
+    capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int
 ) -> Lines:
-    """Look along all axes at once, in an input of a handy shape, or of its own.
-
-    Args:
-        voxels: how many of the coarsest layer a handy shape has: the graph is kept, so the fewest
-            that will do.
-    """
+    """Look axis by axis, in an input of a handy shape, or along all axes in one of its own."""
     found: Lines = {}
     full = tuple(x.shape[2:])
-    open_ = {layer: grid for layer, grid in grids.items() if any(layer == la for la, _ in doubts)}
-    coarsest = [max(grid.stride[axis] for grid in open_.values()) for axis in range(len(full))]
-    most = OF_SOLID if len(full) > 2 else OF_FLAT
-    handy = tuple(
-        min(most, 32 * math.ceil(voxels * coarse / 32)) + n % 32
-        for n, coarse in zip(full, coarsest, strict=True)
-    )
-    for shape in dict.fromkeys((handy, full)):
-        seen = {layer for layer, _ in found}
-        asked = _same_at(shape, full, {la: g for la, g in open_.items() if la not in seen})
-        if not asked:
-            continue
-        # Another look has draws of its own.
-        seeds = range(1000 * voxels, 1000 * voxels + draws * _times(shape))
-        try:
-            with capturing(capture.member, [*asked, INPUT]) as traced:
-                found |= _lines_of_all_axes(traced, x, shape, asked, seeds)
-        except (ModelError, LayerError, RuntimeError):
-            continue  # some networks take one size only, some have no gradients
+    for axis in range(len(full)):
+        open_ = {layer: grids[layer] for layer in grids if (layer, axis) in doubts}
+        # Long enough for most of what two voxels see. The graph is kept, so no longer.
+        coarsest = max((grid.stride[axis] for grid in open_.values()), default=1)
+        length = min(LONGEST, 32 * math.ceil(VOXELS * coarsest / 32))
+        for shape in dict.fromkeys((_handy(full, axis, length), full)):
+            asked = _same_at(shape, full, open_)
+            asked = {layer: grid for layer, grid in asked.items() if (layer, axis) not in found}
+            if not asked:
+                continue
+            # Another look has draws of its own.
+            seeds = range(1000 * draws, 1000 * draws + draws * _times(shape))
+            try:
+                with capturing(capture.member, [*asked, INPUT]) as traced:
+                    lines = _lines_by_gradients(traced, x, shape, asked, seeds)
+            except (ModelError, LayerError, RuntimeError):
+                continue  # some networks take one size only, some have no gradients
+            found |= {key: line for key, line in lines.items() if key[1] == axis or shape == full}
     return found
 
 
-def _lines_of_all_axes(
+def _lines_by_gradients(
     traced: Capture, like: torch.Tensor, shape: Sequence[int], grids: Grids, seeds: Sequence[int]
 ) -> Lines:
-    """Fit lines to the centres of two voxels of each layer, along every axis.
+    """Return how far two voxels of each layer are off, along every axis.
 
     Args:
         traced: of the network with these layers and its input.
@@ -305,50 +308,100 @@ def _lines_of_all_axes(
     """
     centres: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
     sizes: dict[LayerRef, torch.Size] = {}
+    voxels: dict[LayerRef, list[tuple[int, ...]]] = {}
     for seed, mirrored in itertools.product(seeds, (False, True)):
         generator = torch.Generator("cpu").manual_seed(seed)
         image = torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
         with MirroredOperations(mirrored):
             activations = traced.traced(image)
-            for layer in grids:
+            for layer, grid in grids.items():
                 a = activations[layer][0]
                 mixture = torch.randn(len(a), generator=generator, device="cpu").to(a)
-                values = [mixture @ a.movedim(0, -1)[u] for u in _two_voxels(a.shape[1:])]
-                seen = [_centre(traced.derivative(value, INPUT)[0]) for value in values]
+                voxels[layer] = _two_voxels(grid, a.shape[1:], shape)
+                values = [mixture @ a.movedim(0, -1)[u] for u in voxels[layer]]
+                seen = [_moments(traced.derivative(value, INPUT)[0]) for value in values]
                 centres[layer][mirrored].append(torch.stack(seen))
                 sizes[layer] = a.shape[1:]
     lines: Lines = {}
     for layer, grid in grids.items():
         found = torch.stack([torch.stack(kind) for kind in centres[layer]])
         for axis, (length, full) in enumerate(zip(shape, like.shape[2:], strict=True)):
-            if _has_grid(grid, axis, sizes[layer][axis], length, full):
-                index = torch.tensor([u[axis] for u in _two_voxels(sizes[layer])], device="cpu")
-                place = grid.stride[axis] * index.double() + grid.offset[axis]
-                middle = (length - 1) / 2
-                # (plain and mirrored, draws, voxels)
-                weight = found[..., -1]
-                moment = found[..., axis] - middle * weight
-                lines[layer, axis] = _fitted(moment, weight, place - middle, len(seeds))
+            size = sizes[layer][axis]
+            if _has_grid(grid, axis, size, length, full):
+                from_middle = _places(grid, axis, size) - (length - 1) / 2
+                place = from_middle[[u[axis] for u in voxels[layer]]]
+                lines[layer, axis] = _told_apart(found[..., axis, :], place)
     return lines
 
 
-def _two_voxels(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return two voxels on either side of the middle; one where there is but one."""
-    low = tuple((n - 1) // 4 for n in sizes)
-    return list(dict.fromkeys([low, tuple(n - 1 - u for n, u in zip(sizes, low, strict=True))]))
+def _two_voxels(
+    grid: FeatureGrid, sizes: Sequence[int], shape: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Return two voxels, as far on either side of the image's middle, so that both see as much.
+
+    One where there is but one.
+    """
+    pairs = []
+    for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
+        place = _places(grid, axis, size) - (length - 1) / 2
+        low = int((place + length / 5).abs().argmin())
+        pairs.append((low, int((place + place[low]).abs().argmin())))
+    return list(dict.fromkeys(zip(*pairs, strict=True)))
 
 
-def _centre(derivative: torch.Tensor) -> torch.Tensor:
-    """Return sum_p J^2 p / sum_p J^2 of J (C, *S) for each axis, and a weight, as a last one.
+def _moments(derivative: torch.Tensor) -> torch.Tensor:
+    """Return the moments 0, 1 and 2 of J^2 along each axis, of J (C, *S), from the middle on.
 
-    The weight is 1, and 0 where J is zero (behind a ReLU): then the centre is, too.
+    They are divided by moment 0, which is 1 then, or 0 where all of J is (behind a ReLU).
     """
     square = derivative.double().square().sum(0).cpu()
     whole = square.sum()
     square /= whole if whole > 0 else 1
-    places = (torch.arange(n, dtype=square.dtype, device="cpu") for n in square.shape)
-    centre = [(square.movedim(a, -1) * place).sum() for a, place in enumerate(places)]
-    return torch.stack([*centre, (whole > 0).double()])
+    moments = []
+    for axis, n in enumerate(square.shape):
+        place = torch.arange(n, dtype=square.dtype, device="cpu") - (n - 1) / 2
+        along = square.movedim(axis, -1).reshape(-1, n).sum(0)
+        moments.append(torch.stack([(along * place**power).sum() for power in range(3)]))
+    return torch.stack(moments)
+
+
+def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
+    """Return how far two voxels are off, whatever both see of the whole image.
+
+    That, and how widely a voxel looks, is in the moments M of both. In their differences it is not:
+    M1 has that of their centres a and b, M2 that of their squares, and (b^2 - a^2) / (b - a) is
+    twice the middle between them.
+
+    Args:
+        moments: (plain and mirrored, draws, voxels, 3).
+        place: (voxels,), where the grid says that they lie.
+    """
+    draws = moments.shape[1]
+    two = len(place) > 1 and place[0] != place[-1]
+    nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, draws, 0.0, PULLED)
+
+    def pull_and_shift(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, first, second = moments.sum((0, 1)).unbind(-1)
+        centre, square = first / weight, second / weight
+        if not two:
+            return torch.zeros_like(place[0]), (centre - place).mean()
+        apart = centre[-1] - centre[0]
+        middle = (square[-1] - square[0]) / (2 * apart)
+        return 1 - apart / (place[-1] - place[0]), middle - place.mean()
+
+    if not (moments[..., 0].sum(1) > 0).all():
+        return nothing
+    pull, shift = pull_and_shift(moments)
+    error = math.inf
+    if draws >= FEW_PARTS:
+        kept = [[other for other in range(draws) if other != draw] for draw in range(draws)]
+        others = torch.stack([pull_and_shift(moments[:, k])[1] for k in kept])
+        error = math.sqrt((draws - 1) / draws * float((others - shift).square().sum()))
+    sides = moments.sum(1)
+    lean = float((sides[0] - sides[1])[:, 1].mean()) / (2 * draws)
+    if not math.isfinite(float(shift) + float(pull)):
+        return nothing
+    return _Line(float(shift), error, float(pull), 0.0, len(place), draws, lean, PULLED)
 
 
 # ------------------------------------------------------------------------------- a line
@@ -366,7 +419,7 @@ def _fitted(moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, dra
     """
     seen = weight.sum(1) > 0
     if not seen.all() or not seen.numel() or not torch.isfinite(moment).all():
-        return _Line(0.0, math.inf, 0.0, 0.0, 0, draws)
+        return _Line(0.0, math.inf, 0.0, 0.0, 0, draws, 0.0, LITTLE)
 
     def distances(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return how far each voxel's centre is from its place."""
@@ -386,13 +439,16 @@ def _fitted(moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, dra
         error = math.sqrt((parts - 1) / parts * float((others - shift).square().sum()))
     plain, mirrored = distances(moment[:1], weight[:1]), distances(moment[1:], weight[1:])
     lean = float((plain - mirrored).mean()) / 2
-    return _Line(float(shift), error, pull, float(rest), len(place), draws, lean)
+    left = max(1 - pull, 1 - PULLED)
+    return _Line(
+        float(shift) / left, error / left, pull, float(rest), len(place), draws, lean, LITTLE
+    )
 
 
 #: How it is looked, the cheapest first, and how many draws; layers that leave a doubt again.
 LOOKS: tuple[tuple[Callable[..., Lines], int], ...] = (
     (_by_noise, 1),
-    (partial(_by_gradients, voxels=2), FEW_PARTS),
-    (partial(_by_gradients, voxels=8), FEW_PARTS),
+    (_by_gradients, FEW_PARTS),
+    (_by_gradients, 3 * FEW_PARTS),
     (_by_noise, 6),
 )

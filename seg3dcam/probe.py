@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -39,8 +40,9 @@ _LOW, _HIGH = 1e4, 2e4
 # Nothing but the second measurement tells the stride of a layer that passes no ramp on.
 _PULLED = 0.2
 
-# Positions that are less than this many input voxels off a line lie on it.
-_ON_A_LINE = 0.02
+# Positions that are less than this many input voxels off a line lie on it. If they are further off
+# than the other, it is a curve: behind a logarithm of intensities, say.
+_ON_A_LINE, _NO_CURVE = 0.02, 0.1
 
 
 def measure_grids(
@@ -48,9 +50,9 @@ def measure_grids(
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    Costs two small forward passes per axis, up to the layers, and six to check them; what was
-    measured is remembered with the network. A layer whose grid is no regular image of the input
-    (attention over all tokens, say), or where two measurements do not agree, gets the usual
+    Costs three small forward passes per axis, up to the layers, and eight or more to check them;
+    what was measured is remembered with the network. A layer whose grid is no regular image of the
+    input (attention over all tokens, say), or where two measurements do not agree, gets the usual
     convention, `measured=False`.
 
     Args:
@@ -135,13 +137,13 @@ def _measure_axis(
     for shape, dtype in itertools.product(dict.fromkeys((_handy(full, axis), full)), dtypes):
         try:
             # Not all at once: a layer of many channels at full resolution takes much memory.
-            flat, rising, falling = _ramps(x.to(dtype), shape, axis)
-            pairs = [torch.stack([flat, ramp]) for ramp in (rising, falling)]
+            low, *others = _ramps(x.to(dtype), shape, axis)
+            pairs = [torch.stack([low, other]) for other in others]
             shown = [_means(capture.observe_layers(pair)) for pair in pairs]
         except (ModelError, LayerError):
             continue
         for layer, means in shown[0].items():
-            ramps = (*means, shown[1][layer][1])
+            ramps = (*means, *(other[layer][1] for other in shown[1:]))
             fit = _fit(ramps, axis, shape[axis], shapes[layer][axis], full[axis])
             fits[layer] = fits[layer] or fit
         if all(fits.values()):
@@ -166,22 +168,27 @@ def _handy(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
-    """Return a batch of three inputs: constant, rising and falling along `axis`."""
+    """Return a batch of four inputs: low and high throughout, rising and falling along `axis`."""
     rising = torch.linspace(_LOW, _HIGH, shape[axis], dtype=x.dtype, device=x.device)
-    lines = torch.stack([torch.full_like(rising, _LOW), rising, rising.flip(0)])
+    low, high = (torch.full_like(rising, value) for value in (_LOW, _HIGH))
+    lines = torch.stack([low, high, rising, rising.flip(0)])
     view = [1] * (2 + len(shape))
-    view[0], view[2 + axis] = 3, -1
-    return lines.view(view).expand(3, x.shape[1], *shape).contiguous()
+    view[0], view[2 + axis] = 4, -1
+    return lines.view(view).expand(4, x.shape[1], *shape).contiguous()
 
 
 def _fit(
     shown: Sequence[torch.Tensor], axis: int, length: int, full_size: int, full_length: int
 ) -> tuple[float, float] | None:
-    """Fit position = stride * u + offset to what a layer showed of the three ramps, (*s) each."""
-    flat, rising, falling = shown
-    others = [a for a in range(flat.ndim) if a != axis]
-    lit = flat != 0  # what sees nothing but padding shows nothing
-    line = (rising - falling) * _LOW / flat / (_HIGH - _LOW)  # -1 ... 1 along the ramp
+    """Fit position = stride * u + offset to what a layer showed of the four ramps, (*s) each.
+
+    Between what it shows of the lowest and of the highest value; so it does not matter whether the
+    network scales its input, or adds to it.
+    """
+    low, high, rising, falling = shown
+    others = [a for a in range(low.ndim) if a != axis]
+    lit = high != low  # what sees nothing but padding shows nothing
+    line = (rising - falling) / (high - low)  # -1 ... 1 along the ramp
     line = torch.where(lit, line, 0)
     if not torch.isfinite(line).all():
         return None
@@ -227,7 +234,8 @@ def _stride(
         if fitting:
             return min(fitting, key=lambda r: abs(fitted - r))
     covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
-    return fitted if fitted > 0 and covers else None
+    straight = _rest(fitted, centred, position) <= _NO_CURVE
+    return fitted if fitted > 0 and covers and straight else None
 
 
 def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
@@ -244,12 +252,17 @@ def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid
 @contextmanager
 def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
     """Switch off modules that normalise, or mix tokens, by operations that are not known."""
+    thread = threading.get_ident()  # others may predict with the network at the same time
 
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
         same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
         return args[0] if same else None
 
     def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
         tokens = isinstance(output, torch.Tensor) and output.ndim == 3 < ndim
         return torch.zeros_like(output) if tokens else None
 

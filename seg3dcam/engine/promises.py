@@ -134,6 +134,24 @@ def _groups(layers: list[LayerRef]) -> Iterator[list[LayerRef]]:
         yield layers[start : start + size]
 
 
+def _direction(activations: torch.Tensor, number: int) -> torch.Tensor:
+    """Return a random direction of changes, as large as one all over.
+
+    Each voxel goes by itself, or every other time a whole channel grows or shrinks: what a branch
+    sees of the whole image (a mean, a quantile) would not notice the former. What is exactly 0
+    stays: behind a ReLU it ties with its neighbours in a pooling, where no gradient is right for
+    steps to both sides.
+    """
+    generator = torch.Generator("cpu").manual_seed(number)
+    if number % 2:
+        shape = (*activations.shape[:2], *[1] * (activations.ndim - 2))
+        size = activations.double().square().mean().sqrt()
+        scale = (activations / size).to(activations) if size > 0 else torch.zeros_like(activations)
+        return scale * torch.randn(shape, generator=generator, device="cpu").to(activations)
+    drawn = torch.randn(activations.shape, generator=generator, device="cpu").to(activations)
+    return drawn * (activations != 0)
+
+
 class _Promise:
     """What the gradient promises of a score, and what the score does."""
 
@@ -151,7 +169,7 @@ class _Promise:
         # At most as large as the activations, and each layer's step with as much effect.
         sizes = {la: a.double().square().mean().sqrt() for la, a in activations.items()}
         effects = {la: float(g.double().norm() * sizes[la]) for la, g in gradients.items()}
-        self._sizes, self._effects = sizes, effects
+        self._sizes, self._effects, self._activations = sizes, effects, activations
         half = any(torch.finfo(a.dtype).eps > 1e-5 for a in activations.values())
         self._steps, self._limit = (STEPS_OF_HALF, MISSED_OF_HALF) if half else (STEPS, MISSED)
         self._first = FIRST_OF_HALF if half else FIRST
@@ -182,13 +200,12 @@ class _Promise:
         least = min(self._effects[layer] for layer in layers)
         off, whole = 0.0, 0.0
         for number in range(directions):
-            generator = torch.Generator("cpu").manual_seed(number)
             nudge: Steps = {}
             for layer in layers:
-                g = self._gradients[layer]
+                a = self._activations[layer]
                 share = max(0.1, least / self._effects[layer]) if self._effects[layer] else 1.0
                 size = step * share * float(self._sizes[layer])
-                nudge[layer] = size * torch.randn(g.shape, generator=generator, device="cpu").to(g)
+                nudge[layer] = size * _direction(a, number)
             change = (self._score(nudge, 1) - self._score(nudge, -1)) / 2
             promised = sum(
                 float((self._gradients[layer].double() * n.double()).sum())

@@ -267,8 +267,8 @@ class Score:
 
 
 def promise(functions, gradients, activations, dtype=torch.float64):
-    given = {k: torch.full((1, 2, 16, 16, 16), v, dtype=dtype) for k, v in gradients.items()}
-    shown = {k: torch.full((1, 2, 16, 16, 16), v, dtype=dtype) for k, v in activations.items()}
+    given = {k: torch.full((1, 64, 4, 4, 8), v, dtype=dtype) for k, v in gradients.items()}
+    shown = {k: torch.full((1, 64, 4, 4, 8), v, dtype=dtype) for k, v in activations.items()}
     one = torch.ones((), dtype=dtype)
     return promises._Promise(Score(functions), torch.zeros(()), 0 * one, one, given, shown)
 
@@ -292,6 +292,64 @@ def test_steps_are_parts_of_the_activations_size():
     assert torch.stack(seen).std().item() == pytest.approx(0.07, rel=0.05)
     torch.testing.assert_close(seen[0], -seen[1])  # from both sides
     assert not torch.equal(seen[0], seen[2])
+
+
+def test_every_other_direction_moves_whole_channels_in_proportion():
+    a = torch.rand(1, 3, 4, 5, 6) - 0.5
+    for number in (1, 3):
+        moved = promises._direction(a, number) / a
+        assert moved.flatten(2).std(-1).max() < 1e-4
+        assert moved.flatten(2).mean(-1).std() > 0.1
+    assert (promises._direction(a, 0) / a).flatten(2).std(-1).min() > 0.1
+    assert not torch.equal(promises._direction(a, 1), promises._direction(a, 3))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_exactly_0_stays(number):
+    a = torch.rand(1, 3, 4, 5, 6)
+    a[:, :, 1:3] = 0
+    assert torch.equal(promises._direction(a, number) == 0, a == 0)
+    assert not promises._direction(0 * a, number).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("layer", ["0", "1", "4"])
+def test_ties_in_a_pooling_are_no_missing_branch(seed, layer):
+    """Behind a ReLU most windows of a pooling hold several zeros."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        *(nn.Conv3d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2)),
+        *(nn.Conv3d(6, 8, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2)),
+        *(nn.Conv3d(8, 3, 1), nn.Upsample(scale_factor=4)),
+    )
+    target = targets.ClassLogit(1, region="volume")
+    result = HiResCAM(net, layer)(torch.rand(1, 1, 16, 16, 16), target)
+    assert result.layers[layer].missing == 0
+
+
+class Normed(nn.Module):
+    """Subtracts what it sees of the whole image, without a gradient."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.conv, self.head, self.of = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 2, 1), of
+
+    def forward(self, x):
+        z = self.conv(x)
+        return self.head(z - self.of(z.flatten(2)).detach()[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda z: z.mean(2, keepdim=True), lambda z: z.quantile(0.5, 2, keepdim=True)],
+    ids=["mean", "median"],
+)
+def test_branches_that_see_the_whole_image_are_found(of):
+    torch.manual_seed(0)
+    net, target = Normed(of), targets.ClassLogit(1, region="volume")
+    with pytest.warns(Seg3dcamWarning, match="misses"):
+        result = HiResCAM(net, "conv")(torch.rand(1, 1, 16, 16, 16), target)
+    assert result.status["conv"] == "incomplete"
 
 
 @pytest.mark.parametrize(("factor", "share"), [(2.0, 0.5), (5.0, 0.2), (50.0, 0.1)])
