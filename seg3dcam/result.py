@@ -28,6 +28,9 @@ CONSTANT = 1e-5
 #: hides more than ten times what it shows.
 MOSTLY_AGAINST = 0.1
 
+#: What is said of a map that has no positive value: there is nothing that the usual view shows.
+ALL_AGAINST = "all evidence speaks against the target"
+
 
 @dataclass(frozen=True)
 class LayerMap:
@@ -61,7 +64,8 @@ class LayerMap:
     def item_status(self) -> tuple[Status, ...]:
         """Each item's status.
 
-        "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
+        "ok"; "zero": no voxel speaks for the target (see `only_against`), or contributions cancel
+        to rounding noise;
         "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
         undefined for these activations; "incomplete": made of gradients that do not follow the
         score, since a branch of the network has none.
@@ -94,9 +98,29 @@ class LayerMap:
         )
         return "; ".join(item + said for item, said in words if said)
 
+    @cached_property
+    def only_against(self) -> tuple[bool, ...]:
+        """Tell of each item whose status is "zero" whether its map is evidence, all of it against.
+
+        The usual view of it is empty, the signed view is not.
+        """
+        turned = replace(self, values=-self.values).item_status
+        return tuple(
+            status == "zero" and other == "ok"
+            for status, other in zip(self.item_status, turned, strict=True)
+        )
+
     def items_that_are(self, status: Status) -> torch.Tensor:
         """Return (B, 1, ...) bool, to be used as a mask on a batch of maps."""
-        found = torch.tensor([s == status for s in self.item_status], device=self.values.device)
+        return self._mask([s == status for s in self.item_status])
+
+    def items_shown(self, scale: Scale) -> torch.Tensor:
+        """Return the mask of the items whose map a scale shows, as `items_that_are`."""
+        shown = self.items_that_are("ok")
+        return shown | self._mask(self.only_against) if scale == "signed" else shown
+
+    def _mask(self, items: Sequence[bool]) -> torch.Tensor:
+        found = torch.tensor(items, device=self.values.device)
         return found.view(-1, *[1] * (self.values.ndim - 1))
 
 
@@ -203,7 +227,8 @@ class CamResult:
             per_layer: scale every layer before they are averaged, and cut and scale it on its own
                 grid before resizing: the original recipe.
 
-        An item whose map is zero, constant or not finite gives zeros; see `status`.
+        An item whose map is zero, constant or not finite gives zeros; see `status`. One that holds
+        nothing but evidence against the target is shown by "signed" alone.
         """
         _check_scale(scale)
         names = [layer] if layer is not None else list(self.layers)
@@ -217,7 +242,7 @@ class CamResult:
                 )
             else:
                 view = shown_part(self.maps[name], scale)
-            views.append(view.masked_fill(~native.items_that_are("ok"), 0))
+            views.append(view.masked_fill(~native.items_shown(scale), 0))
         fused = torch.stack(views).mean(0)
         for name in names:
             fused = fused.masked_fill(self._layer(name).items_that_are("nonfinite"), 0)
@@ -358,7 +383,7 @@ class Evidence(NamedTuple):
 
     @property
     def caution(self) -> str:
-        """Say in words that a map is mostly evidence against its target; nothing where it is not.
+        """Say in words that a map is mostly, or all, evidence against its target; else nothing.
 
         A weak background against the target outweighs a small lesion in a large scan by its sum
         alone, and is no reason to distrust the heat of the lesion, which is the strongest value.
@@ -367,10 +392,17 @@ class Evidence(NamedTuple):
         'mostly evidence against the target'
         >>> Evidence.of(torch.tensor([0.5, *[-0.1] * 100])).caution
         ''
+        >>> Evidence.of(torch.tensor([0.0, -4.0, -2.0])).caution
+        'all evidence speaks against the target: at most 4, in sum 6'
         """
         few = self.sum_for < MOSTLY_AGAINST * self.sum_against
         if not (few and self.most_for < self.most_against):
             return ""
+        if self.sum_for == 0:
+            return (
+                f"{ALL_AGAINST}: at most {_three_digits(self.most_against)}, in sum "
+                f"{_three_digits(self.sum_against)}"
+            )
         return (
             "mostly evidence against the target: at most "
             f"{_three_digits(self.most_for)} for it, in sum {_three_digits(self.sum_for)}, and "
