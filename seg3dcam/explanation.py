@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from seg3dcam.checks import checked_index
 from seg3dcam.errors import InputError, TargetError, nearest
 from seg3dcam.geometry import peak_voxel, to_world
 from seg3dcam.result import (
@@ -230,10 +231,7 @@ class Explanation:
             index: voxel index along that axis of the scan's own array.
         """
         dim = anatomical_axis(self.affine, axis)
-        if not 0 <= index < self.scan.shape[dim]:
-            raise InputError(
-                f"{axis} slice {index}: legal are 0 to {self.scan.shape[dim] - 1} for this scan"
-            )
+        index = checked_index(f"{axis} slice", index, self.scan.shape[dim])
         return self.volume().select(dim, index)
 
     def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:

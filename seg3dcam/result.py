@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from seg3dcam.checks import checked_index
 from seg3dcam.errors import InputError
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 
@@ -256,12 +257,8 @@ class CamResult:
             axis: spatial axis that is cut, 0 being Z of (B, C, Z, Y, X).
             view: passed on to `volume`.
         """
-        if not 0 <= axis < len(self.shape):
-            raise InputError(f"axis {axis}: legal are 0 to {len(self.shape) - 1}")
-        if not 0 <= index < self.shape[axis]:
-            raise InputError(
-                f"slice {index} along axis {axis}: legal are 0 to {self.shape[axis] - 1}"
-            )
+        axis = checked_index("axis", axis, len(self.shape))
+        index = checked_index("slice", index, self.shape[axis], f" along axis {axis}")
         return self.volume(**view).select(1 + axis, index)  # type: ignore[arg-type]
 
     def save(
@@ -288,9 +285,8 @@ class CamResult:
         """
         from seg3dcam.export.nifti import write_nifti
 
-        if not 0 <= item < len(self.score):
-            raise InputError(f"item {item}: the batch has items 0 to {len(self.score) - 1}")
-        affine = self._affine_of(item) if affine is None else np.asarray(affine, dtype=np.float64)
+        item = checked_index("item", item, len(self.score), " of the batch")
+        affine = self._affine_of(item) if affine is None else affine
         if affine is None:
             raise InputError(
                 "where is this volume in the patient? Its input was no MetaTensor with an affine: "

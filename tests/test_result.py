@@ -15,7 +15,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.utils import SpaceKeys
 
 from seg3dcam import CamResult, GradCAM, HiResCAM, SliceGradCAM, WindowPlan, targets
-from seg3dcam.errors import InputError, Seg3dcamWarning
+from seg3dcam.errors import InputError, OutputError, Seg3dcamWarning
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.result import Evidence, LayerMap, scaled
 
@@ -201,6 +201,20 @@ def test_what_misses_gradients_is_not_shown_signed_either():
     assert view(result_of(negative), scale="signed") == [[0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("path", "settings", "error", "message"),
+    [
+        (None, {}, OutputError, "None is no path: name a file, such as 'cam.nii.gz'"),
+        ("a.nii", {"item": "a"}, InputError, "item 'a' of the batch: legal are 0 to 0"),
+        ("a.nii", {"affine": "a"}, OutputError, r"affine cannot be used: a. Legal: a \(4, 4\)"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(path, settings, error, message):
+    result = result_of(layer_map(toy.random_input(1, 2, 3, 4)))
+    with pytest.raises(error, match=message):
+        result.save(path, **{"affine": np.eye(4), **settings})
+
+
 def test_a_signed_volume_is_saved_with_its_range(tmp_path):
     result = result_of(layer_map([[[[-4.0, 2.0], [0.0, 1.0]]] * 2]))
     image = nib.load(result.save(tmp_path / "cam.nii.gz", affine=np.eye(4), scale="signed"))
@@ -366,6 +380,9 @@ def test_slice_of_z_is_the_default():
     ("index", "axis", "message"),
     [
         (4, 0, "slice 4 along axis 0: legal are 0 to 3"),
+        (1.5, 0, "slice 1.5 along axis 0: legal are 0 to 3"),
+        ("a", 0, "slice 'a' along axis 0: legal are 0 to 3"),
+        (0, None, "axis None: legal are 0 to 2"),
         (-1, 0, "slice -1 along axis 0: legal are 0 to 3"),
         (3, 1, "slice 3 along axis 1: legal are 0 to 2"),
         (5, 2, "slice 5 along axis 2: legal are 0 to 4"),

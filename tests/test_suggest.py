@@ -12,7 +12,7 @@ from monai.networks import nets
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
-from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.errors import InputError, LayerError, ModelError
 from seg3dcam.layers import resolve_layers
 
 CLASSES = 3
@@ -832,6 +832,14 @@ def test_a_network_without_places_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(LayerError, match=r"no layer of Sequential gives activations with a place"):
         suggest_layers(net, (1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "shape", [None, "abc", 5, (1, 1), (1, 1, 32.5, 32), (1, 1, 0, 32), torch.zeros(1, 1, 8, 8)]
+)
+def test_what_is_no_shape_is_refused(shape):
+    with pytest.raises(InputError, match=r"^input_shape .*: give whole numbers \(B, C, \*S\)"):
+        suggest_layers(nn.Conv2d(1, 1, 1), shape)
 
 
 def test_a_size_that_does_not_fit_is_refused():
