@@ -178,7 +178,7 @@ def suggest_layers(
         given, logits = _probe(capture, x)
         paths = Paths(logits)
         found = _with_places(capture, given, logits, x, paths)
-        seen = [s for s in found if s.read is None]
+        seen = _of_main_path([s for s in found if s.read is None], paths)
         if not seen:
             raise LayerError(
                 f"no layer of {type(model).__name__} gives activations with a place in the image, "
@@ -332,6 +332,20 @@ def _best(seen: Sequence[_Seen]) -> _Seen:
     # Of names for one tensor, the module that gives it alone: a list's may lead to nothing.
     same = [s for s in seen if s.tensor is best.tensor]
     return min(same, key=lambda s: (len(s.layer.element), s.rank))
+
+
+def _of_main_path(seen: Sequence[_Seen], paths: Paths) -> list[_Seen]:
+    """Leave out side branches that pool to a fixed size, as those of pyramid pooling and ASPP.
+
+    Where there are such, what lies beside them is a branch too: of the coarsest level then only
+    what everything passes through is kept, if there is any.
+    """
+    kept = [s for s in seen if paths.all_pass(s.tensor) or not paths.behind_fixed_pool(s.tensor)]
+    if not kept or len(kept) == len(seen):
+        return list(seen)
+    smallest = min(s.size for s in kept)
+    trunk = [s for s in kept if s.size == smallest and paths.all_pass(s.tensor)]
+    return trunk + [s for s in kept if s.size > smallest] if trunk else kept
 
 
 def _first(
