@@ -53,7 +53,7 @@ from seg3dcam.layouts import INPUT
 from seg3dcam.methods import METHODS
 from seg3dcam.outputs import OutputSelection
 from seg3dcam.probe import measured_in_window
-from seg3dcam.result import CamResult, LayerMap, added
+from seg3dcam.result import ALL_AGAINST, CamResult, LayerMap, added
 from seg3dcam.suggest import auto_layer
 from seg3dcam.targets import Activation, OwnTarget, as_targets, name_of, placed
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
@@ -561,6 +561,12 @@ def _warn(name: str, layer: LayerMap, target: str) -> None:
         return
     low, high = float(layer.values.min()), float(layer.values.max())
     undefined = layer.undefined is not None and bool(layer.undefined.any())
+    if layer.status == "zero" and any(layer.only_against):
+        tell(
+            f"layer '{name}' shows nothing for '{target}' (status \"zero\"): {ALL_AGAINST} (the "
+            f'raw map runs from {low:.3g} to {high:.3g}); scale="signed" or --signed shows it'
+        )
+        return
     reason = {
         "zero": "no voxel speaks for the target, or contributions cancel (the raw map runs from "
         f"{low:.3g} to {high:.3g})",

@@ -149,7 +149,7 @@ def write_case(
                 files += _SINGLE[kind](folder, explanation, name, job, case)
         for writer in joint:
             writer.add(explanation, name)
-        figures = findings(explanation)
+        figures = findings(explanation, scale=look_of(job).scale)
         cases.append(
             {"label": explanation.label, "name": name, **explanation.provenance, "found": figures}
         )

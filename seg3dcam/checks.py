@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
-from seg3dcam.errors import ConfigError
+from seg3dcam.errors import ConfigError, InputError
 
 
 def check_whole_number(what: str, value: Any, least: int = 1) -> None:
@@ -20,6 +21,26 @@ def check_whole_number(what: str, value: Any, least: int = 1) -> None:
     """
     if not is_whole(value) or value < least:
         raise ConfigError(f"{what} {value!r}: a whole number from {least} up")
+
+
+def checked_index(what: str, value: Any, count: int, of: str = "") -> int:
+    """Return one of `count` positions; InputError for what is none.
+
+    Args:
+        of: what it is a position in, such as " along axis 0".
+
+    >>> checked_index("slice", 1.5, 8)
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.InputError: slice 1.5: legal are 0 to 7
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < count:
+        raise InputError(f"{what} {value!r}{of}: legal are 0 to {count - 1}")
+    return number
 
 
 def check_number(

@@ -354,6 +354,7 @@ def _explanation(
         label=_label(model, class_index, target),
         region=_region_on(scan, prepared, target, result.logits),
         over_mask=_over_mask(target),
+        only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
         has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
     )

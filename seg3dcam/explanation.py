@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,18 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from seg3dcam.checks import checked_index
 from seg3dcam.errors import InputError, TargetError, nearest
 from seg3dcam.geometry import peak_voxel, to_world
-from seg3dcam.result import Evidence, Scale, Status, display_range, scaled, shown_part
+from seg3dcam.result import (
+    ALL_AGAINST,
+    Evidence,
+    Scale,
+    Status,
+    display_range,
+    scaled,
+    shown_part,
+)
 from seg3dcam.scan import Scan, load_labels
 from seg3dcam.truth import check_on_grid, truth_mask
 
@@ -54,6 +63,8 @@ class Explanation:
             False: every class has a channel of its own (sigmoid).
         over_mask: without a `region`, the score sums over the class's mask; False: it does not, as
             one over the whole volume.
+        only_against: layers of status "zero" whose map is evidence, all of it against the target:
+            the signed view shows it.
 
     Raises:
         InputError: maps, prediction, truth or region that do not lie on the scan's grid.
@@ -75,6 +86,7 @@ class Explanation:
     region: torch.Tensor | None = None
     has_background: bool = True
     over_mask: bool = True
+    only_against: Collection[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""
@@ -121,28 +133,41 @@ class Explanation:
             return layer
         return next(iter(self.maps)) if len(self.maps) == 1 else f"mean of {len(self.maps)} layers"
 
-    def notice(self, layer: str | None = None) -> str:
-        """Say in words why a volume shows no heat; nothing where it does.
+    def notice(self, layer: str | None = None, scale: Scale = "max") -> str:
+        """Say in words why a volume of a scale shows no heat; nothing where it does.
 
         >>> NO_HEAT["zero"]
         'no CAM: no voxel speaks for the target, or contributions cancel to rounding noise'
         """
-        found = [self.status[name] for name in (self.maps if layer is None else [layer])]
+        names = list(self.maps) if layer is None else [layer]
+        found = [self.status[name] for name in names]
         if "nonfinite" in found:
             return NO_HEAT["nonfinite"]
-        return "" if "ok" in found else NO_HEAT[found[0]]
+        if len(self.left_out(layer, scale)) < len(names):
+            return ""
+        if any(name in self.only_against for name in names):
+            return f"no CAM: {ALL_AGAINST}; the signed view shows it"
+        return NO_HEAT[found[0]]
+
+    def left_out(self, layer: str | None = None, scale: Scale = "max") -> list[str]:
+        """Return the layers whose map a scale cannot show, of those that a volume is made of."""
+        return [
+            name
+            for name in (self.maps if layer is None else [layer])
+            if self.status[name] != "ok" and not (scale == "signed" and name in self.only_against)
+        ]
 
     def evidence(self, layer: str | None = None) -> Evidence | None:
         """Return what speaks for the target and against it in the scan; None without a CAM.
 
-        It is in the raw maps' own units; layers without a usable map are left out.
+        It is in the raw maps' own units; layers without a usable map are left out. What speaks
+        against the target counts whether the usual view shows it or not.
         """
-        if self.notice(layer):
+        if self.notice(layer, "signed"):
             return None
+        silent = self.left_out(layer, "signed")
         names = self.maps if layer is None else [layer]
-        return Evidence.together(
-            [self._evidence[name] for name in names if self.status[name] == "ok"]
-        )
+        return Evidence.together([self._evidence[name] for name in names if name not in silent])
 
     @cached_property
     def _evidence(self) -> dict[str, Evidence]:
@@ -150,7 +175,7 @@ class Explanation:
         return {name: Evidence.of(values) for name, values in self.maps.items()}
 
     def caution(self, layer: str | None = None) -> str:
-        """Say in words that a map is mostly evidence against its target; nothing where not."""
+        """Say in words that a map is mostly, or all, evidence against its target; else nothing."""
         found = self.evidence(layer)
         return "" if found is None else found.caution
 
@@ -190,9 +215,10 @@ class Explanation:
         for name in names:
             if name not in self.maps:
                 raise InputError(f"no map of layer {name!r}: there are {list(self.maps)}")
-        if self.notice(layer):
+        if self.notice(layer, scale):
             return torch.zeros_like(self.maps[names[0]])
-        usable = [self.maps[name] for name in names if self.status[name] == "ok"]
+        silent = self.left_out(layer, scale)
+        usable = [self.maps[name] for name in names if name not in silent]
         fused = shown_part(usable[0], scale)
         for other in usable[1:]:
             fused += shown_part(other, scale)
@@ -205,10 +231,7 @@ class Explanation:
             index: voxel index along that axis of the scan's own array.
         """
         dim = anatomical_axis(self.affine, axis)
-        if not 0 <= index < self.scan.shape[dim]:
-            raise InputError(
-                f"{axis} slice {index}: legal are 0 to {self.scan.shape[dim] - 1} for this scan"
-            )
+        index = checked_index(f"{axis} slice", index, self.scan.shape[dim])
         return self.volume().select(dim, index)
 
     def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -22,9 +22,17 @@ import numpy as np
 
 from seg3dcam.errors import OutputError
 
-__all__ = ["atomic", "check_writable", "unique_names", "write_json"]
+__all__ = ["as_path", "atomic", "check_writable", "unique_names", "write_json"]
 
 _PREFIX = ".seg3dcam-"
+
+
+def as_path(path: Any) -> Path:
+    """Return where something is to be written; OutputError for what is no path."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'") from None
 
 
 @contextmanager
@@ -44,7 +52,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     [file.name for file in Path(folder).iterdir()]
     ['note.txt']
     """
-    final = Path(path)
+    final = as_path(path)
     temporary = _temporary(final.parent, "".join(final.suffixes[-2:]))
     try:
         if final.is_dir():

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from seg3dcam.explanation import Explanation
 from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
+from seg3dcam.result import Scale
 
 __all__ = ["Peak", "find_peaks", "find_signed_peaks", "findings"]
 
@@ -94,7 +95,9 @@ def find_signed_peaks(
     return sorted(both, key=lambda peak: -abs(peak.value))[:count]
 
 
-def findings(explanation: Explanation, layer: str | None = None) -> dict[str, Any]:
+def findings(
+    explanation: Explanation, layer: str | None = None, scale: Scale = "max"
+) -> dict[str, Any]:
     """Return the figures of an explanation, ready for JSON; None where there is nothing to say.
 
     - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the class's masks.
@@ -111,6 +114,7 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
     Args:
         explanation: what `explain` returns.
         layer: one layer's name; None averages all.
+        scale: the view beside which the warnings stand; the figures are those of the usual one.
     """
     volume = explanation.volume(layer)
     affine, prediction, truth = explanation.affine, explanation.mask, explanation.truth
@@ -137,7 +141,7 @@ def findings(explanation: Explanation, layer: str | None = None) -> dict[str, An
         "resolution_mm": resolution,
         "cell_ml": cell_ml,
     }
-    return {**found, "warnings": _warnings(explanation, found, layer, volume)}
+    return {**found, "warnings": _warnings(explanation, found, layer, scale, volume)}
 
 
 def _highest_blocks(
@@ -214,17 +218,21 @@ def _distance(
 
 
 def _warnings(
-    explanation: Explanation, found: dict[str, Any], layer: str | None, volume: torch.Tensor
+    explanation: Explanation,
+    found: dict[str, Any],
+    layer: str | None,
+    scale: Scale,
+    volume: torch.Tensor,
 ) -> list[str]:
     """Say in words what makes the CAM hard to read."""
     words = []
-    if notice := explanation.notice(layer):
+    if notice := explanation.notice(layer, scale):
         words.append(notice)
-    silent = [name for name, status in explanation.status.items() if status != "ok"]
+    silent = explanation.left_out(scale=scale)
     if layer is None and silent and not notice:
         words.append(f"without the layers {', '.join(silent)}, whose map is not usable")
-    if caution := explanation.caution(layer):
-        words.append(f"{caution}; the signed view shows both")
+    if (caution := explanation.caution(layer)) and not notice:  # which says it already
+        words.append(caution + "; the signed view shows both" * (scale != "signed"))
     for name, ml in (("predicted region", "predicted_ml"), ("true region", "truth_ml")):
         if found[ml] == 0:
             words.append(f"the {name} is empty")

@@ -23,6 +23,13 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         )
     if not x.is_floating_point():
         raise InputError(f"the input must be floating point, as the network is; got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        found = (
+            "nested: give items of one shape" if x.is_nested else f"{x.layout}: give x.to_dense()"
+        )
+        raise InputError(f"the input must be a dense tensor; got one that is {found}")
+    if x.is_floating_point() and torch.finfo(x.dtype).bits < 16:
+        raise InputError(f"the input is {x.dtype}, which nothing is computed in: give x.float()")
     if x.device.type == "meta" or isinstance(x, FakeTensor):
         raise InputError(
             "the input is a FakeTensor or on the meta device: it has a shape but no values. Give a "

@@ -58,6 +58,18 @@ def select_output(
             f"the network's output{_written(selection)} is {_describe(chosen)}; logits are a "
             f"tensor (B, classes, ...). It returned {_describe(output)}. Choose with output="
         )
+    if chosen.layout != torch.strided or chosen.is_complex():
+        what = "complex" if chosen.is_complex() else "not dense"
+        raise ModelError(
+            f"the network's logits are {what} ({chosen.dtype}, {chosen.layout}); they must be real "
+            "numbers in a dense tensor. Give output=<function that makes them so>"
+        )
+    if _is_channels_last(chosen, tuple(spatial_shape)):
+        raise ModelError(
+            f"the network's logits are {_describe(chosen)}: the input's spatial shape "
+            f"{tuple(spatial_shape)} comes before the classes; logits are (B, classes, "
+            f"*{tuple(spatial_shape)}). Give {_channels_first(selection)}"
+        )
     return chosen
 
 
@@ -138,6 +150,20 @@ def _is_full(tensor: torch.Tensor, size: tuple[int, ...]) -> bool:
 def _is_stack(value: Any, size: tuple[int, ...]) -> bool:
     """Tell the levels of deep supervision in one tensor, (B, n, K, *S), resized to the finest."""
     return isinstance(value, torch.Tensor) and value.ndim > 3 and tuple(value.shape[3:]) == size
+
+
+def _is_channels_last(logits: torch.Tensor, size: tuple[int, ...]) -> bool:
+    """Tell logits (B, *S, K), whose first spatial axis would be read as the classes."""
+    shape = tuple(logits.shape)
+    return len(shape) == len(size) + 2 and shape[1:-1] == size and shape[2:] != size
+
+
+def _channels_first(selection: OutputSelection) -> str:
+    """Write the `output=` that brings the classes to the front."""
+    if callable(selection):
+        return "output= a function whose tensor has them first: .movedim(-1, 1)"
+    part = "" if selection is None else f"[{selection!r}]"
+    return f"output=lambda out: out{part}.movedim(-1, 1)"
 
 
 def _at(output: Any, selection: int | str, size: tuple[int, ...]) -> Any:

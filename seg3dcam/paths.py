@@ -5,7 +5,9 @@ The graph must be that of frozen parameters: nothing but the network's input is 
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ import torch
 #: interpolation.
 _WEIGHTED = re.compile(r"conv|mm|^linear|attention", re.IGNORECASE)
 
+
+#: Operations that may pool to a size of their own.
+_POOLING = re.compile(r"^(adaptive|mean|sum|amax)", re.IGNORECASE)
 
 #: A tensor in a graph: the node that made it, and which of the node's tensors it is.
 Edge = tuple[Any, int]
@@ -50,6 +55,36 @@ def _weight(node: Any) -> int:
     return int(_WEIGHTED.search(type(node).__name__) is not None)
 
 
+def _sizes(edge: Edge) -> tuple[int, ...]:
+    """Return the shape of the tensor at an edge."""
+    node, number = edge
+    return tuple(node.variable.shape if _is_input(node) else node._input_metadata[number].shape)
+
+
+def _fixed_pools(nodes: list[Any]) -> set[Any]:
+    """Return the operations that pool an image to a size that does not follow the image's.
+
+    Those are poolings to one voxel, and adaptive ones; but not one that halves its image and is the
+    only one to pool it, as a level of an encoder may be written.
+    """
+    pools = [n for n in nodes if _POOLING.match(type(n).__name__) and len(_inner(n)) == 1]
+    together = Counter(_inner(node)[0] for node in pools)
+    fixed = set()
+    for node in pools:
+        (edge,) = _inner(node)
+        before, after = _sizes(edge), _sizes((node, 0))
+        if before[:2] != after[:2] or math.prod(before[2:]) <= math.prod(after[2:]):
+            continue  # of a whole image's channels or batch, or none smaller than before
+        adaptive = len(before) == len(after) and type(node).__name__.startswith("Adaptive")
+        halves = adaptive and all(
+            small in (large, large // 2, (large + 1) // 2)
+            for large, small in zip(before[2:], after[2:], strict=True)
+        )
+        if math.prod(after[2:]) == 1 or (adaptive and not (halves and together[edge] == 1)):
+            fixed.add(node)
+    return fixed
+
+
 class Paths:
     """The ways from a network's input to its logits; operations with weights are counted.
 
@@ -71,6 +106,7 @@ class Paths:
         for node in reversed(ordered):
             below = (self._depth[inner] for inner, _ in _inner(node))
             self._depth[node] = _weight(node) + max(below, default=0)
+        self._fixed_pools = _fixed_pools(ordered)
         self._height = dict.fromkeys(ordered, 0)
         self._least = dict.fromkeys(ordered, len(ordered))
         self._least[logits.grad_fn] = 0
@@ -113,6 +149,25 @@ class Paths:
                     seen.add(edge[0])
                     waiting.append(edge[0])
         return True
+
+    def behind_fixed_pool(self, tensor: torch.Tensor) -> bool:
+        """Tell whether every way from the input to a tensor leads through a pool to a fixed size.
+
+        So do the branches of pyramid pooling, and what is made of an image's mean. How large such
+        a tensor is says nothing of how coarsely the network looks at its input.
+        """
+        seen, waiting = {tensor.grad_fn}, [tensor.grad_fn] if self._fixed_pools else []
+        met = False
+        while waiting:
+            node = waiting.pop()
+            if _is_input(node):
+                return False
+            met = met or node in self._fixed_pools
+            if node not in self._fixed_pools:
+                new = [inner for inner, _ in _inner(node) if inner not in seen]
+                seen.update(new)
+                waiting += new
+        return met
 
     @staticmethod
     def leads(to: torch.Tensor, start: Edge) -> bool:

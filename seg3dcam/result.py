@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from seg3dcam.checks import checked_index
 from seg3dcam.errors import InputError
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 
@@ -27,6 +28,9 @@ CONSTANT = 1e-5
 #: Where what speaks for a target sums to a smaller part than this of what speaks against it, heat
 #: hides more than ten times what it shows.
 MOSTLY_AGAINST = 0.1
+
+#: What is said of a map that has no positive value: there is nothing that the usual view shows.
+ALL_AGAINST = "all evidence speaks against the target"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class LayerMap:
     def item_status(self) -> tuple[Status, ...]:
         """Each item's status.
 
-        "ok"; "zero": no voxel speaks for the target, or contributions cancel to rounding noise;
+        "ok"; "zero": no voxel speaks for the target (see `only_against`), or contributions cancel
+        to rounding noise;
         "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
         undefined for these activations; "incomplete": made of gradients that do not follow the
         score, since a branch of the network has none.
@@ -94,9 +99,29 @@ class LayerMap:
         )
         return "; ".join(item + said for item, said in words if said)
 
+    @cached_property
+    def only_against(self) -> tuple[bool, ...]:
+        """Tell of each item whose status is "zero" whether its map is evidence, all of it against.
+
+        The usual view of it is empty, the signed view is not.
+        """
+        turned = replace(self, values=-self.values).item_status
+        return tuple(
+            status == "zero" and other == "ok"
+            for status, other in zip(self.item_status, turned, strict=True)
+        )
+
     def items_that_are(self, status: Status) -> torch.Tensor:
         """Return (B, 1, ...) bool, to be used as a mask on a batch of maps."""
-        found = torch.tensor([s == status for s in self.item_status], device=self.values.device)
+        return self._mask([s == status for s in self.item_status])
+
+    def items_shown(self, scale: Scale) -> torch.Tensor:
+        """Return the mask of the items whose map a scale shows, as `items_that_are`."""
+        shown = self.items_that_are("ok")
+        return shown | self._mask(self.only_against) if scale == "signed" else shown
+
+    def _mask(self, items: Sequence[bool]) -> torch.Tensor:
+        found = torch.tensor(items, device=self.values.device)
         return found.view(-1, *[1] * (self.values.ndim - 1))
 
 
@@ -203,7 +228,8 @@ class CamResult:
             per_layer: scale every layer before they are averaged, and cut and scale it on its own
                 grid before resizing: the original recipe.
 
-        An item whose map is zero, constant or not finite gives zeros; see `status`.
+        An item whose map is zero, constant or not finite gives zeros; see `status`. One that holds
+        nothing but evidence against the target is shown by "signed" alone.
         """
         _check_scale(scale)
         names = [layer] if layer is not None else list(self.layers)
@@ -217,7 +243,7 @@ class CamResult:
                 )
             else:
                 view = shown_part(self.maps[name], scale)
-            views.append(view.masked_fill(~native.items_that_are("ok"), 0))
+            views.append(view.masked_fill(~native.items_shown(scale), 0))
         fused = torch.stack(views).mean(0)
         for name in names:
             fused = fused.masked_fill(self._layer(name).items_that_are("nonfinite"), 0)
@@ -231,12 +257,8 @@ class CamResult:
             axis: spatial axis that is cut, 0 being Z of (B, C, Z, Y, X).
             view: passed on to `volume`.
         """
-        if not 0 <= axis < len(self.shape):
-            raise InputError(f"axis {axis}: legal are 0 to {len(self.shape) - 1}")
-        if not 0 <= index < self.shape[axis]:
-            raise InputError(
-                f"slice {index} along axis {axis}: legal are 0 to {self.shape[axis] - 1}"
-            )
+        axis = checked_index("axis", axis, len(self.shape))
+        index = checked_index("slice", index, self.shape[axis], f" along axis {axis}")
         return self.volume(**view).select(1 + axis, index)  # type: ignore[arg-type]
 
     def save(
@@ -263,9 +285,8 @@ class CamResult:
         """
         from seg3dcam.export.nifti import write_nifti
 
-        if not 0 <= item < len(self.score):
-            raise InputError(f"item {item}: the batch has items 0 to {len(self.score) - 1}")
-        affine = self._affine_of(item) if affine is None else np.asarray(affine, dtype=np.float64)
+        item = checked_index("item", item, len(self.score), " of the batch")
+        affine = self._affine_of(item) if affine is None else affine
         if affine is None:
             raise InputError(
                 "where is this volume in the patient? Its input was no MetaTensor with an affine: "
@@ -358,7 +379,7 @@ class Evidence(NamedTuple):
 
     @property
     def caution(self) -> str:
-        """Say in words that a map is mostly evidence against its target; nothing where it is not.
+        """Say in words that a map is mostly, or all, evidence against its target; else nothing.
 
         A weak background against the target outweighs a small lesion in a large scan by its sum
         alone, and is no reason to distrust the heat of the lesion, which is the strongest value.
@@ -367,10 +388,17 @@ class Evidence(NamedTuple):
         'mostly evidence against the target'
         >>> Evidence.of(torch.tensor([0.5, *[-0.1] * 100])).caution
         ''
+        >>> Evidence.of(torch.tensor([0.0, -4.0, -2.0])).caution
+        'all evidence speaks against the target: at most 4, in sum 6'
         """
         few = self.sum_for < MOSTLY_AGAINST * self.sum_against
         if not (few and self.most_for < self.most_against):
             return ""
+        if self.sum_for == 0:
+            return (
+                f"{ALL_AGAINST}: at most {_three_digits(self.most_against)}, in sum "
+                f"{_three_digits(self.sum_against)}"
+            )
         return (
             "mostly evidence against the target: at most "
             f"{_three_digits(self.most_for)} for it, in sum {_three_digits(self.sum_for)}, and "

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from seg3dcam.capture import Capture, begun_again, capturing
+from seg3dcam.checks import is_whole
 from seg3dcam.ensemble import members_of
-from seg3dcam.errors import LayerError
+from seg3dcam.errors import InputError, LayerError
 from seg3dcam.kinds import kind_of, takes_hooks
 from seg3dcam.layers import LayerRef, Layout, resolve_layers, unwrap
 from seg3dcam.layouts import stride_of
@@ -169,6 +170,7 @@ def suggest_layers(
     >>> [(s.name, s.role, s.stride) for s in suggest_layers(network, (1, 1, 16, 16))]
     [('0', 'bottleneck', (2, 2)), ('2', 'decoder', (1, 1))]
     """
+    _check_shape(input_shape)
     input_shape = members_of(model)[0].seen(input_shape)
     model = unwrap(model)
     with capturing(model, [], output) as capture:
@@ -176,7 +178,7 @@ def suggest_layers(
         given, logits = _probe(capture, x)
         paths = Paths(logits)
         found = _with_places(capture, given, logits, x, paths)
-        seen = [s for s in found if s.read is None]
+        seen = _of_main_path([s for s in found if s.read is None], paths)
         if not seen:
             raise LayerError(
                 f"no layer of {type(model).__name__} gives activations with a place in the image, "
@@ -199,6 +201,20 @@ def suggest_layers(
             )
             for (one, of), found_of_it in zip(chosen, facts, strict=True)
         ]
+
+
+def _check_shape(input_shape: Any) -> None:
+    """Refuse what is no shape; the batch size does not matter."""
+    try:
+        sizes = tuple(input_shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 3 or not all(is_whole(size) and size > 0 for size in sizes[1:]):
+        given = type(input_shape).__name__ if hasattr(input_shape, "shape") else repr(input_shape)
+        raise InputError(
+            f"input_shape {given}: give whole numbers (B, C, *S), such as (1, 1, 96, 96, 96), the "
+            "x.shape of an input x"
+        )
 
 
 def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:
@@ -316,6 +332,20 @@ def _best(seen: Sequence[_Seen]) -> _Seen:
     # Of names for one tensor, the module that gives it alone: a list's may lead to nothing.
     same = [s for s in seen if s.tensor is best.tensor]
     return min(same, key=lambda s: (len(s.layer.element), s.rank))
+
+
+def _of_main_path(seen: Sequence[_Seen], paths: Paths) -> list[_Seen]:
+    """Leave out side branches that pool to a fixed size, as those of pyramid pooling and ASPP.
+
+    Where there are such, what lies beside them is a branch too: of the coarsest level then only
+    what everything passes through is kept, if there is any.
+    """
+    kept = [s for s in seen if paths.all_pass(s.tensor) or not paths.behind_fixed_pool(s.tensor)]
+    if not kept or len(kept) == len(seen):
+        return list(seen)
+    smallest = min(s.size for s in kept)
+    trunk = [s for s in kept if s.size == smallest and paths.all_pass(s.tensor)]
+    return trunk + [s for s in kept if s.size > smallest] if trunk else kept
 
 
 def _first(

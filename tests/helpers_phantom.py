@@ -124,6 +124,13 @@ def make_signed_phantom(codes: str = "LPS", height: float = 1.0, **others: Any) 
     return replace(phantom, maps={name: torch.tensor(values).float() for name in phantom.maps})
 
 
+def make_phantom_against(codes: str = "LPS", **others: Any) -> Explanation:
+    """Return a signed phantom whose map holds nothing for its target."""
+    phantom = make_signed_phantom(codes, height=0.0, **others)
+    status: dict[str, Any] = dict.fromkeys(phantom.maps, "zero")
+    return replace(phantom, status=status, only_against=list(phantom.maps))
+
+
 def against_mm(explanation: Explanation) -> NDArray[np.float64]:
     """Where a signed phantom holds most against its target, in RAS mm."""
     return marker_mm(explanation.affine, explanation.scan.shape) - MARKER_MM + AGAINST_MM

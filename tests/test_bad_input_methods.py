@@ -21,11 +21,27 @@ from helpers_cases import (
 from monai.data import MetaTensor
 from torch import nn
 
-from seg3dcam import SegModel, WindowPlan, explain, explain_each, load_scan, targets
+from seg3dcam import (
+    GradCAM,
+    ScoreCAM,
+    SegModel,
+    WindowPlan,
+    explain,
+    explain_each,
+    load_scan,
+    targets,
+)
 from seg3dcam.attributions import ATTRIBUTIONS
 from seg3dcam.cams import CAMS
 from seg3dcam.config import Prepare
-from seg3dcam.errors import ConfigError, LayerError, ModelError, Seg3dcamWarning, TargetError
+from seg3dcam.errors import (
+    ConfigError,
+    InputError,
+    LayerError,
+    ModelError,
+    Seg3dcamWarning,
+    TargetError,
+)
 from seg3dcam.geometry import resample_labels
 from seg3dcam.models.prepare import build_preparation
 from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice, WeightedSum
@@ -389,6 +405,48 @@ def test_auto_stands_alone():
     for spec in (["auto"], ["0", "auto"], ["all", "auto"]):
         with pytest.raises(LayerError, match="'auto' chooses one layer and stands alone"):
             explain(bright_cube(), small_model(), 1, layers=spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.Tensor.to_sparse, r"must be a dense tensor.*torch.sparse_coo: give x.to_dense\(\)"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"is torch.float8_e4m3fn, .*: give x.float\(\)"),
+        (lambda x: x + 0j, "must be floating point, as the network is; got torch.complex64"),
+    ],
+)
+def test_inputs_that_nothing_is_computed_in(change, message):
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with pytest.raises(InputError, match=message):
+        GradCAM(network, "0")(change(torch.rand(1, 1, 8, 8)), 1)
+
+
+def within_no_grad(logits):
+    with torch.no_grad():
+        logits.mul_(2)
+    return logits[:, 1].sum((1, 2))
+
+
+@pytest.mark.parametrize("method", [GradCAM, ScoreCAM])
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda logits: logits.mul_(2)[:, 1].sum((1, 2)),
+        lambda logits: logits[:, 1].relu_().sum((1, 2)),
+        lambda logits: logits.detach().mul_(2)[:, 1].sum((1, 2)) + logits[:, 1].sum((1, 2)),
+        within_no_grad,
+    ],
+)
+def test_a_target_that_changes_the_logits_is_refused(target, method):
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with pytest.raises(TargetError, match=r"changes the logits in place.*logits.clone\(\)"):
+        method(network, "0")(torch.rand(1, 1, 8, 8), target)
+
+
+def test_complex_scores_are_refused():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with pytest.raises(TargetError, match="complex scores; a score is a real number"):
+        GradCAM(network, "0")(torch.rand(1, 1, 8, 8), lambda logits: logits[:, 1].sum((1, 2)) + 0j)
 
 
 @pytest.mark.parametrize("kind", [ClassLogit, targets.EveryClass, nn.ReLU])

@@ -546,6 +546,26 @@ def test_mostly_evidence_against_is_said_of_the_class(place):
     assert words not in place.explain("--target", "lesion", *options, scans=scans).out
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_all_evidence_against_is_shown_in_every_format_of_the_signed_view(place, signed):
+    write_model(place.folder, gains=[[0], [-10], [10]])
+    formats = [word for name in ("nifti", "fused", "html") for word in ("--format", name)]
+    options = ["--score", "logit", "--region", "volume", *formats]
+    outcome = place.explain("--target", "organ", *options, *["--signed"] * signed)
+    assert outcome.code == 0, outcome.err
+    assert "all evidence speaks against the target" in outcome.err
+    assert explained(place)["organ"]["layers"][BOTTLENECK]["status"] == "zero"
+    raw = place.volume("raw_organ_whole_volume_model_1_submodule.nii.gz")
+    wanted = raw / np.abs(raw).max() * signed
+    assert raw.min() < raw.max() < 0
+    np.testing.assert_allclose(place.volume("cam_organ_whole_volume.nii.gz"), wanted, atol=1e-5)
+    fused = np.asarray(nib.load(place.out / "fused_organ_whole_volume.nii.gz").dataobj)
+    blue = fused["B"].astype(int) - fused["R"]
+    assert (blue > 25).any() == signed
+    page = (place.out / "report.html").read_text(encoding="utf-8")
+    assert ("no CAM: all evidence speaks against the target" in page) == (not signed)
+
+
 def test_class_names_are_no_markup(place):
     write_model(place.folder, classes=["background", "[red]organ", "[/lesion]"])
     outcome = place.explain()

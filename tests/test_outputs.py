@@ -18,6 +18,7 @@ SHAPE = (4, 6)
 FULL, OTHER = torch.rand(1, 3, *SHAPE), torch.rand(1, 3, *SHAPE)
 COARSE, LOSS = torch.rand(1, 3, 2, 3), torch.tensor(0.5)
 CLASSES = torch.rand(1, 5)
+LAST = FULL.movedim(1, -1)
 FOUR = torch.rand(1, 4, *SHAPE)
 
 Levels = namedtuple("Levels", "fine coarse")
@@ -80,6 +81,14 @@ def test_the_logits_are_found(output, selection):
     torch.testing.assert_close(select_output(output, selection, SHAPE), FULL, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 5, 5), (1, 4, 4, 6), (1, 4, 2, 3), (1, 4, 6), (1, 4)])
+def test_classes_as_many_as_voxels_are_no_reason_to_refuse(shape):
+    """Each fits the input channels-first, as fine as it or coarser, or has no places at all."""
+    size = (5, 5) if shape[1] == 5 else SHAPE
+    output = torch.rand(shape)
+    assert select_output(output, None, size) is output
+
+
 @pytest.mark.parametrize("output", [CLASSES, (CLASSES,), [None, CLASSES], {"logits": CLASSES}])
 def test_the_logits_of_a_classifier_are_found(output):
     if isinstance(output, dict):
@@ -114,6 +123,11 @@ def test_the_logits_of_a_classifier_are_found(output):
         ({"a": None}, "a", r"output\['a'\] is a NoneType; logits are a tensor \(B, classes, ...\)"),
         ([LOSS], 0, r"output\[0\] is a tensor \(\); logits are .* Choose with output="),
         (LOSS, None, r"output is a tensor \(\); logits are a tensor"),
+        (FULL.to_sparse(), None, "logits are not dense .*Give output=<function"),
+        (FULL + 0j, None, r"logits are complex \(torch.complex64"),
+        (LAST, None, r"tensor \(1, 4, 6, 3\): .* \(4, 6\) comes before .*out.movedim\(-1, 1\)"),
+        ([LAST], 0, r"output=lambda out: out\[0\].movedim\(-1, 1\)"),
+        (LAST, lambda output: output * 2, "a function whose tensor has them first"),
         (FULL, lambda output: [output], r"output is a list .* It returned a tensor \(1, 3, 4, 6\)"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.utils import SpaceKeys
 
 from seg3dcam import CamResult, GradCAM, HiResCAM, SliceGradCAM, WindowPlan, targets
-from seg3dcam.errors import InputError, Seg3dcamWarning
+from seg3dcam.errors import InputError, OutputError, Seg3dcamWarning
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.result import Evidence, LayerMap, scaled
 
@@ -174,6 +175,46 @@ def test_signed_leaves_out_what_is_not_usable():
     assert view(result_of(layer_map([[2.0, 2.0]])), scale="signed") == [[0, 0]]
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([-0.16, 0.0, -0.04], [-1, 0, -0.25]),
+        ([-4.0, 1e-9, -1.0], [-1, 2.5e-10, -0.25]),  # what speaks for the target is rounding noise
+        ([-1e-9, 0.0, -2e-9], [0, 0, 0]),  # all of it is
+        ([-3.0, -3.0, -3.0], [0, 0, 0]),  # the same everywhere
+    ],
+    ids=str,
+)
+def test_what_is_all_against_its_target_is_shown_signed_alone(values, drawn, per_layer):
+    result = result_of(layer_map([values, [1.0, -2.0, 0.0]], magnitude=[1.0, 1.0]))
+    assert result.status == {"a": "zero"}
+    shown = view(result, scale="signed", per_layer=per_layer)
+    assert shown[0] == pytest.approx(drawn, rel=1e-9, abs=1e-12)
+    assert shown[1] == [0.5, -1, 0]
+    for scale in SCALES:
+        assert view(result, scale=scale, per_layer=per_layer)[0] == [0, 0, 0]
+
+
+def test_what_misses_gradients_is_not_shown_signed_either():
+    negative = replace(layer_map([[-1.0, -2.0, 0.0]]), missing=0.3)
+    assert view(result_of(negative), scale="signed") == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "error", "message"),
+    [
+        (None, {}, OutputError, "None is no path: name a file, such as 'cam.nii.gz'"),
+        ("a.nii", {"item": "a"}, InputError, "item 'a' of the batch: legal are 0 to 0"),
+        ("a.nii", {"affine": "a"}, OutputError, r"affine cannot be used: a. Legal: a \(4, 4\)"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(path, settings, error, message):
+    result = result_of(layer_map(toy.random_input(1, 2, 3, 4)))
+    with pytest.raises(error, match=message):
+        result.save(path, **{"affine": np.eye(4), **settings})
+
+
 def test_a_signed_volume_is_saved_with_its_range(tmp_path):
     result = result_of(layer_map([[[[-4.0, 2.0], [0.0, 1.0]]] * 2]))
     image = nib.load(result.save(tmp_path / "cam.nii.gz", affine=np.eye(4), scale="signed"))
@@ -228,6 +269,16 @@ def test_a_map_of_mostly_evidence_against_warns_at_the_users_line():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         HiResCAM(network, "0")(-x, targets.ClassLogit(0, region="volume"))
+
+
+def test_a_map_that_is_all_against_warns_and_names_the_signed_view():
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 1, 1, bias=False), torch.nn.Identity())
+    torch.nn.init.ones_(network[0].weight)
+    x = -torch.arange(64.0).view(1, 1, 4, 4, 4)
+    match = '\'0\' shows nothing.*"zero".*all evidence speaks against the target.*"signed"'
+    with pytest.warns(Seg3dcamWarning, match=match):
+        result = HiResCAM(network, "0")(x, targets.ClassLogit(0, region="volume"))
+    torch.testing.assert_close(result.volume(scale="signed"), x[0] / 63)
 
 
 def test_layers_are_averaged_and_then_scaled():
@@ -329,6 +380,9 @@ def test_slice_of_z_is_the_default():
     ("index", "axis", "message"),
     [
         (4, 0, "slice 4 along axis 0: legal are 0 to 3"),
+        (1.5, 0, "slice 1.5 along axis 0: legal are 0 to 3"),
+        ("a", 0, "slice 'a' along axis 0: legal are 0 to 3"),
+        (0, None, "axis None: legal are 0 to 2"),
         (-1, 0, "slice -1 along axis 0: legal are 0 to 3"),
         (3, 1, "slice 3 along axis 1: legal are 0 to 2"),
         (5, 2, "slice 5 along axis 2: legal are 0 to 4"),

@@ -10,9 +10,10 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from monai.networks import nets
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
-from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.errors import InputError, LayerError, ModelError
 from seg3dcam.layers import resolve_layers
 
 CLASSES = 3
@@ -825,6 +826,113 @@ def test_frozen_networks_of_any_precision(frozen, dtype):
     assert found[0].megabytes == 4 * 8 * 8 * dtype.itemsize / 1e6
 
 
+# ------------------------------------------------------------------- pooled to a fixed size
+
+
+class PyramidPooling(nn.Module):
+    """PSPNet: an encoder of a quarter, beside it its means over 1, 2, 3 and 6 parts of an axis."""
+
+    def __init__(self, ndim):
+        super().__init__()
+        conv = nn.Conv3d if ndim == 3 else nn.Conv2d
+        self.pool = nn.AdaptiveAvgPool3d if ndim == 3 else nn.AdaptiveAvgPool2d
+        encoder = [conv(1, 4, 3, 2, 1), nn.LeakyReLU(), conv(4, 8, 3, 2, 1), nn.LeakyReLU()]
+        self.encoder = nn.Sequential(*encoder)
+        self.parts = nn.ModuleList(conv(8, 2, 1) for _ in range(4))
+        self.head = conv(16, CLASSES, 3, padding=1)
+
+    def forward(self, x):
+        y = self.encoder(x)
+        pools = [self.pool(size)(y) for size in (1, 2, 3, 6)]
+        parts = [part(pooled) for part, pooled in zip(self.parts, pools, strict=True)]
+        joined = torch.cat([y, *(F.interpolate(part, y.shape[2:]) for part in parts)], 1)
+        return F.interpolate(self.head(joined), x.shape[2:])
+
+
+@pytest.mark.parametrize(("ndim", "size"), [(2, 96), (2, 48), (3, 32)])
+def test_pyramid_pooling_is_no_bottleneck(ndim, size):
+    """At 48 the last of its branches halves the encoder's 12 voxels by chance."""
+    net = seeded(lambda: PyramidPooling(ndim))
+    shape = (1, 1, *[size] * ndim)
+    (only,) = suggest_layers(net, shape)
+    assert (only.name, only.role, only.stride) == ("encoder", "bottleneck", (4,) * ndim)
+    assert only.shape == (8, *[size // 4] * ndim)
+    assert "all evidence for the mask passes through it" in only.reason
+    grids = HiResCAM(net)(torch.rand(shape), targets.ClassLogit(1, "volume")).layers
+    assert list(grids) == ["encoder"]
+
+
+class ImageMean(nn.Module):
+    def __init__(self, by_mean):
+        super().__init__()
+        self.by_mean, self.conv = by_mean, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = x.mean((2, 3), keepdim=True) if self.by_mean else F.adaptive_max_pool2d(x, 1)
+        return self.conv(y).expand(-1, -1, *x.shape[2:])
+
+
+class AtrousPooling(nn.Module):
+    """DeepLab: dilated convolutions side by side, the image's mean beside them."""
+
+    def __init__(self, by_mean):
+        super().__init__()
+        encoder = [nn.Conv2d(1, 4, 3, 2, 1), nn.LeakyReLU(), nn.Conv2d(4, 8, 3, 2, 1)]
+        self.encoder = nn.Sequential(*encoder, nn.LeakyReLU())
+        self.near = nn.Conv2d(8, 4, 3, padding=1)
+        self.far = nn.Conv2d(8, 4, 3, padding=4, dilation=4)
+        self.image, self.head = ImageMean(by_mean), nn.Conv2d(12, CLASSES, 1)
+
+    def forward(self, x):
+        y = self.encoder(x)
+        joined = torch.cat([self.near(y), self.far(y), self.image(y)], 1)
+        return F.interpolate(self.head(joined), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_a_branch_of_the_image_mean_is_no_bottleneck(by_mean):
+    (only,) = suggest_layers(seeded(lambda: AtrousPooling(by_mean)), (1, 1, 48, 64))
+    assert (only.name, only.shape, only.stride) == ("encoder", (8, 12, 16), (4, 4))
+
+
+class Gated(nn.Module):
+    """Its parts of two voxels an axis weigh the channels of what they are made from."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.parts = nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(2)
+        self.gate, self.b = nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 3, 2, 1)
+        self.up, self.head = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, CLASSES, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.head(self.up(self.b(y * torch.sigmoid(self.gate(self.parts(y))))))
+
+
+def test_a_gate_is_no_bottleneck():
+    found = suggest_layers(seeded(Gated), (1, 1, 32, 32))
+    assert [(s.name, s.role) for s in found] == [("b", "bottleneck"), ("up", "decoder")]
+
+
+class Halved(nn.Module):
+    """A U-Net whose encoder halves its image by a pool that is told the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.up, self.head = nn.ConvTranspose2d(6, 4, 2, 2), nn.Conv2d(8, CLASSES, 1)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(F.adaptive_avg_pool2d(a, [size // 2 for size in a.shape[2:]]))
+        return self.head(torch.cat([a, self.up(b)], 1))
+
+
+def test_a_pool_that_follows_its_image_is_a_level():
+    found = suggest_layers(seeded(Halved), (1, 1, 32, 48))
+    assert [(s.name, s.stride) for s in found] == [("b", (2, 2)), ("up", (1, 1))]
+
+
 # --------------------------------------------------------------------------------- what is refused
 
 
@@ -832,6 +940,14 @@ def test_a_network_without_places_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(LayerError, match=r"no layer of Sequential gives activations with a place"):
         suggest_layers(net, (1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "shape", [None, "abc", 5, (1, 1), (1, 1, 32.5, 32), (1, 1, 0, 32), torch.zeros(1, 1, 8, 8)]
+)
+def test_what_is_no_shape_is_refused(shape):
+    with pytest.raises(InputError, match=r"^input_shape .*: give whole numbers \(B, C, \*S\)"):
+        suggest_layers(nn.Conv2d(1, 1, 1), shape)
 
 
 def test_a_size_that_does_not_fit_is_refused():

@@ -163,8 +163,8 @@ class _Plan:
     @property
     def words(self) -> str:
         """What is shown, and why there is no heat if there is none."""
-        notice = self.explanation.notice()
-        shown = ", ".join(shown_words(self.explanation))
+        notice = self.explanation.notice(scale=self.look.scale)
+        shown = ", ".join(shown_words(self.explanation, self.look))
         return f"{shown}; {notice}" if notice else shown
 
     @property
@@ -232,7 +232,7 @@ def _as_frames(volume: NDArray[Any]) -> NDArray[Any]:
 def _write_pictures(plan: _Plan, heat: Frames, masks: Masks, folder: Path) -> list[Path]:
     """Write one picture per slice."""
     scan = plan.explanation.scan.data[0].numpy()
-    silent = bool(plan.explanation.notice())
+    silent = bool(plan.explanation.notice(scale=plan.look.scale))
     files = []
     for k, header in enumerate(plan.headers):
         picture = draw_picture(
@@ -334,7 +334,7 @@ def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
 def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.bool_]]:
     """Return what is not empty: the prediction, and the CAM from the threshold on."""
     found = {name: mask for name, mask in masks.items() if name == "prediction"}
-    if not plan.explanation.notice():
+    if not plan.explanation.notice(scale=plan.look.scale):
         found["CAM"] = (heat >= plan.look.threshold) & (heat > 0)
     return {name: mask for name, mask in found.items() if mask.any()}
 

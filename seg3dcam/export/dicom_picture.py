@@ -151,7 +151,7 @@ def _blank(
     put_centred(frame, letters.right, width - MARGIN // 2, middle_y)
 
     room = width - 2 * MARGIN
-    notice = explanation.notice()
+    notice = explanation.notice(scale=look.scale)
     blocks = [frame]
     if notice:
         blocks.append(text_block(wrap_items([notice], room), width, AMBER))
@@ -159,7 +159,7 @@ def _blank(
         blocks.append(_colour_bar(palette, width))
     if outlined := [name for name, mask in masks_of(explanation).items() if mask.any()]:
         blocks.append(draw_legend({name: name for name in outlined}, width))
-    facts = [case, *shown_words(explanation), f"window {window.text}"]
+    facts = [case, *shown_words(explanation, look), f"window {window.text}"]
     if not notice:
         facts.append(f"CAM shown from {look.from_text}")
     blocks.append(text_block(wrap_items([clean_text(fact) for fact in facts], room), width))
@@ -183,15 +183,16 @@ def _colour_bar(palette: Palette, width: int) -> Picture:
     return line
 
 
-def shown_words(explanation: Explanation) -> list[str]:
+def shown_words(explanation: Explanation, look: Look) -> list[str]:
     """Return class, layer and method, and which layers are left out of the mean."""
-    silent = [name for name, status in explanation.status.items() if status != "ok"]
     words = [
         explanation.label or explanation.class_name,
         explanation.layer_name(),
         explanation.method,
     ]
-    if silent and not explanation.notice():
+    if explanation.notice(scale=look.scale):  # which leaves nothing to say of the map
+        return words
+    if silent := explanation.left_out(scale=look.scale):
         words.append(f"without {', '.join(silent)}, whose map is not usable")
     if caution := explanation.caution():
         words.append(caution)

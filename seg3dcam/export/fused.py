@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from seg3dcam.explanation import Explanation
 from seg3dcam.export.nifti import RGB, placed_header, slabs, write_slabs
+from seg3dcam.files import as_path
 from seg3dcam.look import Look, choose_window, colours
 
 __all__ = ["write_fused"]
@@ -43,7 +44,7 @@ def write_fused(
         OutputError: another suffix, a place that cannot be written.
         InputError: no such layer.
     """
-    path, scan = Path(path), explanation.scan
+    path, scan = as_path(path), explanation.scan
     header = placed_header(path, scan.shape, RGB, explanation.affine, scan.header)
     grey, cam = scan.data[0], explanation.volume(layer, scale=look.scale)
     low, high, _ = choose_window(grey.numpy(), look.window)

@@ -24,7 +24,7 @@ from isal import igzip
 from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
-from seg3dcam.files import atomic
+from seg3dcam.files import as_path, atomic
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
 __all__ = ["write_nifti"]
@@ -77,7 +77,7 @@ def write_nifti(
     ...     nib.load(path).header.get_zooms()[2].item()
     3.0
     """
-    path = Path(path)
+    path = as_path(path)
     volume = checked_volume(volume, path)
     header = placed_header(path, volume.shape, dtype, affine, reference)
     is_label = header.get_data_dtype().kind in "iu"
@@ -164,9 +164,12 @@ def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nif
 
 def checked_affine(affine: npt.ArrayLike, path: Path) -> npt.NDArray[np.float64]:
     """Return an affine that can be inverted as (4, 4) float64; OutputError for another."""
-    matrix = np.array(affine, dtype=np.float64)
+    try:
+        matrix = np.array(affine, dtype=np.float64)
+    except (TypeError, ValueError):
+        matrix = np.array(str(affine))
     if (
-        matrix.shape != (4, 4)
+        matrix.shape != (4, 4)  # of a text: ()
         or not np.isfinite(matrix).all()
         or not np.array_equal(matrix[3], [0, 0, 0, 1])
         or np.linalg.det(matrix) == 0

@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from seg3dcam.errors import OutputError
 from seg3dcam.export.nifti import as_stored, checked_affine, checked_volume, gzipped, slabs
-from seg3dcam.files import atomic
+from seg3dcam.files import as_path, atomic
 from seg3dcam.geometry import LPS_TO_RAS
 
 __all__ = ["Segment", "segment", "write_nrrd", "write_segments"]
@@ -57,7 +57,7 @@ def write_nrrd(
     ...     path.read_bytes().splitlines()[5]
     b'space directions: (-1.0,0.0,0.0) (0.0,-1.0,0.0) (0.0,0.0,3.0)'
     """
-    path, kind = Path(path), np.dtype(dtype)
+    path, kind = as_path(path), np.dtype(dtype)
     _check_suffix(path, ".nrrd")
     if kind.name not in _TYPES:
         raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
@@ -138,7 +138,7 @@ def write_segments(
     ...     b"sizes: 2 1 1 3" in path.read_bytes()
     True
     """
-    path = Path(path)
+    path = as_path(path)
     _check_suffix(path, ".seg.nrrd")
     if not segments:
         raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")

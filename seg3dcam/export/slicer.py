@@ -171,7 +171,8 @@ class SlicerScene:
         One without heat is written too, so that its name can say why there is none.
         """
         look = self._look
-        volume, notice = explanation.volume(layer, scale=look.scale), explanation.notice(layer)
+        volume = explanation.volume(layer, scale=look.scale)
+        notice = explanation.notice(layer, look.scale)
         low, high = look.ends
         layer_name = explanation.layer_name(layer)
         caution = explanation.caution(layer)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import cv2
 
 from seg3dcam.errors import ConfigError, OutputError
-from seg3dcam.files import atomic
+from seg3dcam.files import as_path, atomic
 from seg3dcam.review import display, frame
 from seg3dcam.review.draw import Picture
 from seg3dcam.review.plan import Review
@@ -98,7 +98,7 @@ def _footer(review: Review, width: int) -> Picture:
 
 def check_suffix(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
     """Return the path; ConfigError where it does not end as its format wants."""
-    file = Path(path)
+    file = as_path(path)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"the {what} path must end in {suffix}, not {file.name!r}")
     return file

@@ -233,18 +233,18 @@ def review_explanation(
         axis=axis,
         slices=slices,
         title=" · ".join(word for word in words if word),
-        caption=_caption(explanation, layer),
-        notice=explanation.notice(layer),
+        caption=_caption(explanation, layer, look),
+        notice=explanation.notice(layer, look.scale),
     )
 
 
 # ---------------------------------------------------------------- words
 
 
-def _caption(explanation: Explanation, layer: str | None) -> dict[str, str]:
+def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[str, str]:
     names = list(explanation.maps) if layer is None else [layer]
     finest = min((explanation.native_spacing[name] for name in names), key=math.prod)
-    silent = [name for name in names if explanation.status[name] != "ok"]
+    silent = explanation.left_out(layer, look.scale)
     words = {
         "class": explanation.class_name,
         "layer": explanation.layer_name(layer),

@@ -254,8 +254,8 @@ class _Page:
 
     def _layer(self, explanation: Explanation, layer: str | None, kept: Kept) -> dict[str, Any]:
         """Return what the page says of one layer, or of all together."""
-        frame, notice = self.frame, explanation.notice(layer)
-        found = findings(explanation, layer)
+        frame, notice = self.frame, explanation.notice(layer, self.look.scale)
+        found = findings(explanation, layer, self.look.scale)
         shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
         volume = None if notice else explanation.volume(layer, scale=self.look.scale)
         listed = found["peaks"]
@@ -281,7 +281,7 @@ class _Page:
         kept = {}
         for layer, values in explanation.maps.items():
             largest = float(self.look.strength(values).max())
-            if explanation.status[layer] != "ok" or not largest > 0:
+            if explanation.left_out(layer, self.look.scale) or not largest > 0:
                 continue
             lattice = None
             if layer in provenance.get("layers", {}):

@@ -79,6 +79,11 @@ def checked_score(target: Any, logits: torch.Tensor) -> torch.Tensor:
             f"target '{name_of(target)}' must return one score per item, shape "
             f"{tuple(logits.shape[:1])}; it returned {found}"
         )
+    if score.is_complex():
+        raise TargetError(
+            f"target '{name_of(target)}' returned complex scores; a score is a real number, such "
+            "as its .real or .abs()"
+        )
     return score
 
 

@@ -15,6 +15,11 @@ from seg3dcam.targets.families import OwnFamily, is_family
 from seg3dcam.targets.regions import Move
 from seg3dcam.targets.scores import ClassLogOdds, MaskOutput
 
+_IN_PLACE = (
+    "target '{}' changes the logits in place, which others read too: let it change a copy, "
+    "logits.clone()"
+)
+
 
 def as_target(given: Any, activation: Activation = "softmax") -> AnyTarget:
     """Return a target: an int means `ClassLogOdds`, None the original recipe.
@@ -134,9 +139,17 @@ def score_and_seed(target: AnyTarget, logits: torch.Tensor) -> tuple[torch.Tenso
         TargetError: the target is not a differentiable function (B, K, *S) -> (B,) of the logits.
     """
     leaf = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        score = checked_score(target, leaf)
-        total = score.sum()
+    version = leaf._version
+    try:
+        with torch.enable_grad():
+            score = checked_score(target, leaf)
+            total = score.sum()
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        raise TargetError(_IN_PLACE.format(name_of(target))) from error
+    if leaf._version != version:  # of a detached view, or without gradients
+        raise TargetError(_IN_PLACE.format(name_of(target)))
     seed = None
     if score.requires_grad:
         (seed,) = torch.autograd.grad(total, leaf, allow_unused=True)

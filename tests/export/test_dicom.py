@@ -18,6 +18,7 @@ from helpers_dicom import complaints, write_series
 from helpers_phantom import (
     against_mm,
     make_phantom,
+    make_phantom_against,
     make_signed_phantom,
     marker_mm,
     offset_mm,
@@ -178,6 +179,29 @@ def test_a_signed_map_holds_both_signs_and_says_so(signed):
     assert (window.WindowWidth, window.WindowCenter) == (2, 0)
     mapping = shared.RealWorldValueMappingSequence[0]
     assert "below 0 against it" in mapping.LUTExplanation
+
+
+@pytest.mark.filterwarnings("ignore:no DICOM Segmentation")
+def test_a_map_that_is_all_against_is_written_signed(tmp_path):
+    against = make_phantom_against()
+    explanation = plain(explained(tmp_path / "in"))
+    explanation = replace(
+        explanation, maps=against.maps, status=against.status, only_against=against.only_against
+    )
+    for signed in (False, True):
+        files = save_dicom(
+            tmp_path / f"{signed}", explanation, replace(LOOK, colormap="", signed=signed)
+        )
+        image = pydicom.dcmread(of_kind(files, "_map"))
+        values = np.frombuffer(image.FloatPixelData, "<f4")
+        assert (values.min(), values.max()) == (-1 * signed, 0)
+        blue = 0
+        for file in of_kind(files, "_pictures"):
+            image = pydicom.dcmread(file)
+            pixels = image.pixel_array[area(image, explanation.scan)].astype(int)
+            blue += (pixels[..., 2] - pixels[..., 0] > 60).sum()
+        assert (blue > 500) == signed
+        assert ("no CAM" in image.SeriesDescription) == (not signed)
 
 
 def test_signed_pictures_show_each_sign_in_its_colour_at_its_place(signed):

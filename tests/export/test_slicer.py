@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import cv2
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 import slicerio
@@ -30,6 +31,7 @@ from helpers_phantom import (
     against_mm,
     make_grid,
     make_phantom,
+    make_phantom_against,
     make_signed_phantom,
     marker_mm,
     silent,
@@ -253,6 +255,18 @@ def test_a_signed_scene_shows_each_sign_in_its_colour_and_nothing_between(tmp_pa
         strongest = colours("blue_orange")[255 if sign > 0 else 0]
         expected = 0.6 * grey + 0.4 * strongest
         np.testing.assert_allclose(pixels[away < 1.5].mean(0), expected, atol=12)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_map_that_is_all_against_is_heat_of_the_signed_scene_alone(tmp_path, signed):
+    phantom = make_phantom_against()
+    save_scene(tmp_path, phantom, replace(LOOK, colormap="", signed=signed))
+    (file,) = tmp_path.glob("cam_*.nrrd")
+    found, _ = nrrd.read(str(file))
+    assert (found.min(), found.max()) == (-1 * signed, 0)
+    text = (tmp_path / "scene.mrml").read_text(encoding="utf-8")
+    assert "all evidence speaks against the target" in text
+    assert ("no CAM" in text) == (not signed)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])

@@ -12,6 +12,7 @@ import torch
 from helpers_phantom import (
     against_mm,
     make_phantom,
+    make_phantom_against,
     make_signed_phantom,
     marker_mm,
     offset_mm,
@@ -144,6 +145,23 @@ def test_a_signed_page_holds_both_signs_where_they_are(tmp_path, codes):
     look = page.meta["look"]
     assert (look["signed"], look["ends"]) == (True, [-1, 1])
     assert look["colours"] == colours("blue_orange").tolist()
+
+
+def test_a_map_that_is_all_against_is_on_the_signed_page_alone(tmp_path):
+    explanation = make_phantom_against()
+    page = saved(tmp_path, explanation, look=replace(CT, colormap="", signed=True))
+    volume = explanation.volume(scale="signed").numpy()
+    assert (volume.min(), volume.max()) == (-1, 0)
+    assert np.abs(page.volume(0, 0) - volume).max() < 0.03
+    (layer,) = page.meta["items"][0]["layers"]
+    assert layer["notice"] == ""
+    assert layer["found"]["evidence_against"] == 1
+    assert layer["found"]["warnings"][0].startswith("all evidence speaks against the target: ")
+    assert layer["peaks"][0]["value"] == -1
+    (layer,) = saved(tmp_path, explanation).meta["items"][0]["layers"]
+    assert layer["maps"] == []
+    words = "no CAM: all evidence speaks against the target; the signed view shows it"
+    assert layer["notice"] == layer["found"]["warnings"][0] == words
 
 
 def test_profiles_of_a_signed_page(tmp_path):

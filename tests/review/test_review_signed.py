@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
-from helpers_phantom import against_mm, make_phantom, make_signed_phantom, marker_mm
+from helpers_phantom import (
+    against_mm,
+    make_phantom,
+    make_phantom_against,
+    make_signed_phantom,
+    marker_mm,
+)
 from review_phantom import written_words
 from test_review_curves_and_film import decode, lines_of
 
@@ -154,6 +162,34 @@ def test_every_picture_of_a_case_shows_both_signs(draw_all):
     legend = signs(frame.draw_colour_bar(draw.make_palette(SIGNED), 0.2))
     for found, in_legend in zip((blue, orange), legend, strict=True):
         assert (found > 0).sum() > (in_legend > 0).sum() + 500
+
+
+def test_pictures_of_a_map_that_is_all_against_are_blue_and_the_usual_ones_say_why_not():
+    phantom = make_phantom_against()
+    review = review_explanation(phantom, SIGNED)
+    assert review.notice == ""
+    blue, _ = signs(montage.draw_montage(review))
+    in_legend, _ = signs(frame.draw_colour_bar(draw.make_palette(SIGNED), 0.2))
+    assert (blue > 0).sum() > (in_legend > 0).sum() + 500
+    assert "all evidence speaks against the target: at most 1.99, in sum" in " ".join(
+        review.caption
+    )
+    words = "no CAM: all evidence speaks against the target; the signed view shows it"
+    usual = review_explanation(phantom)
+    assert usual.notice == words
+    assert phantom.volume().count_nonzero() == 0
+
+
+def test_beside_another_layer_one_that_is_all_against_is_left_out_of_the_usual_view_alone():
+    phantom = make_signed_phantom(layers=("a", "b"), height=2.0)
+    maps = {"a": phantom.maps["a"], "b": -phantom.maps["a"].abs()}
+    phantom = replace(phantom, maps=maps, status={"a": "ok", "b": "zero"}, only_against=["b"])
+    assert (phantom.left_out(), phantom.left_out(scale="signed")) == (["b"], [])
+    mean = (maps["a"] + maps["b"]) / 2
+    wanted = (mean / mean.abs().max()).numpy()
+    np.testing.assert_allclose(phantom.volume(scale="signed").numpy(), wanted, atol=1e-6)
+    assert "b" in " ".join(review_explanation(phantom).caption)
+    assert "not usable" not in " ".join(review_explanation(phantom, SIGNED).caption)
 
 
 def test_the_film_shows_evidence_against(tmp_path):
