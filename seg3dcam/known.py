@@ -64,12 +64,13 @@ class Known:
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _watched: WeakSet[nn.Module] = WeakSet()
-#: Lock -> the thread that took it last; thread -> the lock that it waits for.
-_owners: dict[int, int] = {}
-_waiting: dict[int, int] = {}
+#: (thread, ids of the modules, parameters and buffers that it is at work on), one a network.
+_held: list[tuple[int, frozenset[int]]] = []
+#: Thread -> ids of those that it waits for.
+_awaited: dict[int, frozenset[int]] = {}
+_let_go = threading.Condition()
 _tables = threading.RLock()
 
 
@@ -103,19 +104,18 @@ def key_of(layer: LayerRef) -> tuple[str, tuple, Layout | None] | None:
 
 @contextlib.contextmanager
 def opened(network: nn.Module) -> Iterator[Known]:
-    """Let one thread at a time into a network, and into others that it shares modules with.
+    """Let one thread at a time into a network, and into others that it shares anything with.
 
-    Reentrant: a CAM may be asked for while another one of the same network is made. It sees the
-    same knowledge, whatever a forward pass has written into the network's attributes meanwhile.
+    What may be shared are modules, parameters and buffers. Reentrant: a CAM may be asked for while
+    another one of the same network is made. It sees the same knowledge, whatever a forward pass has
+    written into the network's attributes meanwhile.
+
+    Raises:
+        ModelError: two networks, each explained inside a target of the other's, in two threads.
     """
-    # In one order for all, or two networks that share two modules would wait for each other.
-    modules = sorted(set(network.modules()), key=id)
-    with _tables:
-        locks = [_locks.setdefault(module, threading.RLock()) for module in modules]
+    parts = list(_parts(network))  # alive all the while, so that their ids are theirs
     with contextlib.ExitStack() as stack:
-        for lock in locks:
-            _acquire(lock)
-            stack.callback(lock.release)
+        stack.enter_context(_alone_with(frozenset(map(id, parts))))
         if network in _open:
             yield _open[network]
             return
@@ -139,35 +139,53 @@ def watched(network: nn.Module, known: Known) -> Iterator[None]:
         known.restless |= _changed(before, _structure(network))
 
 
-def _acquire(lock: Any) -> None:
-    """Wait for a lock, unless its owner waits for this thread.
-
-    Raises:
-        ModelError: two networks, each explained inside a target of the other's, in two threads.
-    """
-    me, rounds = threading.get_ident(), 0
-    while not lock.acquire(timeout=0.2):
-        with _tables:
-            _waiting[me] = id(lock)
-            rounds = rounds + 1 if _waits_for(me) else 0
-            if rounds > 5:  # not just in the moment when one lets go
-                del _waiting[me]
-                raise ModelError(
-                    "two threads wait for each other: each explains a network inside a target of "
-                    "the other's. Explain one after the other"
-                )
-    with _tables:
-        _waiting.pop(me, None)
-        _owners[id(lock)] = me
+def _parts(network: nn.Module) -> Iterator[Any]:
+    """Yield the modules of a network, and their parameters and buffers."""
+    for module in network.modules():
+        yield module
+        yield from module._parameters.values()
+        yield from module._buffers.values()
 
 
-def _waits_for(me: int) -> bool:
-    """Tell whether the owner of the lock that a thread waits for waits, by others, for it."""
-    thread, seen = me, set[int]()
-    while thread in _waiting and thread not in seen:
-        seen.add(thread)
-        thread = _owners.get(_waiting[thread], 0)
-    return thread == me and bool(seen)
+@contextlib.contextmanager
+def _alone_with(parts: frozenset[int]) -> Iterator[None]:
+    """Wait until no other thread is at work on any of these; all are taken at once."""
+    me = threading.get_ident()
+    parts -= {id(None)}  # of a layer without a bias
+    with _let_go:
+        _awaited[me] = parts
+        try:
+            while _holders(me):
+                if _waits_for_itself(me):
+                    raise ModelError(
+                        "two threads wait for each other: each explains a network inside a target "
+                        "of the other's. Explain one after the other"
+                    )
+                _let_go.wait()
+        finally:
+            del _awaited[me]
+        _held.append((me, parts))
+    try:
+        yield
+    finally:
+        with _let_go:
+            _held.remove((me, parts))
+            _let_go.notify_all()
+
+
+def _holders(thread: int) -> set[int]:
+    """Return the other threads that hold something that a thread waits for."""
+    awaited = _awaited.get(thread, frozenset())
+    return {t for t, parts in _held if t != thread and not parts.isdisjoint(awaited)}
+
+
+def _waits_for_itself(me: int) -> bool:
+    """Tell whether those that a thread waits for wait, by others, for it."""
+    seen, next_ones = set[int](), _holders(me)
+    while next_ones:
+        seen |= next_ones
+        next_ones = set().union(*map(_holders, next_ones)) - seen
+    return me in seen
 
 
 def _structure(network: nn.Module) -> Structure:
