@@ -14,13 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from seg3dcam.belongings import OF_EVERY_MODULE, container_kind, inside
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import Tokens, channels_first, channels_last
+
+#: A container of more things is a log or a table, and holds no settings; and how deep one may lie.
+MANY, DEEPEST = 64, 3
 
 #: (name of a module, key) -> what is there.
 Structure = dict[tuple[str, str], Hashable]
@@ -83,7 +88,7 @@ def known_of(network: nn.Module) -> Known:
             known = _known[network] = Known(structure)
         elif changed := _changed(known.structure, structure) - known.restless:
             new = Known(structure, restless=known.restless)
-            if all(isinstance(structure.get(key), int | float) for key in changed):
+            if all(_is_number(structure.get(key)) for key in changed):
                 new.doubted, new.former = changed, known.grids
             known = _known[network] = new
         return known
@@ -191,14 +196,45 @@ def _waits_for_itself(me: int) -> bool:
 def _structure(network: nn.Module) -> Structure:
     """Return what places and layouts depend on: modules, plain settings, shapes of weights."""
     found: Structure = {}
+    seen: set[int] = set()
     for name, module in network.named_modules(remove_duplicate=False):
         found[name, ""] = (id(module), type(module))
         for key, parameter in module._parameters.items():
             found[name, key] = _shape(parameter)
         for key, value in vars(module).items():
-            if key != "training" and _is_plain(value):
-                found[name, key] = value
+            if _is_plain(value):
+                if key != "training":
+                    found[name, key] = value
+            elif key not in OF_EVERY_MODULE:
+                for path, setting in _settings(key, value, seen, DEEPEST):
+                    found[name, path] = setting
     return found
+
+
+def _settings(path: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Hashable]]:
+    """Yield the plain settings in dicts, lists and objects of a user's own classes, each once.
+
+    Those of a dict or an object by their names, since one of them may count passes; a list is one
+    setting.
+    """
+    held = None if isinstance(value, torch.Tensor) else inside(value)
+    if held is None or id(value) in seen:
+        return
+    seen.add(id(value))
+    items, kind = list(held), container_kind(value)
+    if len(items) > MANY:
+        return
+    if (kind is not None and not issubclass(kind, dict)) or isinstance(value, tuple):
+        plain = filter(_is_plain, items)
+        yield path, frozenset(plain) if kind is set else tuple(plain)
+        names = [str(number) for number in range(len(items))]
+    else:
+        names = [*map(str, vars(value) if kind is None else kind.keys(value))]
+        yield from ((f"{path}.{n}", i) for n, i in zip(names, items, strict=True) if _is_plain(i))
+    if depth > 1:
+        for name, item in zip(names, items, strict=True):
+            if not _is_plain(item):
+                yield from _settings(f"{path}.{name}", item, seen, depth - 1)
 
 
 def _changed(one: Structure, other: Structure) -> set[tuple[str, str]]:
@@ -211,6 +247,11 @@ def _shape(parameter: Any) -> Hashable:
         if parameter is None or is_lazy(parameter)
         else (tuple(parameter.shape), parameter.dtype)
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Tell a number, or some: a list may be a log."""
+    return all(map(_is_number, value)) if type(value) is tuple else isinstance(value, int | float)
 
 
 def _is_plain(value: Any) -> bool:
