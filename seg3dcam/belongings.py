@@ -12,11 +12,11 @@ import queue
 import random
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,19 @@ from torch.utils.data import DataLoader, Dataset
 MOST, DEEPEST = 2_000, 5
 
 #: Random generators that a network may own.
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.BitGenerator,
+    np.random.RandomState,
+    random.Random,
+)
 
 #: Attributes of every module: hooks, submodules, parameters, buffers.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+#: Kinds of containers: their own methods are used, whatever a subclass makes of these.
+CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 _SINGLE = (torch.Tensor, np.ndarray, *GENERATORS)
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
@@ -41,39 +50,62 @@ _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "seg3dcam"}
 _LIBRARIES |= {"lightning", "pytorch_lightning", "ignite"}
 
 
+class Kept(NamedTuple):
+    """A thing that a module keeps.
+
+    Attributes:
+        thing: a tensor, an array, a generator, a container or an object.
+        where: the module and its attribute, in words.
+    """
+
+    thing: Any
+    where: str
+
+
 def attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's own attributes; a script has none that can be read."""
     if isinstance(module, torch.jit.ScriptModule):
         return {}
     own = vars(module)
-    return {name: own[name] for name in own.keys() - _OF_EVERY_MODULE}
+    return {name: own[name] for name in own.keys() - OF_EVERY_MODULE}
 
 
-def belongings(model: nn.Module) -> list[Any]:
+def called(name: str, module: nn.Module) -> str:
+    """Return what to call a module of a network."""
+    return f"module '{name}' ({type(module).__name__})" if name else "the network itself"
+
+
+def kept(model: nn.Module) -> list[Kept]:
     """Return the tensors, arrays, generators, containers and objects that modules keep.
 
     Each once, the nearest first.
     """
-    found: dict[int, Any] = {}
-    waiting: deque[tuple[Any, int]] = deque()
-    for module in model.modules():
-        waiting.extend((v, 0) for v in attributes(module).values() if not _is_plain(v))
+    found: dict[int, Kept] = {}
+    waiting: deque[tuple[Any, int, tuple[str, nn.Module, str]]] = deque()
+    for name, module in model.named_modules():
+        own = attributes(module)
+        waiting.extend((v, 0, (name, module, key)) for key, v in own.items() if not _is_plain(v))
     for _ in range(MOST):
         if not waiting:
             break
-        value, depth = waiting.popleft()
+        value, depth, place = waiting.popleft()
         # By its type: a proxy's __class__ would run code of the user's.
-        if issubclass(type(value), _SINGLE):
-            found[id(value)] = value
-            continue
-        items = _inside(value)
-        if items is None or id(value) in found:
+        single = issubclass(type(value), _SINGLE)
+        items = None if single else inside(value)
+        if id(value) in found or (items is None and not single):
             continue
         if not isinstance(value, tuple):
-            found[id(value)] = value
-        if depth < DEEPEST and len(waiting) < MOST:
-            waiting.extend((i, depth + 1) for i in islice(items, MOST) if not _is_plain(i))
+            name, module, key = place
+            found[id(value)] = Kept(value, f"{called(name, module)}: its '{key}'")
+        if items is not None and depth < DEEPEST and len(waiting) < MOST:
+            more = islice(items, MOST)
+            waiting.extend((i, depth + 1, place) for i in more if not _is_plain(i))
     return list(found.values())
+
+
+def belongings(model: nn.Module) -> list[Any]:
+    """Return the things of `kept`."""
+    return [thing for thing, _ in kept(model)]
 
 
 def _is_plain(value: Any) -> bool:
@@ -83,13 +115,14 @@ def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN
 
 
-def _inside(value: Any) -> Iterable[Any] | None:
+def inside(value: Any) -> Iterable[Any] | None:
     """Return what a container or an object of a user's own class holds; None: not gone into."""
     kind = type(value)
-    if issubclass(kind, dict):
-        return value.values()
-    if issubclass(kind, list | tuple | set | deque):
+    if issubclass(kind, tuple):
         return value
+    of = container_kind(value)
+    if of is not None:
+        return of.values(value) if issubclass(of, dict) else list(of.__iter__(value))
     library = str(kind.__module__).partition(".")[0]
     if (library in _LIBRARIES and kind is not SimpleNamespace) or issubclass(kind, _NEVER):
         return None
@@ -97,3 +130,14 @@ def _inside(value: Any) -> Iterable[Any] | None:
     if type(own) is not dict or any(issubclass(type(v), _NEVER) for v in own.values()):
         return None
     return own.values()
+
+
+def container_kind(value: Any) -> Any:
+    """Return which of `CONTAINERS` something is, None for none."""
+    own = type(value)
+    return own if own in CONTAINERS else next((k for k in CONTAINERS if issubclass(own, k)), None)
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return what tensors in one memory have in common; one that is not strided has its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)

@@ -26,6 +26,7 @@ from seg3dcam.draws import (
     Drawn,
     drawing_from,
     owned_generators,
+    parameters_by_memory,
     random_state,
     set_random_state,
 )
@@ -108,7 +109,7 @@ def capturing(
         _check_hooks(layers)
         capture = Capture(member, layers, output, known)
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
-        stack.enter_context(untouched(model))
+        stack.enter_context(untouched(model, capture.overwritten))
         stack.enter_context(watched(model, known))
         # Before the layers' own hooks, which swap what modules give.
         for module in filter(takes_hooks, filter(Witnesses.may_be, model.modules())):
@@ -172,12 +173,14 @@ class Capture:
         member: the network and how it sees its input.
         known: what was found out about the network, now or earlier.
         dropped: layer -> why it was dropped.
+        overwritten: name of a parameter that the network's passes write to -> its values before.
     """
 
     def __init__(
         self, member: Member, layers: Sequence[LayerRef], output: OutputSelection, known: Known
     ) -> None:
         self.dropped: dict[LayerRef, str] = {}
+        self.overwritten: dict[str, torch.Tensor] = {}
         self.member = member
         self.model = model = member.network
         self.known = known
@@ -188,6 +191,7 @@ class Capture:
         self._thread = threading.get_ident()
         self._owned = owned_generators(model)
         self._random = random_state(self._owned)
+        self._parameters = parameters_by_memory(model)
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
         self._input_shape: torch.Size = torch.Size()
@@ -466,11 +470,12 @@ class Capture:
             FoundLateError: it draws in this pass, and drew nothing in those before.
         """
         known = self.known
+        noted = Drawn(self._parameters, self.overwritten)
         if known.draws:
-            with drawing_from(self._random):
+            with drawing_from(self._random), noted:
                 yield
             return
-        late, noted = known.draws == "", Drawn()
+        late = known.draws == ""
         stopped: _LayersReached | None = None
         complete = False
         with contextlib.nullcontext() if late else drawing_from(self._random):

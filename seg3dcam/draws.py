@@ -9,9 +9,10 @@ generators that the network owns (see `seg3dcam.belongings`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seg3dcam.belongings import GENERATORS, belongings
+from seg3dcam.belongings import GENERATORS, belongings, memory_of
 
 
 class RandomState(NamedTuple):
@@ -96,6 +97,8 @@ def _state_of(generator: Any) -> Any:
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
     return generator.getstate()
@@ -104,6 +107,8 @@ def _state_of(generator: Any) -> Any:
 def _set_state_of(generator: Any, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state = state
     elif isinstance(generator, random.Random):
         generator.setstate(state)
     else:
@@ -131,25 +136,59 @@ def drawing_from(state: RandomState) -> Iterator[None]:
             set_random_state(before)
 
 
+def gpus() -> list[int]:
+    """Return the indices of all GPUs in use: a network may draw where its input lies."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def parameters_by_memory(model: nn.Module) -> dict[int, list[tuple[str, nn.Parameter]]]:
+    """Return memory -> the parameters that lie in it, with their names."""
+    found: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(memory_of(parameter), []).append((name, parameter))
+    return found
+
+
 class Drawn(TorchDispatchMode):
     """Notes the first operation that draws random numbers, in this thread alone.
+
+    It also keeps what parameters were before something is written to them: of what is written by
+    way of their `.data` nothing else tells.
+
+    Args:
+        parameters: see `parameters_by_memory`.
+        overwritten: name of a parameter -> its values before; filled.
 
     Attributes:
         operation: its name, "" while there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[int, Sequence[tuple[str, nn.Parameter]]],
+        overwritten: dict[str, torch.Tensor],
+    ) -> None:
         super().__init__()
         self.operation = ""
+        self._parameters, self._overwritten = parameters, overwritten
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if not self.operation and torch.Tag.nondeterministic_seeded in func.tags:
             self.operation = func.overloadpacket.__name__
-        return func(*args, **(kwargs or {}))
+        for index, key in _written_to(func):
+            value = args[index] if index < len(args) else kwargs.get(key)
+            if isinstance(value, torch.Tensor):
+                for name, parameter in self._parameters.get(memory_of(value), ()):
+                    if name not in self._overwritten:
+                        self._overwritten[name] = parameter.detach().clone()
+        return func(*args, **kwargs)
 
 
-def gpus() -> list[int]:
-    """Return the indices of all GPUs in use: a network may draw where its input lies."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+@functools.cache
+def _written_to(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return place and name of each argument that an operation writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)

@@ -14,13 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from seg3dcam.belongings import OF_EVERY_MODULE, container_kind, inside
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef, Layout
 from seg3dcam.layouts import Tokens, channels_first, channels_last
+
+#: A container of more things is a log or a table, and holds no settings; and how deep one may lie.
+MANY, DEEPEST = 64, 3
 
 #: (name of a module, key) -> what is there.
 Structure = dict[tuple[str, str], Hashable]
@@ -64,12 +69,13 @@ class Known:
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _watched: WeakSet[nn.Module] = WeakSet()
-#: Lock -> the thread that took it last; thread -> the lock that it waits for.
-_owners: dict[int, int] = {}
-_waiting: dict[int, int] = {}
+#: (thread, ids of the modules, parameters and buffers that it is at work on), one a network.
+_held: list[tuple[int, frozenset[int]]] = []
+#: Thread -> ids of those that it waits for.
+_awaited: dict[int, frozenset[int]] = {}
+_let_go = threading.Condition()
 _tables = threading.RLock()
 
 
@@ -82,7 +88,7 @@ def known_of(network: nn.Module) -> Known:
             known = _known[network] = Known(structure)
         elif changed := _changed(known.structure, structure) - known.restless:
             new = Known(structure, restless=known.restless)
-            if all(isinstance(structure.get(key), int | float) for key in changed):
+            if all(_is_number(structure.get(key)) for key in changed):
                 new.doubted, new.former = changed, known.grids
             known = _known[network] = new
         return known
@@ -103,19 +109,18 @@ def key_of(layer: LayerRef) -> tuple[str, tuple, Layout | None] | None:
 
 @contextlib.contextmanager
 def opened(network: nn.Module) -> Iterator[Known]:
-    """Let one thread at a time into a network, and into others that it shares modules with.
+    """Let one thread at a time into a network, and into others that it shares anything with.
 
-    Reentrant: a CAM may be asked for while another one of the same network is made. It sees the
-    same knowledge, whatever a forward pass has written into the network's attributes meanwhile.
+    What may be shared are modules, parameters and buffers. Reentrant: a CAM may be asked for while
+    another one of the same network is made. It sees the same knowledge, whatever a forward pass has
+    written into the network's attributes meanwhile.
+
+    Raises:
+        ModelError: two networks, each explained inside a target of the other's, in two threads.
     """
-    # In one order for all, or two networks that share two modules would wait for each other.
-    modules = sorted(set(network.modules()), key=id)
-    with _tables:
-        locks = [_locks.setdefault(module, threading.RLock()) for module in modules]
+    parts = list(_parts(network))  # alive all the while, so that their ids are theirs
     with contextlib.ExitStack() as stack:
-        for lock in locks:
-            _acquire(lock)
-            stack.callback(lock.release)
+        stack.enter_context(_alone_with(frozenset(map(id, parts))))
         if network in _open:
             yield _open[network]
             return
@@ -139,48 +144,97 @@ def watched(network: nn.Module, known: Known) -> Iterator[None]:
         known.restless |= _changed(before, _structure(network))
 
 
-def _acquire(lock: Any) -> None:
-    """Wait for a lock, unless its owner waits for this thread.
-
-    Raises:
-        ModelError: two networks, each explained inside a target of the other's, in two threads.
-    """
-    me, rounds = threading.get_ident(), 0
-    while not lock.acquire(timeout=0.2):
-        with _tables:
-            _waiting[me] = id(lock)
-            rounds = rounds + 1 if _waits_for(me) else 0
-            if rounds > 5:  # not just in the moment when one lets go
-                del _waiting[me]
-                raise ModelError(
-                    "two threads wait for each other: each explains a network inside a target of "
-                    "the other's. Explain one after the other"
-                )
-    with _tables:
-        _waiting.pop(me, None)
-        _owners[id(lock)] = me
+def _parts(network: nn.Module) -> Iterator[Any]:
+    """Yield the modules of a network, and their parameters and buffers."""
+    for module in network.modules():
+        yield module
+        yield from module._parameters.values()
+        yield from module._buffers.values()
 
 
-def _waits_for(me: int) -> bool:
-    """Tell whether the owner of the lock that a thread waits for waits, by others, for it."""
-    thread, seen = me, set[int]()
-    while thread in _waiting and thread not in seen:
-        seen.add(thread)
-        thread = _owners.get(_waiting[thread], 0)
-    return thread == me and bool(seen)
+@contextlib.contextmanager
+def _alone_with(parts: frozenset[int]) -> Iterator[None]:
+    """Wait until no other thread is at work on any of these; all are taken at once."""
+    me = threading.get_ident()
+    parts -= {id(None)}  # of a layer without a bias
+    with _let_go:
+        _awaited[me] = parts
+        try:
+            while _holders(me):
+                if _waits_for_itself(me):
+                    raise ModelError(
+                        "two threads wait for each other: each explains a network inside a target "
+                        "of the other's. Explain one after the other"
+                    )
+                _let_go.wait()
+        finally:
+            del _awaited[me]
+        _held.append((me, parts))
+    try:
+        yield
+    finally:
+        with _let_go:
+            _held.remove((me, parts))
+            _let_go.notify_all()
+
+
+def _holders(thread: int) -> set[int]:
+    """Return the other threads that hold something that a thread waits for."""
+    awaited = _awaited.get(thread, frozenset())
+    return {t for t, parts in _held if t != thread and not parts.isdisjoint(awaited)}
+
+
+def _waits_for_itself(me: int) -> bool:
+    """Tell whether those that a thread waits for wait, by others, for it."""
+    seen, next_ones = set[int](), _holders(me)
+    while next_ones:
+        seen |= next_ones
+        next_ones = set().union(*map(_holders, next_ones)) - seen
+    return me in seen
 
 
 def _structure(network: nn.Module) -> Structure:
     """Return what places and layouts depend on: modules, plain settings, shapes of weights."""
     found: Structure = {}
+    seen: set[int] = set()
     for name, module in network.named_modules(remove_duplicate=False):
         found[name, ""] = (id(module), type(module))
         for key, parameter in module._parameters.items():
             found[name, key] = _shape(parameter)
         for key, value in vars(module).items():
-            if key != "training" and _is_plain(value):
-                found[name, key] = value
+            if _is_plain(value):
+                if key != "training":
+                    found[name, key] = value
+            elif key not in OF_EVERY_MODULE:
+                for path, setting in _settings(key, value, seen, DEEPEST):
+                    found[name, path] = setting
     return found
+
+
+def _settings(path: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Hashable]]:
+    """Yield the plain settings in dicts, lists and objects of a user's own classes, each once.
+
+    Those of a dict or an object by their names, since one of them may count passes; a list is one
+    setting.
+    """
+    held = None if isinstance(value, torch.Tensor) else inside(value)
+    if held is None or id(value) in seen:
+        return
+    seen.add(id(value))
+    items, kind = list(held), container_kind(value)
+    if len(items) > MANY:
+        return
+    if (kind is not None and not issubclass(kind, dict)) or isinstance(value, tuple):
+        plain = filter(_is_plain, items)
+        yield path, frozenset(plain) if kind is set else tuple(plain)
+        names = [str(number) for number in range(len(items))]
+    else:
+        names = [*map(str, vars(value) if kind is None else kind.keys(value))]
+        yield from ((f"{path}.{n}", i) for n, i in zip(names, items, strict=True) if _is_plain(i))
+    if depth > 1:
+        for name, item in zip(names, items, strict=True):
+            if not _is_plain(item):
+                yield from _settings(f"{path}.{name}", item, seen, depth - 1)
 
 
 def _changed(one: Structure, other: Structure) -> set[tuple[str, str]]:
@@ -193,6 +247,11 @@ def _shape(parameter: Any) -> Hashable:
         if parameter is None or is_lazy(parameter)
         else (tuple(parameter.shape), parameter.dtype)
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Tell a number, or some: a list may be a log."""
+    return all(map(_is_number, value)) if type(value) is tuple else isinstance(value, int | float)
 
 
 def _is_plain(value: Any) -> bool:

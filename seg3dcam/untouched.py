@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from seg3dcam.belongings import GENERATORS, attributes, belongings
+from seg3dcam.belongings import (
+    GENERATORS,
+    OF_EVERY_MODULE,
+    Kept,
+    attributes,
+    called,
+    container_kind,
+    kept,
+    memory_of,
+)
 from seg3dcam.errors import ModelError, tell
 
 #: Bytes: a copy of a larger tensor or array would cost more than it is worth.
@@ -34,7 +42,7 @@ def check_explainable(model: nn.Module) -> None:
         model: without wrappers. Nothing of it is touched.
     """
     for name, module in model.named_modules():
-        where = f"module '{name}' ({type(module).__name__})" if name else "the network itself"
+        where = called(name, module)
         tensors = {**_own(module, "_parameters"), **_own(module, "_buffers")}
         for key, tensor in tensors.items():
             if tensor is None:
@@ -60,39 +68,59 @@ def check_explainable(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, overwritten: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Freeze a network in eval mode, in exact arithmetic; put everything back at the end.
 
-    The mode of every module, `requires_grad`, buffers, and what modules keep in attributes are
-    afterwards as they were, also after an exception: tensors, arrays, containers and objects of a
-    user's own classes (`seg3dcam.belongings`). Random states see `seg3dcam.draws`.
+    Afterwards, also after an exception, the following are as they were: the mode of every module,
+    `requires_grad`, buffers, and hooks; parameters and submodules that the forward pass replaces,
+    makes or writes to; and what modules keep in attributes: tensors, arrays, containers and objects
+    of a user's own classes (`seg3dcam.belongings`). What cannot be put back is told. Random states
+    see `seg3dcam.draws`.
 
-    Not put back are tensors and arrays of more than `LARGEST` bytes, or mapped from a file; what is
-    no attribute, as globals and what functions close over; objects with `__slots__`, of libraries,
-    or that hold a network, an optimiser, a data set, a file, a lock or a thread; and what lies
-    beyond the nearest two thousand things.
+    Not put back are tensors and arrays of more than `LARGEST` bytes, or mapped from a file; `.grad`
+    that the network itself writes; what is no attribute, as globals and what functions close over;
+    iterators; objects with `__slots__`, of libraries, or that hold a network, an optimiser, a data
+    set, a file, a lock or a thread; and what lies beyond the nearest two thousand things.
 
     Args:
         model: one that `check_explainable` has let pass.
+        overwritten: name of a parameter that the network's passes write to -> its values before;
+            filled by these.
     """
-    modules = list(model.modules())
+    modules = list(model.named_modules())
+    things = kept(model)
+    failed: list[str] = []
     with contextlib.ExitStack() as stack:
+
+        def note(where: str, put_back: _Change) -> None:
+            stack.callback(_try, put_back, where, failed)
+
         # Whatever is noted is noted before the first change.
-        stack.callback(_tell_changed_parameters, _versions(model))
-        for put_back in _belongings(model):
-            stack.callback(put_back)
-        changes: list[Callable[[], None]] = []
-        for module in modules:
-            for note in (_mode, _attributes, _buffers):
-                put_back, change = note(module)
-                stack.callback(put_back)
+        stack.callback(_tell_changed_parameters, _versions(model), overwritten)
+        stack.callback(_tell_failed, failed)
+        for thing, where in things:
+            note(where, _belonging(thing))
+        changes: list[_Change] = []
+        for name, module in modules:
+            for noted in (_mode, _attributes, _tables):
+                put_back, change = noted(module)
+                note(called(name, module), put_back)
                 changes.append(change)
-        for parameter in model.parameters():
-            stack.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        for name, parameter in model.named_parameters():
+            note(f"parameter '{name}'", _parameter(parameter, partial(overwritten.get, name)))
             changes.append(partial(setattr, parameter, "requires_grad", False))
-        copies: dict[int, torch.Tensor] = {}
-        for module in modules:
-            changes += _copying(module, copies)
+        copies = _copies_of_buffers(model, things)
+        for name, module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                kept_in_place, own = list(module._buffers.items()), {}
+            else:
+                buffers = {key: b for key, b in module._buffers.items() if b is not None}
+                own = {key: copies[id(b)] for key, b in buffers.items() if id(b) in copies}
+                kept_in_place = [(key, b) for key, b in buffers.items() if key not in own]
+                changes.append(partial(module._buffers.update, own))
+            for key, buffer in kept_in_place:
+                if buffer is not None:
+                    note(f"{called(name, module)}: its '{key}'", _tensor(buffer))
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
         for change in changes:
@@ -105,6 +133,24 @@ _Change = Callable[[], None]
 
 def _nothing() -> None:
     """Change nothing."""
+
+
+def _try(put_back: _Change, where: str, failed: list[str]) -> None:
+    """Put one thing back; note where that fails, so that the others are put back all the same."""
+    try:
+        put_back()
+    except Exception as error:
+        failed.append(f"{where} ({error})")
+
+
+def _tell_failed(failed: Sequence[str]) -> None:
+    if failed:
+        tell(
+            f"the network is not as it was before: {'; '.join(failed[:3])}"
+            f"{f'; and {len(failed) - 3} more' * (len(failed) > 3)}. Its own forward pass changes "
+            "this, also when it only predicts, in a way that cannot be undone: load the network "
+            "again, and keep such values in buffers"
+        )
 
 
 def _mode(module: nn.Module) -> tuple[_Change, _Change]:
@@ -133,7 +179,7 @@ def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
             old, new = before.get(name, _NONE), now.get(name, _NONE)
             if old is _NONE:
                 del own[name]
-            elif old is not new and name not in module._modules:  # a submodule came in its place
+            elif old is not new:
                 own[name] = old
 
     return put_back, _nothing
@@ -143,82 +189,204 @@ def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
 _NONE = object()
 
 
-def _belongings(model: nn.Module) -> Iterator[_Change]:
-    """Yield what puts back each tensor, array, container and object that modules keep."""
-    for thing in belongings(model):
-        if isinstance(thing, nn.Parameter):
-            continue  # as those that an RNN lists: whether one changed is told
-        if isinstance(thing, torch.Tensor):
-            strided = thing.layout == torch.strided and thing.device.type != "meta"
-            if strided and not thing.is_inference() and thing.nbytes <= LARGEST:
-                yield partial(_write_back, thing, thing.detach().clone())
-        elif isinstance(thing, np.ndarray):
-            own = thing.flags.writeable and not isinstance(thing, np.memmap)
-            if own and thing.nbytes <= LARGEST:
-                yield partial(np.copyto, thing, thing.copy())
-        elif isinstance(thing, list | set | deque):
-            yield partial(_refill, thing, list(thing))
-        elif not isinstance(thing, GENERATORS):
-            items = thing if isinstance(thing, dict) else vars(thing)
-            yield partial(_refill, items, dict(items))
-
-
-def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad():
-        # Only then: a graph that was made meanwhile may need it as it is.
-        if not torch.equal(tensor, values):
-            tensor.copy_(values)
-
-
-def _refill(container: Any, before: Any) -> None:
-    """Put back what a container held, where that changed: other threads may look into it."""
-    now, then = _held(container), _held(before)
-    if len(now) == len(then) and all(map(operator.is_, now, then)):
-        return
-    container.clear()
-    put = container.extend if isinstance(container, list | deque) else container.update
-    put(before)
-
-
-def _held(container: Any) -> list[Any]:
-    if isinstance(container, dict):
-        return [*container, *container.values()]
-    return list(container)
-
-
-def _buffers(module: nn.Module) -> tuple[_Change, _Change]:
-    """Return what puts a module's buffers back; those of a script are written over."""
-    buffers = _own(module, "_buffers")
-    if not isinstance(module, torch.jit.ScriptModule):
-
-        def put_back() -> None:
-            module._buffers.clear()  # also of those that the forward pass registered
-            module._buffers.update(buffers)
-
-        return put_back, _nothing
-
-    kept = [(b, b.detach().clone()) for b in buffers.values() if b is not None]
-
-    def write_back() -> None:
-        for buffer, before in kept:
-            _write_back(buffer, before)
-
-    return write_back, _nothing
-
-
-def _copying(module: nn.Module, copies: dict[int, torch.Tensor]) -> list[_Change]:
-    """Return what gives a module copies of its buffers to work on: the caller's are not touched.
-
-    Args:
-        copies: id of a buffer -> its copy, one for all modules that share it.
-    """
+def _tables(module: nn.Module) -> tuple[_Change, _Change]:
+    """Return what puts back a module's tables: of hooks, submodules, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
+        return _nothing, _nothing
+    tables = [table for name, table in vars(module).items() if name in OF_EVERY_MODULE]
+    changes = [_contents(table) for table in tables if isinstance(table, dict | set)]
+
+    def put_back() -> None:
+        for change in changes:
+            change()
+
+    return put_back, _nothing
+
+
+def _belonging(thing: Any) -> _Change:
+    """Return what puts a tensor, array, container or object back that a module keeps."""
+    if isinstance(thing, (*GENERATORS, nn.Parameter)):
+        return _nothing  # see `seg3dcam.draws`; whether a parameter changed is told
+    if isinstance(thing, torch.Tensor):
+        return _tensor(thing)
+    if isinstance(thing, np.ndarray):
+        own = thing.flags.writeable and not isinstance(thing, np.memmap)
+        return _array(thing) if own and thing.nbytes <= LARGEST else _nothing
+    return _contents(vars(thing) if container_kind(thing) is None else thing)
+
+
+def _parameter(parameter: nn.Parameter, overwritten: Callable[[], torch.Tensor | None]) -> _Change:
+    """Return what puts `requires_grad` back, and what the forward pass wrote."""
+    place, needed = parameter.detach(), parameter.requires_grad
+
+    def put_back() -> None:
+        if _place(parameter) != _place(place):
+            parameter.data = place
+        values = overwritten()
+        if values is not None and not _same(place, values):
+            parameter.data.copy_(values)  # a graph that was made before needs just these
+        parameter.requires_grad = needed
+
+    return put_back
+
+
+def _array(array: np.ndarray) -> _Change:
+    before = array.copy()
+
+    def put_back() -> None:
+        array.flags.writeable = True
+        np.copyto(array, before)
+        if isinstance(array, np.ma.MaskedArray):
+            array.mask = np.ma.getmask(before)
+
+    return put_back
+
+
+def _tensor(tensor: torch.Tensor) -> _Change:
+    """Return what writes a tensor's values back, into the memory that it had."""
+    if tensor.layout in _PARTS:
+        return _sparse(tensor)
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.nbytes > LARGEST:
+        return _nothing
+    if not _has_memory(tensor):
+        return _nothing
+    place, needed = tensor.detach(), tensor.requires_grad
+    written = _without_repetition(place)
+    values, memory = written.clone(), place.untyped_storage()
+    size = memory.nbytes()
+
+    def put_back() -> None:
+        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+            graph = needed != tensor.requires_grad and tensor.grad_fn is not None
+            if graph:
+                (tensor if tensor._base is None else tensor._base).detach_()
+            if _place(tensor) != _place(place):  # by `.data`, or resized
+                tensor.data = place
+            if memory.nbytes() < size:  # to read from it would read what is not there
+                memory.resize_(size)
+            # Only then: a graph that was made meanwhile may need it as it is.
+            if not _same(written, values):
+                written.copy_(values)
+        if graph and tensor.requires_grad:
+            raise RuntimeError("it is a view, which autograd follows from now on")
+
+    return put_back
+
+
+def _without_repetition(tensor: torch.Tensor) -> torch.Tensor:
+    """Return each value of an expanded tensor once: a place can be written to but once."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Tell whether all of a tensor lies in its memory, which may have been let go of."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return not tensor.numel() or end <= tensor.untyped_storage().nbytes()
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    if tensor.layout != torch.strided:
+        return (tensor.shape, tensor.dtype)
+    return (memory_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()) or not other.isnan().any():
+        return False
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+#: Layout -> what a sparse tensor of it is made of.
+_PARTS: dict[torch.layout, tuple[str, ...]] = {torch.sparse_coo: ("_indices", "_values")}
+for _layout in (torch.sparse_csr, torch.sparse_bsr):
+    _PARTS[_layout] = ("crow_indices", "col_indices", "values")
+for _layout in (torch.sparse_csc, torch.sparse_bsc):
+    _PARTS[_layout] = ("ccol_indices", "row_indices", "values")
+
+
+def _sparse(tensor: torch.Tensor) -> _Change:
+    parts = _PARTS[tensor.layout]
+    before = tensor.detach().clone()
+
+    def put_back() -> None:
+        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+            now = tensor.detach()
+            if not all(torch.equal(getattr(now, p)(), getattr(before, p)()) for p in parts):
+                tensor.copy_(before)
+
+    return put_back
+
+
+def _contents(container: Any) -> _Change:
+    """Return what puts back what a container holds, whatever methods a subclass has."""
+    kind = container_kind(container)
+    before = _held(container, kind)
+
+    def put_back() -> None:
+        # Only where it changed: other threads may look into it.
+        now = _held(container, kind)
+        if len(now) == len(before) and all(map(operator.is_, now, before)):
+            return
+        if not issubclass(kind, dict):
+            kind.clear(container)
+            (kind.update if kind is set else kind.extend)(container, before)
+            return
+        count = len(before) // 2
+        if len(now) != len(before) or not all(map(operator.is_, now[:count], before[:count])):
+            kind.clear(container)
+        for key, value in zip(before[:count], before[count:], strict=True):
+            kind.__setitem__(container, key, value)
+
+    return put_back
+
+
+def _held(container: Any, kind: Any) -> list[Any]:
+    """Return what a container holds; of a dict the keys, then the values."""
+    if issubclass(kind, dict):
+        return [*kind.keys(container), *kind.values(container)]
+    return list(kind.__iter__(container))
+
+
+def _copies_of_buffers(model: nn.Module, things: Iterable[Kept]) -> dict[int, torch.Tensor]:
+    """Return id of a buffer -> a copy to work on, so that the caller's are not touched.
+
+    Buffers that lie in one memory, as one that is a view of another, do so in their copies. One
+    that lies in the memory of a parameter, or of a tensor that a module keeps, has no copy: what is
+    written to one of them is to be read from the other.
+    """
+    others = [thing for thing, _ in things if isinstance(thing, torch.Tensor)]
+    taken = {memory_of(tensor) for tensor in (*others, *model.parameters())}
+    groups: dict[int, dict[int, torch.Tensor]] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for buffer in module._buffers.values():
+                if buffer is not None and memory_of(buffer) not in taken:
+                    groups.setdefault(memory_of(buffer), {})[id(buffer)] = buffer
+    copies: dict[int, torch.Tensor] = {}
+    for group in groups.values():
+        copies.update(zip(group, _copied(list(group.values())), strict=False))
+    return copies
+
+
+def _copied(buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies of the buffers of one memory, none where they cannot lie in one as these do."""
+    one = buffers[0]
+    if len(buffers) == 1:
+        return [one.detach().clone()]
+    unlike = (b.dtype != one.dtype or b.is_quantized or b.is_conj() or b.is_neg() for b in buffers)
+    if any(unlike):
         return []
-    for buffer in module._buffers.values():
-        if buffer is not None and id(buffer) not in copies:
-            copies[id(buffer)] = buffer.detach().clone()
-    own = {key: b if b is None else copies[id(b)] for key, b in module._buffers.items()}
-    return [lambda: module._buffers.update(own)]
+    memory = one.untyped_storage().clone()
+    size = memory.nbytes() // one.element_size()
+    whole = one.detach().new_empty(0).set_(memory, 0, (size,), (1,))
+    with torch.enable_grad():  # views that autograd follows, as the buffers themselves are
+        return [whole.as_strided(b.shape, b.stride(), b.storage_offset()) for b in buffers]
 
 
 def _own(module: nn.Module, table: str) -> dict[str, Any]:
@@ -230,9 +398,11 @@ def _versions(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
     return [(name, p, p._version) for name, p in model.named_parameters()]
 
 
-def _tell_changed_parameters(before: list[tuple[str, nn.Parameter, int]]) -> None:
-    """Say which parameters the network's own forward pass wrote to: that cannot be undone."""
-    changed = [name for name, parameter, version in before if parameter._version != version]
+def _tell_changed_parameters(
+    before: list[tuple[str, nn.Parameter, int]], overwritten: Mapping[str, torch.Tensor]
+) -> None:
+    """Say which parameters were written to, unseen, by the network's own forward pass."""
+    changed = [n for n, p, version in before if p._version != version and n not in overwritten]
     if changed:
         tell(
             f"the network's forward pass changes its parameters in place ({', '.join(changed[:3])}"

@@ -311,6 +311,68 @@ def test_settings_of_modules_are_part_of_what_is_remembered():
     assert_grid(grids_of(net, (32,) * 3, "1")["1"], (4,) * 3, (1,) * 3)
 
 
+class Settings:
+    def __init__(self, **settings):
+        vars(self).update(settings)
+
+
+PLACES = {
+    "dict": (lambda: {"left": 0, "calls": 0}, lambda kept: kept),
+    "list": (lambda: [{"left": 0, "calls": 0}], lambda kept: kept[0]),
+    "object": (lambda: Settings(left=0, calls=0), vars),
+    "object in a dict": (
+        lambda: {"pad": Settings(left=0, calls=0)},
+        lambda kept: vars(kept["pad"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_settings_inside_containers_are_part_of_what_is_remembered(place):
+    """Also beside a counter, which is none."""
+    make, find = PLACES[place]
+
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept, self.conv = make(), nn.Conv3d(1, 4, 3, 2)
+
+        def forward(self, x):
+            runs.append(None)
+            settings = find(self.kept)
+            settings["calls"] += 1
+            left = settings["left"]
+            padded = F.pad(x, (left, 8 - left) * 3)
+            return self.conv(padded)[(..., *[slice(n // 2) for n in x.shape[2:]])]
+
+    runs = []
+    net = headed(Padding(), 4)
+    for left in (0, 8, 0):
+        find(net.body.kept)["left"] = left
+        assert_grid(grids_of(net, (32,) * 3, "body")["body"], (2,) * 3, (1 - left,) * 3)
+    x = torch.rand(1, 1, 32, 32, 32)
+    for repeated in range(3):
+        runs.clear()
+        HiResCAM(net, "body")(x, targets.ClassLogit(1, "volume"))
+        net(x)  # counts
+        assert repeated == 0 or len(runs) == 2
+
+
+def test_a_padding_in_a_list_is_part_of_what_is_remembered():
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pad, self.conv = [0, 8] * 3, nn.Conv3d(1, 4, 3, 2)
+
+        def forward(self, x):
+            return self.conv(F.pad(x, self.pad))[(..., *[slice(n // 2) for n in x.shape[2:]])]
+
+    net = headed(Padding(), 4)
+    for left in (0, 8):
+        net.body.pad[:] = [left, 8 - left] * 3
+        assert_grid(grids_of(net, (32,) * 3, "body")["body"], (2,) * 3, (1 - left,) * 3)
+
+
 def test_a_counter_in_a_module_is_no_change_of_structure():
     class Counting(nn.Module):
         def __init__(self):
@@ -334,11 +396,12 @@ def test_a_counter_in_a_module_is_no_change_of_structure():
     assert runs[1:] == [1, 1]
 
 
-def test_a_number_that_changes_in_training_is_measured_again_once():
+@pytest.mark.parametrize("log", [False, True])
+def test_a_number_that_changes_in_training_is_measured_again_once(log):
     class Stepping(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.step = nn.Conv3d(1, 4, 3, 2, 1), 0
+            self.conv, self.step, self.losses = nn.Conv3d(1, 4, 3, 2, 1), 0, []
 
         def forward(self, x):
             runs.append(None)
@@ -346,7 +409,10 @@ def test_a_number_that_changes_in_training_is_measured_again_once():
 
     net, x, counts, runs = headed(Stepping(), 4), torch.rand(1, 1, 16, 16, 16), [], []
     for _ in range(4):
-        net.body.step += 1
+        if log:
+            net.body.losses.append(0.5)
+        else:
+            net.body.step += 1
         runs.clear()
         HiResCAM(net, "body.conv")(x, targets.ClassLogit(1, "volume"))
         counts.append(len(runs))

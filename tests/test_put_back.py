@@ -9,9 +9,8 @@ import logging
 import pathlib
 import queue
 import threading
-import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -368,10 +367,11 @@ def test_attributes_that_belong_together_stay_together():
     assert kinds.shapes is shapes
     assert shapes == [(1, 2)]
     assert kinds.gone is gone
-    assert isinstance(kinds.layer, nn.Identity)  # a submodule by now, which stays
-    assert "layer" not in vars(kinds)
+    assert vars(kinds)["layer"] is None  # a submodule in between
+    assert not kinds._modules
     net.eval()(image())
     assert kinds.ready
+    assert isinstance(kinds.layer, nn.Identity)
 
 
 class Foreign(nn.Module):
@@ -488,7 +488,7 @@ def test_one_part_that_cannot_be_put_back_keeps_no_other_from_it():
     net = blocks().append(Stubborn())
     before = {key: value.clone() for key, value in net.state_dict().items()}
     needed = [p.requires_grad for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="no training any more"):
+    with pytest.warns(Seg3dcamWarning, match=r"module '4' \(Stubborn\) \(no training any more\)"):
         HiResCAM(net, "2")(image(), VOLUME)
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -497,22 +497,249 @@ def test_one_part_that_cannot_be_put_back_keeps_no_other_from_it():
     assert all(not m._forward_hooks for m in net.modules())
 
 
-def test_parameters_that_the_network_itself_changes_are_named():
-    class Drifts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mean = nn.Parameter(torch.zeros(4, 1, 1, 1))
+class Drifts(nn.Module):
+    """Writes to a parameter while it predicts."""
 
+    def __init__(self, write, random):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(4, 1, 1, 1))
+        self.write, self.random = write, random
+
+    def forward(self, x):
+        self.write(self)
+        return x + self.mean + self.random * torch.rand(1)
+
+
+def _add(net):
+    with torch.no_grad():
+        net.mean += 0.1
+
+
+WRITES = {
+    "in place": _add,
+    "by .data": lambda net: net.mean.data.add_(0.1),
+    "by a view": lambda net: net.mean.detach()[1:].mul_(2).add_(1),
+    "out": lambda net: torch.add(net.mean.data, 1, out=net.mean.data),
+    ".data set": lambda net: setattr(net.mean, "data", net.mean.data + 1),
+    "replaced": lambda net: setattr(net, "mean", nn.Parameter(net.mean.detach() + 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.parametrize("random", [0, 1])
+@pytest.mark.parametrize("name", WRITES)
+def test_parameters_that_the_network_itself_changes_are_put_back(name, random):
+    net = blocks(Drifts(WRITES[name], random))
+    mean, at = net[3].mean, net[3].mean.data_ptr()
+    for _ in range(2):
+        HiResCAM(net, "2")(image(), VOLUME)
+        assert net[3].mean is mean
+        assert mean.data_ptr() == at
+        assert mean.requires_grad
+        assert not mean.any()
+    net(image())
+    assert net[3].mean.any()
+
+
+# ------------------------------------------------------- memory that buffers and attributes share
+
+
+class Writes(nn.Module):
+    """Writes the image to one tensor and reads it from another, which shares its memory."""
+
+    def __init__(self, make):
+        super().__init__()
+        make(self)
+
+    def forward(self, x):
+        self.slot.copy_(x.detach())
+        return x + self.whole.sum(0, keepdim=True)
+
+
+def _views(of, kind):
+    memory = torch.zeros(2, 4, 8, 8, 8)
+    if kind == "buffers":
+        of.register_buffer("whole", memory)
+        of.register_buffer("slot", of.whole[:1])
+    elif kind == "the view first":
+        of.register_buffer("slot", memory[1:])
+        of.register_buffer("whole", memory)
+    elif kind == "buffer and attribute":
+        of.register_buffer("whole", memory)
+        of.slot = of.whole[:1]
+    elif kind == "attribute and buffer":
+        of.whole = memory[:1]
+        of.register_buffer("slot", of.whole)
+    else:
+        of.whole = nn.Parameter(memory)
+        of.register_buffer("slot", of.whole.detach()[:1])
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.parametrize(
+    "kind",
+    ["buffers", "the view first", "buffer and attribute", "attribute and buffer", "parameter"],
+)
+def test_what_is_written_to_a_view_is_read_from_the_buffer(kind):
+    net = blocks(Writes(lambda of: _views(of, kind))).eval()
+    with torch.no_grad():
+        expected = net(image())
+        net[3].whole.zero_()
+    before = {key: id(value) for key, value in net.named_buffers()}
+    found = HiResCAM(net, "2")(image(), VOLUME)
+    torch.testing.assert_close(found.logits, expected)
+    assert not net[3].whole.any()
+    assert {key: id(value) for key, value in net.named_buffers()} == before
+    with torch.no_grad():
+        net[3].slot.fill_(1)
+    assert net[3].whole.any()
+
+
+@pytest.mark.filterwarnings("ignore:layer .2. explains:seg3dcam.errors.Seg3dcamWarning")
+def test_a_graph_that_is_written_to_an_attribute_is_let_go_of():
+    def make(of):
+        of.state = torch.zeros(1, 4, 8, 8, 8)
+        of.memory = torch.zeros(2, 4, 8, 8, 8)
+        of.view = of.memory[:1]
+
+    class Remembers(Writes):
         def forward(self, x):
-            with torch.no_grad():
-                self.mean += 0.1
-            return x + self.mean
+            self.state += x
+            if self.with_view:
+                self.view += x
+            return x + self.state
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Seg3dcamWarning)
-        HiResCAM(blocks(Drifts()), "2")(image(), VOLUME)
-    said = [str(w.message) for w in caught]
-    assert any("changes its parameters in place (3.mean)" in text for text in said)
+    net = blocks(Remembers(make))
+    net[3].with_view = False
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert not net[3].state.requires_grad
+    assert not net[3].state.any()
+    net[3].with_view = True
+    with pytest.warns(Seg3dcamWarning, match=r"its 'view' \(it is a view, which autograd follows"):
+        HiResCAM(net, "2")(image(), VOLUME)
+    assert not net[3].view.any()
+    assert not net[3].memory.requires_grad
+
+
+# ------------------------------------------------- what a forward pass does to modules and kinds
+
+
+class Does(nn.Module):
+    def __init__(self, make, do):
+        super().__init__()
+        make(self)
+        self.do = do
+
+    def forward(self, x):
+        self.do(self)
+        return x
+
+
+class Once(dict):
+    """Takes each key once, and forgets none."""
+
+    def __setitem__(self, key, value):
+        if key in self:
+            raise KeyError("once only")
+        super().__setitem__(key, value)
+
+    def clear(self):
+        raise RuntimeError("no clear")
+
+
+class Doubling(list):
+    def extend(self, items):
+        raise TypeError("no extend")
+
+    def append(self, item):
+        super().append(2 * item)
+
+
+class Recent(OrderedDict):
+    """Whatever is read is the last."""
+
+    def __getitem__(self, key):
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+
+def _keep(make):
+    return lambda of: setattr(of, "kept", make())
+
+
+def _hook(of):
+    of.register_full_backward_pre_hook(lambda *_: None)
+
+
+def _resized(of):
+    of.kept.resize_(5).fill_(2)
+
+
+DONE = {
+    "dict that refuses": (_keep(lambda: Once(a=1)), lambda of: of.kept.__setitem__(len(of.kept), 2),
+                          lambda of: dict(of.kept)),
+    "list that refuses": (_keep(lambda: Doubling([1])), lambda of: of.kept.append(2),
+                          lambda of: list(of.kept)),
+    "recently used": (_keep(lambda: Recent(a=1, b=2)), lambda of: of.kept["a"],
+                      lambda of: list(of.kept)),
+    "resized": (_keep(lambda: torch.zeros(3)), _resized, lambda of: of.kept.tolist()),
+    "another size by .data": (
+        _keep(lambda: torch.zeros(3)), lambda of: setattr(of.kept, "data", torch.ones(4)),
+        lambda of: of.kept.tolist()),
+    "let go of": (_keep(lambda: torch.ones(3)), lambda of: of.kept.untyped_storage().resize_(0),
+                  lambda of: of.kept.tolist()),
+    "expanded": (_keep(lambda: torch.zeros(1).expand(5)), lambda of: of.kept[:1].add_(1),
+                 lambda of: of.kept.tolist()),
+    "not a number": (_keep(lambda: torch.full((2,), torch.nan)), lambda of: None,
+                     lambda of: of.kept._version),
+    "sparse": (_keep(lambda: torch.eye(2).to_sparse()), lambda of: of.kept.mul_(2),
+               lambda of: of.kept.to_dense().tolist()),
+    "sparse rows": (_keep(lambda: torch.eye(2).to_sparse_csr()),
+                    lambda of: of.kept.values().mul_(2), lambda of: of.kept.to_dense().tolist()),
+    "inference": (_keep(inference_buffer), lambda of: of.kept.data.fill_(3),
+                  lambda of: of.kept.tolist()),
+    "masked": (_keep(lambda: np.ma.masked_array([1.0, 2.0], [0, 1])),
+               lambda of: of.kept.mask.fill(True), lambda of: of.kept.mask.tolist()),
+    "bit generator": (_keep(lambda: np.random.PCG64(1)), lambda of: of.kept.random_raw() and None,
+                      lambda of: of.kept.state["state"]),
+    "submodule made": (lambda of: None, lambda of: setattr(of, "made", nn.Identity()),
+                       lambda of: list(of._modules)),
+    "submodule replaced": (lambda of: setattr(of, "layer", nn.Identity()),
+                           lambda of: setattr(of, "layer", nn.ReLU()), lambda of: type(of.layer)),
+    "parameter made": (lambda of: None, lambda of: of.register_parameter("p", None),
+                       lambda of: list(of._parameters)),
+    "hook": (lambda of: None, lambda of: of.register_forward_hook(lambda *_: None) and None,
+             lambda of: len(of._forward_hooks)),
+    "backward hook": (lambda of: None, lambda of: _hook(of),
+                      lambda of: len(of._backward_pre_hooks)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:the network draws random:seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.parametrize("name", DONE)
+def test_what_a_forward_pass_does_to_its_modules_is_undone(name):
+    make, do, state = DONE[name]
+    net = blocks(Does(make, do))
+    before, kept = state(net[3]), vars(net[3]).get("kept")
+    HiResCAM(net, "2")(image(), VOLUME)
+    assert state(net[3]) == before
+    assert vars(net[3]).get("kept") is kept
+
+
+def test_what_cannot_be_put_back_is_named_and_keeps_nothing_else_from_it():
+    def shrink(of):
+        of.kept.resize(5, refcheck=False)
+        of.count += 1
+
+    def make(of):
+        of.kept, of.count = np.zeros(3), 0
+
+    net = blocks(Does(make, shrink))
+    with pytest.warns(Seg3dcamWarning, match=r"not as it was.*module '3' \(Does\): its 'kept' \("):
+        HiResCAM(net, "2")(image(), VOLUME)
+    assert net[3].count == 0
+    assert net[3].training
 
 
 # ------------------------------------------------------------- scripts, and switches of the process

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
+from seg3dcam import GradCAM, HiResCAM, WindowPlan, suggest_layers, targets
 from seg3dcam.errors import ModelError
 
 VOLUME = targets.ClassLogit(1, "volume")
@@ -90,6 +90,62 @@ def test_a_pass_of_somebody_else_disturbs_no_map():
     finally:
         done.set()
         other.join()
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+def test_a_pass_of_somebody_else_hides_no_layer():
+    """It runs in the middle of the probing pass, so every module seems to run twice."""
+    net = network().eval()
+    expected = [s.name for s in suggest_layers(net, (1, 1, 16, 16, 16))]
+    me = threading.get_ident()
+
+    def predict():
+        with torch.no_grad():
+            net(image(5))
+
+    def beside(*_):
+        if threading.get_ident() == me:
+            other = threading.Thread(target=predict)
+            other.start()
+            other.join()
+
+    net[2].register_forward_hook(beside)
+    assert [s.name for s in suggest_layers(net, (1, 1, 16, 16, 16))] == expected
+
+
+@pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_networks_that_share_a_tensor_alone_are_explained_one_after_the_other(kind):
+    """The second would note `requires_grad` as the first has set it, and leave it so."""
+    one, other = network(), network()
+    for net in (one, other):
+        HiResCAM(net, "3")(image(0), VOLUME)
+    if kind == "parameter":
+        other[3].weight = one[3].weight
+    else:
+        other[1].running_mean = one[1].running_mean
+    inside, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def score(logits):
+        inside.set()
+        may_end.wait(60)
+        return logits[:, 1].flatten(1).sum(1)
+
+    def explain_other():
+        run(other, (HiResCAM, "3", None, 0))
+        ended.set()
+
+    threads = [threading.Thread(target=lambda: HiResCAM(one, "3")(image(0), score))]
+    threads[0].start()
+    assert inside.wait(60)
+    threads.append(threading.Thread(target=explain_other))
+    threads[1].start()
+    assert not ended.wait(0.5)
+    may_end.set()
+    for thread in threads:
+        thread.join(60)
+    assert ended.is_set()
+    assert all(p.requires_grad for net in (one, other) for p in net.parameters())
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
