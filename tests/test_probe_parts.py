@@ -26,14 +26,13 @@ from seg3dcam.operations import FADED, MirroredOperations, PlainOperations
 
 
 def shown_by(stride, offset, size, length, around=((1,), (1,))):
-    """Return what a layer of some grid shows of the three ramps, along its middle axis."""
+    """Return what a layer of some grid shows of the four ramps, along its middle axis."""
     place = stride * torch.arange(size, dtype=torch.float64) + offset
     part = (place / (length - 1)).view(1, -1, 1).expand(len(around[0]), -1, len(around[1]))
     low, high = probe._LOW, probe._HIGH
-    scale = 3.0  # of the layer
-    return [scale * v for v in (torch.full_like(part, low), low + (high - low) * part)] + [
-        scale * (high - (high - low) * part)
-    ]
+    scale, more = 3.0, -1234.0  # of the layer, which may scale its input, and add to it
+    shown = (low + 0 * part, high + 0 * part, low + (high - low) * part, high - (high - low) * part)
+    return [scale * v + more for v in shown]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +57,11 @@ def test_what_shows_nothing_does_not_count():
     """Neither whole places along the axis nor some at a place."""
     shown = shown_by(2, 0.5, 32, 64, ((1, 2), (1, 2, 3)))
     for values in shown:
-        values[:, 10:12] = 0
-        values[1, 14:] = 0
+        values[:, 10:12] = 7.0
+        values[1, 14:] = 7.0
     assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
     for values in shown:
-        values[:, 9:] = 0
+        values[:, 9:] = 7.0
     assert probe._fit(shown, 1, 64, 32, 64) is None
 
 
@@ -114,6 +113,14 @@ def test_the_stride_is_a_whole_one_where_that_fits(true, size, length, expected)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
+def test_a_curve_has_no_stride():
+    """As a logarithm of intensities makes of the ramp; a line of that stride would have one."""
+    index = torch.arange(8, 24).double()
+    line = 1.9 * index + 3.25
+    assert probe._stride(index, line, 32, 64) == pytest.approx(1.9)
+    assert probe._stride(index, line + 0.01 * (index - 16) ** 2, 32, 64) is None
+
+
 def test_a_staircase_has_the_whole_stride_of_its_steps():
     """Of transposed convolutions: places in pairs, of which no line fits well.
 
@@ -149,7 +156,7 @@ def test_small_inputs_are_looked_at_more_often():
 
 CUBE = FeatureGrid((16, 8, 16), (4.0, 4.0, 4.0), (1.5, 1.5, 1.5))
 FRACTION = FeatureGrid((16, 8, 16), (4.2, 4.0, 4.0), (1.5, 1.5, 1.5))
-SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS)
+SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS, 0.0, LITTLE)
 DOUBT, OFF = SURE._replace(error=math.inf), SURE._replace(shift=9.0)
 
 
@@ -212,31 +219,34 @@ def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):
     assert found == dict.fromkeys([("a", 0), ("a", 1), ("f", 1), ("f", 2)], SURE)
 
 
-@pytest.mark.parametrize(
-    ("voxels", "stride", "length"), [(2, 4, 32), (2, 16, 32), (2, 32, 64), (8, 8, 64), (8, 16, 64)]
-)
-def test_gradients_are_looked_at_in_no_more_voxels_than_needed(voxels, stride, length, monkeypatch):
+@pytest.mark.parametrize(("stride", "length"), [(1, 32), (4, 64), (8, 96), (16, 160), (32, 256)])
+def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, monkeypatch):
     looked = []
 
     def lines(traced, x, shape, grids, seeds):
         looked.append((shape, sorted(map(str, grids)), len(seeds)))
-        raise RuntimeError("no gradient")
+        if shape != tuple(x.shape[2:]):
+            raise RuntimeError("no gradient")
+        return {(layer, axis): SURE for layer in grids for axis in range(3)}
 
-    monkeypatch.setattr(centroids, "_lines_of_all_axes", lines)
+    monkeypatch.setattr(centroids, "_lines_by_gradients", lines)
     net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
     coarse, fine = resolve_layers(net, ["0", "1"])
     grids = {
         coarse: FeatureGrid((200 // stride, 1, 1), (float(stride), 1.0, 1.0), (0.0,) * 3),
         fine: FeatureGrid((200, 1, 1), (1.0,) * 3, (0.0,) * 3),
     }
-    x = torch.zeros(1, 1, 200, 33, 64)
+    x, own = torch.zeros(1, 1, 200, 33, 64), (200, 33, 64)
     with capturing(net, [coarse, fine]) as capture:
-        for doubts, names in (([(coarse, 0), (fine, 2)], ["0", "1"]), ([(coarse, 1)], ["0"])):
-            looked.clear()
-            assert centroids._by_gradients(capture, x, grids, doubts, 4, voxels) == {}
-            handy, own = (length + 8, 32 + 1, 32), (200, 33, 64)
-            times = max(1, 64 * 32 * 32 // (handy[0] * 33 * 32))
-            assert looked == [(handy, names, 4 * times), (own, names, 4)]
+        found = centroids._by_gradients(capture, x, grids, [(coarse, 0), (fine, 2)], 4)
+    handy = (length + 8, 33, 32)
+    assert looked == [
+        (handy, ["0"], 4 * centroids._times(handy)),
+        (own, ["0"], 4),
+        ((32 + 8, 33, 32), ["1"], 4),
+        (own, ["1"], 4),
+    ]
+    assert set(found) == {(layer, axis) for layer in (coarse, fine) for axis in range(3)}
 
 
 GRID = FeatureGrid((32,), (2.0,), (0.5,))
@@ -256,7 +266,7 @@ def test_shift_and_pull_of_centres(offset):
     """What is pulled to the middle is the distance from it, wherever the layer has its own."""
     place = PLACE + offset - 0.5
     line = fitted(0.75 - 0.3 * place, place)
-    assert line.shift == pytest.approx(0.75)
+    assert line.shift == pytest.approx(0.75 / 0.7)  # .7 of a shift is left, too
     assert line.pull == pytest.approx(0.3)
     assert line.error == pytest.approx(0, abs=1e-9)
     assert line.rest == pytest.approx(0, abs=1e-9)
@@ -312,7 +322,7 @@ def test_parts_count_by_their_weight():
 
 def test_one_voxel_has_a_shift_and_no_pull():
     line = fitted([[0.5]], torch.zeros(1).double())
-    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3, 0.0)
+    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3, 0.0, LITTLE)
 
 
 @pytest.mark.parametrize("what", ["unseen", "unseen by one kind", "not finite", "outside"])
@@ -334,41 +344,43 @@ def test_what_is_not_seen_tells_nothing(what):
     assert centroids._verdict(line, GRID, 0) is None
 
 
-WITHIN, LEFT = AGREE * (1 + 2), 1 - 0.1
-FAR = WITHIN + 4 * 0.1 / LEFT
+WITHIN = AGREE * (1 + 2)
+FAR = WITHIN + 4 * 0.1
 ASIDE = LEANING * (1 + 2)
-GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "draws": FEW_PARTS}
+GOOD = {
+    **{"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "draws": FEW_PARTS},
+    **{"lean": 0.0, "bears": 0.5},
+}
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ({}, True),
-        ({"shift": 0.98 * WITHIN * LEFT}, True),
-        ({"shift": -0.98 * WITHIN * LEFT}, True),
-        ({"shift": 1.02 * WITHIN * LEFT}, None),
-        ({"shift": 0.98 * FAR * LEFT}, None),
-        ({"shift": 1.02 * FAR * LEFT}, False),
-        ({"shift": -1.02 * FAR * LEFT}, False),
-        ({"shift": 1.02 * FAR * LEFT, "draws": FEW_PARTS - 1}, None),
-        ({"shift": 1.02 * FAR * LEFT, "voxels": 1}, None),
-        ({"shift": 1.02 * FAR * LEFT, "voxels": 2}, False),
-        ({"shift": 9.0, "pull": 0.98 * LITTLE}, False),
-        ({"shift": 9.0, "pull": 1.02 * LITTLE}, None),  # of the whole image, perhaps
+        ({"shift": 0.98 * WITHIN}, True),
+        ({"shift": -0.98 * WITHIN}, True),
+        ({"shift": 1.02 * WITHIN}, None),
+        ({"shift": 0.98 * FAR}, None),
+        ({"shift": 1.02 * FAR}, False),
+        ({"shift": -1.02 * FAR}, False),
+        ({"shift": 1.02 * FAR, "draws": FEW_PARTS - 1}, None),
+        ({"shift": 1.02 * FAR, "voxels": 1}, None),
+        ({"shift": 1.02 * FAR, "voxels": 2}, False),
+        ({"shift": 1.02 * FAR, "pull": 0.49}, False),
+        ({"shift": 1.02 * FAR, "pull": 0.51}, None),
         ({"lean": 0.98 * ASIDE}, True),
         ({"lean": -0.98 * ASIDE}, True),
         ({"lean": 1.02 * ASIDE}, None),
         ({"lean": 0.98 * (ASIDE + FAR - WITHIN)}, None),
         ({"lean": 1.02 * (ASIDE + FAR - WITHIN)}, False),
         ({"lean": -1.02 * (ASIDE + FAR - WITHIN)}, False),
-        ({"error": 0.98 * WITHIN / 2 * LEFT}, True),
-        ({"error": 1.02 * WITHIN / 2 * LEFT}, None),
+        ({"error": 0.98 * WITHIN / 2}, True),
+        ({"error": 1.02 * WITHIN / 2}, None),
         ({"error": math.inf}, None),
-        ({"pull": 0.98 * PULLED, "error": 0.01}, True),
-        ({"pull": 0.98 * PULLED}, None),  # too little is left for its error
-        ({"pull": 0.8, "shift": 0.98 * WITHIN * 0.2, "error": 0.01}, True),
-        ({"pull": 0.8, "shift": 1.02 * WITHIN * 0.2, "error": 0.01}, None),
-        ({"pull": 1.02 * PULLED, "error": 0.01}, None),
+        ({"pull": 0.49}, True),
+        ({"pull": 0.51}, None),
+        ({"pull": 0.98 * PULLED, "bears": 1.0}, True),
+        ({"pull": 1.02 * PULLED, "bears": 1.0}, None),
         ({"pull": -0.98 * PUSHED}, True),
         ({"pull": -1.02 * PUSHED}, None),
         ({"rest": 0.98 * STEPS}, True),
@@ -381,6 +393,14 @@ GOOD = {"shift": 0.0, "error": 0.1, "pull": 0.1, "rest": 0.1, "voxels": 10, "dra
 def test_when_two_measurements_agree(changed, expected):
     line = centroids._Line(**GOOD | changed)
     assert centroids._verdict(line, GRID, 0) is expected
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.4, 0.9, 0.99])
+def test_of_a_line_that_is_pulled_as_much_of_a_shift_is_left(pull):
+    """What cannot be told from nothing is not magnified."""
+    line = fitted(0.1 * (1 - pull) - pull * PLACE)
+    assert line.shift == pytest.approx(0.1 * (1 - pull) / max(1 - pull, 1 - PULLED))
+    assert line.pull == pytest.approx(pull)
 
 
 def test_how_much_may_be_pulled_is_asked():
@@ -472,12 +492,8 @@ def test_mirrored_kernels_pull_back_as_much():
 def gradient_lines_of(net, shape, grid, seeds=range(4)):
     layers, x = resolve_layers(net, "body"), torch.zeros(1, 1, *shape)
     with capturing(net, [*layers, INPUT]) as traced:
-        return {
-            axis: line
-            for (_, axis), line in centroids._lines_of_all_axes(
-                traced, x, shape, {layers[0]: grid}, seeds
-            ).items()
-        }
+        found = centroids._lines_by_gradients(traced, x, shape, {layers[0]: grid}, seeds)
+        return {axis: line for (_, axis), line in found.items()}
 
 
 def test_gradients_show_the_places_of_two_voxels_along_all_axes():
@@ -518,6 +534,22 @@ def test_gradients_show_what_leans_and_what_is_pulled():
         assert line.shift == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0, -2.0])
+def test_what_is_seen_of_one_side_of_the_image_shifts_no_voxel(offset):
+    """Most of what a voxel sees is the first quarter of the image; the rest is at its place."""
+
+    class Aside(nn.Module):
+        def forward(self, x):
+            quarter = x[..., : x.shape[-1] // 4]
+            return x + 2 * quarter.sum((2, 3, 4), keepdim=True) / math.sqrt(quarter[0].numel())
+
+    grid = FeatureGrid((4, 4, 64), (1.0,) * 3, (0.0, 0.0, offset))
+    line = gradient_lines_of(Net(Aside()), (4, 4, 64), grid)[2]
+    assert line.pull == pytest.approx(0.8, abs=0.02)
+    assert line.shift == pytest.approx(-offset, abs=1e-6)
+    assert line.lean == pytest.approx(0, abs=1e-6)
+
+
 def test_voxels_behind_a_closed_gate_tell_nothing():
     class Gate(nn.Module):
         def forward(self, x):
@@ -531,11 +563,17 @@ def test_voxels_behind_a_closed_gate_tell_nothing():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "voxels"),
-    [((8, 4), [(1, 0), (6, 3)]), ((1, 3), [(0, 0), (0, 2)]), ((1, 1), [(0, 0)])],
+    ("stride", "offset", "size", "voxels"),
+    [(16, 7.5, 4, [1, 2]), (16, 0, 4, [1, 3]), (32, 15.5, 2, [0, 1]), (1, 0, 64, [19, 44])],
 )
-def test_two_voxels_lie_on_either_side_of_the_middle(sizes, voxels):
-    assert centroids._two_voxels(sizes) == voxels
+def test_two_voxels_lie_as_far_on_either_side_of_the_middle(stride, offset, size, voxels):
+    grid = FeatureGrid((size, 1), (float(stride), 64.0), (float(offset), 31.5))
+    assert centroids._two_voxels(grid, (size, 1), (64, 64)) == [(u, 0) for u in voxels]
+
+
+def test_of_one_voxel_there_is_one():
+    grid = FeatureGrid((1, 1), (64.0, 64.0), (31.5, 31.5))
+    assert centroids._two_voxels(grid, (1, 1), (64, 64)) == [(0, 0)]
 
 
 # -------------------------------------------------------------------------- changed operations
