@@ -67,7 +67,7 @@ PARTS, FEW_PARTS = 8, 4
 LONG, OTHERS = 64, 32
 
 #: Where gradients are taken: so many voxels of the layer, and at most so many of the input.
-VOXELS, LONGEST = 10, 256
+VOXELS, LONGEST = 10, 192
 
 #: So many voxels make one look; of smaller inputs more draws are taken, up to so many times.
 ENOUGH, TIMES = LONG * OTHERS**2, 8
@@ -85,7 +85,7 @@ class _Line(NamedTuple):
         pull: part of the distance from the middle.
         rest: what is left, root mean square.
         voxels: how many were looked at.
-        draws: of noise, or of mixtures of channels.
+        draws: of noise, or of mixtures of channels for both kinds of kernels.
         lean: by how much the kernels as they are pull the centres to one side.
         bears: how much may be pulled for the shift to be known.
     """
@@ -376,12 +376,12 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
         moments: (plain and mirrored, draws, voxels, 3).
         place: (voxels,), where the grid says that they lie.
     """
-    draws = moments.shape[1]
+    parts = moments.flatten(0, 1)
     two = len(place) > 1 and place[0] != place[-1]
-    nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, draws, 0.0, PULLED)
+    nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, len(parts), 0.0, PULLED)
 
-    def pull_and_shift(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, first, second = moments.sum((0, 1)).unbind(-1)
+    def pull_and_shift(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, first, second = parts.sum(0).unbind(-1)
         centre, square = first / weight, second / weight
         if not two:
             return torch.zeros_like(place[0]), (centre - place).mean()
@@ -391,17 +391,17 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
 
     if not (moments[..., 0].sum(1) > 0).all():
         return nothing
-    pull, shift = pull_and_shift(moments)
-    error = math.inf
-    if draws >= FEW_PARTS:
-        kept = [[other for other in range(draws) if other != draw] for draw in range(draws)]
-        others = torch.stack([pull_and_shift(moments[:, k])[1] for k in kept])
-        error = math.sqrt((draws - 1) / draws * float((others - shift).square().sum()))
+    pull, shift = pull_and_shift(parts)
+    error, count = math.inf, len(parts)
+    if count >= FEW_PARTS:
+        kept = [[other for other in range(count) if other != part] for part in range(count)]
+        others = torch.stack([pull_and_shift(parts[k])[1] for k in kept])
+        error = math.sqrt((count - 1) / count * float((others - shift).square().sum()))
     sides = moments.sum(1)
-    lean = float((sides[0] - sides[1])[:, 1].mean()) / (2 * draws)
+    lean = float((sides[0] - sides[1])[:, 1].mean()) / count
     if not math.isfinite(float(shift) + float(pull)):
         return nothing
-    return _Line(float(shift), error, float(pull), 0.0, len(place), draws, lean, PULLED)
+    return _Line(float(shift), error, float(pull), 0.0, len(place), count, lean, PULLED)
 
 
 # ------------------------------------------------------------------------------- a line
@@ -448,7 +448,7 @@ def _fitted(moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, dra
 #: How it is looked, the cheapest first, and how many draws; layers that leave a doubt again.
 LOOKS: tuple[tuple[Callable[..., Lines], int], ...] = (
     (_by_noise, 1),
-    (_by_gradients, FEW_PARTS),
-    (_by_gradients, 3 * FEW_PARTS),
+    (_by_gradients, 2),
+    (_by_gradients, 6),
     (_by_noise, 6),
 )

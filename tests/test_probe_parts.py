@@ -219,7 +219,7 @@ def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):
     assert found == dict.fromkeys([("a", 0), ("a", 1), ("f", 1), ("f", 2)], SURE)
 
 
-@pytest.mark.parametrize(("stride", "length"), [(1, 32), (4, 64), (8, 96), (16, 160), (32, 256)])
+@pytest.mark.parametrize(("stride", "length"), [(1, 32), (4, 64), (8, 96), (16, 160), (32, 192)])
 def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, monkeypatch):
     looked = []
 
@@ -505,7 +505,7 @@ def test_gradients_show_the_places_of_two_voxels_along_all_axes():
         assert line.pull == pytest.approx(0, abs=1e-6)
         assert line.error == pytest.approx(0, abs=1e-6)
         assert line.lean == pytest.approx(0, abs=1e-6)
-        assert (line.voxels, line.draws) == (2, 4)
+        assert (line.voxels, line.draws) == (2, 2 * 4)
 
 
 def test_gradients_show_what_leans_and_what_is_pulled():
