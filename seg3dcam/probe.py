@@ -41,7 +41,7 @@ _LOW, _HIGH = 1e4, 2e4
 _PULLED = 0.2
 
 # Positions that are less than this many input voxels off a line lie on it. If they are further off
-# than the other, it is a curve: behind a logarithm of intensities, say.
+# than the other part of a layer's and an input voxel, it is a curve: behind a logarithm, say.
 _ON_A_LINE, _NO_CURVE = 0.02, 0.1
 
 
@@ -234,7 +234,7 @@ def _stride(
         if fitting:
             return min(fitting, key=lambda r: abs(fitted - r))
     covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
-    straight = _rest(fitted, centred, position) <= _NO_CURVE
+    straight = _rest(fitted, centred, position) <= _NO_CURVE * (1 + fitted)
     return fitted if fitted > 0 and covers and straight else None
 
 
