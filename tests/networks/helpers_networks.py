@@ -7,6 +7,7 @@ are suggested. Every test of this folder goes through the table; a new network i
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,13 @@ from monai.networks import nets
 from torch import nn
 
 CLASSES = 3
+
+
+@functools.cache
+def _network(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().to(dtype)
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,15 @@ class Row:
     slow: bool = False
 
     def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return the network, in train mode, as its class makes it."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return self.make().to(dtype)
+        """Return the network, in train mode, as its class makes it.
+
+        It is the same one for all tests, so that its grids are measured once.
+        """
+        return _network(self.make, dtype).train()
+
+    def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return a network like that for a test that changes it."""
+        return _network.__wrapped__(self.make, dtype)
 
     def input(self, items: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return random images (B, 1, *S)."""

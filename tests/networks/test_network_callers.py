@@ -90,7 +90,7 @@ class Case:
 )
 def case(request: pytest.FixtureRequest) -> Case:
     row = NETWORKS[request.param]
-    network = in_the_middle_of_a_training(row.network())
+    network = in_the_middle_of_a_training(row.fresh())
     cam = HiResCAM(network, row.bottleneck[0], output=row.output)
     return Case(row, network, cam, *plain(row, network))
 
@@ -139,14 +139,14 @@ NEAR = ("UNet", "UNet, 2D", "SegResNetDS", "VNet, 2D", "HighResNet, 2D", "Flexib
 def test_a_network_of_low_precision(name):
     """Its map is finite, that of plain torch in this precision, and near that of float32."""
     row = NETWORKS[name]
-    network = row.network(torch.bfloat16)
+    network = row.fresh(torch.bfloat16)
     with untouched(network):
         found = explained(row, network)
     assert found.dtype == torch.float32
     expected, uncancelled = plain(row, network)
     assert deviation(found, expected, uncancelled) < 0.03
     if name in NEAR:
-        expected, _ = plain(row, row.network())
+        expected, _ = plain(row, row.fresh())
         assert torch.stack([found.flatten(), expected.flatten()]).corrcoef()[0, 1] > 0.98
 
 
@@ -154,7 +154,7 @@ def test_a_network_of_low_precision(name):
 @named(*ORDINARY, quick=QUICK)
 def test_data_parallel(name):
     row = NETWORKS[name]
-    network = row.network()
+    network = row.fresh()
     with untouched(network):
         found = explained(row, nn.DataParallel(network))
     expected, uncancelled = plain(row, network)
@@ -178,7 +178,7 @@ def backend() -> str:
 def test_compiled(name, in_place):
     """Compiled code, once there, knows nothing of hooks that come later."""
     row = NETWORKS[name]
-    network = row.network()
+    network = row.fresh()
     expected, uncancelled = plain(row, network)
     compiled: Any = torch.compile(network, backend=backend())
     if in_place:
@@ -213,8 +213,8 @@ def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> n
 def test_checkpoints_around_everything(name):
     """They run their part again in the backward pass: not another pass to look at."""
     row = NETWORKS[name]
-    expected, uncancelled = plain(row, row.network())
-    network = checkpointed(row.network(), row.bottleneck[0])
+    expected, uncancelled = plain(row, row.fresh())
+    network = checkpointed(row.fresh(), row.bottleneck[0])
     with untouched(network):
         found = explained(row, network)
     assert deviation(found, expected, uncancelled) < 1e-5
@@ -240,7 +240,7 @@ def test_the_checkpoints_of_swin_unetr(layer):
 @named(*SOME)
 def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
     row = NETWORKS[name]
-    network = checkpointed(row.network(), row.bottleneck[0], reentrant=True)
+    network = checkpointed(row.fresh(), row.bottleneck[0], reentrant=True)
     with untouched(network), pytest.raises(Seg3dcamError, match=r"use_reentrant=False"):
         explained(row, network)
 
@@ -252,7 +252,7 @@ def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
 def test_weights_of_a_module_with_two_names_stay(name):
     """nnU-Net's encoder is also `decoder.encoder`; all is measured with other weights."""
     row = NETWORKS[name]
-    network, x = row.network().eval(), row.input()
+    network, x = row.fresh().eval(), row.input()
     names = [key for key, _ in network.named_modules(remove_duplicate=False)]
     assert len(names) > len(list(network.modules()))
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_weights_that_two_modules_share_stay_shared():
 def test_heads_that_a_network_notes_are_those_of_its_last_pass(fails):
     """DynUNet keeps them in a list: with their graph, they would not even let it be copied."""
     row = NETWORKS["DynUNet, deep supervision"]
-    network = row.network()
+    network = row.fresh()
     noted, heads = network.heads, list(network.heads)
 
     def target(logits):
