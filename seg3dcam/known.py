@@ -217,14 +217,14 @@ def _settings(path: str, value: Any, seen: set[int], depth: int) -> Iterator[tup
     Those of a dict or an object by their names, since one of them may count passes; a list is one
     setting.
     """
-    held = None if isinstance(value, torch.Tensor) else inside(value)
+    held = None if issubclass(type(value), torch.Tensor) else inside(value)
     if held is None or id(value) in seen:
         return
     seen.add(id(value))
     items, kind = list(held), container_kind(value)
     if len(items) > MANY:
         return
-    if (kind is not None and not issubclass(kind, dict)) or isinstance(value, tuple):
+    if (kind is not None and not issubclass(kind, dict)) or issubclass(type(value), tuple):
         plain = filter(_is_plain, items)
         yield path, frozenset(plain) if kind is set else tuple(plain)
         names = [str(number) for number in range(len(items))]
