@@ -274,7 +274,7 @@ FAILING_CALLS = {
     "interrupted": (explain(target=breaks(KeyboardInterrupt())), KeyboardInterrupt),
     "network fails": (network_fails(1, None), ModelError),
     "network fails at the second window": (network_fails(2, WindowPlan(4)), ModelError),
-    "network fails in the second pass": (network_fails(30, WindowPlan(4)), ModelError),
+    "network fails in the second pass": (network_fails(104, WindowPlan(4)), ModelError),
     "network fails while suggesting": (
         lambda net, x: (
             setattr(net, "failing_call", net.calls() + 1),
