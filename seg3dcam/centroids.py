@@ -14,13 +14,14 @@ layers at once, averaged over channels and over the other axes. That takes a few
 is exact enough where a layer has many voxels.
 
 By gradients: those of two voxels of a layer, in a random mixture of its channels, give all of J at
-once. That takes a backward pass for each, and tells the centres of coarse layers, whose few voxels
+once. That takes a backward pass for each, and is exact enough for coarse layers, whose few voxels
 look at thousands.
 
 Kernels pull the centre to one side or the other; mirrored ones pull back as much. What a voxel sees
-of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards the middle
-of the image, or of the layer's voxels in it, in proportion to their distance from it. So a line is
-fitted, and what counts is by how much the centres are off in the middle.
+of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards a middle,
+in proportion to their distance from it. Of many voxels a line is fitted, which tells by how much
+the centres are off there if little is pulled. Of two voxels the difference of what they see tells
+it, whatever both see alike.
 """
 
 from __future__ import annotations
