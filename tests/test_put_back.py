@@ -245,6 +245,16 @@ def test_what_a_forward_pass_writes_into_attributes_is_undone(fails):
     assert not restless.training
 
 
+def explain_or_fail(net, fails):
+    """Explain a network; or let its head fail, and see that this is said."""
+    if fails:
+        net[4].register_forward_hook(_fail)
+        with pytest.raises(ModelError, match="the head fails"):
+            HiResCAM(net, "2")(image(), VOLUME)
+    else:
+        HiResCAM(net, "2")(image(), VOLUME)
+
+
 def _fail(*_):
     raise RuntimeError("the head fails")
 
@@ -316,12 +326,7 @@ def test_objects_that_modules_keep_are_put_back(name, fails):
     net = blocks(Noting(make(), find))
     notes = find(net[3].kept)
     before = notes.state()
-    if fails:
-        net[4].register_forward_hook(_fail)
-        with pytest.raises(ModelError, match="the head fails"):
-            HiResCAM(net, "2")(image(), VOLUME)
-    else:
-        HiResCAM(net, "2")(image(), VOLUME)
+    explain_or_fail(net, fails)
     assert find(net[3].kept) is notes
     assert notes.state() == before
     net.eval()
@@ -769,12 +774,7 @@ def test_buffers_of_a_scripted_submodule_are_written_back(nested, fails):
     calls, last, idle = (next(b for k, b in script.items() if n in k) for n in KEYS)
     calls[0], last[0] = 3, -1
     at, version = [b.data_ptr() for b in script.values()], idle._version
-    if fails:
-        net[4].register_forward_hook(_fail)
-        with pytest.raises(ModelError, match="the head fails"):
-            HiResCAM(net, "2")(image(), VOLUME)
-    else:
-        HiResCAM(net, "2")(image(), VOLUME)
+    explain_or_fail(net, fails)
     assert (calls.tolist(), last.tolist(), idle.tolist()) == ([3, 0], [-1], [5])
     assert [b.data_ptr() for b in net[3].buffers()] == at
     assert idle._version == version  # not written to: a graph may need it as it is
