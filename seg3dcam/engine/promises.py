@@ -112,8 +112,13 @@ def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
     for group in _groups(list(gradients)):
         if promise.is_kept(group, FEW):
             found |= dict.fromkeys(group, 0.0)
-        else:
-            found |= {layer: promise.gap(layer, MANY) for layer in group}
+            continue
+        if not promise.is_repeated():
+            raise ModelError(
+                "the network answers the same image differently each time, as with random numbers "
+                "of a generator that is neither a global one nor the network's own"
+            )
+        found |= {layer: promise.gap(layer, MANY) for layer in group}
     return found
 
 
@@ -176,6 +181,10 @@ class _Promise:
         # What rounding alone may change of the score.
         precision = torch.finfo(logits.dtype).eps
         self._rounding = 8 * precision * float((self._weights * logits.double()).norm())
+
+    def is_repeated(self) -> bool:
+        """Tell whether the score is the same again, but for rounding."""
+        return abs(self._score({}, 1) - self._score({}, 1)) <= 10 * self._rounding
 
     def is_kept(self, layers: Sequence[LayerRef], directions: int) -> bool:
         """Tell whether nothing is missed at a small step, and at a larger one no jump is seen."""
