@@ -15,7 +15,9 @@ is exact enough where a layer has many voxels.
 
 By gradients: those of two voxels of a layer, in a random mixture of its channels, give all of J at
 once. That takes a backward pass for each, and is exact enough for coarse layers, whose few voxels
-look at thousands.
+look at thousands. Whether the weights were trained, and to what, does not move the layer's voxels,
+but one strong path, or one that the image closes, would hide all others. So the kernels are random
+ones, as strong at each of their taps as the network's own, and activation functions are straight.
 
 Kernels pull the centre to one side or the other; mirrored ones pull back as much. What a voxel sees
 of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards a middle,
@@ -38,10 +40,9 @@ from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import LayerRef
 from seg3dcam.layouts import INPUT
-from seg3dcam.operations import MirroredOperations
+from seg3dcam.operations import MirroredOperations, RandomOperations
 
-#: Two measurements agree within this part of a layer's voxel, and this part of an input voxel; in
-#: coarse layers within half of what tells a strided convolution from a pooling.
+#: Two measurements agree within this part of a layer's voxel, and this part of an input voxel.
 AGREE = 0.15
 
 #: How much of its distance from the middle of the image a centre may be pulled there, or away. What
@@ -57,6 +58,10 @@ LITTLE = 0.5
 #: where the layer looks.
 LEANING = 0.4
 
+#: Kernels of a large dilation may pull by more, as they look widely: as long as so much of what a
+#: voxel looks at lies on either side of its place.
+EITHER_SIDE = 0.1
+
 #: Centres lie this many input voxels off a line at most, root mean square, or a layer's voxel.
 STEPS = 4.0
 
@@ -67,8 +72,9 @@ PARTS, FEW_PARTS = 8, 4
 #: Voxels of an input that noise is sent through: along the axis, and at most along the others.
 LONG, OTHERS = 64, 32
 
-#: Where gradients are taken: so many voxels of the layer, and at most so many of the input.
-VOXELS, LONGEST = 10, 192
+#: Where gradients are taken: so many voxels of the layer, in at least and at most so many of the
+#: input.
+VOXELS, SHORTEST, LONGEST = 10, 96, 160
 
 #: So many voxels make one look; of smaller inputs more draws are taken, up to so many times.
 ENOUGH, TIMES = LONG * OTHERS**2, 8
@@ -89,6 +95,8 @@ class _Line(NamedTuple):
         draws: of noise, or of mixtures of channels for both kinds of kernels.
         lean: by how much the kernels as they are pull the centres to one side.
         bears: how much may be pulled for the shift to be known.
+        side: part of what a voxel looks at that lies on the side of its place where less does; 0 if
+            not known.
     """
 
     shift: float
@@ -99,6 +107,7 @@ class _Line(NamedTuple):
     draws: int
     lean: float
     bears: float
+    side: float = 0.0
 
 
 Lines = dict[tuple[LayerRef, int], _Line]
@@ -135,8 +144,9 @@ def agreeing(
 def _verdict(line: _Line, grid: FeatureGrid, axis: int, pulled: float = PULLED) -> bool | None:
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
     stride = max(1.0, grid.stride[axis])
-    tolerance = max(AGREE * (1 + stride), (stride - 1) / 4)
-    off = max(abs(line.shift) - tolerance, abs(line.lean) - LEANING * (1 + stride))
+    tolerance = AGREE * (1 + stride)
+    leaning = LEANING * (1 + stride) if line.side < EITHER_SIDE else math.inf
+    off = max(abs(line.shift) - tolerance, abs(line.lean) - leaning)
     alone = grid.shape[axis] == 1
     seen = line.pull <= line.bears and (line.voxels > 1 or alone)
     # Within one draw, places that see the same noise make it look surer than it is.
@@ -281,7 +291,7 @@ def _by_gradients(
         open_ = {layer: grids[layer] for layer in grids if (layer, axis) in doubts}
         # Long enough for most of what two voxels see. The graph is kept, so no longer.
         coarsest = max((grid.stride[axis] for grid in open_.values()), default=1)
-        length = min(LONGEST, 32 * math.ceil(VOXELS * coarsest / 32))
+        length = min(LONGEST, max(SHORTEST, 32 * math.ceil(VOXELS * coarsest / 32)))
         for shape in dict.fromkeys((_handy(full, axis, length), full)):
             asked = _same_at(shape, full, open_)
             asked = {layer: grid for layer, grid in asked.items() if (layer, axis) not in found}
@@ -313,14 +323,16 @@ def _lines_by_gradients(
     for seed, mirrored in itertools.product(seeds, (False, True)):
         generator = torch.Generator("cpu").manual_seed(seed)
         image = torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
-        with MirroredOperations(mirrored):
+        with MirroredOperations(mirrored), RandomOperations(seed):
             activations = traced.traced(image)
             for layer, grid in grids.items():
                 a = activations[layer][0]
                 mixture = torch.randn(len(a), generator=generator, device="cpu").to(a)
                 voxels[layer] = _two_voxels(grid, a.shape[1:], shape)
-                values = [mixture @ a.movedim(0, -1)[u] for u in voxels[layer]]
-                seen = [_moments(traced.derivative(value, INPUT)[0]) for value in values]
+                seen = []
+                for u in voxels[layer]:
+                    derivative = traced.derivative(mixture @ a.movedim(0, -1)[u], INPUT)[0]
+                    seen.append(_moments(derivative, _place_of(u, grid, a.shape[1:], shape)))
                 centres[layer][mirrored].append(torch.stack(seen))
                 sizes[layer] = a.shape[1:]
     lines: Lines = {}
@@ -345,24 +357,38 @@ def _two_voxels(
     pairs = []
     for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
         place = _places(grid, axis, size) - (length - 1) / 2
-        low = int((place + length / 5).abs().argmin())
+        low = int((place + length / 7).abs().argmin())
         pairs.append((low, int((place + place[low]).abs().argmin())))
     return list(dict.fromkeys(zip(*pairs, strict=True)))
 
 
-def _moments(derivative: torch.Tensor) -> torch.Tensor:
-    """Return the moments 0, 1 and 2 of J^2 along each axis, of J (C, *S), from the middle on.
+def _place_of(
+    voxel: Sequence[int], grid: FeatureGrid, sizes: Sequence[int], shape: Sequence[int]
+) -> list[float]:
+    """Return where a voxel lies along every axis, from the middle of the image on."""
+    axes = enumerate(zip(voxel, sizes, shape, strict=True))
+    return [float(_places(grid, axis, n)[u]) - (length - 1) / 2 for axis, (u, n, length) in axes]
 
-    They are divided by moment 0, which is 1 then, or 0 where all of J is (behind a ReLU).
+
+def _moments(derivative: torch.Tensor, place: Sequence[float]) -> torch.Tensor:
+    """Return moments 0, 1 and 2 of J^2 along each axis, of J (C, *S), and what lies before a place.
+
+    All places count from the middle. They are divided by moment 0, which is 1 then, or 0 where all
+    of J is (behind a ReLU).
     """
     square = derivative.double().square().sum(0).cpu()
     whole = square.sum()
     square /= whole if whole > 0 else 1
     moments = []
     for axis, n in enumerate(square.shape):
-        place = torch.arange(n, dtype=square.dtype, device="cpu") - (n - 1) / 2
+        at = torch.arange(n, dtype=square.dtype, device="cpu") - (n - 1) / 2
         along = square.movedim(axis, -1).reshape(-1, n).sum(0)
-        moments.append(torch.stack([(along * place**power).sum() for power in range(3)]))
+        before = (place[axis] - at + 0.5).clamp(0, 1)
+        moments.append(
+            torch.stack(
+                [*((along * at**power).sum() for power in range(3)), (along * before).sum()]
+            )
+        )
     return torch.stack(moments)
 
 
@@ -374,15 +400,14 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
     twice the middle between them.
 
     Args:
-        moments: (plain and mirrored, draws, voxels, 3).
+        moments: (plain and mirrored, draws, voxels, 4), see `_moments`.
         place: (voxels,), where the grid says that they lie.
     """
-    parts = moments.flatten(0, 1)
     two = len(place) > 1 and place[0] != place[-1]
-    nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, len(parts), 0.0, PULLED)
+    nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, moments.shape[1], 0.0, PULLED)
 
     def pull_and_shift(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, first, second = parts.sum(0).unbind(-1)
+        weight, first, second, _ = parts.sum(0).unbind(-1)
         centre, square = first / weight, second / weight
         if not two:
             return torch.zeros_like(place[0]), (centre - place).mean()
@@ -392,17 +417,27 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
 
     if not (moments[..., 0].sum(1) > 0).all():
         return nothing
-    pull, shift = pull_and_shift(parts)
-    error, count = math.inf, len(parts)
-    if count >= FEW_PARTS:
+    # What mirrored kernels pull back is no error: both kinds of one draw belong together.
+    pairs = moments.sum(0)
+    pull, shift = pull_and_shift(pairs)
+    error, count = math.inf, len(pairs)
+    if count > 1:
         kept = [[other for other in range(count) if other != part] for part in range(count)]
-        others = torch.stack([pull_and_shift(parts[k])[1] for k in kept])
+        others = torch.stack([pull_and_shift(pairs[k])[1] for k in kept])
         error = math.sqrt((count - 1) / count * float((others - shift).square().sum()))
     sides = moments.sum(1)
-    lean = float((sides[0] - sides[1])[:, 1].mean()) / count
+    lean = float((sides[0] - sides[1])[:, 1].mean()) / (2 * moments.shape[1])
     if not math.isfinite(float(shift) + float(pull)):
         return nothing
-    return _Line(float(shift), error, float(pull), 0.0, len(place), count, lean, PULLED)
+    # Of mirrored kernels what was on the one side is on the other.
+    before = (sides[0, :, 3] + sides[1, :, 0] - sides[1, :, 3]).mean() / (2 * moments.shape[1])
+    # Without what is seen of the whole image, evenly.
+    local = 1 - min(1.0, max(0.0, float(pull)))
+    side = min(float(before), 1 - float(before)) - (1 - local) / 2
+    return _Line(
+        *(float(shift), error, float(pull), 0.0, len(place), count, lean, PULLED),
+        side / local if local and two else 0.0,
+    )
 
 
 # ------------------------------------------------------------------------------- a line
@@ -449,7 +484,7 @@ def _fitted(moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, dra
 #: How it is looked, the cheapest first, and how many draws; layers that leave a doubt again.
 LOOKS: tuple[tuple[Callable[..., Lines], int], ...] = (
     (_by_noise, 1),
-    (_by_gradients, 2),
-    (_by_gradients, 6),
+    (_by_gradients, 3),
+    (_by_gradients, 12),
     (_by_noise, 6),
 )

@@ -40,6 +40,13 @@ _DROPOUTS = (
     *("feature_alpha_dropout", "dropout_"),
 )
 _ATTENTION = ("scaled_dot_product_attention",)
+# Bent lines that are straight on one side, of which none moves anything.
+_ACTIVATIONS = (
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_"),
+    *("elu", "elu_", "celu", "celu_", "selu", "selu_", "gelu", "silu", "silu_", "mish", "mish_"),
+    *("softplus", "hardswish", "hardswish_", "hardtanh", "hardtanh_"),
+    *("threshold", "_threshold", "threshold_"),
+)
 
 # Where an upsampled path meets a skip connection, the skip connection knows the place. Residual
 # blocks double what goes through them, so that the coarse levels would drown it.
@@ -106,6 +113,37 @@ class MirroredOperations(TorchFunctionMode):
         output = func(*args, **kwargs)
         upsampled = transposed or name.startswith(_UPSAMPLING) or _shuffles(name, args, output)
         return output * FADED if upsampled else output
+
+
+class RandomOperations(TorchFunctionMode):
+    """Makes a network one of many of the same structure, whose weights were never trained.
+
+    Kernels become random, as strong at each place as they were; activation functions pass on what
+    they are given. So no path is closed by chance, nor so strong that it hides all others.
+
+    Args:
+        seed: of the random numbers; a network's next pass under the same seed is the same.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = _name(func)
+        if name in _ACTIVATIONS:
+            return args[0] if args else kwargs["input"]
+        if name in (*_CONVOLUTIONS, *_TRANSPOSED, "convolution"):
+            args, kwargs = _with_weight(args, kwargs, self._random, bias=True)
+        return func(*args, **kwargs)
+
+    def _random(self, weight: torch.Tensor) -> torch.Tensor:
+        strength = weight.double().square().mean((0, 1), keepdim=True).sqrt()
+        drawn = torch.randn(weight.shape, generator=self._generator, device="cpu")
+        return (drawn.to(strength) * strength).to(weight)
 
 
 def _name(func: Any) -> str:

@@ -6,6 +6,7 @@ looked at again.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -15,12 +16,21 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import centroids, probe
 from seg3dcam.capture import capturing
-from seg3dcam.centroids import AGREE, FEW_PARTS, LEANING, LITTLE, PULLED, PUSHED, STEPS
+from seg3dcam.centroids import (
+    AGREE,
+    EITHER_SIDE,
+    FEW_PARTS,
+    LEANING,
+    LITTLE,
+    PULLED,
+    PUSHED,
+    STEPS,
+)
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.layers import resolve_layers
 from seg3dcam.layouts import INPUT
-from seg3dcam.operations import FADED, MirroredOperations, PlainOperations
+from seg3dcam.operations import FADED, MirroredOperations, PlainOperations, RandomOperations
 
 # --------------------------------------------------------------------------------- the ramp
 
@@ -219,7 +229,7 @@ def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):
     assert found == dict.fromkeys([("a", 0), ("a", 1), ("f", 1), ("f", 2)], SURE)
 
 
-@pytest.mark.parametrize(("stride", "length"), [(1, 32), (4, 64), (8, 96), (16, 160), (32, 192)])
+@pytest.mark.parametrize(("stride", "length"), [(1, 96), (8, 96), (12, 128), (16, 160), (32, 160)])
 def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, monkeypatch):
     looked = []
 
@@ -243,7 +253,7 @@ def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, mon
     assert looked == [
         (handy, ["0"], 4 * centroids._times(handy)),
         (own, ["0"], 4),
-        ((32 + 8, 33, 32), ["1"], 4),
+        ((32 + 8, 33, 96), ["1"], 4),
         (own, ["1"], 4),
     ]
     assert set(found) == {(layer, axis) for layer in (coarse, fine) for axis in range(3)}
@@ -322,7 +332,7 @@ def test_parts_count_by_their_weight():
 
 def test_one_voxel_has_a_shift_and_no_pull():
     line = fitted([[0.5]], torch.zeros(1).double())
-    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3, 0.0, LITTLE)
+    assert line[:1] + line[2:] == (pytest.approx(0.5), 0.0, 0.0, 1, 3, 0.0, LITTLE, 0.0)
 
 
 @pytest.mark.parametrize("what", ["unseen", "unseen by one kind", "not finite", "outside"])
@@ -374,6 +384,9 @@ GOOD = {
         ({"lean": 0.98 * (ASIDE + FAR - WITHIN)}, None),
         ({"lean": 1.02 * (ASIDE + FAR - WITHIN)}, False),
         ({"lean": -1.02 * (ASIDE + FAR - WITHIN)}, False),
+        ({"lean": 9.0, "side": 1.01 * EITHER_SIDE}, True),
+        ({"lean": 9.0, "side": 0.99 * EITHER_SIDE}, False),
+        ({"lean": 9.0, "side": 0.5, "shift": 1.02 * FAR}, False),
         ({"error": 0.98 * WITHIN / 2}, True),
         ({"error": 1.02 * WITHIN / 2}, None),
         ({"error": math.inf}, None),
@@ -418,16 +431,15 @@ def test_a_layers_voxel_is_the_measure_of_what_agrees():
         line = centroids._Line(**GOOD | {"draws": 1, "pull": 0.0} | changed)
         return centroids._verdict(line, grid, axis)
 
-    # Half of what is between a strided convolution and a pooling.
-    assert verdict(0, shift=3.5 / 2 * 0.99) is True
-    assert verdict(0, shift=3.5 / 2 * 1.01) is None
+    assert verdict(0, shift=AGREE * 9 * 0.99) is True
+    assert verdict(0, shift=AGREE * 9 * 1.01) is None
     assert verdict(0, rest=7.9) is True
     assert verdict(0, rest=8.1) is None
     assert verdict(1, shift=AGREE * 1.98) is True
     assert verdict(1, shift=AGREE * 2.02) is None
     # One voxel has no line.
     assert verdict(2, voxels=1, rest=100.0) is True
-    assert verdict(2, voxels=1, shift=31.5 / 2 * 1.01) is None
+    assert verdict(2, voxels=1, shift=AGREE * 65 * 1.01) is None
 
 
 @pytest.mark.parametrize(("size", "expected"), [(31, True), (33, True), (30, False), (34, False)])
@@ -505,7 +517,7 @@ def test_gradients_show_the_places_of_two_voxels_along_all_axes():
         assert line.pull == pytest.approx(0, abs=1e-6)
         assert line.error == pytest.approx(0, abs=1e-6)
         assert line.lean == pytest.approx(0, abs=1e-6)
-        assert (line.voxels, line.draws) == (2, 2 * 4)
+        assert (line.voxels, line.draws) == (2, 4)
 
 
 def test_gradients_show_what_leans_and_what_is_pulled():
@@ -534,6 +546,42 @@ def test_gradients_show_what_leans_and_what_is_pulled():
         assert line.shift == pytest.approx(0, abs=1e-6)
 
 
+class Taps(nn.Module):
+    """A kernel whose squares along the last axis are given; some of the whole image besides."""
+
+    def __init__(self, squares, whole=0.0):
+        super().__init__()
+        size = len(squares)
+        self.conv = nn.Conv3d(1, 1, (1, 1, size), padding=(0, 0, size // 2), bias=False)
+        self.whole = whole
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor(squares).sqrt())
+
+    def forward(self, x):
+        return self.conv(x) + self.whole * x.sum((2, 3, 4), keepdim=True) / math.sqrt(x[0].numel())
+
+
+@pytest.mark.parametrize(
+    ("squares", "offset", "side"),
+    [
+        ([0.2, 0.2, 0.6], 0.0, 0.2 + 0.1),  # half of the place itself is on either side
+        ([0.6, 0.2, 0.2], 0.0, 0.2 + 0.1),
+        ([1.0, 0.0, 0.0], 0.0, 0.0),
+        # How far a place is off is the shift's to tell: of both kinds of kernels the mean is taken.
+        ([0.2, 0.2, 0.6], 0.25, (0.2 + 0.75 * 0.2 + 0.2 + 0.25 * 0.2) / 2),
+        ([0.2, 0.2, 0.6], 1.0, (1 - 0.3 + 0.1) / 2),
+    ],
+)
+@pytest.mark.parametrize("whole", [0.0, 1.0])
+def test_how_much_is_seen_on_the_side_where_less_is(squares, offset, side, whole, monkeypatch):
+    """Whatever is seen of the whole image."""
+    kept = contextlib.nullcontext  # the kernels as they are
+    monkeypatch.setattr(centroids, "RandomOperations", kept)
+    grid = FeatureGrid((4, 4, 64), (1.0,) * 3, (0.0, 0.0, offset))
+    line = gradient_lines_of(Net(Taps(squares, whole)), (4, 4, 64), grid)[2]
+    assert line.side == pytest.approx(side, abs=0.03 if whole else 1e-6)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0, -2.0])
 def test_what_is_seen_of_one_side_of_the_image_shifts_no_voxel(offset):
     """Most of what a voxel sees is the first quarter of the image; the rest is at its place."""
@@ -553,18 +601,22 @@ def test_what_is_seen_of_one_side_of_the_image_shifts_no_voxel(offset):
 def test_voxels_behind_a_closed_gate_tell_nothing():
     class Gate(nn.Module):
         def forward(self, x):
-            return F.relu(x) * (x.sum() > 0)
+            return x * (x.sum() > 0)
+
+    class Closed(nn.Module):
+        def forward(self, x):
+            return x * 0
 
     grid = FeatureGrid((16, 16, 16), (1.0,) * 3, (0.0,) * 3)
     lines = gradient_lines_of(Net(Gate()), (16,) * 3, grid, range(32))
     assert all(abs(line.shift) < 1e-6 and line.voxels == 2 for line in lines.values())
-    lines = gradient_lines_of(Net(nn.Threshold(100.0, 0.0)), (16,) * 3, grid)
+    lines = gradient_lines_of(Net(Closed()), (16,) * 3, grid)
     assert all(line.voxels == 0 and math.isinf(line.error) for line in lines.values())
 
 
 @pytest.mark.parametrize(
     ("stride", "offset", "size", "voxels"),
-    [(16, 7.5, 4, [1, 2]), (16, 0, 4, [1, 3]), (32, 15.5, 2, [0, 1]), (1, 0, 64, [19, 44])],
+    [(16, 7.5, 4, [1, 2]), (16, 0, 4, [1, 3]), (32, 15.5, 2, [0, 1]), (1, 0, 64, [22, 41])],
 )
 def test_two_voxels_lie_as_far_on_either_side_of_the_middle(stride, offset, size, voxels):
     grid = FeatureGrid((size, 1), (float(stride), 64.0), (float(offset), 31.5))
@@ -617,6 +669,50 @@ def test_mirrored_kernels_see_the_mirrored_image(ndim, transposed, core):
     torch.testing.assert_close(mirrored, plain * (FADED if transposed else 1))
     with MirroredOperations(False):
         torch.testing.assert_close(run(x), plain * (FADED if transposed else 1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_random_kernels_are_as_strong_at_each_tap(transposed):
+    """Also where a mask makes it nothing; the same again under the same seed."""
+    torch.manual_seed(0)
+    x = torch.zeros(1, 40, 9)
+    x[0, 7, 4] = 1  # what is given shows the kernels
+    squares = torch.tensor([4.0, 0.0, 1.0])
+    weight = torch.randn(40, 40, 3) * squares.sqrt()
+    convolve = F.conv_transpose1d if transposed else F.conv1d
+
+    def given(seed):
+        with RandomOperations(seed):
+            return convolve(x, weight, padding=1), convolve(x, weight, padding=1)
+
+    one, again = given(1)
+    taps = one[0, :, 3:6].square().mean(0)
+    expected = squares if transposed else squares.flip(0)
+    torch.testing.assert_close(taps, expected, rtol=0.6, atol=0)
+    own = convolve(x, weight, padding=1)
+    assert abs(torch.corrcoef(torch.stack([one.flatten(), own.flatten()]))[0, 1]) < 0.3
+    assert not torch.equal(one, again)
+    for first, second in zip(given(1), (one, again), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not torch.equal(given(2)[0], one)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(), nn.PReLU(), nn.ELU(), nn.SELU()),
+        *(nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Softplus(), nn.Hardswish(), nn.ReLU6()),
+        *(nn.RReLU(), nn.Threshold(0.1, 0.0), torch.relu, torch.ops.aten.relu.default),
+    ],
+    ids=str,
+)
+def test_activation_functions_are_straight_among_random_kernels(activation):
+    x = torch.linspace(-9, 9, 7)
+    with RandomOperations(0):
+        assert torch.equal(activation(x.clone()), x)
+    with RandomOperations(0):  # gates stay gates
+        assert torch.equal(torch.sigmoid(x), nn.Sigmoid()(x))
+    assert not torch.equal(activation(x.clone()), x)
 
 
 @pytest.mark.parametrize(("size", "middle"), [(1, 0), (2, 0.5), (3, 1), (4, 1.5), (5, 2)])
