@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -24,6 +25,7 @@ from torch import nn
 
 from seg3dcam.draws import (
     Drawn,
+    RandomState,
     drawing_from,
     owned_generators,
     parameters_by_memory,
@@ -43,6 +45,15 @@ from seg3dcam.witnesses import Witnesses, settle
 Asked = ParamSpec("Asked")
 Result = TypeVar("Result")
 
+#: Draws that no operation of PyTorch's shows.
+OF_LIBRARIES = "of NumPy or Python"
+
+#: Seconds that are waited for what other threads draw.
+PAUSES = (0.01, 0.05)
+
+#: After so many passes in which another thread drew random numbers it is no longer looked at.
+DOUBTS = 4
+
 #: How often an explanation is begun: each network of an ensemble may draw only now and then.
 AGAIN = 8
 
@@ -53,6 +64,13 @@ class _LayersReached(BaseException):
 
 class FoundLateError(Seg3dcamError):
     """A pass showed what those before it should have heeded; it is `known` from now on."""
+
+
+def _drawn_late(draws: str) -> FoundLateError:
+    return FoundLateError(
+        f"the network draws random numbers ({draws}), but only now and then, as its input or a "
+        "setting is: explain it again, now that this is known"
+    )
 
 
 def begun_again(run: Callable[Asked, Result]) -> Callable[Asked, Result]:
@@ -191,6 +209,10 @@ class Capture:
         self._thread = threading.get_ident()
         self._owned = owned_generators(model)
         self._random = random_state(self._owned)
+        # The random states before and after a pass, and whether it is a late one, where it is
+        # doubtful who drew.
+        self._doubt: tuple[RandomState, RandomState, bool] | None = None
+        self._doubts = 0
         self._parameters = parameters_by_memory(model)
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
@@ -450,7 +472,10 @@ class Capture:
                 changed = self.on_output(INPUT, x)
                 x = x if changed is None else changed
             with self._same_draws():
-                return self.model(x)
+                output = self.model(x)
+            if self._doubt is not None:
+                self._find_out_who_drew(x, *self._doubt)
+            return output
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -458,7 +483,7 @@ class Capture:
                 f"the network failed on an input of shape {tuple(x.shape)}: {error}{_hint(error)}"
             ) from error
         finally:
-            self._mode = "off"
+            self._mode, self._doubt = "off", None
 
     @contextlib.contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -491,17 +516,40 @@ class Capture:
                 # Another thread may have drawn meanwhile, but not by an operation of this one.
                 own = noted.operation or threading.active_count() == 1
                 if not before.owned_equals(now) or (own and not before.equals(now)):
-                    known.draws = noted.operation or "of NumPy or Python"
+                    known.draws = noted.operation or OF_LIBRARIES
                     set_random_state(before)
                 elif complete:
                     known.draws = ""
+                    if not before.equals_in_libraries(now) and self._doubts < DOUBTS:
+                        self._doubt = before, now, late
         if late and known.draws:
-            raise FoundLateError(
-                f"the network draws random numbers ({known.draws}), but only now and then, as its "
-                "input or a setting is: explain it again, now that this is known"
-            )
+            raise _drawn_late(known.draws)
         if stopped is not None:
             raise stopped
+
+    def _find_out_who_drew(
+        self, x: torch.Tensor, before: RandomState, now: RandomState, late: bool
+    ) -> None:
+        """Run the network again from the state `before`: its own draws lead to the same state.
+
+        With a pause: in more time another thread draws more.
+
+        Raises:
+            FoundLateError: as `_same_draws`.
+        """
+        self._mode = "off"
+        again = []
+        for pause in PAUSES:
+            with torch.no_grad(), drawing_from(before):
+                self.model(x)
+                time.sleep(pause)
+                again.append(random_state())
+        if all(map(now.equals_in_libraries, again)):
+            self.known.draws = OF_LIBRARIES
+            if late:
+                set_random_state(before)
+                raise _drawn_late(OF_LIBRARIES)
+        self._doubts += 1
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
         """Take what a layer gave; return what the network is to go on with (None: the same)."""

@@ -43,9 +43,13 @@ class RandomState(NamedTuple):
         """Tell whether nothing was drawn between the two."""
         tensors = [(self.torch, other.torch)]
         tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=False)]
-        same = all(torch.equal(a, b) for a, b in tensors) and self.python == other.python
-        same = same and all(map(np.array_equal, self.numpy, other.numpy))
-        return same and self.owned_equals(other)
+        same = all(torch.equal(a, b) for a, b in tensors)
+        return same and self.equals_in_libraries(other) and self.owned_equals(other)
+
+    def equals_in_libraries(self, other: RandomState) -> bool:
+        """Tell whether nothing was drawn from NumPy's and Python's generators in between."""
+        same = all(map(np.array_equal, self.numpy, other.numpy))
+        return same and self.python == other.python
 
     def owned_equals(self, other: RandomState) -> bool:
         """Tell whether the network's own generators drew nothing between the two."""

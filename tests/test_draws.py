@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def test_prediction_and_gradient_draw_the_same(name, plan):
     draw, operation = DRAWS[name]
     with pytest.warns(Seg3dcamWarning, match=SAID) as caught:
         found = HiResCAM(Drawing(draw), "relu", sliding_window=plan)(image(), VOLUME)
-    assert any(__import__("re").search(operation, str(w.message)) for w in caught)
+    assert any(re.search(operation, str(w.message)) for w in caught)
     assert found.draws
     total = float(found.maps["relu"].double().sum())
     assert total == pytest.approx(float(found.score), rel=1e-4)
@@ -85,22 +87,45 @@ def test_networks_that_draw_nothing_are_left_in_peace():
     assert found.draws == ""
 
 
-def test_what_another_thread_draws_is_not_the_networks():
-    # Made before: the other thread would draw in between, and the weights be others each time.
-    nets, stop = [Drawing(lambda a: a) for _ in range(5)], threading.Event()
+@pytest.fixture
+def beside(request):
+    """A thread that does something over and over."""
+    stop = threading.Event()
 
-    def draw():
+    def repeat():
         while not stop.is_set():
-            torch.rand(1000)
+            request.param()
+            time.sleep(1e-4)  # a busy thread would hold up all others
 
-    other = threading.Thread(target=draw)
+    other = threading.Thread(target=repeat)
     other.start()
-    try:
-        for net in nets:
-            assert HiResCAM(net, "relu")(image(size=8), VOLUME).draws == ""
-    finally:
-        stop.set()
-        other.join()
+    yield
+    stop.set()
+    other.join()
+
+
+@pytest.mark.parametrize(
+    "beside", [lambda: torch.rand(1000), lambda: np.random.rand(1000), random.random], indirect=True
+)
+def test_what_another_thread_draws_is_not_the_networks(beside):
+    for _ in range(5):
+        assert HiResCAM(Drawing(lambda a: a), "relu")(image(size=8), VOLUME).draws == ""
+
+
+@pytest.mark.parametrize("beside", [lambda: None], indirect=True)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["numpy", "python", "dropout"])
+def test_draws_are_known_beside_another_thread(kind, late, beside):
+    """As in every notebook."""
+    draw, operation = DRAWS[kind]
+    net, x = (only_if_bright(draw), brighter_on_the_right()) if late else (Drawing(draw), image())
+    before = random_state()
+    with pytest.warns(Seg3dcamWarning, match=SAID):
+        found = HiResCAM(net, "relu", sliding_window=WindowPlan(8, overlap=0))(x, VOLUME)
+    assert re.search(operation, found.draws)
+    assert before.equals(random_state())
+    total = float(found.maps["relu"].double().sum())
+    assert total == pytest.approx(float(found.score), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")

@@ -600,7 +600,8 @@ def test_what_is_written_to_a_view_is_read_from_the_buffer(kind):
     assert net[3].whole.any()
 
 
-@pytest.mark.filterwarnings("ignore:layer .2. explains:seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.filterwarnings("ignore:layer .2. (explains|shows):seg3dcam.errors.Seg3dcamWarning")
+@pytest.mark.filterwarnings("ignore:the gradient at .* remembers of earlier passes")
 def test_a_graph_that_is_written_to_an_attribute_is_let_go_of():
     def make(of):
         of.state = torch.zeros(1, 4, 8, 8, 8)

@@ -115,8 +115,9 @@ def _gaps(capture: Capture, x: torch.Tensor) -> dict[LayerRef, float]:
             continue
         if not promise.is_repeated():
             raise ModelError(
-                "the network answers the same image differently each time, as with random numbers "
-                "of a generator that is neither a global one nor the network's own"
+                "the network answers the same image differently each time, as with what it "
+                "remembers of earlier passes, or with random numbers of a generator that is "
+                "neither a global one nor the network's own"
             )
         found |= {layer: promise.gap(layer, MANY) for layer in group}
     return found
