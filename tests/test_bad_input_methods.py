@@ -352,6 +352,9 @@ class NoTargets:
     def expand(self, logits):
         return []
 
+    def __repr__(self):
+        return "NoTargets()"
+
 
 @pytest.mark.parametrize(
     ("given", "said"),

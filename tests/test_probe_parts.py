@@ -702,9 +702,9 @@ def test_random_kernels_are_as_strong_at_each_tap(transposed):
     [
         *(nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(), nn.PReLU(), nn.ELU(), nn.SELU()),
         *(nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Softplus(), nn.Hardswish(), nn.ReLU6()),
-        *(nn.RReLU(), nn.Threshold(0.1, 0.0), torch.relu, torch.ops.aten.relu.default),
+        *(nn.RReLU(), nn.Threshold(0.1, 0.0), F.relu, torch.ops.aten.relu.default),
     ],
-    ids=str,
+    ids=lambda activation: getattr(activation, "__name__", str(activation)),
 )
 def test_activation_functions_are_straight_among_random_kernels(activation):
     x = torch.linspace(-9, 9, 7)
