@@ -69,6 +69,9 @@ STEPS = 4.0
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
 PARTS, FEW_PARTS = 8, 4
 
+#: So many standard errors make a shift that one draw shows a suspected one.
+SUSPECTED = 8
+
 #: Voxels of an input that noise is sent through: along the axis, and at most along the others.
 LONG, OTHERS = 64, 32
 
@@ -126,14 +129,17 @@ def agreeing(
             than a grid's pull them, too.
     """
     wrong: set[LayerRef] = set()
+    suspected: set[tuple[LayerRef, int]] = set()
     doubts = set(itertools.product(grids, range(x.ndim - 2)))
     for look, draws in LOOKS:
-        if not doubts:
-            break
-        for (layer, axis), line in look(capture, x, grids, doubts, draws).items():
+        # Where the network as it is seems to be off, others of its structure do not clear it.
+        asked = doubts - suspected if look is _by_gradients else doubts
+        for (layer, axis), line in look(capture, x, grids, asked, draws).items() if asked else ():
             verdict = _verdict(line, grids[layer], axis, pulled)
             if verdict is not None:
                 doubts.discard((layer, axis))
+            elif _seems_off(line, grids[layer], axis):
+                suspected.add((layer, axis))
             if verdict is False:
                 wrong.add(layer)
         doubts = {(layer, axis) for layer, axis in doubts if layer not in wrong}
@@ -143,8 +149,7 @@ def agreeing(
 
 def _verdict(line: _Line, grid: FeatureGrid, axis: int, pulled: float = PULLED) -> bool | None:
     """Tell whether centres lie where the grid says; None: not seen well enough to tell."""
-    stride = max(1.0, grid.stride[axis])
-    tolerance = AGREE * (1 + stride)
+    stride, tolerance = _tolerance(grid, axis)
     leaning = LEANING * (1 + stride) if line.side < EITHER_SIDE else math.inf
     off = max(abs(line.shift) - tolerance, abs(line.lean) - leaning)
     alone = grid.shape[axis] == 1
@@ -156,6 +161,18 @@ def _verdict(line: _Line, grid: FeatureGrid, axis: int, pulled: float = PULLED) 
     straight = -PUSHED <= line.pull <= pulled and line.rest <= max(stride, STEPS)
     near = off <= 0 and line.error <= tolerance / 2
     return True if seen and near and (straight or alone) else None
+
+
+def _seems_off(line: _Line, grid: FeatureGrid, axis: int) -> bool:
+    """Tell whether centres do not lie where the grid says, as far as one look can tell."""
+    _, tolerance = _tolerance(grid, axis)
+    return line.pull <= line.bears and abs(line.shift) - tolerance > SUSPECTED * line.error
+
+
+def _tolerance(grid: FeatureGrid, axis: int) -> tuple[float, float]:
+    """Return the width of a layer's voxel, or of an input voxel, and what two measurements may."""
+    stride = max(1.0, grid.stride[axis])
+    return stride, AGREE * (1 + stride)
 
 
 # ------------------------------------------------------------------------------- by noise

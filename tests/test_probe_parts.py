@@ -25,6 +25,7 @@ from seg3dcam.centroids import (
     PULLED,
     PUSHED,
     STEPS,
+    SUSPECTED,
 )
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
@@ -202,6 +203,35 @@ def test_what_is_in_doubt_is_looked_at_again(monkeypatch):
     del by["again"]["a", 1]
     assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}  # still in doubt
     assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), {}) == set()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "asked"),
+    [
+        (DOUBT, {}, ["a0", "a1"]),  # random kernels clear a doubt
+        (OFF._replace(draws=1), {}, ["a1"]),  # no suspicion
+        (OFF._replace(draws=1, error=9 / SUSPECTED), {}, ["a0", "a1"]),  # so unsure
+        (OFF._replace(draws=1, pull=LITTLE + 0.1), {}, ["a0", "a1"]),  # or so little seen
+        (OFF._replace(draws=1), {("a", 0): SURE}, ["a1"]),
+        (OFF._replace(draws=1), {("a", 0): OFF}, ["a1"]),
+    ],
+)
+def test_random_kernels_do_not_clear_a_network_that_seems_off(first, last, asked, monkeypatch):
+    seen = []
+
+    def gradients(capture, x, grids, doubts, draws):
+        seen.extend(sorted("".join(map(str, doubt)) for doubt in doubts))
+        return dict.fromkeys(doubts, SURE)
+
+    def noise(capture, x, grids, doubts, draws):
+        return {("a", 0): first, ("a", 1): DOUBT} if draws == 1 else last
+
+    monkeypatch.setattr(centroids, "_by_gradients", gradients)
+    monkeypatch.setattr(centroids, "LOOKS", ((noise, 1), (gradients, 3), (noise, 6)))
+    grids = {"a": FeatureGrid((16, 8), (4.0, 4.0), (1.5, 1.5))}
+    sure = centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids)
+    assert seen == asked
+    assert sure == ({"a"} if len(asked) == 2 or last == {("a", 0): SURE} else set())
 
 
 def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):

@@ -240,7 +240,25 @@ class Zoomed(nn.Module):
         return F.interpolate(torch.sigmoid(x)[(..., *part)], size=x.shape[2:], mode="trilinear")
 
 
+class Deformed(nn.Module):
+    """Samples its features aside, by as much as a convolution says."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.by = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, 1)
+        nn.init.constant_(self.by.weight, 1.0)
+        nn.init.constant_(self.by.bias, -1.0)  # four voxels less one, as no ramp shows
+
+    def forward(self, x):
+        aside = self.by(torch.ones_like(x).expand(-1, 4, -1, -1, -1))[:, 0]
+        theta = torch.eye(3, 4, dtype=x.dtype)[None].expand(len(x), -1, -1)
+        places = F.affine_grid(theta, x.shape, align_corners=True)
+        step = torch.stack([2 * aside / (x.shape[-1] - 1), 0 * aside, 0 * aside], -1)
+        return F.grid_sample(self.conv(x), places + step, align_corners=True)
+
+
 CANNOT = {
+    "deformed": Deformed,
     "zoomed": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Zoomed()),
     "Fourier filter": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Fourier(4)),
     "token mixer": Mixer,
