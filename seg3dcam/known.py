@@ -202,10 +202,11 @@ def _structure(network: nn.Module) -> Structure:
         for key, parameter in module._parameters.items():
             found[name, key] = _shape(parameter)
         for key, value in vars(module).items():
+            if key in OF_EVERY_MODULE or key == "training":
+                continue
             if _is_plain(value):
-                if key != "training":
-                    found[name, key] = value
-            elif key not in OF_EVERY_MODULE:
+                found[name, key] = value
+            else:
                 for path, setting in _settings(key, value, seen, DEEPEST):
                     found[name, path] = setting
     return found
@@ -254,8 +255,12 @@ def _is_number(value: Any) -> bool:
     return all(map(_is_number, value)) if type(value) is tuple else isinstance(value, int | float)
 
 
+#: Types of settings that stand for themselves.
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def _is_plain(value: Any) -> bool:
     kind = type(value)  # isinstance would ask a weak proxy's object, which may be gone
     if issubclass(kind, tuple):
         return all(map(_is_plain, value))
-    return issubclass(kind, bool | int | float | str | None)
+    return kind in _PLAIN or issubclass(kind, _PLAIN)

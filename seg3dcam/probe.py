@@ -30,7 +30,7 @@ from seg3dcam.centroids import agreeing
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.kinds import takes_hooks
-from seg3dcam.known import key_of
+from seg3dcam.known import key_of, opened
 from seg3dcam.layers import LayerRef, unwrap
 from seg3dcam.operations import PlainOperations
 
@@ -60,20 +60,18 @@ def measure_grids(
         shapes: layer -> its spatial shape for this input.
     """
     model = unwrap(model)
-    # None may be dropped: at another size than the input's, tokens may have no readable grid.
-    layers = [replace(layer, required=True) for layer in shapes]
-    with capturing(model, layers) as capture:
-        known = capture.known.grids
-        keys = {la: _key(la, x, shape) for la, shape in shapes.items()}
-        grids = {la: known[key] for la, key in keys.items() if key in known}
+    keys = {la: _key(la, x, shape) for la, shape in shapes.items()}
+    with opened(model) as known:
+        grids = {la: known.grids[key] for la, key in keys.items() if key in known.grids}
         new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
-    if new:
-        with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
-            grids |= _measured_twice(capture, x, new)
+        if new:
+            # None may be dropped: at another size than the input's, tokens may have no grid.
+            with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
+                grids |= _measured_twice(capture, x, new)
             # Only now: a measurement that fails leaves nothing behind.
             for layer in new:
                 if (key := keys[layer]) is not None:
-                    capture.known.keep_grid(key, grids[layer])
+                    known.keep_grid(key, grids[layer])
     return {layer: grids[layer] for layer in shapes}
 
 

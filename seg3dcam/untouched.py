@@ -194,9 +194,14 @@ def _tables(module: nn.Module) -> tuple[_Change, _Change]:
     if isinstance(module, torch.jit.ScriptModule):
         return _nothing, _nothing
     tables = [table for name, table in vars(module).items() if name in OF_EVERY_MODULE]
-    changes = [_contents(table) for table in tables if isinstance(table, dict | set)]
+    tables = [table for table in tables if isinstance(table, dict | set)]
+    empty = [table for table in tables if not table]  # most are
+    changes = [_contents(table) for table in tables if table]
 
     def put_back() -> None:
+        for table in empty:
+            if table:
+                container_kind(table).clear(table)
         for change in changes:
             change()
 
