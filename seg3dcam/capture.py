@@ -25,7 +25,6 @@ from torch import nn
 
 from seg3dcam.draws import (
     Drawn,
-    RandomState,
     drawing_from,
     owned_generators,
     parameters_by_memory,
@@ -48,11 +47,12 @@ Result = TypeVar("Result")
 #: Draws that no operation of PyTorch's shows.
 OF_LIBRARIES = "of NumPy or Python"
 
-#: Seconds that are waited for what other threads draw.
-PAUSES = (0.01, 0.05)
+#: Seeds from which a network is run to see what it draws, and seconds that are waited each time for
+#: what other threads draw.
+TRIALS = ((1, 0.01), (1, 0.05), (2, 0.01))
 
-#: After so many passes in which another thread drew random numbers it is no longer looked at.
-DOUBTS = 4
+#: So often in a network's life: other threads that draw meanwhile get numbers of these seeds.
+MOST_TRIALS = 3
 
 #: How often an explanation is begun: each network of an ensemble may draw only now and then.
 AGAIN = 8
@@ -209,10 +209,8 @@ class Capture:
         self._thread = threading.get_ident()
         self._owned = owned_generators(model)
         self._random = random_state(self._owned)
-        # The random states before and after a pass, and whether it is a late one, where it is
-        # doubtful who drew.
-        self._doubt: tuple[RandomState, RandomState, bool] | None = None
-        self._doubts = 0
+        # Whether another thread, or the network, drew in the last pass.
+        self._doubtful = False
         self._parameters = parameters_by_memory(model)
         self._example = next((p for p in model.parameters() if p.is_floating_point()), None)
         # Of the last pass; tensors as the layers gave them.
@@ -471,10 +469,14 @@ class Capture:
             if INPUT in self._runs:
                 changed = self.on_output(INPUT, x)
                 x = x if changed is None else changed
+            alone = threading.active_count() == 1 or self.known.trials >= MOST_TRIALS
+            spare = None if alone else x.detach().clone()  # networks may write to their input
+            self._doubtful = False
             with self._same_draws():
                 output = self.model(x)
-            if self._doubt is not None:
-                self._find_out_who_drew(x, *self._doubt)
+            if self._doubtful and spare is not None:
+                self.known.trials += 1
+                self._find_out_who_drew(spare)
             return output
         except (Seg3dcamError, torch.OutOfMemoryError):
             raise
@@ -483,7 +485,7 @@ class Capture:
                 f"the network failed on an input of shape {tuple(x.shape)}: {error}{_hint(error)}"
             ) from error
         finally:
-            self._mode, self._doubt = "off", None
+            self._mode = "off"
 
     @contextlib.contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -520,36 +522,40 @@ class Capture:
                     set_random_state(before)
                 elif complete:
                     known.draws = ""
-                    if not before.equals_in_libraries(now) and self._doubts < DOUBTS:
-                        self._doubt = before, now, late
+                    self._doubtful = not before.equals_in_libraries(now)
         if late and known.draws:
             raise _drawn_late(known.draws)
         if stopped is not None:
             raise stopped
 
-    def _find_out_who_drew(
-        self, x: torch.Tensor, before: RandomState, now: RandomState, late: bool
-    ) -> None:
-        """Run the network again from the state `before`: its own draws lead to the same state.
+    def _find_out_who_drew(self, x: torch.Tensor) -> None:
+        """Run the network again from states of our own: its own draws lead from one to another.
 
-        With a pause: in more time another thread draws more.
+        Always to the same one, however long it is waited for what other threads draw; to another
+        one from another state, unless somebody has set a seed.
 
         Raises:
             FoundLateError: as `_same_draws`.
         """
+        late, before = self.known.draws == "", random_state(self._owned)
         self._mode = "off"
-        again = []
-        for pause in PAUSES:
-            with torch.no_grad(), drawing_from(before):
-                self.model(x)
+        ends = []
+        for seed, pause in TRIALS:
+            start = before.seeded(seed)
+            with torch.no_grad(), drawing_from(start):
+                try:
+                    self.model(x.clone())
+                except Exception:
+                    return  # nobody knows; the pass before has shown that it works
                 time.sleep(pause)
-                again.append(random_state())
-        if all(map(now.equals_in_libraries, again)):
+                ends.append(random_state())
+        one, again, other = ends
+        drawn = not before.seeded(TRIALS[0][0]).equals_in_libraries(one)
+        if drawn and one.equals_in_libraries(again) and not one.equals_in_libraries(other):
             self.known.draws = OF_LIBRARIES
             if late:
-                set_random_state(before)
+                set_random_state(self._random)
                 raise _drawn_late(OF_LIBRARIES)
-        self._doubts += 1
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
         """Take what a layer gave; return what the network is to go on with (None: the same)."""

@@ -15,9 +15,10 @@ is exact enough where a layer has many voxels.
 
 By gradients: those of two voxels of a layer, in a random mixture of its channels, give all of J at
 once. That takes a backward pass for each, and is exact enough for coarse layers, whose few voxels
-look at thousands. Whether the weights were trained, and to what, does not move the layer's voxels,
-but one strong path, or one that the image closes, would hide all others. So the kernels are random
-ones, as strong at each of their taps as the network's own, and activation functions are straight.
+look at thousands. One path that the image closes, or that trained weights cancel, would hide what
+others show. So weights of kernels get random signs there, and activation functions are straight: it
+is told what a network of this structure, and of as strong weights, looks at. Where the first look
+at the network as it is shows something else, that one is believed.
 
 Kernels pull the centre to one side or the other; mirrored ones pull back as much. What a voxel sees
 of the whole image (attention, InstanceNorm) and the image's rim pull all centres towards a middle,
@@ -58,8 +59,8 @@ LITTLE = 0.5
 #: where the layer looks.
 LEANING = 0.4
 
-#: Kernels of a large dilation may pull by more, as they look widely: as long as so much of what a
-#: voxel looks at lies on either side of its place.
+#: They may pull by more, as those of a large dilation do, where so much of what a voxel looks at
+#: lies beyond its place on either side.
 EITHER_SIDE = 0.1
 
 #: Centres lie this many input voxels off a line at most, root mean square, or a layer's voxel.
@@ -69,8 +70,9 @@ STEPS = 4.0
 #: channels see the same noise, so they tell nothing of that; neither do few parts.
 PARTS, FEW_PARTS = 8, 4
 
-#: So many standard errors make a shift that one draw shows a suspected one.
-SUSPECTED = 8
+#: Places that one look at the network as it is shows so many standard errors further off than two
+#: measurements may be are suspected.
+SUSPECTED = 4
 
 #: Voxels of an input that noise is sent through: along the axis, and at most along the others.
 LONG, OTHERS = 64, 32
@@ -95,11 +97,11 @@ class _Line(NamedTuple):
         pull: part of the distance from the middle.
         rest: what is left, root mean square.
         voxels: how many were looked at.
-        draws: of noise, or of mixtures of channels for both kinds of kernels.
+        draws: of noise, or of signs and mixtures of channels.
         lean: by how much the kernels as they are pull the centres to one side.
         bears: how much may be pulled for the shift to be known.
-        side: part of what a voxel looks at that lies on the side of its place where less does; 0 if
-            not known.
+        side: part of what a voxel looks at that lies beyond its place, on the side where less does,
+            but for what it sees of the whole image; 0 if not known.
     """
 
     shift: float
@@ -134,7 +136,8 @@ def agreeing(
     for look, draws in LOOKS:
         # Where the network as it is seems to be off, others of its structure do not clear it.
         asked = doubts - suspected if look is _by_gradients else doubts
-        for (layer, axis), line in look(capture, x, grids, asked, draws).items() if asked else ():
+        lines = look(capture, x, grids, asked, draws) if asked else {}
+        for (layer, axis), line in lines.items():
             verdict = _verdict(line, grids[layer], axis, pulled)
             if verdict is not None:
                 doubts.discard((layer, axis))
@@ -349,7 +352,7 @@ def _lines_by_gradients(
                 seen = []
                 for u in voxels[layer]:
                     derivative = traced.derivative(mixture @ a.movedim(0, -1)[u], INPUT)[0]
-                    seen.append(_moments(derivative, _place_of(u, grid, a.shape[1:], shape)))
+                    seen.append(_moments(derivative, _extents(u, grid, a.shape[1:], shape)))
                 centres[layer][mirrored].append(torch.stack(seen))
                 sizes[layer] = a.shape[1:]
     lines: Lines = {}
@@ -379,34 +382,34 @@ def _two_voxels(
     return list(dict.fromkeys(zip(*pairs, strict=True)))
 
 
-def _place_of(
+def _extents(
     voxel: Sequence[int], grid: FeatureGrid, sizes: Sequence[int], shape: Sequence[int]
-) -> list[float]:
-    """Return where a voxel lies along every axis, from the middle of the image on."""
-    axes = enumerate(zip(voxel, sizes, shape, strict=True))
-    return [float(_places(grid, axis, n)[u]) - (length - 1) / 2 for axis, (u, n, length) in axes]
+) -> list[tuple[float, float]]:
+    """Return between what places each axis of a voxel lies, from the middle of the image on."""
+    extents = []
+    for axis, (u, size, length) in enumerate(zip(voxel, sizes, shape, strict=True)):
+        place = float(_places(grid, axis, size)[u]) - (length - 1) / 2
+        half = max(1.0, grid.stride[axis]) / 2
+        extents.append((place - half, place + half))
+    return extents
 
 
-def _moments(derivative: torch.Tensor, place: Sequence[float]) -> torch.Tensor:
-    """Return moments 0, 1 and 2 of J^2 along each axis, of J (C, *S), and what lies before a place.
+def _moments(derivative: torch.Tensor, extents: Sequence[tuple[float, float]]) -> torch.Tensor:
+    """Return what J (C, *S) shows along each axis: five numbers.
 
-    All places count from the middle. They are divided by moment 0, which is 1 then, or 0 where all
-    of J is (behind a ReLU).
+    Moments 0, 1 and 2 of J^2, and what of it lies before and beyond an extent. All places count
+    from the middle. They are divided by moment 0, which is 1 then, or 0 where all of J is.
     """
     square = derivative.double().square().sum(0).cpu()
     whole = square.sum()
     square /= whole if whole > 0 else 1
-    moments = []
-    for axis, n in enumerate(square.shape):
-        at = torch.arange(n, dtype=square.dtype, device="cpu") - (n - 1) / 2
-        along = square.movedim(axis, -1).reshape(-1, n).sum(0)
-        before = (place[axis] - at + 0.5).clamp(0, 1)
-        moments.append(
-            torch.stack(
-                [*((along * at**power).sum() for power in range(3)), (along * before).sum()]
-            )
-        )
-    return torch.stack(moments)
+    found = []
+    for axis, (n, (low, high)) in enumerate(zip(square.shape, extents, strict=True)):
+        place = torch.arange(n, dtype=square.dtype, device="cpu") - (n - 1) / 2
+        before, beyond = (low - place + 0.5).clamp(0, 1), (place - high + 0.5).clamp(0, 1)
+        weights = torch.stack([*(place**power for power in range(3)), before, beyond])
+        found.append(weights @ square.movedim(axis, -1).reshape(-1, n).sum(0))
+    return torch.stack(found)
 
 
 def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
@@ -417,14 +420,14 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
     twice the middle between them.
 
     Args:
-        moments: (plain and mirrored, draws, voxels, 4), see `_moments`.
+        moments: (plain and mirrored, draws, voxels, 5), see `_moments`.
         place: (voxels,), where the grid says that they lie.
     """
     two = len(place) > 1 and place[0] != place[-1]
     nothing = _Line(0.0, math.inf, 0.0, 0.0, 0, moments.shape[1], 0.0, PULLED)
 
     def pull_and_shift(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, first, second, _ = parts.sum(0).unbind(-1)
+        weight, first, second = parts.sum(0)[..., :3].unbind(-1)
         centre, square = first / weight, second / weight
         if not two:
             return torch.zeros_like(place[0]), (centre - place).mean()
@@ -446,15 +449,12 @@ def _told_apart(moments: torch.Tensor, place: torch.Tensor) -> _Line:
     lean = float((sides[0] - sides[1])[:, 1].mean()) / (2 * moments.shape[1])
     if not math.isfinite(float(shift) + float(pull)):
         return nothing
-    # Of mirrored kernels what was on the one side is on the other.
-    before = (sides[0, :, 3] + sides[1, :, 0] - sides[1, :, 3]).mean() / (2 * moments.shape[1])
-    # Without what is seen of the whole image, evenly.
-    local = 1 - min(1.0, max(0.0, float(pull)))
-    side = min(float(before), 1 - float(before)) - (1 - local) / 2
-    return _Line(
-        *(float(shift), error, float(pull), 0.0, len(place), count, lean, PULLED),
-        side / local if local and two else 0.0,
-    )
+    # Mirrored kernels have before a place what was beyond it. What is seen of the whole image is on
+    # both sides, half of it on each.
+    beside = (sides[0, :, 3:] + sides[1, :, 3:].flip(-1)).mean(0) / (2 * moments.shape[1])
+    whole = min(1.0, max(0.0, float(pull)))
+    side = (float(beside.min()) - whole / 2) / (1 - whole) if two and whole < 1 else 0.0
+    return _Line(float(shift), error, float(pull), 0.0, len(place), count, lean, PULLED, side)
 
 
 # ------------------------------------------------------------------------------- a line

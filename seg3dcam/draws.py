@@ -51,6 +51,11 @@ class RandomState(NamedTuple):
         same = all(map(np.array_equal, self.numpy, other.numpy))
         return same and self.python == other.python
 
+    def seeded(self, seed: int) -> RandomState:
+        """Return this state, with NumPy's and Python's generators as a seed makes them."""
+        numpy, python = np.random.RandomState(seed).get_state(), random.Random(seed).getstate()
+        return self._replace(numpy=numpy, python=python)
+
     def owned_equals(self, other: RandomState) -> bool:
         """Tell whether the network's own generators drew nothing between the two."""
         pairs = zip(self.owned, other.owned, strict=True)

@@ -47,6 +47,7 @@ class Known:
         grids: (shape of the input, layer, its spatial shape, its layout) -> grid.
         gaps: (layer, its layout) -> which part of a change of the score its gradient misses.
         draws: the operation with which it draws random numbers, "" for none, None: not known yet.
+        trials: how often it was run to find out whether it draws, or another thread.
         overwrites: whether it overwrites tensors, in place, that its gradient needs.
     """
 
@@ -59,6 +60,7 @@ class Known:
     gaps: dict[tuple, float] = field(default_factory=dict)
     draws: str | None = None
     overwrites: bool = False
+    trials: int = 0
 
     def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
         """Remember a grid; where it is what it was before some numbers changed, forget these."""

@@ -7,10 +7,11 @@ weights, or another network that computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 _Change = Callable[..., torch.Tensor]
@@ -40,7 +41,7 @@ _DROPOUTS = (
     *("feature_alpha_dropout", "dropout_"),
 )
 _ATTENTION = ("scaled_dot_product_attention",)
-# Bent lines that are straight on one side, of which none moves anything.
+# They bend what they are given, and move nothing.
 _ACTIVATIONS = (
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_"),
     *("elu", "elu_", "celu", "celu_", "selu", "selu_", "gelu", "silu", "silu_", "mish", "mish_"),
@@ -91,6 +92,27 @@ class PlainOperations(TorchFunctionMode):
         return output
 
 
+def _gradients(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    *,
+    retain_graph: bool,
+    create_graph: bool,
+    allow_unused: bool,
+    **_: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of scalars, as `torch.autograd.grad`, which leaves the modes meanwhile.
+
+    Checkpoints compute parts of the network again on the way back: in the same modes.
+    """
+    seeds = tuple(torch.ones_like(output) for output in outputs)
+    settings = retain_graph, create_graph, tuple(inputs), allow_unused
+    found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
+        tuple(outputs), seeds, *settings, accumulate_grad=False
+    )
+    return found
+
+
 class MirroredOperations(TorchFunctionMode):
     """Mirrors every kernel in space, or none; what is upsampled becomes small.
 
@@ -106,6 +128,9 @@ class MirroredOperations(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.autograd.grad:
+            with self:
+                return _gradients(*args[:2], **kwargs)
         name = _name(func)
         transposed = _transposes(name, args, kwargs)
         if self._mirrored and (transposed or name in _CONVOLUTIONS or name == "convolution"):
@@ -116,34 +141,42 @@ class MirroredOperations(TorchFunctionMode):
 
 
 class RandomOperations(TorchFunctionMode):
-    """Makes a network one of many of the same structure, whose weights were never trained.
+    """Makes a network one of many of the same structure, as if it had never been trained.
 
-    Kernels become random, as strong at each place as they were; activation functions pass on what
-    they are given. So no path is closed by chance, nor so strong that it hides all others.
+    The weights of kernels get random signs; activation functions pass on what they are given. So no
+    path is closed by the image, and none cancels another by what was learned.
 
     Args:
-        seed: of the random numbers; a network's next pass under the same seed is the same.
+        seed: of the signs; kernels of the same values get the same ones.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._seed = seed
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.autograd.grad:
+            with self:
+                return _gradients(*args[:2], **kwargs)
         name = _name(func)
         if name in _ACTIVATIONS:
             return args[0] if args else kwargs["input"]
         if name in (*_CONVOLUTIONS, *_TRANSPOSED, "convolution"):
-            args, kwargs = _with_weight(args, kwargs, self._random, bias=True)
+            args, kwargs = _with_weight(args, kwargs, self._signed, bias=True)
         return func(*args, **kwargs)
 
-    def _random(self, weight: torch.Tensor) -> torch.Tensor:
-        strength = weight.double().square().mean((0, 1), keepdim=True).sqrt()
-        drawn = torch.randn(weight.shape, generator=self._generator, device="cpu")
-        return (drawn.to(strength) * strength).to(weight)
+    def _signed(self, weight: torch.Tensor) -> torch.Tensor:
+        # Where the image makes a kernel, that is no place that the layer looks at.
+        weight = weight.detach()
+        # Checkpoints compute a part of the network again: its kernels are then the same.
+        values = float(weight.abs().double().sum())
+        seed = hash((self._seed, tuple(weight.shape), values)) % 2**63
+        generator = torch.Generator("cpu").manual_seed(seed)
+        signs = torch.randint(0, 2, weight.shape, generator=generator, device="cpu") * 2 - 1
+        return weight * signs.to(weight)
 
 
 def _name(func: Any) -> str:

@@ -33,6 +33,7 @@ from seg3dcam.kinds import takes_hooks
 from seg3dcam.known import key_of, opened
 from seg3dcam.layers import LayerRef, unwrap
 from seg3dcam.operations import PlainOperations
+from seg3dcam.untouched import check_explainable
 
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
@@ -60,12 +61,13 @@ def measure_grids(
         shapes: layer -> its spatial shape for this input.
     """
     model = unwrap(model)
+    check_explainable(model)
     keys = {la: _key(la, x, shape) for la, shape in shapes.items()}
     with opened(model) as known:
         grids = {la: known.grids[key] for la, key in keys.items() if key in known.grids}
         new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
         if new:
-            # None may be dropped: at another size than the input's, tokens may have no grid.
+            # No layer may be dropped: at another size than the input's, tokens may have no grid.
             with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
                 grids |= _measured_twice(capture, x, new)
             # Only now: a measurement that fails leaves nothing behind.

@@ -195,17 +195,22 @@ def _tables(module: nn.Module) -> tuple[_Change, _Change]:
         return _nothing, _nothing
     tables = [table for name, table in vars(module).items() if name in OF_EVERY_MODULE]
     tables = [table for table in tables if isinstance(table, dict | set)]
-    empty = [table for table in tables if not table]  # most are
-    changes = [_contents(table) for table in tables if table]
+    empty = [table for table in tables if _is_empty(table)]  # most are
+    changes = [_contents(table) for table in tables if not _is_empty(table)]
 
     def put_back() -> None:
         for table in empty:
-            if table:
+            if not _is_empty(table):
                 container_kind(table).clear(table)
         for change in changes:
             change()
 
     return put_back, _nothing
+
+
+def _is_empty(container: Any) -> bool:
+    """Tell whether a container is empty, whatever methods a subclass has."""
+    return bool(container_kind(container).__len__(container) == 0)
 
 
 def _belonging(thing: Any) -> _Change:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.cams import CAMS
-from seg3dcam.capture import AGAIN, FoundLateError, begun_again, capturing
+from seg3dcam.capture import AGAIN, MOST_TRIALS, FoundLateError, begun_again, capturing
 from seg3dcam.draws import random_state, set_random_state
 from seg3dcam.errors import ModelError, Seg3dcamWarning
+from seg3dcam.known import known_of
 from seg3dcam.layers import resolve_layers
 
 VOLUME = targets.ClassLogit(1, "volume")
@@ -110,6 +111,25 @@ def beside(request):
 def test_what_another_thread_draws_is_not_the_networks(beside):
     for _ in range(5):
         assert HiResCAM(Drawing(lambda a: a), "relu")(image(size=8), VOLUME).draws == ""
+
+
+def seeded_and_drawn():
+    np.random.seed(0)
+    np.random.rand()
+
+
+@pytest.mark.parametrize("beside", [seeded_and_drawn], indirect=True)
+def test_a_seed_that_another_thread_sets_is_not_the_networks(beside):
+    for _ in range(3):
+        assert HiResCAM(Drawing(lambda a: a), "relu")(image(size=8), VOLUME).draws == ""
+
+
+@pytest.mark.parametrize("beside", [lambda: np.random.rand(7)], indirect=True)
+def test_a_network_is_tried_a_few_times_in_its_life(beside):
+    net = Drawing(lambda a: a)
+    for _ in range(4):
+        HiResCAM(net, "relu")(image(size=8), VOLUME)
+    assert known_of(net).trials <= MOST_TRIALS
 
 
 @pytest.mark.parametrize("beside", [lambda: None], indirect=True)

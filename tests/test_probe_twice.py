@@ -257,7 +257,58 @@ class Deformed(nn.Module):
         return F.grid_sample(self.conv(x), places + step, align_corners=True)
 
 
+class OneSided(nn.Module):
+    """Fixed kernels shift half of the channels to the left, half to the right; one half is read."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.first = nn.Conv3d(1, 8, 3, padding=1)
+        self.shift = nn.Conv3d(8, 8, (1, 1, 2 * by + 1), padding=(0, 0, by), groups=8, bias=False)
+        self.read = nn.Conv3d(8, 4, 1)
+        with torch.no_grad():
+            self.shift.weight.zero_()[:4, ..., 0] = 1
+            self.shift.weight[4:, ..., -1] = 1
+            self.read.weight[:, 4:] *= 0.01
+
+    def forward(self, x):
+        return self.read(self.shift(F.relu(self.first(x))))
+
+
+class OneSidedDilated(nn.Module):
+    """Kernels of a large dilation that look at their place and to the left, never to the right."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv3d(i, 4, 3, padding=8, dilation=8) for i in (1, 4))
+
+    def forward(self, x):
+        mask = torch.tensor([1.0, 1.0, 0.0])
+        for conv in self.convs:
+            x = F.relu(F.conv3d(x, conv.weight * mask, conv.bias, padding=8, dilation=8))
+        return x
+
+
+class Rolled(nn.Module):
+    """Half of the channels are moved to the left, half to the right; then it is strided."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv3d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv3d(16, 16, 3, 2, 1))
+        self.by, self.read = by, nn.Conv3d(16, 16, 1)
+        self.last = nn.Sequential(nn.Conv3d(16, 16, 3, 2, 1), nn.ReLU(), nn.Conv3d(16, 4, 3, 2, 1))
+        with torch.no_grad():
+            self.read.weight[:, 8:] *= 0.01
+
+    def forward(self, x):
+        a = F.relu(self.first(x))
+        a = torch.cat([a[:, :8].roll(self.by, -1), a[:, 8:].roll(-self.by, -1)], 1)
+        return self.last(F.relu(self.read(a)))
+
+
 CANNOT = {
+    "one half is read": lambda: OneSided(4),
+    "one-sided dilated": OneSidedDilated,
+    "rolled": lambda: Rolled(2),
     "deformed": Deformed,
     "zoomed": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Zoomed()),
     "Fourier filter": lambda: nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), Fourier(4)),
@@ -266,6 +317,7 @@ CANNOT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:layer 'body' shows nothing")
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_mixes_or_moves_places_is_said(name):
     torch.manual_seed(0)
