@@ -82,7 +82,7 @@ LONG, OTHERS = 64, 32
 VOXELS, SHORTEST, LONGEST = 10, 96, 160
 
 #: So many voxels make one look; of smaller inputs more draws are taken, up to so many times.
-ENOUGH, TIMES = LONG * OTHERS**2, 8
+ENOUGH, TIMES = LONG * OTHERS**2, 4
 
 Grids = Mapping[LayerRef, FeatureGrid]
 Doubts = Collection[tuple[LayerRef, int]]

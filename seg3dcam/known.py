@@ -195,6 +195,10 @@ def _waits_for_itself(me: int) -> bool:
     return me in seen
 
 
+#: Settings of modules that places and layouts do not depend on.
+MOVES_NOTHING = ("training", "inplace")
+
+
 def _structure(network: nn.Module) -> Structure:
     """Return what places and layouts depend on: modules, plain settings, shapes of weights."""
     found: Structure = {}
@@ -204,7 +208,7 @@ def _structure(network: nn.Module) -> Structure:
         for key, parameter in module._parameters.items():
             found[name, key] = _shape(parameter)
         for key, value in vars(module).items():
-            if key in OF_EVERY_MODULE or key == "training":
+            if key in OF_EVERY_MODULE or key in MOVES_NOTHING:
                 continue
             if _is_plain(value):
                 found[name, key] = value
