@@ -141,7 +141,7 @@ def agreeing(
             verdict = _verdict(line, grids[layer], axis, pulled)
             if verdict is not None:
                 doubts.discard((layer, axis))
-            elif _seems_off(line, grids[layer], axis):
+            elif look is not _by_gradients and _seems_off(line, grids[layer], axis):
                 suspected.add((layer, axis))
             if verdict is False:
                 wrong.add(layer)

@@ -101,10 +101,7 @@ def _gradients(
     allow_unused: bool,
     **_: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of scalars, as `torch.autograd.grad`, which leaves the modes meanwhile.
-
-    Checkpoints compute parts of the network again on the way back: in the same modes.
-    """
+    """Return gradients of scalars as `torch.autograd.grad` does, which leaves the modes."""
     seeds = tuple(torch.ones_like(output) for output in outputs)
     settings = retain_graph, create_graph, tuple(inputs), allow_unused
     found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
@@ -113,7 +110,24 @@ def _gradients(
     return found
 
 
-class MirroredOperations(TorchFunctionMode):
+class _OnTheWayBack(TorchFunctionMode):
+    """Changes operations, also where a checkpoint computes them again for a gradient."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.autograd.grad:
+            with self:
+                return _gradients(*args[:2], **kwargs)
+        return self._changed(func, _name(func), args, kwargs)
+
+    def _changed(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what an operation of this name is to give."""
+        raise NotImplementedError
+
+
+class MirroredOperations(_OnTheWayBack):
     """Mirrors every kernel in space, or none; what is upsampled becomes small.
 
     The receptive field of a network with mirrored kernels is the mirrored one, so the middle of
@@ -124,14 +138,7 @@ class MirroredOperations(TorchFunctionMode):
         super().__init__()
         self._mirrored = mirrored
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.autograd.grad:
-            with self:
-                return _gradients(*args[:2], **kwargs)
-        name = _name(func)
+    def _changed(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         transposed = _transposes(name, args, kwargs)
         if self._mirrored and (transposed or name in _CONVOLUTIONS or name == "convolution"):
             args, kwargs = _with_weight(args, kwargs, _mirrored, bias=True)
@@ -140,7 +147,7 @@ class MirroredOperations(TorchFunctionMode):
         return output * FADED if upsampled else output
 
 
-class RandomOperations(TorchFunctionMode):
+class RandomOperations(_OnTheWayBack):
     """Makes a network one of many of the same structure, as if it had never been trained.
 
     The weights of kernels get random signs; activation functions pass on what they are given. So no
@@ -154,14 +161,7 @@ class RandomOperations(TorchFunctionMode):
         super().__init__()
         self._seed = seed
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.autograd.grad:
-            with self:
-                return _gradients(*args[:2], **kwargs)
-        name = _name(func)
+    def _changed(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         if name in _ACTIVATIONS:
             return args[0] if args else kwargs["input"]
         if name in (*_CONVOLUTIONS, *_TRANSPOSED, "convolution"):
