@@ -90,24 +90,22 @@ def untouched(model: nn.Module, overwritten: Mapping[str, torch.Tensor]) -> Iter
     modules = list(model.named_modules())
     things = kept(model)
     failed: list[str] = []
+    notes: list[tuple[str, _Change]] = []
     with contextlib.ExitStack() as stack:
-
-        def note(where: str, put_back: _Change) -> None:
-            stack.callback(_try, put_back, where, failed)
-
         # Whatever is noted is noted before the first change.
         stack.callback(_tell_changed_parameters, _versions(model), overwritten)
         stack.callback(_tell_failed, failed)
-        for thing, where in things:
-            note(where, _belonging(thing))
+        stack.callback(_put_back, notes, failed)
+        notes.extend((where, _belonging(thing)) for thing, where in things)
         changes: list[_Change] = []
         for name, module in modules:
-            for noted in (_mode, _attributes, _tables):
-                put_back, change = noted(module)
-                note(called(name, module), put_back)
-                changes.append(change)
+            where = called(name, module)
+            put_back, change = _mode(module)
+            notes += [(where, put_back), (where, _attributes(module)), (where, _tables(module))]
+            changes.append(change)
         for name, parameter in model.named_parameters():
-            note(f"parameter '{name}'", _parameter(parameter, partial(overwritten.get, name)))
+            put_back = _parameter(parameter, partial(overwritten.get, name))
+            notes.append((f"parameter '{name}'", put_back))
             changes.append(partial(setattr, parameter, "requires_grad", False))
         copies = _copies_of_buffers(model, things)
         for name, module in modules:
@@ -117,10 +115,11 @@ def untouched(model: nn.Module, overwritten: Mapping[str, torch.Tensor]) -> Iter
                 buffers = {key: b for key, b in module._buffers.items() if b is not None}
                 own = {key: copies[id(b)] for key, b in buffers.items() if id(b) in copies}
                 kept_in_place = [(key, b) for key, b in buffers.items() if key not in own]
+            if own:
                 changes.append(partial(module._buffers.update, own))
             for key, buffer in kept_in_place:
                 if buffer is not None:
-                    note(f"{called(name, module)}: its '{key}'", _tensor(buffer))
+                    notes.append((f"{called(name, module)}: its '{key}'", _tensor(buffer)))
         stack.enter_context(_full_precision())
         stack.enter_context(_eager(model))
         for change in changes:
@@ -135,12 +134,18 @@ def _nothing() -> None:
     """Change nothing."""
 
 
-def _try(put_back: _Change, where: str, failed: list[str]) -> None:
-    """Put one thing back; note where that fails, so that the others are put back all the same."""
+def _put_back(notes: list[tuple[str, _Change]], failed: list[str]) -> None:
+    """Put back all that was noted, the last first, also where one fails or is interrupted."""
     try:
-        put_back()
-    except Exception as error:
-        failed.append(f"{where} ({error})")
+        while notes:
+            where, put_back = notes.pop()
+            try:
+                put_back()
+            except Exception as error:
+                failed.append(f"{where} ({error})")
+    except BaseException:
+        _put_back(notes, failed)
+        raise
 
 
 def _tell_failed(failed: Sequence[str]) -> None:
@@ -166,7 +171,7 @@ def _mode(module: nn.Module) -> tuple[_Change, _Change]:
     return put_back, partial(setattr, module, "training", False)
 
 
-def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
+def _attributes(module: nn.Module) -> _Change:
     """Return what puts a module's own attributes back.
 
     DynUNet notes the heads of its last pass: their graph would stay, and forbid a deepcopy.
@@ -182,19 +187,22 @@ def _attributes(module: nn.Module) -> tuple[_Change, _Change]:
             elif old is not new:
                 own[name] = old
 
-    return put_back, _nothing
+    return put_back
 
 
 #: Stands for an attribute that is not there.
 _NONE = object()
 
 
-def _tables(module: nn.Module) -> tuple[_Change, _Change]:
-    """Return what puts back a module's tables: of hooks, submodules, parameters and buffers."""
+def _tables(module: nn.Module) -> _Change:
+    """Return what puts a module's tables back: of hooks, submodules, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
-        return _nothing, _nothing
-    tables = [table for name, table in vars(module).items() if name in OF_EVERY_MODULE]
-    tables = [table for table in tables if isinstance(table, dict | set)]
+        return _nothing
+    tables = [
+        table
+        for name, table in vars(module).items()
+        if name in OF_EVERY_MODULE and isinstance(table, (dict, set))
+    ]
     empty = [table for table in tables if _is_empty(table)]  # most are
     changes = [_contents(table) for table in tables if not _is_empty(table)]
 
@@ -205,7 +213,7 @@ def _tables(module: nn.Module) -> tuple[_Change, _Change]:
         for change in changes:
             change()
 
-    return put_back, _nothing
+    return put_back
 
 
 def _is_empty(container: Any) -> bool:
