@@ -128,7 +128,7 @@ def capturing(
         capture = Capture(member, layers, output, known)
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(untouched(model, capture.overwritten))
-        stack.enter_context(watched(model, known))
+        stack.enter_context(watched(model))
         # Before the layers' own hooks, which swap what modules give.
         for module in filter(takes_hooks, filter(Witnesses.may_be, model.modules())):
             stack.callback(module.register_forward_hook(capture.on_witness).remove)

@@ -185,9 +185,10 @@ class Drawn(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.operation and torch.Tag.nondeterministic_seeded in func.tags:
+        draws, written_to = _effects(func)
+        if draws and not self.operation:
             self.operation = func.overloadpacket.__name__
-        for index, key in _written_to(func):
+        for index, key in written_to:
             value = args[index] if index < len(args) else kwargs.get(key)
             if isinstance(value, torch.Tensor):
                 for name, parameter in self._parameters.get(memory_of(value), ()):
@@ -197,7 +198,8 @@ class Drawn(TorchDispatchMode):
 
 
 @functools.cache
-def _written_to(func: Any) -> tuple[tuple[int, str], ...]:
-    """Return place and name of each argument that an operation writes to."""
+def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    """Return whether an operation draws; place and name of each argument that it writes to."""
     arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)
+    written_to = ((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)
+    return torch.Tag.nondeterministic_seeded in func.tags, tuple(written_to)

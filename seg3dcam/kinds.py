@@ -23,8 +23,10 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     'ReLU'
     """
     kind = type(module)
+    if kind.__name__ != "InterpreterModule":
+        return kind
     place, _, name = str(getattr(module, "_ty", None) or "").rpartition(".")
-    if kind.__name__ != "InterpreterModule" or place not in sys.modules:
+    if place not in sys.modules:
         return kind
     # Looked up, not imported: a file must not choose what is imported.
     noted = getattr(sys.modules[place], name, kind)

@@ -27,8 +27,8 @@ from seg3dcam.layouts import Tokens, channels_first, channels_last
 #: A container of more things is a log or a table, and holds no settings; and how deep one may lie.
 MANY, DEEPEST = 64, 3
 
-#: (name of a module, key) -> what is there.
-Structure = dict[tuple[str, str], Hashable]
+#: Name of a module -> key -> what is there.
+Structure = dict[str, dict[str, Hashable]]
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Known:
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-_open: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+#: Network -> what is known of it, and what it is made of.
+_open: WeakKeyDictionary[nn.Module, tuple[Known, Structure]] = WeakKeyDictionary()
 _watched: WeakSet[nn.Module] = WeakSet()
 #: (thread, ids of the modules, parameters and buffers that it is at work on), one a network.
 _held: list[tuple[int, frozenset[int]]] = []
@@ -83,14 +84,17 @@ _tables = threading.RLock()
 
 def known_of(network: nn.Module) -> Known:
     """Return what is known of a network as it is now."""
-    structure = _structure(network)
+    return _known_of(network, _structure(network))
+
+
+def _known_of(network: nn.Module, structure: Structure) -> Known:
     with _tables:
         known = _known.get(network)
         if known is None:
             known = _known[network] = Known(structure)
         elif changed := _changed(known.structure, structure) - known.restless:
             new = Known(structure, restless=known.restless)
-            if all(_is_number(structure.get(key)) for key in changed):
+            if all(_is_number(structure.get(name, {}).get(key)) for name, key in changed):
                 new.doubted, new.former = changed, known.grids
             known = _known[network] = new
         return known
@@ -123,22 +127,21 @@ def opened(network: nn.Module) -> Iterator[Known]:
     parts = list(_parts(network))  # alive all the while, so that their ids are theirs
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone_with(frozenset(map(id, parts))))
-        if network in _open:
-            yield _open[network]
-            return
-        _open[network] = known_of(network)
-        stack.callback(_open.__delitem__, network)
-        yield _open[network]
+        if network not in _open:
+            structure = _structure(network)
+            _open[network] = _known_of(network, structure), structure
+            stack.callback(_open.__delitem__, network)
+        yield _open[network][0]
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module, known: Known) -> Iterator[None]:
-    """Note what the network's own passes change of it, before that is put back; reentrant."""
+def watched(network: nn.Module) -> Iterator[None]:
+    """Note what an open network's own passes change of it, before that is put back; reentrant."""
     if network in _watched:
         yield
         return
     _watched.add(network)
-    before = _structure(network)
+    known, before = _open[network]
     try:
         yield
     finally:
@@ -204,17 +207,17 @@ def _structure(network: nn.Module) -> Structure:
     found: Structure = {}
     seen: set[int] = set()
     for name, module in network.named_modules(remove_duplicate=False):
-        found[name, ""] = (id(module), type(module))
+        own: dict[str, Hashable] = {"": (id(module), type(module))}
         for key, parameter in module._parameters.items():
-            found[name, key] = _shape(parameter)
+            own[key] = _shape(parameter)
         for key, value in vars(module).items():
             if key in OF_EVERY_MODULE or key in MOVES_NOTHING:
                 continue
             if _is_plain(value):
-                found[name, key] = value
+                own[key] = value
             else:
-                for path, setting in _settings(key, value, seen, DEEPEST):
-                    found[name, path] = setting
+                own.update(_settings(key, value, seen, DEEPEST))
+        found[name] = own
     return found
 
 
@@ -245,7 +248,13 @@ def _settings(path: str, value: Any, seen: set[int], depth: int) -> Iterator[tup
 
 
 def _changed(one: Structure, other: Structure) -> set[tuple[str, str]]:
-    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    changed: set[tuple[str, str]] = set()
+    for name in one.keys() | other.keys():
+        ones, others = one.get(name, {}), other.get(name, {})
+        if ones != others:
+            keys = ones.keys() | others.keys()
+            changed |= {(name, key) for key in keys if ones.get(key) != others.get(key)}
+    return changed
 
 
 def _shape(parameter: Any) -> Hashable:

@@ -8,7 +8,6 @@ settled by evidence (see `seg3dcam.witnesses`) or refused.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -239,8 +238,8 @@ def _is_last(module: nn.Module) -> bool:
 
 def _last_part(module: nn.Module) -> nn.Module:
     """Return what decides the layout of a sequence: its last part that is not elementwise."""
-    # Read statically: of a script's class the attribute itself fails.
-    while inspect.getattr_static(type(module), "forward", None) is nn.Sequential.forward:
+    # A sequence that was scripted is none.
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         parts = [part for part in module.children() if not _is_elementwise(part)]
         if not parts:
             break

@@ -198,13 +198,14 @@ def _tables(module: nn.Module) -> _Change:
     """Return what puts a module's tables back: of hooks, submodules, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         return _nothing
-    tables = [
-        table
-        for name, table in vars(module).items()
-        if name in OF_EVERY_MODULE and isinstance(table, (dict, set))
-    ]
-    empty = [table for table in tables if _is_empty(table)]  # most are
-    changes = [_contents(table) for table in tables if not _is_empty(table)]
+    empty: list[Any] = []  # most are
+    changes: list[_Change] = []
+    for name, table in vars(module).items():
+        if name in OF_EVERY_MODULE and isinstance(table, (dict, set)):
+            if _is_empty(table):
+                empty.append(table)
+            else:
+                changes.append(_contents(table))
 
     def put_back() -> None:
         for table in empty:
@@ -218,7 +219,8 @@ def _tables(module: nn.Module) -> _Change:
 
 def _is_empty(container: Any) -> bool:
     """Tell whether a container is empty, whatever methods a subclass has."""
-    return bool(container_kind(container).__len__(container) == 0)
+    kind = container_kind(container)
+    return not (container if kind is type(container) else kind.__len__(container))
 
 
 def _belonging(thing: Any) -> _Change:
