@@ -569,10 +569,22 @@ def by_hand(raw):
     return grid.permute(0, 4, 1, 2, 3)
 
 
+def of_all_tokens(raw):
+    """As `by_hand`, of a network without a class token: the very first value is used, too."""
+    return raw.reshape(raw.shape[0], 2, 3, 5, raw.shape[2]).permute(0, 4, 1, 2, 3)
+
+
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("transform", [by_hand, Tokens((2, 3, 5), class_token=True)])
-def test_a_users_layout_is_used(transform):
-    net, x = patches(3, "tokens and class"), random_input(2, 1, 8, 12, 20)
+@pytest.mark.parametrize(
+    ("kind", "transform"),
+    [
+        ("tokens and class", by_hand),
+        ("tokens and class", Tokens((2, 3, 5), class_token=True)),
+        ("tokens", of_all_tokens),
+    ],
+)
+def test_a_users_layout_is_used(kind, transform):
+    net, x = patches(3, kind), random_input(2, 1, 8, 12, 20)
     (layer,) = resolve_layers(net, "mix", transform)
     activations, gradients, _, _ = captured(net, [layer], x)
     twin = patches(3, "first")
