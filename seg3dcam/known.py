@@ -88,6 +88,7 @@ def known_of(network: nn.Module) -> Known:
 
 
 def _known_of(network: nn.Module, structure: Structure) -> Known:
+    """Return what is known of a network of this structure."""
     with _tables:
         known = _known.get(network)
         if known is None:
@@ -248,6 +249,7 @@ def _settings(path: str, value: Any, seen: set[int], depth: int) -> Iterator[tup
 
 
 def _changed(one: Structure, other: Structure) -> set[tuple[str, str]]:
+    """Return where two structures differ: (name of a module, key)."""
     changed: set[tuple[str, str]] = set()
     for name in one.keys() | other.keys():
         ones, others = one.get(name, {}), other.get(name, {})
