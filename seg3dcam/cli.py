@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,14 +26,9 @@ from rich.table import Table
 from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
-from seg3dcam.case import (
-    case_key,
-    check_formats,
-    check_slice,
-    is_done,
-    look_of,
-    write_case,
-)
+from seg3dcam.case import check_formats, check_slice, write_case
+from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of
+from seg3dcam.case_record import is_done, record_of
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.errors import (
     ConfigError,
@@ -43,6 +40,7 @@ from seg3dcam.errors import (
     nearest,
 )
 from seg3dcam.explain import ALL_METHODS, explain_each
+from seg3dcam.explanation import Explanation
 from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
 from seg3dcam.models import SegModel, load_model
@@ -73,9 +71,9 @@ PATIENCE = 2.0
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 a failure, 2 wrong use."""
+    """Run the command line: exit code 0 done, 1 a failure, 2 wrong use; 130 and 143 ended."""
     try:
-        with _plain_warnings():
+        with _plain_warnings(), _ended_in_order():
             app()
     except EmptyRegionError as error:
         _complain(error, 1)
@@ -137,7 +135,9 @@ def explain(
     settings: Annotated[
         list[str] | None, typer.Option(help="one setting of the method, as window=4; repeatable")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="output folder; default: seg3dcam_out")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="output folder; default: one for the case in seg3dcam_out")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="a whole job as YAML; options override it")
     ] = None,
@@ -187,6 +187,14 @@ def explain(
         bool, typer.Option("--trust", help="allow the model's own Python code to run")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="do again what is done")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="look into every file of what is done; do it again if "
+            "one is not as it was written",
+        ),
+    ] = False,
 ) -> None:
     """Explain a scan: CAM volumes, PNGs, a page for the browser and a scene for 3D Slicer."""
     given = dict(locals())
@@ -204,7 +212,7 @@ def explain(
         merged = {**of_file, **_settings(settings)} if isinstance(of_file, dict) else of_file
         options["settings"] = merged
     job = validate({**content, **options}, Job, str(config or "command line"))
-    _run(job, force=force, trust=trust)
+    _run(job, force=force, trust=trust, verify=verify)
 
 
 @app.command()
@@ -323,23 +331,24 @@ def demo(
     _run(job, force=force)
 
 
-def _run(job: Job, *, force: bool, trust: bool = False) -> None:
+def _run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> None:
     """Explain one scan as a job says."""
     try:
-        _explain_job(job, force, trust)
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing half-written was left behind", 130)
+        _explain_job(job, force, trust, verify)
+    except KeyboardInterrupt as error:
+        code = 143 if isinstance(error, _Terminated) else 130
+        _complain("interrupted; nothing half-written was left behind", code)
 
 
-def _explain_job(job: Job, force: bool, trust: bool) -> None:
+def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
     started = time.monotonic()
     _check_methods(job)
     _check_places(job)
     check_together(job)
     look_of(job)
-    check_writable(Path(job.out))
-    keys = {} if job.image_keys is None else {"inputs": job.image_keys}
-    model = load_model(job.model, trust=trust, **keys)
+    check_writable(Path(job.out or OUT))
+    inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
+    model = load_model(job.model, trust=trust, **inputs)
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
@@ -350,42 +359,60 @@ def _explain_job(job: Job, force: bool, trust: bool) -> None:
         if truth is not None:
             check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
-        key = case_key(scan, model, job)
-        if is_done(job.out, key) and not force:
+        folder, keys = case_folder(scan, job), case_keys(scan, model, job)
+        if is_done(folder, keys.all, verify=verify) and not force:
             out.print(
-                f"{escape(job.out)} holds this case already, complete; --force does it again",
+                f"{escape(str(folder))} holds this case already, complete; --force does it again",
                 soft_wrap=True,
             )
             return
-        explanations = explain_each(
-            scan,
-            model,
-            targets,
-            layers=job.layers,
-            method=job.methods,
-            progress=progress,
-            **job.settings,
-        )
-        progress("writing", 0, 1)
-        if truth is not None:
-            labels = truth
-            explanations = (e.with_truth(labels, job.label) for e in explanations)
-        record = write_case(job.out, explanations, job, key=key)
-    _report(record, job)
+        _say_where(folder, job, keys)
+
+        def explanations() -> Iterator[Explanation]:
+            """Explain only when the folder is locked: two runs at once would both work in vain."""
+            for explanation in explain_each(
+                scan,
+                model,
+                targets,
+                layers=job.layers,
+                method=job.methods,
+                progress=progress,
+                **job.settings,
+            ):
+                progress("writing", 0, 1)
+                yield explanation if truth is None else explanation.with_truth(truth, job.label)
+
+        record = write_case(folder, explanations(), job, keys=keys)
+    _report(record, job, folder)
     out.print(f"done in {time.monotonic() - started:.0f} s")
+
+
+def _say_where(folder: Path, job: Job, keys: Keys) -> None:
+    """Say where a case goes if it is not where it was asked for, and what it replaces."""
+    if job.out is not None and folder != Path(job.out):
+        out.print(
+            f"{escape(job.out)} holds another scan's case: this one goes to {escape(str(folder))}",
+            soft_wrap=True,
+        )
+    before = record_of(folder)
+    if before is not None and any(run.job_key == keys.job for run in before.runs):
+        out.print(
+            f"{escape(str(folder))} holds this job from before: it is done again, and replaced",
+            soft_wrap=True,
+        )
 
 
 def _check_places(job: Job) -> None:
     """Raise ConfigError where results would lie among the scan's files, or the other way."""
-    out = Path(job.out).resolve()
+    out = Path(job.out or OUT).resolve()
     scans = [Path(scan).resolve() for scan in job.scans]
     truth = [Path(job.truth).resolve()] if job.truth else []
     if any(source.is_relative_to(out) for source in [*scans, *truth]):
         raise ConfigError(
-            f"out {job.out}: the scan or the truth lies in this folder; choose another"
+            f"out {job.out or OUT}: the scan or the truth lies in this folder; choose another"
         )
     if any(scan.is_dir() and out.is_relative_to(scan) for scan in scans):
-        raise ConfigError(f"out {job.out}: it lies in the scan's own folder; choose another")
+        raise ConfigError(f"out {job.out or OUT}: it lies in the scan's own folder; choose another")
 
 
 def _check_methods(job: Job) -> None:
@@ -400,7 +427,7 @@ def _check_methods(job: Job) -> None:
             raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
-def _report(record: Mapping[str, Any], job: Job) -> None:
+def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
     """Print what was found and where every file is."""
     compared = job.truth is not None
     columns = ["class", "predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside"]
@@ -426,7 +453,7 @@ def _report(record: Mapping[str, Any], job: Job) -> None:
     for explained in record["explanations"]:
         for warning in explained["found"]["warnings"]:
             out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
-    _print_files(Path(job.out), [Path(name) for name in record["files"]])
+    _print_files(folder, [Path(name) for name in record["files"]])
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:
@@ -558,6 +585,27 @@ def _progress() -> Iterator[Any]:
             bar.update(task, completed=done, total=total if total > 1 else None, visible=slow)
 
         yield report
+
+
+class _Terminated(KeyboardInterrupt):
+    """The system or a cluster asks the process to end."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Clean up where the process is asked to end, as after Ctrl-C."""
+
+    def end(*_: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Job(_Settings):
         | Annotated[dict[str, str], Field(min_length=1)]
     ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
     model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
-    out: str = "seg3dcam_out"
+    out: str | None = Field(None, description="a folder; none: one for the case in seg3dcam_out")
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
     )

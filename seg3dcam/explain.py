@@ -39,7 +39,14 @@ from seg3dcam.targets import (
     placed,
     uses_truth,
 )
-from seg3dcam.targets.regions import Predicted, Volume, as_region
+from seg3dcam.targets.regions import (
+    Component,
+    FixedComponent,
+    Predicted,
+    RegionKind,
+    Volume,
+    as_region,
+)
 from seg3dcam.targets.use import region_of
 from seg3dcam.truth import check_on_grid
 
@@ -299,14 +306,25 @@ def _region_on(
     scan: Scan, prepared: MetaTensor, target: Target, logits: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the voxels of a target on the scan's grid, where they are a region of its own."""
-    region: Any = getattr(target, "region", "predicted")
-    if isinstance(as_region(region), Predicted | Volume):
+    if isinstance(_region_of(target), Predicted | Volume):
         return None
     found = region_of(target, logits)
     if found is None:
         return None
     affine = prepared.affine.numpy().astype(np.float64)
     return resample_labels(found[0].cpu(), affine, scan.affine, scan.shape).bool()
+
+
+def _region_of(target: Target) -> RegionKind:
+    """Return the region that a target's score sums over."""
+    region: Any = getattr(target, "region", "predicted")
+    return as_region(region)
+
+
+def _is_component(target: Target) -> bool:
+    """Tell whether a target's region is one connected component of the predicted mask."""
+    region = _region_of(target)
+    return isinstance(getattr(region, "origin", region), Component | FixedComponent)
 
 
 def _over_mask(target: Target) -> bool:
@@ -354,6 +372,7 @@ def _explanation(
         label=_label(model, class_index, target),
         region=_region_on(scan, prepared, target, result.logits),
         over_mask=_over_mask(target),
+        of_component=_is_component(target),
         only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
         has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),

@@ -16,6 +16,7 @@ from seg3dcam.outputs import OutputSelection
 from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
+from seg3dcam.words import printable
 
 
 def as_is(scan: Scan) -> MetaTensor:
@@ -29,7 +30,8 @@ class SegModel:
 
     Attributes:
         module: channel-first input (B, C, *S), logits (B, K, *S).
-        class_names: one for each of the K channels; empty if unknown.
+        class_names: one for each of the K channels; empty if unknown. Of characters that are not
+            printable, such as line breaks, spaces are made.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
         restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
@@ -56,6 +58,10 @@ class SegModel:
     in_channels: int | None = None
     name: str = "model"
     spec: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make the names fit for files, pages and headers, whoever gave them."""
+        object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
 
     def class_index(self, name: str | int) -> int:
         """Return the channel of a class given by name or index.
