@@ -144,6 +144,19 @@ class _PlannedConfiguration(Configuration):
 
     architecture: _Architecture
 
+    @model_validator(mode="after")
+    def _one_number_for_each_axis(self) -> _PlannedConfiguration:
+        axes = len(self.patch_size)
+        for key in ("kernel_sizes", "strides"):
+            stages = self.architecture.arch_kwargs.get(key)
+            for stage in stages if isinstance(stages, list) else ():
+                if isinstance(stage, list) and len(stage) != axes:
+                    raise ValueError(
+                        f"architecture.arch_kwargs.{key}: {stage} must have {axes} numbers, as "
+                        "patch_size has"
+                    )
+        return self
+
 
 class _OldConfiguration(Configuration):
     """Before nnU-Net 2.5: a U-Net by keys of its own."""

@@ -124,8 +124,10 @@ def network(
     empty = None
     with contextlib.suppress(Exception), torch.device("meta"):
         empty = _built(parts, channels)
-    if empty is not None:  # plans that ask for more than the weights hold take no memory
+    if empty is not None:  # it takes no memory, whatever the plans ask for
         check_fit(empty, state, place, "the network of plans.json")
+        if not trust:
+            _check_patch(empty.eval(), channels, parts)
     try:
         built = _built(parts, channels)
     except Exception as error:  # whatever a network's code raises
@@ -135,8 +137,36 @@ def network(
             "version of nnU-Net?"
         ) from error
     check_fit(built, state, place, "the network of plans.json")
+    elsewhere = {value.device.type for value in built.state_dict().values()} - {"cpu"}
+    if elsewhere:
+        raise ModelError(
+            f"plans.json: arch_kwargs put parts of the network on the device {elsewhere.pop()}: "
+            "leave device out"
+        )
     built.load_state_dict(state)
     return built
+
+
+def _check_patch(empty: nn.Module, channels: int, parts: Parts) -> None:
+    """Raise ModelError unless a network without memory makes logits of a patch of the plans."""
+    patch = tuple(parts.configuration.patch_size)
+    wanted = (1, parts.labels.num_segmentation_heads, *patch)
+    try:
+        with torch.no_grad():
+            made = empty(torch.empty(1, channels, *patch, device="meta"))
+    except NotImplementedError:  # it does something that needs values
+        return
+    except Exception as error:  # whatever a network's code raises
+        raise ModelError(
+            f"plans.json: the network cannot take a patch of {patch} voxels (patch_size): {error}. "
+            "Do strides, kernel_sizes and patch_size fit each other?"
+        ) from error
+    shape = tuple(getattr(made, "shape", ()))
+    if shape != wanted:
+        raise ModelError(
+            f"plans.json: of a patch (1, {channels}, {', '.join(map(str, patch))}) the network "
+            f"makes {shape or type(made).__name__}, but {wanted} is needed: do the strides fit?"
+        )
 
 
 def _built(parts: Parts, channels: int) -> nn.Module:
