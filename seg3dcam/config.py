@@ -422,7 +422,7 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
     """Return a location without pydantic's names for the members of a union."""
     place: list[Any] = []
     for part in location:
-        of_union = re.fullmatch(r"str|int|float|[\w-]+\[.*\]", str(part))
+        of_union = re.fullmatch(r"str|int|float|constrained-\w+|[\w-]+\[.*\]", str(part))
         if part in _keys(kind, place) or not of_union:
             place.append(part)
     return place
