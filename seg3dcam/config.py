@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from seg3dcam.errors import ConfigError, nearest
+from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.windows import WindowPlan
 
 
@@ -296,7 +297,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Settings = TypeVar("Settings", bound=_Settings)
+Settings = TypeVar("Settings", bound=BaseModel)
+
+#: How deep lists and objects of a JSON file may lie in each other: no real file comes near it.
+MOST_LEVELS = 64
+
+#: Problems that one message names.
+_MOST_PROBLEMS = 12
+
+#: Shortens a value for a message.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -328,18 +339,43 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise _too_deep(path) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    inner: list[Any] = [content]
+    for _ in range(MOST_LEVELS):
+        inner = [
+            part
+            for value in inner
+            for part in (value.values() if isinstance(value, dict) else value)
+            if isinstance(part, dict | list)
+        ]
+    if inner:
+        raise _too_deep(path)
     return content
 
 
-def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Settings:
+def _too_deep(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: lists and objects lie in each other more than {MOST_LEVELS} deep, which no "
+        "program writes: is the file damaged?"
+    )
+
+
+def validate(
+    content: dict[str, Any],
+    kind: type[Settings],
+    source: str,
+    error_class: type[InputError] = ConfigError,
+) -> Settings:
     """Return validated settings.
 
     Args:
         source: the file's name, for messages.
+        error_class: what is raised.
 
     Raises:
         ConfigError: every problem in one message, an unknown key with the nearest legal ones.
@@ -355,10 +391,12 @@ def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Sett
         return kind.model_validate(content)
     except ValidationError as error:
         problems = sorted({_problem(kind, detail) for detail in error.errors()})
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(problems)) from None
+        more = len(problems) - _MOST_PROBLEMS
+        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise error_class(f"{source}:\n  " + "\n  ".join(shown)) from None
 
 
-def _problem(kind: type[_Settings], detail: Any) -> str:
+def _problem(kind: type[BaseModel], detail: Any) -> str:
     place = _place(kind, detail["loc"])
     where = ".".join(map(str, place)) or "settings"
     if detail["type"] == "extra_forbidden":
@@ -366,17 +404,26 @@ def _problem(kind: type[_Settings], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{where}: missing"
     given = detail["input"]
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    shown = "" if isinstance(given, dict) else f", got {_shown(given)}"
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _shown(value: Any) -> str:
+    """Return a short description of a value, whatever it is."""
+    if not isinstance(value, str | int | float | list | tuple | None):
+        return type(value).__name__
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
     """Return a location without pydantic's names for the members of a union."""
     place: list[Any] = []
-    for number, part in enumerate(location):
-        of_union = re.fullmatch(r"str|int|float|\w+\[.*\]", str(part))
-        unknown_key = number == len(location) - 1 and not of_union
-        if isinstance(part, int) or part in _keys(kind, place) or unknown_key:
+    for part in location:
+        of_union = re.fullmatch(r"str|int|float|constrained-\w+|[\w-]+\[.*\]", str(part))
+        if part in _keys(kind, place) or not of_union:
             place.append(part)
     return place
 

@@ -129,12 +129,12 @@ def check_finite(state: Mapping[str, torch.Tensor], file: str) -> None:
 
 
 def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the prefix that DataParallel or torch.compile puts before every key.
+    """Drop the prefixes that DataParallel and torch.compile put before every key, in any order.
 
     >>> list(without_prefix({"module.weight": torch.zeros(1)}))
     ['weight']
     """
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
