@@ -5,12 +5,9 @@ An unknown key is an error that names the nearest legal one. Paths in a file are
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from seg3dcam.documents import read_json as read_json
+from seg3dcam.documents import read_yaml as read_yaml
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.windows import WindowPlan
 
@@ -83,9 +82,9 @@ class Window(_Settings):
     overlap: float = Field(0.25, ge=0, lt=1)
     mode: Literal["gaussian", "constant"] = "gaussian"
     sw_batch_size: int = Field(1, ge=1)
-    sigma_scale: float = Field(0.125, gt=0)
+    sigma_scale: FiniteFloat = Field(0.125, gt=0)
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
-    cval: float = 0.0
+    cval: FiniteFloat = 0.0
     cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
     convention: Literal["monai", "nnunet"] = Field("monai", description="whose places and gaussian")
 
@@ -104,7 +103,7 @@ class Window(_Settings):
 class ModelSpec(_Settings):
     """A network made by a Python factory, with its weights and how it is used."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Class")
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$", description="package.module:Class")
     arguments: dict[str, Any] = {}
     weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
     classes: list[str] = Field(min_length=1, description="one name per output channel")
@@ -283,56 +282,7 @@ class Job(_Settings):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 Settings = TypeVar("Settings", bound=_Settings)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: missing, unreadable, not YAML, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
-    return content
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ConfigError: missing, unreadable, not JSON, or not an object.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Settings:
@@ -366,8 +316,14 @@ def _problem(kind: type[_Settings], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{where}: missing"
     given = detail["input"]
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    shown = "" if isinstance(given, dict) else f", got {_shortened(given)}"
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _shortened(given: Any) -> str:
+    """Return how a value is written, shortened in the middle."""
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:150]} … {text[-30:]}"
 
 
 def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:

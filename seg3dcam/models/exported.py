@@ -16,7 +16,8 @@ from seg3dcam.config import ExportedSpec
 from seg3dcam.errors import ModelError
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.prepare import build_preparation
-from seg3dcam.models.state import check_finite, is_torchscript
+from seg3dcam.models.state import check_file, check_finite
+from seg3dcam.models.torchscript import is_torchscript
 
 #: How a file of another kind can be used.
 _BY_FACTORY = (
@@ -40,12 +41,17 @@ def build(spec: ExportedSpec, path: Path, trust: bool) -> SegModel:
     """
     file = path.parent / spec.exported
     program = load_program(file, trust)
-    module = torch.export.unflatten(program)
+    try:
+        module = torch.export.unflatten(program)
+        shape = _input_shape(program)
+        _check_mode(program, file)
+        check_finite(dict(module.state_dict()), file.name)
+    except ModelError:
+        raise
+    except Exception as error:  # of a graph that torch.export would not make
+        raise ModelError(f"{file.name}: this exported program cannot be used: {error}") from error
     # Windows are checked below; where its layers lie is measured with inputs of other sizes.
     module.check_input_constraints = False
-    shape = _input_shape(program)
-    check_finite(dict(module.state_dict()), file.name)
-    _check_mode(program, file)
     plan = spec.window.plan() if spec.window else None
     _check_window(plan, shape, file)
     return SegModel(
@@ -67,8 +73,7 @@ def load_program(file: Path, trust: bool) -> Any:
     Raises:
         ModelError: no such file, another kind of file, or no trust.
     """
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file (paths are relative to the model's YAML)")
+    check_file(file, "file")
     if is_torchscript(file):
         raise ModelError(
             f"{file.name}: a TorchScript model takes no hooks: " + _BY_FACTORY.format(file.name)
