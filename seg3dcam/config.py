@@ -284,6 +284,9 @@ class Job(_Settings):
 
 Settings = TypeVar("Settings", bound=_Settings)
 
+#: How many problems of a file are named, at most.
+_SHOWN = 50
+
 
 def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Settings:
     """Return validated settings.
@@ -304,7 +307,10 @@ def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Sett
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = sorted({_problem(kind, detail) for detail in error.errors()})
+        found = error.errors()
+        problems = sorted({_problem(kind, detail) for detail in found[:_SHOWN]})
+        if len(found) > _SHOWN:
+            problems.append(f"and {len(found) - _SHOWN} more")
         raise ConfigError(f"{source}:\n  " + "\n  ".join(problems)) from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -17,17 +18,20 @@ import yaml
 
 from seg3dcam.errors import ConfigError, Seg3dcamWarning, tell
 
-#: Bytes of a file, at most. The YAML of a model or a job has a thousand; the JSON files of nnU-Net
-#: and of MONAI's bundles list cases and have up to some millions. YAML is parsed slowly.
-LARGEST = {"YAML": 1_000_000, "JSON": 50_000_000}
+#: Bytes of a file, at most. YAML, of which a model or a job has a thousand, takes seconds to parse;
+#: the JSON files of nnU-Net and of MONAI's bundles list cases and have up to some millions.
+LARGEST = {"YAML": 250_000, "JSON": 50_000_000}
 
 #: Levels of lists and mappings in each other, at most.
 DEEPEST = 64
 
+#: What an escape in a text can stand for and no text can hold: it could not be written again.
+_HALF = re.compile("[\ud800-\udfff]")
+
 _TOO_DEEP = f"lists and mappings are nested too deeply; legal are {DEEPEST} levels"
 
 #: Values in all, at most, an alias counted as what it stands for.
-MOST = {"YAML": 200_000, "JSON": 2_000_000}
+MOST = {"YAML": 50_000, "JSON": 2_000_000}
 
 #: Integers beyond this are no count, index or size of anything.
 _LARGEST_INTEGER = 2**63
@@ -191,6 +195,8 @@ def _check_scalar(value: Any, place: str) -> None:
     if isinstance(value, int) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
         digits = int(math.log10(abs(value))) + 1
         raise ValueError(f"{_shown(place)} is a whole number of about {digits} digits")
+    if isinstance(value, str) and not value.isascii() and _HALF.search(value):
+        raise ValueError(f"{_shown(place)} holds one half of a character (a lone surrogate)")
 
 
 def _kind(value: Any) -> str:
@@ -199,5 +205,5 @@ def _kind(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """Return a key or place, shortened in the middle."""
-    text = str(value) if isinstance(value, str | float) or value is None else repr(value)
+    text = value if isinstance(value, str) and not _HALF.search(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:50]}…{text[-20:]}"
