@@ -1,7 +1,7 @@
 """YAML and JSON files, which may be anybody's, as plain values.
 
-Whatever such a file holds becomes text, numbers, true, false, null, lists and mappings with text as
-keys, of a size that can be worked with, or an error that names the file and the place in it.
+Whatever such a file holds becomes text, numbers, true, false, null, lists and mappings, of a size
+that can be worked with, or an error that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LARGEST = {"YAML": 250_000, "JSON": 50_000_000}
 #: Levels of lists and mappings in each other, at most.
 DEEPEST = 64
 
+#: Values in all, at most, an alias counted as what it stands for.
+MOST = {"YAML": 50_000, "JSON": 2_000_000}
+
 #: What an escape in a text can stand for and no text can hold: it could not be written again.
 _HALF = re.compile("[\ud800-\udfff]")
 
 _TOO_DEEP = f"lists and mappings are nested too deeply; legal are {DEEPEST} levels"
-
-#: Values in all, at most, an alias counted as what it stands for.
-MOST = {"YAML": 50_000, "JSON": 2_000_000}
 
 #: Integers beyond this are no count, index or size of anything.
 _LARGEST_INTEGER = 2**63
@@ -160,7 +160,14 @@ def _json(text: str, name: str) -> Any:
             tell(f"{name}: {_shown(twice)} is given twice; the last one counts")
         return found
 
-    return json.loads(text, object_pairs_hook=an_object)
+    return json.loads(text, object_pairs_hook=an_object, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads 4,300 digits
+        raise ValueError(f"{_shown(digits)} cannot be read as a whole number") from None
 
 
 def _check_plain(content: Any, most: int) -> None:

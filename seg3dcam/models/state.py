@@ -156,8 +156,8 @@ def _check_entry(name: Any, value: torch.Tensor, file: str) -> None:
     """Raise ModelError for a key or a tensor that is no weight of a network."""
     if not isinstance(name, str):
         raise ModelError(
-            f"{file}: the key {name!r} is of type {type(name).__name__}; the keys of a state dict are "
-            "text, such as 'model.0.weight'"
+            f"{file}: the key {name!r} is of type {type(name).__name__}; the keys of a state dict "
+            "are text, such as 'model.0.weight'"
         )
     found = (
         "a nested tensor"
