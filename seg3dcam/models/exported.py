@@ -6,7 +6,10 @@ shape. A TorchScript file takes no hooks at all; its weights go into the network
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,7 @@ def load_program(file: Path, trust: bool) -> Any:
             "know where it comes from, allow it with --trust (trust=True)"
         )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_log():
             warnings.simplefilter("ignore")
             return torch.export.load(str(file))
     except Exception as error:
@@ -98,6 +101,17 @@ def load_program(file: Path, trust: bool) -> Any:
             f"{file.name}: cannot be read as an exported program ({first_line}); legal is what "
             "torch.export.save wrote. A state dict: " + _BY_FACTORY.format(file.name)
         ) from error
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep the traceback to itself that PyTorch logs of a damaged file; the error says it, too."""
+    log = logging.getLogger("torch.export")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _input_shape(program: Any) -> tuple[int | None, ...]:

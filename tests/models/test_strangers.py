@@ -424,6 +424,18 @@ def test_a_program_is_not_even_opened_without_trust(tmp_path, monkeypatch, name)
         load_model(path)
 
 
+@pytest.mark.parametrize("keep", [0, 100, 3000], ids=["empty", "start", "cut off"])
+def test_a_damaged_program_is_one_sentence(tmp_path, keep, capfd):
+    """With trust; PyTorch logs a traceback of its own."""
+    program = torch.export.export(nn.Conv3d(1, 2, 1), (torch.rand(1, 1, 4, 4, 4),))
+    torch.export.save(program, tmp_path / "good.pt2")
+    (tmp_path / "bad.pt2").write_bytes((tmp_path / "good.pt2").read_bytes()[:keep])
+    path = write_yaml(tmp_path / "model.yaml", {"exported": "bad.pt2", "classes": ["a"]})
+    with pytest.raises(ModelError, match=r"bad\.pt2: cannot be read as an exported program"):
+        load_model(path, trust=True)
+    assert capfd.readouterr().err == ""
+
+
 # ---------------------------------------------------------------- weights that are none
 
 KEY = next(iter(brightness_network().state_dict()))
