@@ -47,7 +47,8 @@ def untouched_imports():
     assert not {"nets", "parts", "package", "plain"} & set(sys.modules)
 
 
-def test_a_module_beside_the_yaml_is_found_with_trust(tmp_path):
+def test_a_module_beside_the_yaml_is_found_with_trust(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = write_place(tmp_path, "one")
     before = contents(tmp_path)
     with pytest.raises(ModelError, match=r"factory nets:Net is not from .*run its code.*--trust"):
