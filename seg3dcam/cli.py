@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -30,6 +29,7 @@ from seg3dcam.case import check_formats, check_slice, write_case
 from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of
 from seg3dcam.case_record import is_done, record_of
 from seg3dcam.config import Job, read_yaml, validate
+from seg3dcam.documents import parse_yaml
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -496,8 +496,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     found = {}
     for name, value in _pairs("--settings", pairs).items():
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[name] = parse_yaml(value)
+        except ConfigError as error:
             raise ConfigError(
                 f"--settings {name}={value}: {value!r} cannot be read as a value"
             ) from error

@@ -5,13 +5,10 @@ An unknown key is an error that names the nearest legal one. Paths in a file are
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from seg3dcam.documents import read_json as read_json
+from seg3dcam.documents import read_yaml as read_yaml
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.windows import WindowPlan
 
@@ -84,9 +83,9 @@ class Window(_Settings):
     overlap: float = Field(0.25, ge=0, lt=1)
     mode: Literal["gaussian", "constant"] = "gaussian"
     sw_batch_size: int = Field(1, ge=1)
-    sigma_scale: float = Field(0.125, gt=0)
+    sigma_scale: FiniteFloat = Field(0.125, gt=0)
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
-    cval: float = 0.0
+    cval: FiniteFloat = 0.0
     cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
     convention: Literal["monai", "nnunet"] = Field("monai", description="whose places and gaussian")
 
@@ -105,7 +104,7 @@ class Window(_Settings):
 class ModelSpec(_Settings):
     """A network made by a Python factory, with its weights and how it is used."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Class")
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$", description="package.module:Class")
     arguments: dict[str, Any] = {}
     weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
     classes: list[str] = Field(min_length=1, description="one name per output channel")
@@ -284,23 +283,7 @@ class Job(_Settings):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 Settings = TypeVar("Settings", bound=BaseModel)
-
-#: How deep lists and objects of a JSON file may lie in each other: no real file comes near it.
-MOST_LEVELS = 64
 
 #: Problems that one message names.
 _MOST_PROBLEMS = 12
@@ -308,61 +291,6 @@ _MOST_PROBLEMS = 12
 #: Shortens a value for a message.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: missing, unreadable, not YAML, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
-    return content
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ConfigError: missing, unreadable, not JSON, or not an object.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise _too_deep(path) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    inner: list[Any] = [content]
-    for _ in range(MOST_LEVELS):
-        inner = [
-            part
-            for value in inner
-            for part in (value.values() if isinstance(value, dict) else value)
-            if isinstance(part, dict | list)
-        ]
-    if inner:
-        raise _too_deep(path)
-    return content
-
-
-def _too_deep(path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path}: lists and objects lie in each other more than {MOST_LEVELS} deep, which no "
-        "program writes: is the file damaged?"
-    )
 
 
 def validate(
@@ -390,9 +318,10 @@ def validate(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = sorted({_problem(kind, detail) for detail in error.errors()})
-        more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        found = error.errors()
+        problems = sorted({_problem(kind, detail) for detail in found[:_MOST_PROBLEMS]})
+        more = len(found) - _MOST_PROBLEMS
+        shown = problems + ([f"and {more} more"] if more > 0 else [])
         raise error_class(f"{source}:\n  " + "\n  ".join(shown)) from None
 
 

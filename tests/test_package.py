@@ -39,7 +39,7 @@ LEVELS = [
     {"engine"},
     {"cam"},
     {"cams", "attributions", "series", "torchio_images"},
-    {"scan", "demo"},
+    {"scan", "demo", "documents"},
     {"config", "look", "truth"},
     {"models", "explanation"},
     {"explain", "findings"},

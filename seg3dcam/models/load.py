@@ -39,9 +39,10 @@ def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> S
     Args:
         source: a model's YAML file, `bundle:DIR` for a MONAI bundle, or `nnunet:FOLDER` for a
             trained nnU-Net v2 folder.
-        trust: allow the model's own code to run: a factory from outside of MONAI,
-            dynamic_network_architectures and torchvision, a bundle's config, or a checkpoint that
-            holds more than tensors.
+        trust: allow the model's own code to run: a factory that is not in the table of networks, or
+            lies beside the YAML, arguments that fetch or read, a bundle's config, an exported
+            program, a TorchScript archive that puts its weights together itself, or a nnU-Net
+            checkpoint that holds more than tensors.
         settings: more settings of the source, such as `folds=[0]` of a nnU-Net folder; they
             replace those of the file.
 
