@@ -55,7 +55,7 @@ from seg3dcam.review import (
     save_profile,
     save_slices,
 )
-from seg3dcam.scan import Scan
+from seg3dcam.scan import Scan, place_code
 
 #: Settings that do not change what is written.
 _WHERE = {"scan", "model", "out", "device", "truth"}
@@ -76,6 +76,7 @@ def case_name(scan: Scan, job: Job) -> str:
 def case_key(scan: Scan, model: SegModel, job: Job) -> str:
     """Return a hash of scan, weights and settings: same key, same results."""
     digest = hashlib.sha256(scan_code(scan).encode())
+    digest.update(place_code(scan).encode())
     if job.truth is not None:
         digest.update(Path(job.truth).read_bytes())
     use = [

@@ -36,7 +36,7 @@ LEVELS = [
     {"probe"},
     {"engine"},
     {"cam"},
-    {"cams", "attributions", "series", "torchio_images"},
+    {"cams", "attributions", "readers", "series", "torchio_images"},
     {"scan", "demo"},
     {"config", "look", "truth"},
     {"models", "explanation"},

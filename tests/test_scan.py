@@ -86,7 +86,7 @@ def test_equals_nibabel(tmp_path_factory, shape, channels, dtype, suffix, versio
 def test_slabs_are_joined_without_a_seam(tmp_path, rng, monkeypatch):
     voxels = rng.integers(-1000, 3000, (5, 6, 7, 2)).astype(np.int16)
     path = save(tmp_path / "ct.nii.gz", voxels)
-    monkeypatch.setattr("seg3dcam.scan._SLAB_VOXELS", 5 * 6 * 3)
+    monkeypatch.setattr("seg3dcam.readers.plan.SLAB_VOXELS", 5 * 6 * 3)
     np.testing.assert_array_equal(load_scan(path).data.numpy(), np.moveaxis(voxels, -1, 0))
 
 
@@ -279,9 +279,9 @@ def test_missing_folder_and_suffix(tmp_path):
         load_scan(tmp_path / "no.nii")
     with pytest.raises(ScanError, match=r"is a folder. Legal: one .nii or .nii.gz file.*dcm2niix"):
         load_scan(str(tmp_path))
-    for name, found in (("a.nrrd", "'.nrrd'"), ("a", "''")):
+    for name, found in (("a.gipl", "'.gipl'"), ("a", "''")):
         (tmp_path / name).write_bytes(b"NRRD0004")
-        with pytest.raises(ScanError, match=rf"ends with {found}. Legal: .nii, .nii.gz. Convert"):
+        with pytest.raises(ScanError, match=rf"ends with {found}. Legal: .nii, .*.mgz. Convert"):
             load_scan(tmp_path / name)
     with pytest.raises(ScanError, match=r"the file cannot be read \(File name too long\)"):
         load_scan("x" * 300 + ".nii")
