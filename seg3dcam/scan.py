@@ -207,8 +207,15 @@ def place_code(scan: Scan) -> str:
     if scan.header is not None:
         said += [f"{key} {scan.header[key].tolist()}" for key in _PLACE_FIELDS]
     for header in scan.series or ():
-        said += [str(getattr(header, "file_meta", "")), str(header)]
+        said += [_element_code(header, tag) for tag in sorted(header.keys())]
     return hashlib.sha256("\n".join(said).encode(errors="backslashreplace")).hexdigest()
+
+
+def _element_code(header: Any, tag: Any) -> str:
+    try:
+        return repr((tag, header[tag].VR, header[tag].value))
+    except Exception:  # of pydicom, for a value that nobody can decode: as the file has it
+        return repr((tag, header.get_item(tag)))
 
 
 # ---------------------------------------------------------------------------------- from memory

@@ -14,6 +14,7 @@ from seg3dcam.readers.plan import Plan, channels_first, opened
 __all__ = ["plan_mgh"]
 
 _DATA_START = 284
+_HAS_PLACE = slice(28, 30)  # goodRASFlag
 _TYPES = {0: "uint8", 1: "int32", 3: "float32", 4: "int16", 10: "uint16"}
 
 
@@ -37,7 +38,7 @@ def plan_mgh(path: Path) -> Plan:
             f"{path}: the MGH header's type is {kind}. Legal: "
             f"{', '.join(f'{code} ({name})' for code, name in _TYPES.items())}."
         )
-    if not header["goodRASFlag"]:
+    if not any(start[_HAS_PLACE]):  # nibabel sets the flag when it fills the place in
         tell(
             f"{path}: goodRASFlag is 0, so the file does not say where the scan lies. It is read "
             "as FreeSurfer does, coronal with voxels of 1 mm: left and right may be swapped."
