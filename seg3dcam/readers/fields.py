@@ -26,7 +26,7 @@ def illegal(path: Path, key: str, found: object, legal: str) -> ScanError:
 def numbers(text: str, count: int, path: Path, key: str) -> list[float]:
     """Return exactly `count` finite numbers."""
     try:
-        found = [float(part) for part in text.split()]
+        found = [float(part) for part in text.split() if text.isascii()]
     except ValueError:
         found = []
     if len(found) != count or not all(map(math.isfinite, found)):
@@ -37,7 +37,9 @@ def numbers(text: str, count: int, path: Path, key: str) -> list[float]:
 def whole_numbers(text: str, count: int, path: Path, key: str, low: int = 1) -> list[int]:
     """Return exactly `count` whole numbers from `low` up."""
     parts = text.split()
-    plain = all(re.fullmatch(rf"[+-]?\d{{1,{_MOST_DIGITS}}}", part, re.ASCII) for part in parts)
+    plain = text.isascii() and all(
+        re.fullmatch(rf"[+-]?\d{{1,{_MOST_DIGITS}}}", part) for part in parts
+    )
     found = [int(part) for part in parts] if plain else []
     if len(found) != count or min(found) < low:
         many = "a whole number" if count == 1 else f"{count} whole numbers"
@@ -62,4 +64,10 @@ def beside(name: str, path: Path, key: str) -> Path:
         name = name[2:]
     if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
         raise illegal(path, key, name, "the name of one file in the same folder")
-    return path.with_name(name)
+    voxels = path.with_name(name)
+    if not voxels.is_file():
+        raise ScanError(
+            f"{path}: its voxels should be in the file {name!r} beside it, and there is no such "
+            "file. Copy both."
+        )
+    return voxels

@@ -43,7 +43,8 @@ def plan_mgh(path: Path) -> Plan:
             f"{path}: goodRASFlag is 0, so the file does not say where the scan lies. It is read "
             "as FreeSurfer does, coronal with voxels of 1 mm: left and right may be swapped."
         )
-    affine = checked_affine(np.array(header.get_affine()), str(path), ScanError)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is no number then is refused
+        affine = checked_affine(np.array(header.get_affine()), str(path), ScanError)
     return Plan(
         path=path,
         shape=channels_first(sizes, path),

@@ -8,6 +8,7 @@ leaves a header; what comes out of it is of the element's kind, or absent.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,10 @@ def element(header: Any, keyword: str, path: Path) -> Any:
     kind = _ELEMENTS[keyword]
     found: Any = "what cannot be decoded"
     try:
-        found = header.get(keyword)
+        # What pydicom finds unusual in a value is no concern beyond what is asked here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = header.get(keyword)
         if found is None or (isinstance(found, (str, bytes, list)) and not found):
             return None
         return kind.read(found)

@@ -74,6 +74,8 @@ class Slice:
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is a DICOM file, by its content."""
     try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except (OSError, ValueError):  # said where the file is read
@@ -185,7 +187,9 @@ def _is_compressed(image: Slice) -> bool:
     name = element(image.header.file_meta, "TransferSyntaxUID", image.path)
     if name is None:
         return False
-    syntax = _pydicom().uid.UID(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        syntax = _pydicom().uid.UID(name)
     if not syntax.is_transfer_syntax:
         raise ScanError(
             f"{image.path}: the DICOM element TransferSyntaxUID is {name}. Legal: a transfer "
@@ -206,7 +210,8 @@ def read_pixels(image: Slice) -> npt.NDArray[np.float32]:
             f"{image.path}: the voxels cannot be decoded. The file is damaged, or compressed in a "
             "way that SimpleITK does not know: copy or export it again, uncompressed."
         ) from error
-    return plane.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes inf, which the check of the voxels refuses
+        return plane.astype(np.float32)
 
 
 # --------------------------------------------------------------------------------- what goes wrong

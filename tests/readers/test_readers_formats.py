@@ -246,7 +246,10 @@ def test_a_list_may_mix_formats(tmp_path, rng):
         ({"byte skip": "-7"}, r"'byte skip' is '-7'"),
         ({"data file": "/etc/passwd"}, r"'data file' is '/etc/passwd'. Legal: the name of one"),
         ({"data file": "../other.raw"}, r"Legal: the name of one file in the same folder"),
-        ({"data file": "gone.raw"}, r"gone.raw: there is no such file"),
+        (
+            {"data file": "gone.raw"},
+            r"a.nrrd: its voxels should be in the file 'gone.raw' beside it",
+        ),
         (
             {
                 "dimension": 4,
@@ -281,7 +284,7 @@ def test_nrrd_outside_of_its_schema(tmp_path, voxels, fields, found):
         (" 1.5 3", " -1.5 3", r"Legal: distances above 0"),
         ("BinaryData = True", "BinaryData = maybe", r"'BinaryData' is 'maybe'"),
         ("ElementDataFile = LOCAL", "ElementDataFile = /etc/passwd", r"Legal: the name of one"),
-        ("ElementDataFile = LOCAL", "ElementDataFile = LIST", r"LIST: there is no such file"),
+        ("ElementDataFile = LOCAL", "ElementDataFile = LIST", r"in the file 'LIST' beside it"),
         ("NDims = 3", "NDims = 3\nElementNumberOfChannels = 3", r"several values per voxel"),
         ("NDims = 3", "NDims = 3\nDistanceUnits = cm", r"'DistanceUnits' is 'cm'"),
         ("NDims = 3", "hello", r"not a MetaImage"),
