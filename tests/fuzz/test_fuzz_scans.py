@@ -25,7 +25,7 @@ from seg3dcam.scan import load_scan
 
 AFFINE = np.array([[-0.8, 0, 0, 90], [0, 0.9, 0, -120], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])
 SHAPE = (5, 4, 3)
-MUTATIONS = 150
+MUTATIONS = 120
 
 #: Seeds of what once failed: a crash, a place or voxels that no other program reads.
 ONCE_FAILED = {
