@@ -16,7 +16,7 @@ from seg3dcam.explanation import Explanation
 from seg3dcam.files import unique_names
 from seg3dcam.look import Look
 from seg3dcam.models import SegModel
-from seg3dcam.scan import Scan
+from seg3dcam.scan import Scan, place_code
 from seg3dcam.words import printable
 
 #: Settings that do not change what is written.
@@ -89,7 +89,7 @@ def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
     ]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
     of_job = digest.hexdigest()[:16]
-    digest.update(scan_code(scan).encode())
+    digest.update(place_code(scan).encode())
     digest.update(json.dumps({package: version(package) for package in _MAKERS}).encode())
     return Keys(of_job, digest.hexdigest()[:16])
 
@@ -106,7 +106,7 @@ def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
     use = [voxels_sha256(scan), model, settings_of(job)]
     digest = hashlib.sha256(json.dumps(use, sort_keys=True, default=str).encode())
     of_job = digest.hexdigest()[:16]
-    digest.update(scan_code(scan).encode())
+    digest.update(place_code(scan).encode())
     return Keys(of_job, digest.hexdigest()[:16])
 
 

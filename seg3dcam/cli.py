@@ -45,6 +45,7 @@ from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.models.load import relative_to
+from seg3dcam.readers import FRAMES, Frame
 from seg3dcam.review import save_features
 from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
@@ -59,6 +60,7 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _MODEL = "a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
+_FRAME = "sform or qform: which says where a NIfTI scan lies; default: the sform if it has one"
 
 #: Options of pairs -> an example.
 _PAIRS = {"--settings": "window=4", "--input": "t1=t1.nii.gz"}
@@ -92,6 +94,7 @@ def explain(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     input: Annotated[
         list[str] | None,
         typer.Option(help="image key of a bundle and its file, as t1=t1.nii.gz; repeatable"),
@@ -254,6 +257,7 @@ def layers(
 def features(
     scan: Annotated[list[str], typer.Argument(help="NIfTI file; several are its channels")],
     model: Annotated[str, typer.Option(help=_MODEL)],
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     layer: Annotated[str, typer.Option(help="one layer; default: the bottleneck")] = "auto",
     target: Annotated[
         str | None, typer.Option(help="class name or index: ranks channels by Grad-CAM's weights")
@@ -275,7 +279,7 @@ def features(
     loaded.module.to(_device(device))
     with _progress() as progress:
         found = features_of_scan(
-            scan if len(scan) > 1 else scan[0],
+            load_scan(scan if len(scan) > 1 else scan[0], frame=_frame(frame)),
             loaded,
             layer,
             target=target,
@@ -352,10 +356,10 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
-        scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0])
+        scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0], frame=job.frame)
         check_slice(scan, job)
         check_formats(scan, job)
-        truth = None if job.truth is None else load_labels(job.truth)
+        truth = None if job.truth is None else load_labels(job.truth, frame=job.frame)
         if truth is not None:
             check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
@@ -537,6 +541,16 @@ def _shape(text: str | None, model: SegModel) -> tuple[int, ...]:
     if not voxels or min(voxels) < 1:
         raise ConfigError(f"--shape {text!r}: voxels along each axis, as 96,96,96")
     return voxels
+
+
+def _frame(name: str | None) -> Frame | None:
+    """Return a form of a NIfTI header; ConfigError for another word."""
+    for frame in FRAMES:
+        if name == frame:
+            return frame
+    if name is None:
+        return None
+    raise ConfigError(f"--frame {name!r}: legal are {', '.join(FRAMES)}")
 
 
 def _device(name: str) -> torch.device:

@@ -186,6 +186,11 @@ class Job(_Settings):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[dict[str, str], Field(min_length=1)]
     ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
+    frame: Literal["sform", "qform"] | None = Field(
+        None,
+        description="which form of a NIfTI header says where scan and truth lie; none: the sform "
+        "if there is one",
+    )
     model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
     out: str | None = Field(None, description="a folder; none: one for the case in seg3dcam_out")
     target: list[str | int] | str | int | None = Field(

@@ -198,7 +198,7 @@ class Explanation:
         """Return the same with the truth of its class, from a label map on the scan's grid.
 
         Args:
-            labels: a NIfTI file, or a scan of whole numbers.
+            labels: a file that `load_labels` reads, or a scan of whole numbers.
             label: the class's label there; None: see `seg3dcam.truth.truth_mask`.
 
         Raises:
@@ -207,7 +207,7 @@ class Explanation:
         """
         if self.class_index is None:
             raise TargetError(f"{self.target} is about no class, so there is no truth of it")
-        labels = labels if isinstance(labels, Scan) else load_labels(labels)
+        labels = labels if isinstance(labels, Scan) else load_labels(labels, frame=self.scan.frame)
         check_on_grid("truth", labels.shape, labels.affine, self.scan)
         mask = truth_mask(
             labels.data[0],

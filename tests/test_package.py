@@ -38,7 +38,7 @@ LEVELS = [
     {"probe"},
     {"engine"},
     {"cam"},
-    {"cams", "attributions", "series", "torchio_images"},
+    {"cams", "attributions", "readers", "series", "torchio_images"},
     {"scan", "demo", "documents"},
     {"config", "look", "truth"},
     {"models", "explanation"},
