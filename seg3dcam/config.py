@@ -135,6 +135,9 @@ class BundleSpec(_Settings):
     classes: list[str] | None = Field(
         None, description="one name per output channel; none: the metadata's"
     )
+    set: dict[str, Any] = Field(
+        {}, description="values of the config by their ids, such as inferer#roi_size: [64, 64, 64]"
+    )
 
 
 class NnunetSpec(_Settings):
@@ -187,6 +190,9 @@ class Job(_Settings):
         | Annotated[dict[str, str], Field(min_length=1)]
     ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
     model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
+    set: dict[str, Any] = Field(
+        {}, description="values of a bundle's config by their ids, such as inferer#overlap: 0.5"
+    )
     out: str = "seg3dcam_out"
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
@@ -296,7 +302,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Settings = TypeVar("Settings", bound=_Settings)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -358,7 +364,7 @@ def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Sett
         raise ConfigError(f"{source}:\n  " + "\n  ".join(problems)) from None
 
 
-def _problem(kind: type[_Settings], detail: Any) -> str:
+def _problem(kind: type[BaseModel], detail: Any) -> str:
     place = _place(kind, detail["loc"])
     where = ".".join(map(str, place)) or "settings"
     if detail["type"] == "extra_forbidden":
@@ -373,10 +379,9 @@ def _problem(kind: type[_Settings], detail: Any) -> str:
 def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
     """Return a location without pydantic's names for the members of a union."""
     place: list[Any] = []
-    for number, part in enumerate(location):
+    for part in location:
         of_union = re.fullmatch(r"str|int|float|\w+\[.*\]", str(part))
-        unknown_key = number == len(location) - 1 and not of_union
-        if isinstance(part, int) or part in _keys(kind, place) or unknown_key:
+        if isinstance(part, int) or part in _keys(kind, place) or not of_union:
             place.append(part)
     return place
 
