@@ -256,8 +256,7 @@ from monai.transforms import InvertibleTransform, MapTransform
 
 class Joind(MapTransform, InvertibleTransform):
     def __init__(self, keys_merge, keys_out):
-        self.keys = self.keys_merge = keys_merge
-        self.keys_out = keys_out
+        self.keys_merge, self.keys_out = keys_merge, keys_out
         self.allow_missing_keys = True
 
     def __call__(self, data):

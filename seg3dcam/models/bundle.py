@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.inferers.inferer import SlidingWindowInfererAdapt
 from monai.transforms import Activationsd, AsDiscreted, LoadImaged
@@ -29,7 +28,6 @@ from seg3dcam.models.base import SegModel
 from seg3dcam.models.bundle_config import Bundle, Metadata, code_in, read
 from seg3dcam.models.bundle_scan import loaded_keys, prepare, restorer, without_truths
 from seg3dcam.models.bundle_weights import load_weights
-from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
 
@@ -81,7 +79,7 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
         module=network.float().eval(),
         class_names=names,
         activation=activation,
-        prepare=partial(_prepare, bundle, preprocessing, keys),
+        prepare=partial(prepare, bundle, preprocessing, keys),
         restore=restorer(bundle, postprocessing, activation),
         window=window,
         in_channels=(image and image.num_channels) or first,
@@ -97,10 +95,6 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
             **({"set": dict(spec.set)} if spec.set else {}),
         },
     )
-
-
-def _prepare(bundle: Bundle, preprocessing: list[Any], keys: list[str], scan: Scan) -> MetaTensor:
-    return prepare(bundle, preprocessing, keys, scan)
 
 
 def _transforms(bundle: Bundle, key: str) -> list[Any]:

@@ -306,6 +306,16 @@ class Bundle:
         """The bundle and its config, as messages begin."""
         return f"bundle {self.name}: {self.config.name}"
 
+    def download(self) -> str:
+        """Return how to get the large files that are missing, ready to end a message."""
+        absent = [name for name in large_files(self.root) if not (self.root / name).is_file()]
+        if not absent:
+            return ""
+        return (
+            f". large_files.yml lists {', '.join(absent)}: download with python -m monai.bundle "
+            f"download_large_files --bundle_path {self.root}"
+        )
+
     @contextmanager
     def own_code(self) -> Iterator[None]:
         """Let the bundle's own packages be imported; afterwards nothing of them is to be seen."""
@@ -424,6 +434,10 @@ class Bundle:
         except (Exception, SystemExit) as error:
             cause = _root_cause(error)
             made = self.metadata.monai_version or "unknown"
+            if isinstance(cause, FileNotFoundError):
+                raise ModelError(
+                    f"{self.place}: {key} cannot be built: {cause}{self.download()}"
+                ) from error
             raise ModelError(
                 f"{self.place}: {key} cannot be built: {cause}{_mend(cause)}. The bundle was made "
                 f"with MONAI {made}, {monai.__version__} is installed"

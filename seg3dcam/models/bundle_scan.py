@@ -7,11 +7,9 @@ run one after the other, and a saver's own resampling and rounding are done, wit
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -33,14 +31,15 @@ from monai.transforms import (
 from monai.transforms.utility.array import Lambda
 from monai.transforms.utility.dictionary import ConcatItemsd, Lambdad
 
-from seg3dcam.errors import MissingExtraError, ModelError, ScanError, tell
+from seg3dcam.errors import ModelError, ScanError, tell
 from seg3dcam.geometry import spacing_of
 from seg3dcam.models.bundle_config import Bundle
+from seg3dcam.models.spacing import affine_as_read_by
 from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
 from seg3dcam.targets import Activation
 
-#: Words in the keys of images that are truths: nothing is predicted from them.
-_TRUTH = ("label", "mask", "seg", "truth", "gt")
+#: Words in the keys of images that are truths, from which nothing is predicted. (A mask may be.)
+_TRUTH = ("label", "truth", "gt")
 
 #: Where a prepared scan keeps what else its preparation gave, in its `meta`.
 _KEPT = "seg3dcam_bundle"
@@ -48,14 +47,14 @@ _KEPT = "seg3dcam_bundle"
 #: Transforms that undo each other lead back to the same place within this many mm.
 _SAME_MM = 0.01
 
-#: Transforms that write files have names that begin so.
-_WRITERS = ("Save", "Write")
+#: Transforms that write files or print have names that begin so; none of them is applied.
+_WRITERS = ("Save", "Write", "DataStats")
 
 
 def loaded_keys(preprocessing: Sequence[Any]) -> tuple[list[str], list[str]]:
     """Return the keys that images are loaded for, and those of truths among them, left out."""
     loaded = [str(k) for t in preprocessing if isinstance(t, LoadImaged) for k in t.keys]
-    joined = {k for t in preprocessing if isinstance(t, ConcatItemsd) for k in t.keys}
+    joined = {k for t in preprocessing if isinstance(t, ConcatItemsd) for k in _keys_of(t)}
     loaded = list(dict.fromkeys(loaded))
     truths = [
         key
@@ -67,6 +66,11 @@ def loaded_keys(preprocessing: Sequence[Any]) -> tuple[list[str], list[str]]:
     return [key for key in loaded if key not in truths], truths
 
 
+def _keys_of(transform: Any) -> set[str]:
+    """Return the keys that a transform says it is for; foreign ones may say none."""
+    return {str(key) for key in getattr(transform, "keys", None) or ()}
+
+
 def _words() -> list[str]:
     return [word + end for word in _TRUTH for end in ("", "s")]
 
@@ -74,7 +78,7 @@ def _words() -> list[str]:
 def without_truths(transforms: Sequence[Any], truths: Sequence[str]) -> None:
     """Let transforms do without the truths, as MONAI's own `allow_missing_keys`."""
     for transform in transforms:
-        if isinstance(transform, MapTransform) and set(transform.keys) & set(truths):
+        if isinstance(transform, MapTransform) and _keys_of(transform) & set(truths):
             transform.allow_missing_keys = True
 
 
@@ -99,7 +103,7 @@ def prepare(
                 if not transform._loader.image_only:
                     data |= {f"{key}_meta_dict": data[key].meta for key in keys if key in data}
                 continue  # it is loaded, and its channels come first
-            if isinstance(transform, EnsureChannelFirstd) and set(transform.keys) <= set(keys):
+            if isinstance(transform, EnsureChannelFirstd) and _keys_of(transform) <= set(keys):
                 continue
             data = _applied(bundle, transform, data)
     prepared = data.get("image", data.get(keys[0]))
@@ -119,7 +123,6 @@ def _in_the_scans_world(
     """Return prepared voxels whose affine leads to the scan's mm, not to those of its reader."""
     images = {key: value for key, value in data.items() if isinstance(value, MetaTensor)}
     places = {key: _place(value) for key, value in images.items()} | {"image": _place(prepared)}
-    prepared = prepared.clone()
     if affine is not scan.affine:
         to_scan = scan.affine @ np.linalg.inv(affine)
         prepared.affine = torch.as_tensor(to_scan) @ prepared.affine.to(torch.float64)
@@ -153,32 +156,7 @@ def _itk_affine(bundle: Bundle, scan: Scan) -> np.ndarray:
     header = scan.header
     if not isinstance(header, nib.Nifti1Header) or _all_agree(header, scan):
         return scan.affine
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise MissingExtraError(
-            f"bundle {bundle.name} reads scans with ITK, which takes another affine of this header "
-            'than others do, and SimpleITK is not installed. Run: pip install "seg3dcam[dicom]"'
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "header.nii"
-        alone = header.copy()
-        alone.set_data_shape(scan.shape)
-        alone["magic"], alone["vox_offset"] = b"n+1", 352
-        file.write_bytes(alone.binaryblock + bytes(4))
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(file))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise ScanError(
-                f"{scan.name}: the bundle reads it with ITK, which refuses its header: "
-                f"{str(error).strip().splitlines()[-1]}"
-            ) from error
-    lps = np.eye(4)
-    lps[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    lps[:3, 3] = reader.GetOrigin()
-    affine = np.diag([-1.0, -1, 1, 1]) @ lps
+    affine = affine_as_read_by(scan, "itk")
     if corner_gap(affine, scan.affine, scan.shape) <= SAME_GRID_MM:
         return scan.affine
     tell(
@@ -279,7 +257,7 @@ def restorer(
 
     None where the bundle has no way back of its own.
     """
-    savers = [t for t in postprocessing if isinstance(t, SaveImaged) and "pred" in t.keys]
+    savers = [t for t in postprocessing if isinstance(t, SaveImaged) and "pred" in _keys_of(t)]
     resamples = any(t.saver.meta_kwargs["resample"] for t in savers)
     if not resamples and not any(isinstance(t, Invertd) for t in postprocessing):
         return None
@@ -293,23 +271,24 @@ def restorer(
         data["pred"] = _placed(logits.clone(), *places["image"])
         form = _Form(len(logits), activation)
         left: list[Any] = []
-        with bundle.own_code(), _quiet_inverse():
-            for number, transform in enumerate(transforms):
-                try:
-                    after = apply_transform(transform, dict(data))
-                    found = torch.as_tensor(after["pred"])
-                except Exception as error:
-                    tell(
-                        f"bundle {bundle.name}: postprocessing {type(transform).__name__} failed "
-                        f"({error.__cause__ or error}); the prediction is brought to the scan "
-                        "without it, linearly"
-                    )
-                    return None
-                if not form.readable_after(transform, found):
-                    left = transforms[number:]
-                    break
-                data = after
-            moved = _as_written(data["pred"], scan, saver, form)
+        step: Any = None
+        try:
+            with bundle.own_code(), _quiet_inverse():
+                for number, step in enumerate(transforms):
+                    after = apply_transform(step, dict(data))
+                    if not form.readable_after(step, torch.as_tensor(after["pred"])):
+                        left = transforms[number:]
+                        break
+                    data = after
+                step = savers[0] if savers else step
+                moved = _as_written(data["pred"], scan, saver, form)
+        except Exception as error:
+            tell(
+                f"bundle {bundle.name}: postprocessing {type(step).__name__} failed "
+                f"({error.__cause__ or error}); the prediction is brought to the scan without it, "
+                "linearly"
+            )
+            return None
         if len(left) > 1:
             tell(
                 f"bundle {bundle.name}: the prediction is as before "

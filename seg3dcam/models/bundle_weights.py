@@ -16,7 +16,7 @@ from monai.bundle import ReferenceResolver
 from torch import nn
 
 from seg3dcam.errors import ModelError, tell
-from seg3dcam.models.bundle_config import Bundle, Loader, is_loader, large_files
+from seg3dcam.models.bundle_config import Bundle, Loader, is_loader
 from seg3dcam.models.state import check_finite, check_fit, read_state, some, without_prefix
 
 #: Where a bundle keeps its weights, where its config does not say.
@@ -156,7 +156,7 @@ def _unsaid(bundle: Bundle, network: nn.Module) -> Path:
     if found is None:
         raise ModelError(
             f"bundle {bundle.name}: no weights. {bundle.config.name} has no CheckpointLoader, and "
-            f"there is no {' or '.join(WEIGHTS)}" + _download(bundle)
+            f"there is no {' or '.join(WEIGHTS)}" + bundle.download()
         )
     tell(
         f"{bundle.place}: no CheckpointLoader in it says which weights are loaded; "
@@ -194,7 +194,7 @@ def _state(bundle: Bundle, place: Path, key: str | None) -> dict[str, torch.Tens
         present = ", ".join(sorted(p.name for p in place.parent.glob("*"))) or "nothing"
         raise ModelError(
             f"bundle {bundle.name}: the weights {place} are missing; {place.parent.name} holds "
-            f"{present}" + _download(bundle)
+            f"{present}" + bundle.download()
         )
     with place.open("rb") as stream:
         if stream.read(40).startswith(b"version https://git-lfs"):
@@ -226,13 +226,3 @@ def _check_changed(
             f"{name}: these weights are the ones that the network has before any are loaded: the "
             "file holds an untrained network"
         )
-
-
-def _download(bundle: Bundle) -> str:
-    absent = [name for name in large_files(bundle.root) if not (bundle.root / name).is_file()]
-    if not absent:
-        return ""
-    return (
-        f". large_files.yml lists {', '.join(absent)}: download with python -m monai.bundle "
-        f"download_large_files --bundle_path {bundle.root}"
-    )

@@ -188,6 +188,7 @@ def test_a_header_that_agrees_needs_no_itk(tmp_path):
     assert torch.equal(one.affine, two.affine)
 
 
+@pytest.mark.filterwarnings("ignore:.*(sform|qform)")  # a scan that says two places
 @pytest.mark.parametrize("kind", ["pixdim", "qform"])
 def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):
     """The reference is MONAI's own run with an affine that ITK reads in the file."""

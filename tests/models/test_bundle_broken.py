@@ -314,17 +314,19 @@ def test_nothing_of_a_hostile_bundle_runs_without_trust(tmp_path):
     assert not list(tmp_path.glob("ran*"))
 
 
-def test_what_transforms_would_write_is_not_written_with_trust(tmp_path):
+def test_what_transforms_would_write_is_not_written_with_trust(tmp_path, capfd):
     """With trust the bundle's own code runs; writers among its transforms still write nothing."""
 
     def change(config):
         places = {"output_dir": str(tmp_path / "saved")}
-        config["preprocessing"]["transforms"] += [of_image("SaveImaged", **places)]
+        writers = [of_image("SaveImaged", **places), of_image("DataStatsd", name="printed")]
+        config["preprocessing"]["transforms"] += writers
 
     root = write_bundle(tmp_path / "b", SPLEEN, change=change)
     scan = load_scan(np.random.default_rng(0).random((12, 12, 12)), affine=np.eye(4))
     load_model(f"bundle:{root}", trust=True).prepare(scan)
     assert not (tmp_path / "saved").exists()
+    assert "printed" not in "".join(capfd.readouterr())
 
 
 def test_a_long_list_of_code_is_cut(tmp_path):

@@ -120,3 +120,12 @@ def test_the_resolution_decides_on_the_weights(highres, tmp_path):
     assert model.spec["weights"] == f"models/{'model' if highres else 'model_lowres'}.pt"
     prepared = model.prepare(load_scan(noise()[0], affine=OBLIQUE))
     assert torch.allclose(prepared.pixdim, torch.full((3,), 1.5 if highres else 3.0).double())
+
+
+def test_an_architecture_that_is_not_there_says_how_to_get_it(tmp_path):
+    root = write(LAYOUTS["pancreas_ct_dints"], tmp_path / "b")
+    (root / "models" / "search_code.pt").unlink()
+    (root / "large_files.yml").write_text("large_files: [{path: models/search_code.pt}]")
+    message = "network_def cannot be built: .*search_code.pt.*download_large_files"
+    with pytest.raises(ModelError, match=message):
+        load_model(f"bundle:{root}", trust=True)
