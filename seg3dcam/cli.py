@@ -63,7 +63,14 @@ _MODEL = "a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained n
 _FRAME = "sform or qform: which says where a NIfTI scan lies; default: the sform if it has one"
 
 #: Options of pairs -> an example.
-_PAIRS = {"--settings": "window=4", "--input": "t1=t1.nii.gz"}
+_PAIRS = {
+    "--settings": "window=4",
+    "--input": "t1=t1.nii.gz",
+    "--set": "inferer#roi_size=[64,64,64]",
+}
+
+#: One value of a bundle's config, as MONAI's own commands take it.
+_SET = 'value of a bundle\'s config by its id, as "inferer#roi_size=[64,64,64]"; repeatable'
 
 #: What to open first, and where.
 _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb": "in one file"}
@@ -99,6 +106,7 @@ def explain(
         list[str] | None,
         typer.Option(help="image key of a bundle and its file, as t1=t1.nii.gz; repeatable"),
     ] = None,
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="class name or index; repeatable; default: every predicted class"),
@@ -214,6 +222,9 @@ def explain(
         # What is no mapping is left as it is, for `validate` to refuse.
         merged = {**of_file, **_settings(settings)} if isinstance(of_file, dict) else of_file
         options["settings"] = merged
+    if set:
+        of_file = content.get("set", {})
+        options["set"] = {**of_file, **_overrides(set)} if isinstance(of_file, dict) else of_file
     job = validate({**content, **options}, Job, str(config or "command line"))
     _run(job, force=force, trust=trust, verify=verify)
 
@@ -224,10 +235,11 @@ def layers(
     shape: Annotated[
         str | None, typer.Option(help="input voxels, as 96,96,96; default: the model's window")
     ] = None,
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
 ) -> None:
     """List the layers worth explaining."""
-    loaded = load_model(model, trust=trust)
+    loaded = load_model(model, trust=trust, overrides=_overrides(set))
     voxels = _shape(shape, loaded)
     table = Table(title=f"Layers of {escape(loaded.name)}")
     table.add_column("layer", overflow="fold")  # a name that is cut off cannot be used
@@ -271,11 +283,12 @@ def features(
     top: Annotated[int | None, typer.Option(help="only the first so many channels")] = None,
     out: Annotated[str, typer.Option(help="output folder")] = "seg3dcam_features",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
 ) -> None:
     """Draw what the channels of a layer hold: a PNG of each, and a mosaic."""
     check_writable(Path(out))
-    loaded = load_model(model, trust=trust)
+    loaded = load_model(model, trust=trust, overrides=_overrides(set))
     loaded.module.to(_device(device))
     with _progress() as progress:
         found = features_of_scan(
@@ -352,7 +365,7 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
     look_of(job)
     check_writable(Path(job.out or OUT))
     inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
-    model = load_model(job.model, trust=trust, **inputs)
+    model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
@@ -497,15 +510,25 @@ def _job_of_file(path: Path) -> dict[str, Any]:
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """Return the settings of ['name=value', ...]; values are read as YAML."""
-    found = {}
-    for name, value in _pairs("--settings", pairs).items():
-        try:
-            found[name] = parse_yaml(value)
-        except ConfigError as error:
-            raise ConfigError(
-                f"--settings {name}={value}: {value!r} cannot be read as a value"
-            ) from error
-    return found
+    found = _pairs("--settings", pairs)
+    return {name: _value("--settings", name, value) for name, value in found.items()}
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """Return the values of ['id=value', ...]; MONAI's own words stay words: $code, @id, %file."""
+    found = _pairs("--set", pairs or [])
+    return {
+        name: value if value[0] in "$@%" else _value("--set", name, value)
+        for name, value in found.items()
+    }
+
+
+def _value(option: str, name: str, text: str) -> Any:
+    """Return what a text says as YAML."""
+    try:
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {name}={text}: {text!r} cannot be read as a value") from error
 
 
 def _pairs(option: str, pairs: list[str]) -> dict[str, str]:

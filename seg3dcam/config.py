@@ -135,6 +135,9 @@ class BundleSpec(_Settings):
     classes: list[str] | None = Field(
         None, description="one name per output channel; none: the metadata's"
     )
+    set: dict[str, Any] = Field(
+        {}, description="values of the config by their ids, such as inferer#roi_size: [64, 64, 64]"
+    )
 
 
 class NnunetSpec(_Settings):
@@ -192,6 +195,9 @@ class Job(_Settings):
         "if there is one",
     )
     model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
+    set: dict[str, Any] = Field(
+        {}, description="values of a bundle's config by their ids, such as inferer#overlap: 0.5"
+    )
     out: str | None = Field(None, description="a folder; none: one for the case in seg3dcam_out")
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
@@ -357,7 +363,7 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
     place: list[Any] = []
     for part in location:
         of_union = re.fullmatch(r"str|int|float|constrained-\w+|[\w-]+\[.*\]", str(part))
-        if part in _keys(kind, place) or not of_union:
+        if isinstance(part, int) or part in _keys(kind, place) or not of_union:
             place.append(part)
     return place
 

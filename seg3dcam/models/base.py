@@ -40,6 +40,7 @@ class SegModel:
         window: the sliding window, None for the whole scan at once.
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
+        scan_channels: channels that a scan has, where `prepare` adds some. None: `in_channels`.
         name: for provenance.
         spec: the settings that all of this was made from, for provenance.
 
@@ -56,6 +57,7 @@ class SegModel:
     window: WindowPlan | None = None
     output: OutputSelection = None
     in_channels: int | None = None
+    scan_channels: int | None = None
     name: str = "model"
     spec: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,11 +87,11 @@ class SegModel:
 
     def check_scan(self, scan: Scan) -> None:
         """Raise ModelError unless the scan has as many channels as the network takes."""
-        channels = len(scan.data)
-        if self.in_channels is not None and channels != self.in_channels:
+        channels, wanted = len(scan.data), self.scan_channels or self.in_channels
+        if wanted is not None and channels != wanted:
             raise ModelError(
                 f"scan {scan.name} has {channels} channel{'s' * (channels > 1)}, the model takes "
-                f"{self.in_channels}. Channels are the 4th axis of one NIfTI file, or one file "
+                f"{wanted}. Channels are the 4th axis of one NIfTI file, or one file "
                 "each, in the order of the training"
             )
 
