@@ -35,6 +35,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from seg3dcam.config import Job
+from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError
 from seg3dcam.explanation import Explanation, anatomical_axis
 from seg3dcam.export.dicom import DicomExport
@@ -117,9 +118,17 @@ class _Joint(Protocol):
 
 
 def write_case(
-    folder: str | Path, explanations: Iterable[Explanation], job: Job, *, key: str = ""
+    folder: str | Path,
+    explanations: Iterable[Explanation],
+    job: Job,
+    *,
+    key: str = "",
+    progress: Progress = silent,
 ) -> Mapping[str, Any]:
     """Write a case; what an earlier run of the same folder left is replaced.
+
+    Args:
+        progress: called with (step, done, total) before each format is written.
 
     Returns:
         what `case.json` holds.
@@ -133,27 +142,29 @@ def write_case(
     files: list[Path] = []
     cases: list[dict[str, Any]] = []
     names: list[str] = []
-    joint: list[_Joint] = []
+    joint: dict[str, _Joint] = {}
     case = ""
     for explanation in explanations:
         if not cases:
             case = case_name(explanation.scan, job)
-            joint = [_JOINT[f](folder, look_of(job), case) for f in job.formats if f in _JOINT]
+            joint = {f: _JOINT[f](folder, look_of(job), case) for f in job.formats if f in _JOINT}
             if "nifti" in job.formats:
                 files += _write_prediction(folder, explanation)
         several = len(job.methods) > 1
         names.append(f"{explanation.label} {explanation.method}" if several else explanation.label)
         name = unique_names(names)[-1]
-        for kind in job.formats:
+        for number, kind in enumerate(job.formats):
+            progress(f"writing {name}: {kind}", number, len(job.formats))
             if kind in _SINGLE:
                 files += _SINGLE[kind](folder, explanation, name, job, case)
-        for writer in joint:
-            writer.add(explanation, name)
+            if kind in joint:
+                joint[kind].add(explanation, name)
         figures = findings(explanation, scale=look_of(job).scale)
         cases.append(
             {"label": explanation.label, "name": name, **explanation.provenance, "found": figures}
         )
-    for writer in joint:
+    for number, (last, writer) in enumerate(joint.items()):
+        progress(f"writing {last}", number, len(joint))
         files += writer.finish()
     record = {
         "seg3dcam": version("seg3dcam"),
@@ -267,7 +278,7 @@ def check_slice(scan: Scan, job: Job) -> None:
     size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
     if not 0 <= job.slice < size:
         raise ConfigError(
-            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
         )
 
 

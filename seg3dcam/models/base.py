@@ -82,7 +82,7 @@ class SegModel:
         channels = len(scan.data)
         if self.in_channels is not None and channels != self.in_channels:
             raise ModelError(
-                f"scan {scan.name} has {channels} channel{'s' * (channels > 1)}, the model takes "
+                f"{scan.title} has {channels} channel{'s' * (channels > 1)}, the model takes "
                 f"{self.in_channels}. Channels are the 4th axis of one NIfTI file, or one file "
                 "each, in the order of the training"
             )

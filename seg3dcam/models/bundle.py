@@ -490,7 +490,7 @@ def _prepare(bundle: _Bundle, keys: Sequence[str], scan: Scan) -> MetaTensor:
     """Return what the bundle's own preprocessing makes of a scan, (C, *S)."""
     if len(keys) > 1 and len(keys) != len(scan.data):
         raise ScanError(
-            f"scan {scan.name} has {len(scan.data)} channels, the bundle reads {len(keys)} images: "
+            f"{scan.title} has {len(scan.data)} channels, the bundle reads {len(keys)} images: "
             f"{', '.join(keys)}"
         )
     parts = [scan.data] if len(keys) == 1 else list(scan.data.split(1))
