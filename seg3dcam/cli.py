@@ -447,15 +447,19 @@ def _check_methods(job: Job) -> None:
 def _report(record: Mapping[str, Any], job: Job) -> None:
     """Print what was found and where every file is."""
     compared = job.truth is not None
-    columns = ["class", "predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside"]
-    table = Table(*columns, "status", title="What the network looked at", show_lines=False)
     several = len(job.methods) > 1
+    table = Table(title="What the network looked at", show_lines=False)
+    for name in ("class", *["method"] * several):
+        table.add_column(name, overflow="fold", min_width=min(len(name), 12))
+    for name in ("predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside", "status"):
+        table.add_column(name)
     for case in record["explanations"]:
         found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
-            escape(case["label"]) + (f" ({case['method']['name']})" if several else ""),
+            escape(_shortened(case["label"])),
+            *[case["method"]["name"]] * several,
             "" if ml is None else f"{ml:.1f} ml",
             *["" if dice is None else f"{dice:.2f}"] * compared,
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
@@ -473,6 +477,18 @@ def _report(record: Mapping[str, Any], job: Job) -> None:
         for warning in explained["found"]["warnings"]:
             out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
     _print_files(Path(job.out), [Path(name) for name in record["files"]])
+
+
+def _shortened(name: str, most: int = 40) -> str:
+    """Leave out the middle of a long name: its ends tell it from others.
+
+    >>> _shortened("encoder.stages.0.blocks.3.conv", 20)
+    'encoder.st…ks.3.conv'
+    """
+    if len(name) <= most:
+        return name
+    kept = (most - 1) // 2
+    return f"{name[: most - 1 - kept]}…{name[-kept:]}"
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:

@@ -274,8 +274,8 @@ class CamResult:
         """Write one item's volume as NIfTI, in patient space; a 2D map as a picture.
 
         Args:
-            path: ends in .nii or .nii.gz; of a 2D map in .png. `seg3dcam.review.save_map` draws a
-                2D map over its input.
+            path: ends in .nii or .nii.gz; of a 2D map in .png, and
+                `seg3dcam.review.map_2d.save_map` draws it over its input.
             affine: (4, 4) voxel -> RAS mm; default the input's, if it was a MetaTensor.
             item: which item of the batch; not needed for a batch of one.
             layer, scale, per_layer: as in `volume`.

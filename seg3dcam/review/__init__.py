@@ -6,14 +6,13 @@
 A `Review` holds what the pictures of one case share; `review_volumes` makes one from arrays.
 `save_slices` writes one PNG per slice, `save_montage` one PNG of several, `save_planes` the three
 planes through the peak, `save_profile` curves along the slices, `save_cine` a film, `save_report`
-one HTML page of everything; `save_features` the channels of a layer; `save_map` the map of a 2D
-network.
+one HTML page of everything; `save_features` the channels of a layer; `map_2d.save_map` the map of a
+2D network.
 """
 
 from seg3dcam.look import WINDOWS
 from seg3dcam.review.cine import save_cine
 from seg3dcam.review.features import save_features
-from seg3dcam.review.map_2d import save_map
 from seg3dcam.review.montage import save_montage
 from seg3dcam.review.plan import Review, review_explanation, review_volumes
 from seg3dcam.review.planes import save_planes
@@ -29,7 +28,6 @@ __all__ = [
     "review_volumes",
     "save_cine",
     "save_features",
-    "save_map",
     "save_montage",
     "save_planes",
     "save_profile",
