@@ -75,7 +75,9 @@ def test_what_is_missing_is_said_with_what_to_write(words, missing, tmp_path, mo
     outcome = seg3dcam("explain", *words)
     assert outcome.code == 2
     said = [line.strip() for line in outcome.err.splitlines()]
-    assert [line for line in said if line.endswith(": missing")] == [f"{m}: missing" for m in missing]
+    assert [line for line in said if line.endswith(": missing")] == [
+        f"{m}: missing" for m in missing
+    ]
     assert "Usage: seg3dcam explain SCAN --model MODEL, such as" in said
     assert contents(tmp_path) == {}
 

@@ -45,14 +45,20 @@ def conv_names(network):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_a_missing_batch_axis_is_said(network, call):
-    with pytest.raises(InputError, match=r"is 3D .*\(B, C, D, H, W\).*no batch axis: give x\[None\]"):
+    with pytest.raises(
+        InputError, match=r"is 3D .*\(B, C, D, H, W\).*no batch axis: give x\[None\]"
+    ):
         call(network(3), torch.rand(1, 12, 12, 12))
 
 
 @pytest.mark.parametrize(
     ("network", "x", "said"),
     [
-        (unet(3), torch.rand(12, 12, 12), r"neither a batch nor a channel axis: give x\[None, None"),
+        (
+            unet(3),
+            torch.rand(12, 12, 12),
+            r"neither a batch nor a channel axis: give x\[None, None",
+        ),
         (unet(2), torch.rand(1, 12, 12), r"is 2D .*\(B, C, H, W\).*no batch axis"),
         (unet(3, 2), torch.rand(4, 12, 12, 12), r"lacks one axis: .*x\[:, None\] without channels"),
         (unet(2), torch.rand(1, 1, 12, 12, 12), r"is a volume: .*Ensemble\(\[network\], slices"),
@@ -108,7 +114,10 @@ def test_other_errors_stay_what_they_are():
 
 
 GIVEN = {
-    "numpy": (np.zeros((1, 1, 4, 4, 4), np.float32), r"array \(1, 1, 4, 4, 4\) of float32: .*from_"),
+    "numpy": (
+        np.zeros((1, 1, 4, 4, 4), np.float32),
+        r"array \(1, 1, 4, 4, 4\) of float32: .*from_",
+    ),
     "a list": ([torch.zeros(1, 4, 4, 4)] * 2, r"a list of 2: give torch\.stack\(x\)"),
     "a dict": ({"image": 0}, "a dict with the keys 'image': give one of them"),
     "a path": ("scan.nii.gz", r"a str: scans are explained by explain\(scan, SegModel"),

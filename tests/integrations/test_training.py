@@ -266,7 +266,9 @@ def test_the_readmes_lines_for_a_loop_of_your_own_work_on_a_batch(kind, tmp_path
     network.forward = lambda x: network.decoder(x)
     nn.init.ones_(network.decoder[0].weight)
     with torch.no_grad():
-        network.decoder[2].weight.copy_(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 1, 1))
+        network.decoder[2].weight.copy_(
+            torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 1, 1)
+        )
         network.decoder[2].bias.zero_()
     batch = torch.rand(2, 1, 6, 7, 8) + 1
     batch = batch if kind == "tensor" else MetaTensor(batch)
