@@ -52,6 +52,7 @@ from seg3dcam.case_record import (
     write_record,
 )
 from seg3dcam.config import Job
+from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError, OutputError
 from seg3dcam.explanation import Explanation, anatomical_axis
 from seg3dcam.export.dicom import DicomExport
@@ -90,6 +91,7 @@ def write_case(
     job: Job,
     *,
     keys: Keys | None = None,
+    progress: Progress = silent,
 ) -> Mapping[str, Any]:
     """Write one run of a case; what other runs left in its folder stays.
 
@@ -98,6 +100,9 @@ def write_case(
 
     Args:
         keys: see `seg3dcam.case_keys`; None: as far as the explanations tell them.
+
+    Args:
+        progress: called with (step, done, total) before each format is written.
 
     Returns:
         what `case.json` says of this run: its "files" and "explanations", and the "case".
@@ -109,7 +114,7 @@ def write_case(
     folder = Path(folder)
     with locked(folder, listed_files) as lock, staging(folder) as staged:
         before = record_of(folder)
-        new = _written(staged, explanations, job, keys, before)
+        new = _written(staged, explanations, job, keys, before, progress)
         if before is not None and before.voxels_sha256 != new.voxels_sha256:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
@@ -198,17 +203,19 @@ def _written(
     job: Job,
     keys: Keys | None,
     before: Record | None,
+    progress: Progress,
 ) -> _Written:
     """Write every file of a run to its own folder."""
     new = _Written(staged)
-    joint: list[_Joint] = []
+    joint: dict[str, _Joint] = {}
     names: list[str] = []
     for explanation in explanations:
         if not names:
             new.case = case_name(explanation.scan, job)
             new.voxels_sha256 = voxels_sha256(explanation.scan)
             new.keys = keys or keys_of_explanation(explanation, job)
-            joint = [_JOINT[f](staged, look_of(job), new.case) for f in job.formats if f in _JOINT]
+            kinds = [kind for kind in job.formats if kind in _JOINT]
+            joint = {kind: _JOINT[kind](staged, look_of(job), new.case) for kind in kinds}
             if "nifti" in job.formats:
                 new.prediction = _write_prediction(staged, explanation)
                 new.files += new.prediction
@@ -216,13 +223,15 @@ def _written(
         taken = _names_of_others(without_job(before, new.keys.job), explanation)
         name = unique_names([*taken, *names, words])[-1]
         names.append(name)
-        for kind in job.formats:
+        for number, kind in enumerate(job.formats):
+            progress(f"writing {name}: {kind}", number, len(job.formats))
             if kind in _SINGLE:
                 new.files += _SINGLE[kind](staged, explanation, name, job, new.case)
-        for writer in joint:
-            writer.add(explanation, name)
+            if kind in joint:
+                joint[kind].add(explanation, name)
         new.found.append(_entry(explanation, name, job, new.keys))
-    for writer in joint:
+    for number, (last, writer) in enumerate(joint.items()):
+        progress(f"writing {last}", number, len(joint))
         new.files += writer.finish()
         if isinstance(writer, SlicerScene):
             new.scan = writer.scan_files
@@ -381,7 +390,7 @@ def check_slice(scan: Scan, job: Job) -> None:
     size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
     if not 0 <= job.slice < size:
         raise ConfigError(
-            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
         )
 
 

@@ -11,6 +11,9 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +22,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
@@ -51,7 +55,6 @@ from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Explain 3D segmentation networks: class activation maps in patient space.",
@@ -75,21 +78,58 @@ _SET = 'value of a bundle\'s config by its id, as "inferer#roi_size=[64,64,64]";
 #: What to open first, and where.
 _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb": "in one file"}
 
-#: A step is shown with a progress bar once it has taken this many seconds.
-PATIENCE = 2.0
+#: What a command line needs at least.
+_USAGE = (
+    "Usage: seg3dcam explain SCAN --model MODEL, such as\n"
+    "  seg3dcam explain ct.nii.gz --model liver.yaml\n"
+    "or a whole job as YAML: seg3dcam explain --config job.yaml. `seg3dcam explain --help` lists "
+    "all options"
+)
+
+#: What may stand behind a flag by mistake, as in `--trust true`.
+_YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+#: The planes that slices are cut along.
+_PLANES = ("axial", "coronal", "sagittal")
+
+#: What the columns of the table mean, in one line each.
+_FOOTNOTE = {
+    "peak": "the place where the CAM is strongest, in mm to the patient's right, front and head",
+    "CAM inside": "the part of the whole CAM that lies inside the prediction; the rest is context",
+    "status": "ok, or why the CAM must not be read",
+}
 
 
 def main() -> None:
     """Run the command line: exit code 0 done, 1 a failure, 2 wrong use; 130 and 143 ended."""
     try:
         with _plain_warnings(), _ended_in_order():
-            app()
+            _check_flags(sys.argv[1:])
+            app(prog_name="seg3dcam")
     except EmptyRegionError as error:
         _complain(error, 1)
     except (ConfigError, LayerError, TargetError) as error:
         _complain(error, 2)
     except (Seg3dcamError, torch.OutOfMemoryError) as error:
         _complain(error, 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"seg3dcam {version('seg3dcam')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Explain 3D segmentation networks: class activation maps in patient space."""
 
 
 @app.command()
@@ -167,8 +207,8 @@ def explain(
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="axial, coronal, sagittal: planes of the PNGs, the first also of montage and "
-            "film; repeatable; default: all"
+            help="axial (default), coronal, sagittal: planes of the slices' PNGs, the first also "
+            "of montage and film; repeatable"
         ),
     ] = None,
     slice: Annotated[
@@ -225,6 +265,7 @@ def explain(
     if set:
         of_file = content.get("set", {})
         options["set"] = {**of_file, **_overrides(set)} if isinstance(of_file, dict) else of_file
+    _check_named({**content, **options}, config)
     job = validate({**content, **options}, Job, str(config or "command line"))
     _run(job, force=force, trust=trust, verify=verify)
 
@@ -277,7 +318,10 @@ def features(
     slice: Annotated[
         int | None, typer.Option(help="in the layer's voxels; default: the target's peak or middle")
     ] = None,
-    axis: Annotated[int, typer.Option(help="axis of the network's array: 0, 1 or 2")] = 0,
+    axis: Annotated[
+        str,
+        typer.Option(help="axial, coronal, sagittal, or 0, 1, 2: an axis of the network's array"),
+    ] = "0",
     scale: Annotated[str, typer.Option(help="channel: each its own; layer: one")] = "channel",
     colormap: Annotated[str, typer.Option(help="any matplotlib name")] = "viridis",
     top: Annotated[int | None, typer.Option(help="only the first so many channels")] = None,
@@ -288,6 +332,7 @@ def features(
 ) -> None:
     """Draw what the channels of a layer hold: a PNG of each, and a mosaic."""
     check_writable(Path(out))
+    _axis(axis)
     loaded = load_model(model, trust=trust, overrides=_overrides(set))
     loaded.module.to(_device(device))
     with _progress() as progress:
@@ -297,7 +342,7 @@ def features(
             layer,
             target=target,
             index=slice,
-            axis=axis,
+            axis=_axis(axis),
             progress=progress,
         )
         progress("writing", 0, 1)
@@ -396,10 +441,9 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
                 progress=progress,
                 **job.settings,
             ):
-                progress("writing", 0, 1)
                 yield explanation if truth is None else explanation.with_truth(truth, job.label)
 
-        record = write_case(folder, explanations(), job, keys=keys)
+        record = write_case(folder, explanations(), job, keys=keys, progress=progress)
     _report(record, job, folder)
     out.print(f"done in {time.monotonic() - started:.0f} s")
 
@@ -447,15 +491,19 @@ def _check_methods(job: Job) -> None:
 def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
     """Print what was found and where every file is."""
     compared = job.truth is not None
-    columns = ["class", "predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside"]
-    table = Table(*columns, "status", title="What the network looked at", show_lines=False)
     several = len(job.methods) > 1
+    table = Table(title="What the network looked at", show_lines=False)
+    for name in ("class", *["method"] * several):
+        table.add_column(name, overflow="fold", min_width=min(len(name), 12))
+    for name in ("predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside", "status"):
+        table.add_column(name)
     for case in record["explanations"]:
         found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
-            escape(case["label"]) + (f" ({case['method']['name']})" if several else ""),
+            escape(_shortened(case["label"])),
+            *[case["method"]["name"]] * several,
             "" if ml is None else f"{ml:.1f} ml",
             *["" if dice is None else f"{dice:.2f}"] * compared,
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
@@ -463,6 +511,8 @@ def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
             ", ".join(sorted(status)),
         )
     out.print(table)
+    for word, meaning in _FOOTNOTE.items():
+        out.print(f"{word}: {meaning}", style="dim", soft_wrap=True)
     layers = {k: v for case in record["explanations"] for k, v in case["layers"].items()}
     for name, layer in layers.items():
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
@@ -471,6 +521,18 @@ def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
         for warning in explained["found"]["warnings"]:
             out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
     _print_files(folder, [Path(name) for name in record["files"]])
+
+
+def _shortened(name: str, most: int = 40) -> str:
+    """Leave out the middle of a long name: its ends tell it from others.
+
+    >>> _shortened("encoder.stages.0.blocks.3.conv", 20)
+    'encoder.st…ks.3.conv'
+    """
+    if len(name) <= most:
+        return name
+    kept = (most - 1) // 2
+    return f"{name[: most - 1 - kept]}…{name[-kept:]}"
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:
@@ -490,6 +552,33 @@ def _print_files(folder: Path, files: list[Path]) -> None:
         else:
             _print(f"{len(found)} files", folder / pattern)
     _print("record", folder / "case.json")
+
+
+def _check_flags(words: list[str]) -> None:
+    """Raise ConfigError where a flag is given a value: it would be taken for a scan."""
+    group = typer.main.get_command(app)
+    commands = [group, *getattr(group, "commands", {}).values()]
+    parameters = [parameter for command in commands for parameter in command.params]
+    flags = {name for p in parameters if getattr(p, "is_flag", False) for name in p.opts}
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        flag, equals, value = word.partition("=")
+        given = value if equals else following
+        no_scan = given.lower() in _YES_OR_NO and not Path(given).exists()
+        if flag in flags and (equals or no_scan):
+            raise ConfigError(
+                f"{flag} {given}: {flag} is a flag, which takes no value. Write {flag} alone for "
+                "yes, and leave it out for no"
+            )
+
+
+def _check_named(settings: Mapping[str, Any], config: Path | None) -> None:
+    """Raise ConfigError where scan or model are missing, with what is to be written."""
+    missing = [key for key in ("scan", "model") if settings.get(key) is None]
+    if missing:
+        where = f"{config}" if config else "command line"
+        raise ConfigError(
+            "\n".join([f"{where}:", *(f"  {key}: missing" for key in missing), _USAGE])
+        )
 
 
 def _job_of_file(path: Path) -> dict[str, Any]:
@@ -553,6 +642,15 @@ def _window(text: str) -> Any:
         return text
 
 
+def _axis(text: str) -> int | str:
+    """Return the number of an axis, or a plane; ConfigError for anything else."""
+    if text in ("0", "1", "2"):
+        return int(text)
+    if text in _PLANES:
+        return text
+    raise ConfigError(f"--axis {text!r}: legal are {', '.join(_PLANES)}, and 0, 1, 2")
+
+
 def _shape(text: str | None, model: SegModel) -> tuple[int, ...]:
     if text is None:
         roi = model.window.roi_size if model.window else 96
@@ -600,26 +698,44 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+class _Elapsed(ProgressColumn):
+    """The time since the start of all steps: it goes on while a step has nothing to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = time.monotonic()
+
+    def render(self, task: Task) -> Text:
+        """Write hours, minutes and seconds."""
+        return Text(str(timedelta(seconds=int(time.monotonic() - self._started))))
+
+
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """Give a function (step, done, total) that draws a bar for steps that take long."""
+    """Give a function (step, done, total) that draws a bar on a terminal.
+
+    A step of one part has nothing to count: its bar moves to and fro.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[count]}"),
+        _Elapsed(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", visible=False)
-        current, since = "", time.monotonic()
 
         def report(step: str, done: int, total: int) -> None:
-            nonlocal current, since
-            if step != current:
-                current, since = step, time.monotonic()
-                bar.reset(task, description=step, visible=False)
-            slow = time.monotonic() - since > PATIENCE or total == 1
-            bar.update(task, completed=done, total=total if total > 1 else None, visible=slow)
+            counted = total > 1
+            if [task.description for task in bar.tasks] != [step]:
+                for task in bar.tasks:  # a bar that has had a total never moves to and fro again
+                    bar.remove_task(task.id)
+                bar.add_task(step, total=None, count="")
+            bar.update(
+                bar.tasks[0].id,
+                completed=done,
+                total=total if counted else None,
+                count=f"{done}/{total}" if counted else "",
+            )
 
         yield report
 

@@ -225,7 +225,7 @@ class Job(_Settings):
         ["nifti", "png", "html", "slicer"], description="what is written; see `seg3dcam.case`"
     )
     axis: list[Axis] | None = Field(
-        None, description="planes of the pictures; none: all three, or axial for a slice alone"
+        None, description="planes of the slices' pictures, each with its own; none: axial"
     )
     slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
     intensity_window: str | tuple[float, float] | None = Field(
@@ -277,9 +277,7 @@ class Job(_Settings):
     @property
     def axes(self) -> list[Axis]:
         """The planes of the pictures, each once."""
-        if self.axis is None:
-            return ["axial", "coronal", "sagittal"] if self.slice is None else ["axial"]
-        return list(dict.fromkeys(self.axis))
+        return list(dict.fromkeys(self.axis or ["axial"]))
 
     @property
     def methods(self) -> list[str]:

@@ -82,6 +82,11 @@ class Scan:
         """Distance between voxel centres along each spatial axis, in mm."""
         return spacing_of(self.affine)
 
+    @property
+    def title(self) -> str:
+        """The scan in a sentence: "scan case_7", and "the scan" where it has no name of its own."""
+        return "the scan" if self.name == "scan" else f"scan {self.name}"
+
     def __repr__(self) -> str:
         spacing = " x ".join(f"{step:.4g}" for step in self.spacing)
         shape = " x ".join(map(str, self.shape))
@@ -137,9 +142,10 @@ def load_scan(
     ):
         if affine is None:
             raise ScanError(
-                "an array or a plain tensor does not say where it lies in the patient. Pass "
-                "affine=, the (4, 4) matrix from voxel index to RAS mm (nibabel's `image.affine`), "
-                "or pass a file or a MONAI MetaTensor."
+                f"an array or a plain tensor, here {tuple(source.shape)}, does not say where it "
+                "lies in the patient. Give load_scan(array, affine=...), the (4, 4) matrix from "
+                "voxel index to RAS mm (nibabel's `image.affine`), of an array (X, Y, Z) or "
+                "(C, X, Y, Z), or a file or a MONAI MetaTensor."
             )
         return _from_memory(source, affine, "scan")
     if affine is not None:

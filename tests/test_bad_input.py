@@ -103,7 +103,7 @@ BAD_SCANS = {
     ),
     "4-D where 3-D is meant": (
         lambda place: write_scan(place.scan, np.stack([voxels()] * 2, axis=-1)),
-        ["scan scan has 2 channels, the model takes 1", "Channels are the 4th axis"],
+        ["the scan has 2 channels, the model takes 1", "Channels are the 4th axis"],
     ),
     "5-D": (
         lambda place: write_scan(place.scan, np.ones((*SHAPE, 2, 3), np.float32)),
@@ -172,7 +172,7 @@ def test_channels_on_different_grids(place):
 
 def test_too_few_channels(tmp_path):
     place = Place.at(tmp_path, gains=[[0, 0], [10, 0], [30, 0]])
-    refused(place, 1, ["scan scan has 1 channel, the model takes 2", "one file each"])
+    refused(place, 1, ["the scan has 1 channel, the model takes 2", "one file each"])
 
 
 def test_form_codes_of_zero_only_warn(place):

@@ -90,7 +90,7 @@ class SegModel:
         channels, wanted = len(scan.data), self.scan_channels or self.in_channels
         if wanted is not None and channels != wanted:
             raise ModelError(
-                f"scan {scan.name} has {channels} channel{'s' * (channels > 1)}, the model takes "
+                f"{scan.title} has {channels} channel{'s' * (channels > 1)}, the model takes "
                 f"{wanted}. Channels are the 4th axis of one NIfTI file, or one file "
                 "each, in the order of the training"
             )

@@ -91,7 +91,7 @@ def prepare(
     """Return what the bundle's own preprocessing makes of a scan, (C, *S)."""
     if len(keys) > 1 and len(keys) != len(scan.data):
         raise ScanError(
-            f"scan {scan.name} has {len(scan.data)} channels, the bundle reads {len(keys)} images: "
+            f"{scan.title} has {len(scan.data)} channels, the bundle reads {len(keys)} images: "
             f"{', '.join(keys)}"
         )
     affine = _itk_affine(bundle, scan) if bundle.itk else scan.affine
