@@ -47,7 +47,6 @@ from seg3dcam.case_record import (
     listed_files,
     provenance_of,
     record_of,
-    voxels_sha256,
     without_job,
     write_record,
 )
@@ -115,7 +114,7 @@ def write_case(
     with locked(folder, listed_files) as lock, staging(folder) as staged:
         before = record_of(folder)
         new = _written(staged, explanations, job, keys, before, progress)
-        if before is not None and before.voxels_sha256 != new.voxels_sha256:
+        if before is not None and before.voxels_sha256 != new.keys.voxels:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
         replaced = _files_of(before) - _files_of(others)
@@ -129,7 +128,7 @@ def write_case(
         record = Record(
             seg3dcam=version("seg3dcam"),
             case=new.case,
-            voxels_sha256=new.voxels_sha256,
+            voxels_sha256=new.keys.voxels,
             key=run["key"],
             job=run["job"],
             runs=[*(others.runs if others else []), Run(**run)],
@@ -161,15 +160,14 @@ class _Written:
 
     Attributes:
         staged: that folder.
-        keys, case, voxels_sha256: known from the first explanation on.
+        keys, case: known from the first explanation on.
         found: entries of `case.json`, with names of files in `staged`.
         files, scan, prediction: all files, and of them the scan's and the prediction's.
     """
 
     staged: Path
-    keys: Keys = field(default_factory=lambda: Keys("", ""))
+    keys: Keys = field(default_factory=lambda: Keys("", "", ""))
     case: str = ""
-    voxels_sha256: str = ""
     found: list[dict[str, Any]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     scan: list[Path] = field(default_factory=list)
@@ -212,7 +210,6 @@ def _written(
     for explanation in explanations:
         if not names:
             new.case = case_name(explanation.scan, job)
-            new.voxels_sha256 = voxels_sha256(explanation.scan)
             new.keys = keys or keys_of_explanation(explanation, job)
             kinds = [kind for kind in job.formats if kind in _JOINT]
             joint = {kind: _JOINT[kind](staged, look_of(job), new.case) for kind in kinds}
@@ -246,7 +243,7 @@ def _names_of_others(others: Record | None, explanation: Explanation) -> list[st
 
     now = told(plain(explanation.provenance))
     entries = [] if others is None else others.explanations
-    return list(dict.fromkeys(e.name for e in entries if told(provenance_of(e)) != now))
+    return list(dict.fromkeys(e.name for e in entries if told(plain(provenance_of(e))) != now))
 
 
 def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from seg3dcam.errors import OutputError
 from seg3dcam.files import (
     check_writable,
     digest_of,
-    remove_left_behind,
     temporary_name,
     write_json,
 )
@@ -50,12 +49,21 @@ class _Holder(BaseModel):
     since: float
     files: list[str] = []
 
+    def is_alike(self, other: _Holder) -> bool:
+        """Tell whether this is the same process."""
+        return self == other.model_copy(update={"files": self.files})
+
 
 class Lock:
     """A folder's lock, held."""
 
     def __init__(self, path: Path, holder: _Holder) -> None:
         self._path, self._holder = path, holder
+
+    @property
+    def announced(self) -> list[str]:
+        """The files that were announced."""
+        return self._holder.files
 
     def announce(self, files: Iterable[str]) -> None:
         """Say which files, relative to the folder, have to go if this run does not end."""
@@ -87,11 +95,16 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{folder} cannot be locked ({error.strerror or error})") from error
+    lock = Lock(path, holder)
     try:
-        remove_left_behind(folder)
-        yield Lock(path, holder)
+        yield lock
+    except BaseException:
+        remove(folder, set(lock.announced) - set(listed(folder)))
+        raise
     finally:
-        path.unlink(missing_ok=True)
+        # Where the folder was deleted meanwhile, another run may hold it by now.
+        if (last := _holder_of(path)) is not None and last.is_alike(holder):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -33,10 +33,12 @@ class Keys(NamedTuple):
     """Hashes of what is asked for; the same, where the same is written.
 
     Attributes:
+        voxels: of the scan's voxels alone: whose it is, wherever its header places it.
         job: of the scan's voxels, the model, the truth and the settings.
         all: of that, of where the scan's header places it, and of the versions of packages.
     """
 
+    voxels: str
     job: str
     all: str
 
@@ -53,28 +55,29 @@ def case_name(scan: Scan, job: Job) -> str:
     return printable(job.case or "") or f"scan {scan_code(scan)[:8]}"
 
 
-def case_folder(scan: Scan, job: Job) -> Path:
+def case_folder(scan: Scan, job: Job, keys: Keys) -> Path:
     """Return where a scan's case goes: what the job says, or a folder of its own by default.
 
     Beside another scan's case, or another program's, it gets a folder of its own in that folder.
     """
     name = case_name(scan, job)
-    own, other = unique_names([name, f"{name} {voxels_sha256(scan)[:8]}"])
+    own, other = unique_names([name, f"{name} {keys.voxels[:8]}"])
     out = Path(OUT) / own if job.out is None else Path(job.out)
-    return next((place for place in (out, out / own) if _may_hold(place, scan)), out / other)
+    return next((place for place in (out, out / own) if _may_hold(place, keys)), out / other)
 
 
-def _may_hold(folder: Path, scan: Scan) -> bool:
+def _may_hold(folder: Path, keys: Keys) -> bool:
     """Tell whether a folder holds nothing that keeps a scan's case out."""
     record = record_of(folder)
     if record is None:
         return not is_somebody_elses(folder)
-    return record.voxels_sha256 == voxels_sha256(scan)
+    return record.voxels_sha256 == keys.voxels
 
 
 def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
     """Return the hashes by which a run is known again."""
-    digest = hashlib.sha256(voxels_sha256(scan).encode())
+    voxels = voxels_sha256(scan)
+    digest = hashlib.sha256(voxels.encode())
     if job.truth is not None:
         digest.update(Path(job.truth).read_bytes())
     use = [
@@ -91,7 +94,7 @@ def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
     of_job = digest.hexdigest()[:16]
     digest.update(place_code(scan).encode())
     digest.update(json.dumps({package: version(package) for package in _MAKERS}).encode())
-    return Keys(of_job, digest.hexdigest()[:16])
+    return Keys(voxels, of_job, digest.hexdigest()[:16])
 
 
 def settings_of(job: Job) -> dict[str, Any]:
@@ -103,11 +106,12 @@ def settings_of(job: Job) -> dict[str, Any]:
 def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
     """Return the keys of a run whose model is known by what it explained alone."""
     scan, model = explanation.scan, explanation.provenance.get("model")
-    use = [voxels_sha256(scan), model, settings_of(job)]
+    voxels = voxels_sha256(scan)
+    use = [voxels, model, settings_of(job)]
     digest = hashlib.sha256(json.dumps(use, sort_keys=True, default=str).encode())
     of_job = digest.hexdigest()[:16]
     digest.update(place_code(scan).encode())
-    return Keys(of_job, digest.hexdigest()[:16])
+    return Keys(voxels, of_job, digest.hexdigest()[:16])
 
 
 def look_of(job: Job) -> Look:

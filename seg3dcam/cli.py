@@ -31,7 +31,7 @@ from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
 from seg3dcam.case import check_formats, check_slice, write_case
 from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of
-from seg3dcam.case_record import is_done, record_of
+from seg3dcam.case_record import is_done, is_somebody_elses, record_of
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.documents import parse_yaml
 from seg3dcam.errors import (
@@ -421,7 +421,8 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
         if truth is not None:
             check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
-        folder, keys = case_folder(scan, job), case_keys(scan, model, job)
+        keys = case_keys(scan, model, job)
+        folder = case_folder(scan, job, keys)
         if is_done(folder, keys.all, verify=verify) and not force:
             out.print(
                 f"{escape(str(folder))} holds this case already, complete; --force does it again",
@@ -451,8 +452,9 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
 def _say_where(folder: Path, job: Job, keys: Keys) -> None:
     """Say where a case goes if it is not where it was asked for, and what it replaces."""
     if job.out is not None and folder != Path(job.out):
+        whose = "another program's" if is_somebody_elses(Path(job.out)) else "another scan's"
         out.print(
-            f"{escape(job.out)} holds another scan's case: this one goes to {escape(str(folder))}",
+            f"{escape(job.out)} holds {whose} case: this one goes to {escape(str(folder))}",
             soft_wrap=True,
         )
     before = record_of(folder)

@@ -111,7 +111,8 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Create `folder` and prove that a file can be written in it, before hours of work.
 
-    Raises `OutputError` if not. The file written for the proof is removed again.
+    Raises `OutputError` if not. The file written for the proof is removed again, and with it what
+    killed processes left there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +125,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
         _create(probe)
         probe.write_bytes(b"\0" * 4096)
         _onto_disk(probe)
+        remove_left_behind(folder)
     except OSError as error:
         raise _explained(error, folder) from error
     finally:
