@@ -265,9 +265,7 @@ def explain(
     if set:
         of_file = content.get("set", {})
         options["set"] = {**of_file, **_overrides(set)} if isinstance(of_file, dict) else of_file
-    _check_named({**content, **options}, config)
-    job = validate({**content, **options}, Job, str(config or "command line"))
-    _run(job, force=force, trust=trust, verify=verify)
+    _run(_job({**content, **options}, config), force=force, trust=trust, verify=verify)
 
 
 @app.command()
@@ -573,14 +571,14 @@ def _check_flags(words: list[str]) -> None:
             )
 
 
-def _check_named(settings: Mapping[str, Any], config: Path | None) -> None:
-    """Raise ConfigError where scan or model are missing, with what is to be written."""
-    missing = [key for key in ("scan", "model") if settings.get(key) is None]
-    if missing:
-        where = f"{config}" if config else "command line"
-        raise ConfigError(
-            "\n".join([f"{where}:", *(f"  {key}: missing" for key in missing), _USAGE])
-        )
+def _job(settings: dict[str, Any], config: Path | None) -> Job:
+    """Return the job of all settings; where scan or model are missing, say what to write."""
+    try:
+        return validate(settings, Job, str(config or "command line"))
+    except ConfigError as error:
+        if all(settings.get(key) is not None for key in ("scan", "model")):
+            raise
+        raise ConfigError(f"{error}\n{_USAGE}") from None
 
 
 def _job_of_file(path: Path) -> dict[str, Any]:

@@ -579,7 +579,9 @@ def test_bad_job(place, change, said):
 
 def test_several_problems_are_said_at_once(place):
     job = write_yaml(place.folder / "job.yaml", {"metod": "x", "threshold": 2, "slices": 3})
-    lines = seg3dcam("explain", "--config", job).err.splitlines()
+    problems, usage, _ = seg3dcam("explain", "--config", job).err.partition("Usage: ")
+    assert usage
+    lines = problems.splitlines()
     assert lines[0].endswith("job.yaml:")
     keys = [line.split(":")[0].strip() for line in lines[1:]]
     assert keys == ["metod", "model", "scan", "slices", "threshold"]

@@ -64,7 +64,7 @@ def test_the_shell_completes_commands():
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
-        ((), ["scan", "model"]),
+        ((), ["model", "scan"]),
         (("--model", "m.yaml"), ["scan"]),
         (("scan.nii.gz",), ["model"]),
     ],
