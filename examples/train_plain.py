@@ -51,7 +51,7 @@ def train(out: Path | None, epochs: int = 4) -> tuple[nn.Module, list[float]]:
             loss = nn.functional.cross_entropy(network(batch.as_tensor()), balls.long())
             loss.backward()
             if out is not None and epoch % 2 == 0 and step == 0:
-                HiResCAM(network, "2")(batch, target=1).save(out / f"cam_{epoch}.nii.gz")
+                HiResCAM(network, "2")(batch, target=1).save(out / f"cam_{epoch}.nii.gz", item=0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))

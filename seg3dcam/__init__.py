@@ -22,6 +22,7 @@ from seg3dcam.cams import (
     XGradCAM,
     XResCAM,
 )
+from seg3dcam.case_record import load_explanation
 from seg3dcam.ensemble import Ensemble
 from seg3dcam.explain import explain, explain_each
 from seg3dcam.explanation import Explanation
@@ -63,6 +64,7 @@ __all__ = [
     "XResCAM",
     "explain",
     "explain_each",
+    "load_explanation",
     "load_model",
     "load_scan",
     "suggest_layers",

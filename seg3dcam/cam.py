@@ -47,7 +47,7 @@ from seg3dcam.errors import (
     tell,
 )
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.inputs import as_input, on_grid_of
+from seg3dcam.inputs import as_input, on_grid_of, telling_axes
 from seg3dcam.layers import LayerRef, LayerSpec, Layout, moved_to, resolve_layers, unwrap
 from seg3dcam.layouts import INPUT
 from seg3dcam.methods import METHODS
@@ -208,7 +208,6 @@ def each_by(
     functions = [cam._function for cam in cams]
     x, affine = as_input(x)
     windows = plan_windows(lead.sliding_window, x.shape[2:])
-    layers = lead._resolved_layers(x, windows)
 
     def ask(logits: torch.Tensor) -> list[Asked]:
         """Evaluate the targets at the prediction."""
@@ -216,10 +215,12 @@ def each_by(
         moved = [placed(t, lambda mask: on_grid_of(mask, affine, x.shape[2:])) for t in listed]
         return [Asked.of(target, logits) for target in moved]
 
-    if len(lead.members) == 1:
-        found = _explain_member(lead, lead.members[0], layers, x, windows, functions, ask)
-    else:
-        found = _explain_ensemble(lead, layers, x, windows, functions, ask)
+    with telling_axes(lead.members[0], x):
+        layers = lead._resolved_layers(x, windows)
+        if len(lead.members) == 1:
+            found = _explain_member(lead, lead.members[0], layers, x, windows, functions, ask)
+        else:
+            found = _explain_ensemble(lead, layers, x, windows, functions, ask)
     for layer, reason in found.dropped.items():
         tell(f"no map of layer '{layer}': {reason}")
     if found.draws:

@@ -4,6 +4,9 @@ nifti   prediction.nii.gz              predicted labels (sigmoid: one file per c
         cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged; of a
                                        signed job -1 to 1: nothing cut
         raw_<target>_<layer>.nii.gz    raw signed map of one layer
+        region_<target>.nii.gz         the voxels that are explained, where they are a region of
+                                       their own, as one lesion
+        truth_<target>.nii.gz          where the class really is, if that was given
 png     slices/<target>/<plane>_*.png  scan beside overlay
         montage_<target>.png           the slices that matter
         planes_<target>.png            the three planes through the CAM's peak
@@ -18,34 +21,47 @@ dicom   dicom/                         Secondary Capture, Segmentation, Parametr
 always  case.json                      what was done and found; written last
 
 A target is named by its class, and by its region and method where there are several; `case.json`
-says which name is whose. No file's name
-or content tells the scan's own file name, which may be a patient's: see `Job.case`.
+says which name is whose, and the size and SHA-256 of every file. A run that differs, in its target
+or in any setting, adds its files; where they would have the name of another file, a number comes
+behind it. No file's name or content tells the scan's own file name, which may be a patient's: see
+`Job.case`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
+from seg3dcam.case_folder import locked, move, placed_as, remove, staging
+from seg3dcam.case_keys import Keys, case_name, keys_of_explanation, look_of, settings_of
+from seg3dcam.case_record import (
+    Record,
+    Run,
+    damaged,
+    listed_files,
+    provenance_of,
+    record_of,
+    without_job,
+    write_record,
+)
 from seg3dcam.config import Job
-from seg3dcam.errors import ConfigError
+from seg3dcam.engine.passes import Progress, silent
+from seg3dcam.errors import ConfigError, OutputError
 from seg3dcam.explanation import Explanation, anatomical_axis
 from seg3dcam.export.dicom import DicomExport
 from seg3dcam.export.fused import write_fused
 from seg3dcam.export.nifti import write_nifti
 from seg3dcam.export.nrrd import write_nrrd
 from seg3dcam.export.slicer import SlicerScene
-from seg3dcam.files import check_writable, unique_names, write_json
+from seg3dcam.files import plain, unique_names
 from seg3dcam.findings import findings
 from seg3dcam.look import Look
-from seg3dcam.models import SegModel
 from seg3dcam.review import (
     Report,
     review_explanation,
@@ -56,54 +72,6 @@ from seg3dcam.review import (
     save_slices,
 )
 from seg3dcam.scan import Scan
-
-#: Settings that do not change what is written.
-_WHERE = {"scan", "model", "out", "device", "truth"}
-
-
-def scan_code(scan: Scan) -> str:
-    """Return a hash of the scan's voxels and place."""
-    digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
-    digest.update(np.ascontiguousarray(scan.affine).data)
-    return digest.hexdigest()
-
-
-def case_name(scan: Scan, job: Job) -> str:
-    """Return the scan's name for everybody's eyes: what the job says, else a code."""
-    return job.case or f"scan {scan_code(scan)[:8]}"
-
-
-def case_key(scan: Scan, model: SegModel, job: Job) -> str:
-    """Return a hash of scan, weights and settings: same key, same results."""
-    digest = hashlib.sha256(scan_code(scan).encode())
-    if job.truth is not None:
-        digest.update(Path(job.truth).read_bytes())
-    use = [
-        model.name,
-        model.fingerprint(),
-        list(model.class_names),
-        model.activation,
-        model.spec,
-        version("seg3dcam"),
-        repr(model.window),
-        str(model.output),
-        _settings(job),
-    ]
-    digest.update(json.dumps(use, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def _settings(job: Job) -> dict[str, Any]:
-    """Return what decides on the results, with the colours that are drawn."""
-    settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
-    return settings | {"colormap": look_of(job).colormap}
-
-
-def is_done(folder: str | Path, key: str) -> bool:
-    """Tell whether a folder holds a complete case with this key."""
-    record = _record(Path(folder))
-    files = record.get("files", [])
-    return record.get("key") == key and all((Path(folder) / name).is_file() for name in files)
 
 
 class _Joint(Protocol):
@@ -117,65 +85,216 @@ class _Joint(Protocol):
 
 
 def write_case(
-    folder: str | Path, explanations: Iterable[Explanation], job: Job, *, key: str = ""
+    folder: str | Path,
+    explanations: Iterable[Explanation],
+    job: Job,
+    *,
+    keys: Keys | None = None,
+    progress: Progress = silent,
 ) -> Mapping[str, Any]:
-    """Write a case; what an earlier run of the same folder left is replaced.
+    """Write one run of a case; what other runs left in its folder stays.
+
+    A run of the same job is replaced. Explanations may be made while they are iterated over; no
+    other process can write to the folder meanwhile.
+
+    Args:
+        keys: see `seg3dcam.case_keys`; None: as far as the explanations tell them.
+
+    Args:
+        progress: called with (step, done, total) before each format is written.
 
     Returns:
-        what `case.json` holds.
+        what `case.json` says of this run: its "files" and "explanations", and the "case".
 
     Raises:
-        OutputError: the folder cannot be written; `case.json` is then absent.
+        OutputError: the folder cannot be written, holds another scan's case, or another run is at
+            work in it. Runs of other jobs are there as they were.
     """
     folder = Path(folder)
-    check_writable(folder)
-    _remove_earlier(folder)
-    files: list[Path] = []
-    cases: list[dict[str, Any]] = []
-    names: list[str] = []
-    joint: list[_Joint] = []
-    case = ""
-    for explanation in explanations:
-        if not cases:
-            case = case_name(explanation.scan, job)
-            joint = [_JOINT[f](folder, look_of(job), case) for f in job.formats if f in _JOINT]
-            if "nifti" in job.formats:
-                files += _write_prediction(folder, explanation)
-        several = len(job.methods) > 1
-        names.append(f"{explanation.label} {explanation.method}" if several else explanation.label)
-        name = unique_names(names)[-1]
-        for kind in job.formats:
-            if kind in _SINGLE:
-                files += _SINGLE[kind](folder, explanation, name, job, case)
-        for writer in joint:
-            writer.add(explanation, name)
-        figures = findings(explanation, scale=look_of(job).scale)
-        cases.append(
-            {"label": explanation.label, "name": name, **explanation.provenance, "found": figures}
+    with locked(folder, listed_files) as lock, staging(folder) as staged:
+        before = record_of(folder)
+        new = _written(staged, explanations, job, keys, before, progress)
+        if before is not None and before.voxels_sha256 != new.keys.voxels:
+            raise OutputError(f"{folder} holds another scan's case: choose another folder")
+        others = without_job(before, new.keys.job)
+        replaced = _files_of(before) - _files_of(others)
+        names = placed_as(folder, staged, new.files, replaced)
+        # A run that dies from here on leaves these files, which the next one removes.
+        lock.announce({*names.values(), *replaced})
+        if replaced:
+            write_record(folder, others)
+        files = move(folder, staged, names)
+        run, entries = new.run(names, job), new.entries(names)
+        record = Record(
+            seg3dcam=version("seg3dcam"),
+            case=new.case,
+            voxels_sha256=new.keys.voxels,
+            key=run["key"],
+            job=run["job"],
+            runs=[*(others.runs if others else []), Run(**run)],
+            files={**(others.files if others else {}), **files},
+            explanations=[*(others.explanations if others else []), *entries],
         )
-    for writer in joint:
-        files += writer.finish()
-    record = {
-        "seg3dcam": version("seg3dcam"),
-        "case": case,
-        "key": key,
-        "job": _settings(job),
-        "files": [str(file.relative_to(folder)) for file in dict.fromkeys(files)],
-        "explanations": cases,
+        _check_there(folder, record, run["files"])
+        write_record(folder, record)
+        remove(folder, replaced - set(names.values()))
+    return {"case": new.case, "files": run["files"], "explanations": entries}
+
+
+def _files_of(record: Record | None) -> set[str]:
+    return set() if record is None else {name for run in record.runs for name in run.files}
+
+
+def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
+    """Raise OutputError where files went while the run went on."""
+    if gone := damaged(folder, record, files):
+        raise OutputError(
+            f"{folder}: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)} went while the run went "
+            "on: something else deletes or writes there. Choose another folder, or run it again"
+        )
+
+
+@dataclass
+class _Written:
+    """What one run has written, in a folder of its own.
+
+    Attributes:
+        staged: that folder.
+        keys, case: known from the first explanation on.
+        found: entries of `case.json`, with names of files in `staged`.
+        files, scan, prediction: all files, and of them the scan's and the prediction's.
+    """
+
+    staged: Path
+    keys: Keys = field(default_factory=lambda: Keys("", "", ""))
+    case: str = ""
+    found: list[dict[str, Any]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    scan: list[Path] = field(default_factory=list)
+    prediction: list[Path] = field(default_factory=list)
+
+    def run(self, names: Mapping[str, str], job: Job) -> dict[str, Any]:
+        """Return what `case.json` says of the run; `names` in `staged` -> names in the case."""
+        final = {self.staged / name: final for name, final in names.items()}
+        return {
+            "key": self.keys.all,
+            "job_key": self.keys.job,
+            "job": settings_of(job),
+            "files": [final[file] for file in dict.fromkeys(self.files)],
+            "scan_files": [final[file] for file in self.scan],
+            "prediction_files": [final[file] for file in self.prediction],
+        }
+
+    def entries(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Return what `case.json` says of the explanations, with the names that files have now."""
+        return [
+            entry
+            | {"raw_files": {layer: names[file] for layer, file in entry["raw_files"].items()}}
+            | {kind: entry[kind] and names[entry[kind]] for kind in ("region_file", "truth_file")}
+            for entry in self.found
+        ]
+
+
+def _written(
+    staged: Path,
+    explanations: Iterable[Explanation],
+    job: Job,
+    keys: Keys | None,
+    before: Record | None,
+    progress: Progress,
+) -> _Written:
+    """Write every file of a run to its own folder."""
+    new = _Written(staged)
+    joint: dict[str, _Joint] = {}
+    names: list[str] = []
+    for explanation in explanations:
+        if not names:
+            new.case = case_name(explanation.scan, job)
+            new.keys = keys or keys_of_explanation(explanation, job)
+            kinds = [kind for kind in job.formats if kind in _JOINT]
+            joint = {kind: _JOINT[kind](staged, look_of(job), new.case) for kind in kinds}
+            if "nifti" in job.formats:
+                new.prediction = _write_prediction(staged, explanation)
+                new.files += new.prediction
+        words = explanation.label + f" {explanation.method}" * (len(job.methods) > 1)
+        taken = _names_of_others(without_job(before, new.keys.job), explanation)
+        name = unique_names([*taken, *names, words])[-1]
+        names.append(name)
+        for number, kind in enumerate(job.formats):
+            progress(f"writing {name}: {kind}", number, len(job.formats))
+            if kind in _SINGLE:
+                new.files += _SINGLE[kind](staged, explanation, name, job, new.case)
+            if kind in joint:
+                joint[kind].add(explanation, name)
+        new.found.append(_entry(explanation, name, job, new.keys))
+    for number, (last, writer) in enumerate(joint.items()):
+        progress(f"writing {last}", number, len(joint))
+        new.files += writer.finish()
+        if isinstance(writer, SlicerScene):
+            new.scan = writer.scan_files
+    return new
+
+
+def _names_of_others(others: Record | None, explanation: Explanation) -> list[str]:
+    """Return the names of other explanations, but of the very same one in other formats."""
+
+    def told(provenance: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in provenance.items() if key != "versions"}
+
+    now = told(plain(explanation.provenance))
+    entries = [] if others is None else others.explanations
+    return list(dict.fromkeys(e.name for e in entries if told(plain(provenance_of(e))) != now))
+
+
+def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[str, Any]:
+    """Return what `case.json` says of an explanation, with names of files in the run's folder."""
+    volumes = "nifti" in job.formats
+    entry = {
+        "label": explanation.label,
+        "name": name,
+        "run": keys.all,
+        **explanation.provenance,
+        "has_background": explanation.has_background,
+        "over_mask": explanation.over_mask,
+        "only_against": list(explanation.only_against),
+        "of_component": explanation.of_component,
+        "found": findings(explanation, scale=look_of(job).scale),
+        "raw_files": _raw_files(explanation, name) if volumes else {},
+        "region_file": None,
+        "truth_file": None,
     }
-    write_json(folder / "case.json", record)
-    return record
+    for kind in _masks(explanation) if volumes else ():
+        entry[f"{kind}_file"] = f"{kind}_{name}.nii.gz"
+    return plain(entry)
+
+
+def _masks(explanation: Explanation) -> dict[str, torch.Tensor]:
+    """Return the masks of an explanation's own, beside the predictions, by their kind."""
+    masks = {"region": explanation.region, "truth": explanation.truth}
+    return {kind: mask for kind, mask in masks.items() if mask is not None}
+
+
+def _raw_files(explanation: Explanation, name: str) -> dict[str, str]:
+    """Return layer -> name of the file of its raw map."""
+    layers = list(explanation.maps)
+    return {
+        layer: f"raw_{name}_{short}.nii.gz"
+        for layer, short in zip(layers, unique_names(layers), strict=True)
+    }
 
 
 def _write_nifti(
     folder: Path, explanation: Explanation, name: str, job: Job, case: str
 ) -> list[Path]:
-    layers = unique_names(list(explanation.maps))
     return [
         explanation.save(folder / f"cam_{name}.nii.gz", scale=look_of(job).scale),
         *(
-            explanation.save_raw(folder / f"raw_{name}_{short}.nii.gz", layer)
-            for short, layer in zip(layers, explanation.maps, strict=True)
+            explanation.save_raw(folder / file, layer)
+            for layer, file in _raw_files(explanation, name).items()
+        ),
+        *(
+            _write_labels(folder / f"{kind}_{name}.nii.gz", mask.numpy(), explanation.scan, kind)
+            for kind, mask in _masks(explanation).items()
         ),
     ]
 
@@ -185,7 +304,7 @@ def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
     masks, scan = explanation.prediction.numpy(), explanation.scan
     if not explanation.has_background and len(masks) > 1:
         names = unique_names(explanation.class_names)
-        volumes = {f"prediction_{n}": m.astype(np.uint8) for n, m in zip(names, masks, strict=True)}
+        volumes = {f"prediction_{n}": m for n, m in zip(names, masks, strict=True)}
     else:
         values = np.arange(len(masks)) if len(masks) > 1 else np.ones(1)
         labels = np.zeros(scan.shape, dtype=np.uint8 if len(masks) < 256 else np.int16)
@@ -193,16 +312,17 @@ def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
             labels[mask] = value
         volumes = {"prediction": labels}
     return [
-        write_nifti(
-            folder / f"{name}.nii.gz",
-            volume,
-            scan.affine,
-            reference=scan.header,
-            intent_name=name,
-            dtype=volume.dtype,
-        )
+        _write_labels(folder / f"{name}.nii.gz", volume, scan, name)
         for name, volume in volumes.items()
     ]
+
+
+def _write_labels(path: Path, labels: np.ndarray, scan: Scan, name: str) -> Path:
+    """Write whole numbers on the scan's grid."""
+    dtype = np.dtype(np.uint8) if labels.dtype == bool else labels.dtype
+    return write_nifti(
+        path, labels, scan.affine, reference=scan.header, intent_name=name, dtype=dtype
+    )
 
 
 def _write_png(
@@ -267,7 +387,7 @@ def check_slice(scan: Scan, job: Job) -> None:
     size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
     if not 0 <= job.slice < size:
         raise ConfigError(
-            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.name}"
+            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
         )
 
 
@@ -278,32 +398,3 @@ def check_formats(scan: Scan, job: Job) -> None:
             "format dicom: its objects belong to a patient and a study, which only a DICOM series "
             "names: give the series' folder as the scan, or leave this format out"
         )
-
-
-def look_of(job: Job) -> Look:
-    """Return how scan and CAM are shown; ConfigError where that is illegal."""
-    colormap = "" if job.colormap is None else job.colormap
-    return Look(job.intensity_window, job.threshold, colormap=colormap, signed=job.signed)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        content = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    return {}
-
-
-def _remove_earlier(folder: Path) -> None:
-    """Remove what an earlier case.json lists, and it first: a run that dies leaves none."""
-    record = _record(folder)
-    files = record.get("files") if "seg3dcam" in record else None  # else it is somebody else's
-    listed = [str(name) for name in files] if isinstance(files, list) else []
-    (folder / "case.json").unlink(missing_ok=True)
-    for name in listed:
-        file = folder / name
-        if file.resolve().is_relative_to(folder.resolve()) and file.is_file():
-            file.unlink()
-            for parent in file.relative_to(folder).parents[:-1]:
-                with suppress(OSError):  # not empty: it holds a file of somebody else's
-                    (folder / parent).rmdir()

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
-from seg3dcam.case import (
-    case_key,
-    check_formats,
-    check_slice,
-    is_done,
-    look_of,
-    write_case,
-)
+from seg3dcam.case import check_formats, check_slice, write_case
+from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of
+from seg3dcam.case_record import is_done, is_somebody_elses, record_of
 from seg3dcam.config import Job, read_yaml, validate
+from seg3dcam.documents import parse_yaml
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -43,16 +44,17 @@ from seg3dcam.errors import (
     nearest,
 )
 from seg3dcam.explain import ALL_METHODS, explain_each
+from seg3dcam.explanation import Explanation
 from seg3dcam.features import features_of_scan
 from seg3dcam.files import check_writable
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.models.load import relative_to
+from seg3dcam.readers import FRAMES, Frame
 from seg3dcam.review import save_features
 from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Explain 3D segmentation networks: class activation maps in patient space.",
@@ -61,28 +63,73 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _MODEL = "a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
+_FRAME = "sform or qform: which says where a NIfTI scan lies; default: the sform if it has one"
 
 #: Options of pairs -> an example.
-_PAIRS = {"--settings": "window=4", "--input": "t1=t1.nii.gz"}
+_PAIRS = {
+    "--settings": "window=4",
+    "--input": "t1=t1.nii.gz",
+    "--set": "inferer#roi_size=[64,64,64]",
+}
+
+#: One value of a bundle's config, as MONAI's own commands take it.
+_SET = 'value of a bundle\'s config by its id, as "inferer#roi_size=[64,64,64]"; repeatable'
 
 #: What to open first, and where.
 _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb": "in one file"}
 
-#: A step is shown with a progress bar once it has taken this many seconds.
-PATIENCE = 2.0
+#: What a command line needs at least.
+_USAGE = (
+    "Usage: seg3dcam explain SCAN --model MODEL, such as\n"
+    "  seg3dcam explain ct.nii.gz --model liver.yaml\n"
+    "or a whole job as YAML: seg3dcam explain --config job.yaml. `seg3dcam explain --help` lists "
+    "all options"
+)
+
+#: What may stand behind a flag by mistake, as in `--trust true`.
+_YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+#: The planes that slices are cut along.
+_PLANES = ("axial", "coronal", "sagittal")
+
+#: What the columns of the table mean, in one line each.
+_FOOTNOTE = {
+    "peak": "the place where the CAM is strongest, in mm to the patient's right, front and head",
+    "CAM inside": "the part of the whole CAM that lies inside the prediction; the rest is context",
+    "status": "ok, or why the CAM must not be read",
+}
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 a failure, 2 wrong use."""
+    """Run the command line: exit code 0 done, 1 a failure, 2 wrong use; 130 and 143 ended."""
     try:
-        with _plain_warnings():
-            app()
+        with _plain_warnings(), _ended_in_order():
+            _check_flags(sys.argv[1:])
+            app(prog_name="seg3dcam")
     except EmptyRegionError as error:
         _complain(error, 1)
     except (ConfigError, LayerError, TargetError) as error:
         _complain(error, 2)
     except (Seg3dcamError, torch.OutOfMemoryError) as error:
         _complain(error, 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"seg3dcam {version('seg3dcam')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Explain 3D segmentation networks: class activation maps in patient space."""
 
 
 @app.command()
@@ -94,10 +141,12 @@ def explain(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     input: Annotated[
         list[str] | None,
         typer.Option(help="image key of a bundle and its file, as t1=t1.nii.gz; repeatable"),
     ] = None,
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="class name or index; repeatable; default: every predicted class"),
@@ -137,7 +186,9 @@ def explain(
     settings: Annotated[
         list[str] | None, typer.Option(help="one setting of the method, as window=4; repeatable")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="output folder; default: seg3dcam_out")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="output folder; default: one for the case in seg3dcam_out")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="a whole job as YAML; options override it")
     ] = None,
@@ -156,8 +207,8 @@ def explain(
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="axial, coronal, sagittal: planes of the PNGs, the first also of montage and "
-            "film; repeatable; default: all"
+            help="axial (default), coronal, sagittal: planes of the slices' PNGs, the first also "
+            "of montage and film; repeatable"
         ),
     ] = None,
     slice: Annotated[
@@ -187,6 +238,14 @@ def explain(
         bool, typer.Option("--trust", help="allow the model's own Python code to run")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="do again what is done")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="look into every file of what is done; do it again if "
+            "one is not as it was written",
+        ),
+    ] = False,
 ) -> None:
     """Explain a scan: CAM volumes, PNGs, a page for the browser and a scene for 3D Slicer."""
     given = dict(locals())
@@ -203,8 +262,10 @@ def explain(
         # What is no mapping is left as it is, for `validate` to refuse.
         merged = {**of_file, **_settings(settings)} if isinstance(of_file, dict) else of_file
         options["settings"] = merged
-    job = validate({**content, **options}, Job, str(config or "command line"))
-    _run(job, force=force, trust=trust)
+    if set:
+        of_file = content.get("set", {})
+        options["set"] = {**of_file, **_overrides(set)} if isinstance(of_file, dict) else of_file
+    _run(_job({**content, **options}, config), force=force, trust=trust, verify=verify)
 
 
 @app.command()
@@ -213,10 +274,11 @@ def layers(
     shape: Annotated[
         str | None, typer.Option(help="input voxels, as 96,96,96; default: the model's window")
     ] = None,
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
 ) -> None:
     """List the layers worth explaining."""
-    loaded = load_model(model, trust=trust)
+    loaded = load_model(model, trust=trust, overrides=_overrides(set))
     voxels = _shape(shape, loaded)
     table = Table(title=f"Layers of {escape(loaded.name)}")
     table.add_column("layer", overflow="fold")  # a name that is cut off cannot be used
@@ -246,6 +308,7 @@ def layers(
 def features(
     scan: Annotated[list[str], typer.Argument(help="NIfTI file; several are its channels")],
     model: Annotated[str, typer.Option(help=_MODEL)],
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     layer: Annotated[str, typer.Option(help="one layer; default: the bottleneck")] = "auto",
     target: Annotated[
         str | None, typer.Option(help="class name or index: ranks channels by Grad-CAM's weights")
@@ -253,26 +316,31 @@ def features(
     slice: Annotated[
         int | None, typer.Option(help="in the layer's voxels; default: the target's peak or middle")
     ] = None,
-    axis: Annotated[int, typer.Option(help="axis of the network's array: 0, 1 or 2")] = 0,
+    axis: Annotated[
+        str,
+        typer.Option(help="axial, coronal, sagittal, or 0, 1, 2: an axis of the network's array"),
+    ] = "0",
     scale: Annotated[str, typer.Option(help="channel: each its own; layer: one")] = "channel",
     colormap: Annotated[str, typer.Option(help="any matplotlib name")] = "viridis",
     top: Annotated[int | None, typer.Option(help="only the first so many channels")] = None,
     out: Annotated[str, typer.Option(help="output folder")] = "seg3dcam_features",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+    set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
 ) -> None:
     """Draw what the channels of a layer hold: a PNG of each, and a mosaic."""
     check_writable(Path(out))
-    loaded = load_model(model, trust=trust)
+    _axis(axis)
+    loaded = load_model(model, trust=trust, overrides=_overrides(set))
     loaded.module.to(_device(device))
     with _progress() as progress:
         found = features_of_scan(
-            scan if len(scan) > 1 else scan[0],
+            load_scan(scan if len(scan) > 1 else scan[0], frame=_frame(frame)),
             loaded,
             layer,
             target=target,
             index=slice,
-            axis=axis,
+            axis=_axis(axis),
             progress=progress,
         )
         progress("writing", 0, 1)
@@ -323,69 +391,89 @@ def demo(
     _run(job, force=force)
 
 
-def _run(job: Job, *, force: bool, trust: bool = False) -> None:
+def _run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> None:
     """Explain one scan as a job says."""
     try:
-        _explain_job(job, force, trust)
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing half-written was left behind", 130)
+        _explain_job(job, force, trust, verify)
+    except KeyboardInterrupt as error:
+        code = 143 if isinstance(error, _Terminated) else 130
+        _complain("interrupted; nothing half-written was left behind", code)
 
 
-def _explain_job(job: Job, force: bool, trust: bool) -> None:
+def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
     started = time.monotonic()
     _check_methods(job)
     _check_places(job)
     check_together(job)
     look_of(job)
-    check_writable(Path(job.out))
-    keys = {} if job.image_keys is None else {"inputs": job.image_keys}
-    model = load_model(job.model, trust=trust, **keys)
+    check_writable(Path(job.out or OUT))
+    inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
+    model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
     model.module.to(_device(job.device))
     with _progress() as progress:
         progress("reading", 0, 1)
-        scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0])
+        scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0], frame=job.frame)
         check_slice(scan, job)
         check_formats(scan, job)
-        truth = None if job.truth is None else load_labels(job.truth)
+        truth = None if job.truth is None else load_labels(job.truth, frame=job.frame)
         if truth is not None:
             check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
-        key = case_key(scan, model, job)
-        if is_done(job.out, key) and not force:
+        keys = case_keys(scan, model, job)
+        folder = case_folder(scan, job, keys)
+        if is_done(folder, keys.all, verify=verify) and not force:
             out.print(
-                f"{escape(job.out)} holds this case already, complete; --force does it again",
+                f"{escape(str(folder))} holds this case already, complete; --force does it again",
                 soft_wrap=True,
             )
             return
-        explanations = explain_each(
-            scan,
-            model,
-            targets,
-            layers=job.layers,
-            method=job.methods,
-            progress=progress,
-            **job.settings,
-        )
-        progress("writing", 0, 1)
-        if truth is not None:
-            labels = truth
-            explanations = (e.with_truth(labels, job.label) for e in explanations)
-        record = write_case(job.out, explanations, job, key=key)
-    _report(record, job)
+        _say_where(folder, job, keys)
+
+        def explanations() -> Iterator[Explanation]:
+            """Explain only when the folder is locked: two runs at once would both work in vain."""
+            for explanation in explain_each(
+                scan,
+                model,
+                targets,
+                layers=job.layers,
+                method=job.methods,
+                progress=progress,
+                **job.settings,
+            ):
+                yield explanation if truth is None else explanation.with_truth(truth, job.label)
+
+        record = write_case(folder, explanations(), job, keys=keys, progress=progress)
+    _report(record, job, folder)
     out.print(f"done in {time.monotonic() - started:.0f} s")
+
+
+def _say_where(folder: Path, job: Job, keys: Keys) -> None:
+    """Say where a case goes if it is not where it was asked for, and what it replaces."""
+    if job.out is not None and folder != Path(job.out):
+        whose = "another program's" if is_somebody_elses(Path(job.out)) else "another scan's"
+        out.print(
+            f"{escape(job.out)} holds {whose} case: this one goes to {escape(str(folder))}",
+            soft_wrap=True,
+        )
+    before = record_of(folder)
+    if before is not None and any(run.job_key == keys.job for run in before.runs):
+        out.print(
+            f"{escape(str(folder))} holds this job from before: it is done again, and replaced",
+            soft_wrap=True,
+        )
 
 
 def _check_places(job: Job) -> None:
     """Raise ConfigError where results would lie among the scan's files, or the other way."""
-    out = Path(job.out).resolve()
+    out = Path(job.out or OUT).resolve()
     scans = [Path(scan).resolve() for scan in job.scans]
     truth = [Path(job.truth).resolve()] if job.truth else []
     if any(source.is_relative_to(out) for source in [*scans, *truth]):
         raise ConfigError(
-            f"out {job.out}: the scan or the truth lies in this folder; choose another"
+            f"out {job.out or OUT}: the scan or the truth lies in this folder; choose another"
         )
     if any(scan.is_dir() and out.is_relative_to(scan) for scan in scans):
-        raise ConfigError(f"out {job.out}: it lies in the scan's own folder; choose another")
+        raise ConfigError(f"out {job.out or OUT}: it lies in the scan's own folder; choose another")
 
 
 def _check_methods(job: Job) -> None:
@@ -400,18 +488,22 @@ def _check_methods(job: Job) -> None:
             raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
-def _report(record: Mapping[str, Any], job: Job) -> None:
+def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
     """Print what was found and where every file is."""
     compared = job.truth is not None
-    columns = ["class", "predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside"]
-    table = Table(*columns, "status", title="What the network looked at", show_lines=False)
     several = len(job.methods) > 1
+    table = Table(title="What the network looked at", show_lines=False)
+    for name in ("class", *["method"] * several):
+        table.add_column(name, overflow="fold", min_width=min(len(name), 12))
+    for name in ("predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside", "status"):
+        table.add_column(name)
     for case in record["explanations"]:
         found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
-            escape(case["label"]) + (f" ({case['method']['name']})" if several else ""),
+            escape(_shortened(case["label"])),
+            *[case["method"]["name"]] * several,
             "" if ml is None else f"{ml:.1f} ml",
             *["" if dice is None else f"{dice:.2f}"] * compared,
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
@@ -419,6 +511,8 @@ def _report(record: Mapping[str, Any], job: Job) -> None:
             ", ".join(sorted(status)),
         )
     out.print(table)
+    for word, meaning in _FOOTNOTE.items():
+        out.print(f"{word}: {meaning}", style="dim", soft_wrap=True)
     layers = {k: v for case in record["explanations"] for k, v in case["layers"].items()}
     for name, layer in layers.items():
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
@@ -426,7 +520,19 @@ def _report(record: Mapping[str, Any], job: Job) -> None:
     for explained in record["explanations"]:
         for warning in explained["found"]["warnings"]:
             out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
-    _print_files(Path(job.out), [Path(name) for name in record["files"]])
+    _print_files(folder, [Path(name) for name in record["files"]])
+
+
+def _shortened(name: str, most: int = 40) -> str:
+    """Leave out the middle of a long name: its ends tell it from others.
+
+    >>> _shortened("encoder.stages.0.blocks.3.conv", 20)
+    'encoder.st…ks.3.conv'
+    """
+    if len(name) <= most:
+        return name
+    kept = (most - 1) // 2
+    return f"{name[: most - 1 - kept]}…{name[-kept:]}"
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:
@@ -448,6 +554,33 @@ def _print_files(folder: Path, files: list[Path]) -> None:
     _print("record", folder / "case.json")
 
 
+def _check_flags(words: list[str]) -> None:
+    """Raise ConfigError where a flag is given a value: it would be taken for a scan."""
+    group = typer.main.get_command(app)
+    commands = [group, *getattr(group, "commands", {}).values()]
+    parameters = [parameter for command in commands for parameter in command.params]
+    flags = {name for p in parameters if getattr(p, "is_flag", False) for name in p.opts}
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        flag, equals, value = word.partition("=")
+        given = value if equals else following
+        no_scan = given.lower() in _YES_OR_NO and not Path(given).exists()
+        if flag in flags and (equals or no_scan):
+            raise ConfigError(
+                f"{flag} {given}: {flag} is a flag, which takes no value. Write {flag} alone for "
+                "yes, and leave it out for no"
+            )
+
+
+def _job(settings: dict[str, Any], config: Path | None) -> Job:
+    """Return the job of all settings; where scan or model are missing, say what to write."""
+    try:
+        return validate(settings, Job, str(config or "command line"))
+    except ConfigError as error:
+        if all(settings.get(key) is not None for key in ("scan", "model")):
+            raise
+        raise ConfigError(f"{error}\n{_USAGE}") from None
+
+
 def _job_of_file(path: Path) -> dict[str, Any]:
     """Return a job file's settings, with paths relative to the file."""
     content = read_yaml(path)
@@ -466,15 +599,25 @@ def _job_of_file(path: Path) -> dict[str, Any]:
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """Return the settings of ['name=value', ...]; values are read as YAML."""
-    found = {}
-    for name, value in _pairs("--settings", pairs).items():
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"--settings {name}={value}: {value!r} cannot be read as a value"
-            ) from error
-    return found
+    found = _pairs("--settings", pairs)
+    return {name: _value("--settings", name, value) for name, value in found.items()}
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """Return the values of ['id=value', ...]; MONAI's own words stay words: $code, @id, %file."""
+    found = _pairs("--set", pairs or [])
+    return {
+        name: value if value[0] in "$@%" else _value("--set", name, value)
+        for name, value in found.items()
+    }
+
+
+def _value(option: str, name: str, text: str) -> Any:
+    """Return what a text says as YAML."""
+    try:
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {name}={text}: {text!r} cannot be read as a value") from error
 
 
 def _pairs(option: str, pairs: list[str]) -> dict[str, str]:
@@ -499,6 +642,15 @@ def _window(text: str) -> Any:
         return text
 
 
+def _axis(text: str) -> int | str:
+    """Return the number of an axis, or a plane; ConfigError for anything else."""
+    if text in ("0", "1", "2"):
+        return int(text)
+    if text in _PLANES:
+        return text
+    raise ConfigError(f"--axis {text!r}: legal are {', '.join(_PLANES)}, and 0, 1, 2")
+
+
 def _shape(text: str | None, model: SegModel) -> tuple[int, ...]:
     if text is None:
         roi = model.window.roi_size if model.window else 96
@@ -510,6 +662,16 @@ def _shape(text: str | None, model: SegModel) -> tuple[int, ...]:
     if not voxels or min(voxels) < 1:
         raise ConfigError(f"--shape {text!r}: voxels along each axis, as 96,96,96")
     return voxels
+
+
+def _frame(name: str | None) -> Frame | None:
+    """Return a form of a NIfTI header; ConfigError for another word."""
+    for frame in FRAMES:
+        if name == frame:
+            return frame
+    if name is None:
+        return None
+    raise ConfigError(f"--frame {name!r}: legal are {', '.join(FRAMES)}")
 
 
 def _device(name: str) -> torch.device:
@@ -536,28 +698,67 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+class _Elapsed(ProgressColumn):
+    """The time since the start of all steps: it goes on while a step has nothing to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = time.monotonic()
+
+    def render(self, task: Task) -> Text:
+        """Write hours, minutes and seconds."""
+        return Text(str(timedelta(seconds=int(time.monotonic() - self._started))))
+
+
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """Give a function (step, done, total) that draws a bar for steps that take long."""
+    """Give a function (step, done, total) that draws a bar on a terminal.
+
+    A step of one part has nothing to count: its bar moves to and fro.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[count]}"),
+        _Elapsed(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", visible=False)
-        current, since = "", time.monotonic()
 
         def report(step: str, done: int, total: int) -> None:
-            nonlocal current, since
-            if step != current:
-                current, since = step, time.monotonic()
-                bar.reset(task, description=step, visible=False)
-            slow = time.monotonic() - since > PATIENCE or total == 1
-            bar.update(task, completed=done, total=total if total > 1 else None, visible=slow)
+            counted = total > 1
+            if [task.description for task in bar.tasks] != [step]:
+                for task in bar.tasks:  # a bar that has had a total never moves to and fro again
+                    bar.remove_task(task.id)
+                bar.add_task(step, total=None, count="")
+            bar.update(
+                bar.tasks[0].id,
+                completed=done,
+                total=total if counted else None,
+                count=f"{done}/{total}" if counted else "",
+            )
 
         yield report
+
+
+class _Terminated(KeyboardInterrupt):
+    """The system or a cluster asks the process to end."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Clean up where the process is asked to end, as after Ctrl-C."""
+
+    def end(*_: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -5,12 +5,10 @@ An unknown key is an error that names the nearest legal one. Paths in a file are
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+import reprlib
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,7 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from seg3dcam.errors import ConfigError, nearest
+from seg3dcam.documents import read_json as read_json
+from seg3dcam.documents import read_yaml as read_yaml
+from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.windows import WindowPlan
 
 
@@ -83,9 +83,9 @@ class Window(_Settings):
     overlap: float = Field(0.25, ge=0, lt=1)
     mode: Literal["gaussian", "constant"] = "gaussian"
     sw_batch_size: int = Field(1, ge=1)
-    sigma_scale: float = Field(0.125, gt=0)
+    sigma_scale: FiniteFloat = Field(0.125, gt=0)
     padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
-    cval: float = 0.0
+    cval: FiniteFloat = 0.0
     cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
     convention: Literal["monai", "nnunet"] = Field("monai", description="whose places and gaussian")
 
@@ -104,7 +104,7 @@ class Window(_Settings):
 class ModelSpec(_Settings):
     """A network made by a Python factory, with its weights and how it is used."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Class")
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$", description="package.module:Class")
     arguments: dict[str, Any] = {}
     weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
     classes: list[str] = Field(min_length=1, description="one name per output channel")
@@ -134,6 +134,9 @@ class BundleSpec(_Settings):
     )
     classes: list[str] | None = Field(
         None, description="one name per output channel; none: the metadata's"
+    )
+    set: dict[str, Any] = Field(
+        {}, description="values of the config by their ids, such as inferer#roi_size: [64, 64, 64]"
     )
 
 
@@ -186,8 +189,16 @@ class Job(_Settings):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[dict[str, str], Field(min_length=1)]
     ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
+    frame: Literal["sform", "qform"] | None = Field(
+        None,
+        description="which form of a NIfTI header says where scan and truth lie; none: the sform "
+        "if there is one",
+    )
     model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
-    out: str = "seg3dcam_out"
+    set: dict[str, Any] = Field(
+        {}, description="values of a bundle's config by their ids, such as inferer#overlap: 0.5"
+    )
+    out: str | None = Field(None, description="a folder; none: one for the case in seg3dcam_out")
     target: list[str | int] | str | int | None = Field(
         None, description="class names or indices; none explains every predicted class"
     )
@@ -214,7 +225,7 @@ class Job(_Settings):
         ["nifti", "png", "html", "slicer"], description="what is written; see `seg3dcam.case`"
     )
     axis: list[Axis] | None = Field(
-        None, description="planes of the pictures; none: all three, or axial for a slice alone"
+        None, description="planes of the slices' pictures, each with its own; none: axial"
     )
     slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
     intensity_window: str | tuple[float, float] | None = Field(
@@ -266,9 +277,7 @@ class Job(_Settings):
     @property
     def axes(self) -> list[Axis]:
         """The planes of the pictures, each once."""
-        if self.axis is None:
-            return ["axial", "coronal", "sagittal"] if self.slice is None else ["axial"]
-        return list(dict.fromkeys(self.axis))
+        return list(dict.fromkeys(self.axis or ["axial"]))
 
     @property
     def methods(self) -> list[str]:
@@ -283,63 +292,27 @@ class Job(_Settings):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML keeps the last."""
+Settings = TypeVar("Settings", bound=BaseModel)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+#: Problems that one message names.
+_MOST_PROBLEMS = 12
+
+#: Shortens a value for a message.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
-Settings = TypeVar("Settings", bound=_Settings)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: missing, unreadable, not YAML, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
-    return content
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ConfigError: missing, unreadable, not JSON, or not an object.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Settings:
+def validate(
+    content: dict[str, Any],
+    kind: type[Settings],
+    source: str,
+    error_class: type[InputError] = ConfigError,
+) -> Settings:
     """Return validated settings.
 
     Args:
         source: the file's name, for messages.
+        error_class: what is raised.
 
     Raises:
         ConfigError: every problem in one message, an unknown key with the nearest legal ones.
@@ -354,11 +327,14 @@ def validate(content: dict[str, Any], kind: type[Settings], source: str) -> Sett
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = sorted({_problem(kind, detail) for detail in error.errors()})
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(problems)) from None
+        found = error.errors()
+        problems = sorted({_problem(kind, detail) for detail in found[:_MOST_PROBLEMS]})
+        more = len(found) - _MOST_PROBLEMS
+        shown = problems + ([f"and {more} more"] if more > 0 else [])
+        raise error_class(f"{source}:\n  " + "\n  ".join(shown)) from None
 
 
-def _problem(kind: type[_Settings], detail: Any) -> str:
+def _problem(kind: type[BaseModel], detail: Any) -> str:
     place = _place(kind, detail["loc"])
     where = ".".join(map(str, place)) or "settings"
     if detail["type"] == "extra_forbidden":
@@ -366,17 +342,26 @@ def _problem(kind: type[_Settings], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{where}: missing"
     given = detail["input"]
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    shown = "" if isinstance(given, dict) else f", got {_shown(given)}"
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _shown(value: Any) -> str:
+    """Return a short description of a value, whatever it is."""
+    if not isinstance(value, str | int | float | list | tuple | None):
+        return type(value).__name__
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
     """Return a location without pydantic's names for the members of a union."""
     place: list[Any] = []
-    for number, part in enumerate(location):
-        of_union = re.fullmatch(r"str|int|float|\w+\[.*\]", str(part))
-        unknown_key = number == len(location) - 1 and not of_union
-        if isinstance(part, int) or part in _keys(kind, place) or unknown_key:
+    for part in location:
+        of_union = re.fullmatch(r"str|int|float|constrained-\w+|[\w-]+\[.*\]", str(part))
+        if isinstance(part, int) or part in _keys(kind, place) or not of_union:
             place.append(part)
     return place
 

@@ -39,7 +39,14 @@ from seg3dcam.targets import (
     placed,
     uses_truth,
 )
-from seg3dcam.targets.regions import Predicted, Volume, as_region
+from seg3dcam.targets.regions import (
+    Component,
+    FixedComponent,
+    Predicted,
+    RegionKind,
+    Volume,
+    as_region,
+)
 from seg3dcam.targets.use import region_of
 from seg3dcam.truth import check_on_grid
 
@@ -160,11 +167,11 @@ def explain_each(
         return [target for _, target in chosen]
 
     table = each_by(cams, x, choose)
-    report("resampling", 0, 1)
-    prediction = _prediction_on(scan, prepared, model, table[0][0])
+    report("resampling the prediction", 0, 1)
+    prediction = _prediction_on(scan, prepared, model, table[0][0], report)
     fingerprint = model.fingerprint()
     return (
-        _explanation(scan, prepared, model, prediction, index, target, result, fingerprint)
+        _explanation(scan, prepared, model, prediction, index, target, result, fingerprint, report)
         for (index, target), row in zip(chosen, table, strict=True)
         for result in row
     )
@@ -263,7 +270,7 @@ def on_network_grid(mask: Any, scan: Scan, prepared: MetaTensor) -> torch.Tensor
 
 
 def _prediction_on(
-    scan: Scan, prepared: MetaTensor, model: SegModel, result: CamResult
+    scan: Scan, prepared: MetaTensor, model: SegModel, result: CamResult, report: Progress
 ) -> torch.Tensor:
     """Return the masks of all classes on the scan's grid, as the model's framework makes them.
 
@@ -282,6 +289,7 @@ def _prediction_on(
     masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool, device="cpu")
     best = None
     for index, logits in enumerate(result.logits[0].cpu().float()):
+        report("resampling the prediction", index, len(masks))
         moved = resample(logits, affine, scan.affine, scan.shape)
         if result.activation == "sigmoid" or len(masks) == 1:
             masks[index] = moved > 0
@@ -299,14 +307,25 @@ def _region_on(
     scan: Scan, prepared: MetaTensor, target: Target, logits: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the voxels of a target on the scan's grid, where they are a region of its own."""
-    region: Any = getattr(target, "region", "predicted")
-    if isinstance(as_region(region), Predicted | Volume):
+    if isinstance(_region_of(target), Predicted | Volume):
         return None
     found = region_of(target, logits)
     if found is None:
         return None
     affine = prepared.affine.numpy().astype(np.float64)
     return resample_labels(found[0].cpu(), affine, scan.affine, scan.shape).bool()
+
+
+def _region_of(target: Target) -> RegionKind:
+    """Return the region that a target's score sums over."""
+    region: Any = getattr(target, "region", "predicted")
+    return as_region(region)
+
+
+def _is_component(target: Target) -> bool:
+    """Tell whether a target's region is one connected component of the predicted mask."""
+    region = _region_of(target)
+    return isinstance(getattr(region, "origin", region), Component | FixedComponent)
 
 
 def _over_mask(target: Target) -> bool:
@@ -324,13 +343,17 @@ def _explanation(
     target: Target,
     result: CamResult,
     fingerprint: str,
+    report: Progress,
 ) -> Explanation:
     affine = prepared.affine.numpy().astype(np.float64)
     result = replace(result, affine=affine)
     named = re.sub(r"\bclass (\d+)", lambda m: model.class_name(int(m[1])), result.target)
     result = replace(result, target=named)
-    maps = {
-        name: resample(
+    label = _label(model, class_index, target)
+    maps = {}
+    for number, (name, layer) in enumerate(result.layers.items()):
+        report(f"resampling {label}", number, len(result.layers))
+        maps[name] = resample(
             layer.values[0].cpu(),
             layer.grid.affine(affine),
             scan.affine,
@@ -338,8 +361,6 @@ def _explanation(
             seen_affine=affine,
             seen_shape=tuple(prepared.shape[1:]),
         )
-        for name, layer in result.layers.items()
-    }
     return Explanation(
         scan=scan,
         maps=maps,
@@ -351,9 +372,10 @@ def _explanation(
         class_index=class_index,
         score=float(result.score[0]),
         native_spacing=result.native_spacing,
-        label=_label(model, class_index, target),
+        label=label,
         region=_region_on(scan, prepared, target, result.logits),
         over_mask=_over_mask(target),
+        of_component=_is_component(target),
         only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
         has_background=result.activation == "softmax" and len(prediction) > 1,
         provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),

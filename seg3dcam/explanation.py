@@ -65,6 +65,7 @@ class Explanation:
             one over the whole volume.
         only_against: layers of status "zero" whose map is evidence, all of it against the target:
             the signed view shows it.
+        of_component: the region is a whole lesion: one connected component of the class's mask.
 
     Raises:
         InputError: maps, prediction, truth or region that do not lie on the scan's grid.
@@ -87,6 +88,7 @@ class Explanation:
     has_background: bool = True
     over_mask: bool = True
     only_against: Collection[str] = ()
+    of_component: bool = False
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""
@@ -101,6 +103,14 @@ class Explanation:
                     f"{what}: {tuple(found)} voxels, but the scan has {shape}; both must lie on "
                     "the scan's own grid. Resample it to the scan"
                 )
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was explained; tensors are not shown."""
+        layers = ", ".join(f"{name} ({self.status[name]})" for name in self.maps)
+        return (
+            f"Explanation of {self.label or self.target!r} by {self.method}, score "
+            f"{self.score:.4g}\n  of {self.scan!r}\n  at {layers}"
+        )
 
     @property
     def affine(self) -> np.ndarray:
@@ -121,6 +131,11 @@ class Explanation:
     def explained(self) -> torch.Tensor | None:
         """The voxels that the score sums over, (X, Y, Z) bool; None for the volume or unknown."""
         return self.mask if self.region is None and self.over_mask else self.region
+
+    @property
+    def measured(self) -> torch.Tensor | None:
+        """The voxels that figures and contours are of: the region, else the class's mask."""
+        return self.mask if self.region is None else self.region
 
     @property
     def shown_layers(self) -> tuple[str | None, ...]:
@@ -183,7 +198,7 @@ class Explanation:
         """Return the same with the truth of its class, from a label map on the scan's grid.
 
         Args:
-            labels: a NIfTI file, or a scan of whole numbers.
+            labels: a file that `load_labels` reads, or a scan of whole numbers.
             label: the class's label there; None: see `seg3dcam.truth.truth_mask`.
 
         Raises:
@@ -192,7 +207,7 @@ class Explanation:
         """
         if self.class_index is None:
             raise TargetError(f"{self.target} is about no class, so there is no truth of it")
-        labels = labels if isinstance(labels, Scan) else load_labels(labels)
+        labels = labels if isinstance(labels, Scan) else load_labels(labels, frame=self.scan.frame)
         check_on_grid("truth", labels.shape, labels.affine, self.scan)
         mask = truth_mask(
             labels.data[0],

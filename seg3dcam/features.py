@@ -34,10 +34,12 @@ from seg3dcam.engine.passes import (
     silent,
     wide,
 )
+from seg3dcam.ensemble import members_of
 from seg3dcam.errors import InputError, LayerError
 from seg3dcam.explain import on_network_grid
+from seg3dcam.explanation import anatomical_axis
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate, spacing_of
-from seg3dcam.inputs import as_input, on_grid_of
+from seg3dcam.inputs import as_input, on_grid_of, telling_axes
 from seg3dcam.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.methods.base import weighted_sum
 from seg3dcam.methods.pooled import PooledGradient
@@ -145,8 +147,10 @@ def feature_maps(
         affine = affine[item] if affine.ndim == 3 else affine
     x, progress = x[item : item + 1], progress or silent
     windows = plan_windows(sliding_window, x.shape[2:])
-    ref = _one_layer(model, layer, reshape_transform, x, windows, output)
-    with capturing(model, [ref], output) as capture:
+    member = members_of(model)[0]
+    with telling_axes(member, x):
+        ref = _one_layer(model, layer, reshape_transform, x, windows, output)
+    with telling_axes(member, x), capturing(model, [ref], output) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
         first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
@@ -187,7 +191,7 @@ def features_of_scan(
     *,
     target: Any = None,
     index: int | None = None,
-    axis: int = 0,
+    axis: int | str = 0,
     progress: Progress | None = None,
 ) -> FeatureMaps:
     """Return what the channels of a layer hold when the network sees a scan.
@@ -197,8 +201,12 @@ def features_of_scan(
         model: what `load_model` returns.
         target: a class name or index (its log-odds over the predicted mask), or a target, whose
             masks may be given as `Scan` on the scan's grid.
-        layer, index, axis, progress: as for `feature_maps`; axes are those of the array that the
-            network sees.
+        axis: "axial", "coronal" or "sagittal": the axis of the array that the network sees along
+            which the slices lie closest to this plane; or that axis's number.
+        layer, index, progress: as for `feature_maps`.
+
+    Raises:
+        InputError: no such axis; and as `feature_maps`.
 
     Example:
         >>> network = nn.Conv3d(1, 2, 1)
@@ -213,6 +221,8 @@ def features_of_scan(
     report("preparing", 0, 1)
     with torch.device("cpu"):
         prepared = model.prepare(scan)
+    if isinstance(axis, str):
+        axis = anatomical_axis(prepared.affine.numpy(), axis)  # type: ignore[arg-type]
     name = None
     if isinstance(target, str | int | np.integer):
         number = model.class_index(target if isinstance(target, str) else int(target))

@@ -2,29 +2,45 @@
 
 Everything is written under a temporary name in the same folder and renamed when it is complete and
 on the disk. Whatever fails in between, no half file carries a final name, and the file that was
-there before stays as it was.
+there before stays as it was. A temporary name says which process made it, so that what one leaves
+behind that was killed is known as such.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
 import re
 import secrets
+import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from seg3dcam.errors import OutputError
 
-__all__ = ["as_path", "atomic", "check_writable", "unique_names", "write_json"]
+__all__ = [
+    "as_path",
+    "atomic",
+    "check_writable",
+    "digest_of",
+    "plain",
+    "remove_left_behind",
+    "temporary_name",
+    "unique_names",
+    "write_json",
+]
 
-_PREFIX = ".seg3dcam-"
+#: What begins every temporary name; then come the machine, the process, and a random part.
+PREFIX = ".seg3dcam-"
 
 
 def as_path(path: Any) -> Path:
@@ -53,7 +69,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ['note.txt']
     """
     final = as_path(path)
-    temporary = _temporary(final.parent, "".join(final.suffixes[-2:]))
+    temporary = temporary_name(final.parent, "".join(final.suffixes[-2:]))
     try:
         if final.is_dir():
             raise OutputError(f"{final} is a folder. Give the name of a file in it.")
@@ -86,7 +102,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
       "peak": "nan"
     }
     """
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
@@ -95,7 +111,8 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Create `folder` and prove that a file can be written in it, before hours of work.
 
-    Raises `OutputError` if not. The file written for the proof is removed again.
+    Raises `OutputError` if not. The file written for the proof is removed again, and with it what
+    killed processes left there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,11 +120,12 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     []
     """
     folder = Path(folder)
-    probe = _temporary(folder, ".probe")
+    probe = temporary_name(folder, ".probe")
     try:
         _create(probe)
         probe.write_bytes(b"\0" * 4096)
         _onto_disk(probe)
+        remove_left_behind(folder)
     except OSError as error:
         raise _explained(error, folder) from error
     finally:
@@ -131,8 +149,37 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _temporary(folder: Path, suffix: str) -> Path:
-    return folder / f"{_PREFIX}{secrets.token_hex(8)}{suffix[-32:]}"
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def temporary_name(folder: Path, suffix: str) -> Path:
+    """Return a new hidden name in a folder, of this process."""
+    return folder / f"{PREFIX}{_machine()}-{os.getpid()}-{secrets.token_hex(8)}{suffix[-32:]}"
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove the temporary files and folders in one that processes left which were killed.
+
+    Those of processes that run, or ran on another machine, stay.
+    """
+    for path in list(folder.glob(f"{PREFIX}{_machine()}-*")):
+        made_by = path.name.removeprefix(f"{PREFIX}{_machine()}-").split("-")[0]
+        if made_by.isdigit() and not psutil.pid_exists(int(made_by)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Return a few characters that stand for this machine, since a process's number does not."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _create(temporary: Path) -> None:
@@ -178,16 +225,16 @@ def _explained(error: OSError, path: Path) -> OutputError:
     return explained
 
 
-def _plain(obj: Any) -> Any:
-    """The same in types that JSON knows."""
+def plain(obj: Any) -> Any:
+    """Return the same in types that JSON knows, see `write_json`."""
     if isinstance(obj, dict):
-        return {key: _plain(value) for key, value in obj.items()}
+        return {key: plain(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_plain(value) for value in obj]
+        return [plain(value) for value in obj]
     if isinstance(obj, np.ndarray):
-        return _plain(obj.tolist())
+        return plain(obj.tolist())
     if isinstance(obj, np.generic):
-        return _plain(obj.item())
+        return plain(obj.item())
     if isinstance(obj, float) and not np.isfinite(obj):
         return str(float(obj))
     if isinstance(obj, os.PathLike):

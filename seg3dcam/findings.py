@@ -100,7 +100,9 @@ def findings(
 ) -> dict[str, Any]:
     """Return the figures of an explanation, ready for JSON; None where there is nothing to say.
 
-    - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the class's masks.
+    - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the class's masks. Of
+      a region of its own, as one lesion: that region, and the parts of the truth that touch it; a
+      region that is no whole lesion has no Dice.
     - `peak_voxel`, `peak_mm`, `peaks`: where the CAM is highest.
     - `peak_to_prediction_mm`, `peak_to_truth_mm`: 0 inside; else to the nearest voxel's centre.
     - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: parts of the sum of the CAM;
@@ -117,7 +119,7 @@ def findings(
         scale: the view beside which the warnings stand; the figures are those of the usual one.
     """
     volume = explanation.volume(layer)
-    affine, prediction, truth = explanation.affine, explanation.mask, explanation.truth
+    affine, prediction, truth = explanation.affine, explanation.measured, _truth_of(explanation)
     evidence = explanation.evidence(layer)
     names = list(explanation.maps) if layer is None else [layer]
     resolution = min((explanation.native_spacing[name] for name in names), key=math.prod)
@@ -130,7 +132,7 @@ def findings(
         "predicted_ml": None if predicted is None else predicted * voxel_ml,
         "truth_voxels": true,
         "truth_ml": None if true is None else true * voxel_ml,
-        "dice": _dice(prediction, truth),
+        "dice": _dice(prediction, truth) if _is_whole(explanation) else None,
         "peak_voxel": peaks[0].voxel if peaks else None,
         "peak_mm": peaks[0].mm if peaks else None,
         "peaks": [peak._asdict() for peak in peaks],
@@ -165,6 +167,21 @@ def _highest_voxel(
     part = heat[tuple(slice(s, s + step) for s, step in zip(start, block, strict=True))]
     inner = np.unravel_index(int(part.argmax()), part.shape)
     return tuple(int(s) + int(i) for s, i in zip(start, inner, strict=True))
+
+
+def _is_whole(explanation: Explanation) -> bool:
+    """Tell whether what is measured is all that was predicted there, which a truth may be like."""
+    return explanation.region is None or explanation.of_component
+
+
+def _truth_of(explanation: Explanation) -> torch.Tensor | None:
+    """Return the truth of what is measured: of a region the parts, whole, that touch it."""
+    truth, region = explanation.truth, explanation.region
+    if truth is None or region is None:
+        return truth
+    parts, _ = ndimage.label(truth.numpy())
+    touched = np.unique(parts[region.numpy()])
+    return torch.from_numpy(np.isin(parts, touched[touched > 0]))
 
 
 def _count(mask: torch.Tensor | None) -> int | None:
@@ -234,6 +251,8 @@ def _warnings(
     if (caution := explanation.caution(layer)) and not notice:  # which says it already
         words.append(caution + "; the signed view shows both" * (scale != "signed"))
     for name, ml in (("predicted region", "predicted_ml"), ("true region", "truth_ml")):
+        if found[ml] == 0 and ml == "truth_ml" and explanation.region is not None:
+            continue  # nothing of the truth touches this lesion, which its Dice says
         if found[ml] == 0:
             words.append(f"the {name} is empty")
         elif found[ml] is not None and found[ml] < found["cell_ml"]:

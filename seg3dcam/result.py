@@ -266,26 +266,32 @@ class CamResult:
         path: str | Path,
         *,
         affine: np.ndarray | None = None,
-        item: int = 0,
+        item: int | None = None,
         layer: str | None = None,
         scale: Scale = "max",
         per_layer: bool = False,
     ) -> Path:
-        """Write one item's volume as NIfTI, in patient space.
+        """Write one item's volume as NIfTI, in patient space; a 2D map as a picture.
 
         Args:
-            path: ends in .nii or .nii.gz.
+            path: ends in .nii or .nii.gz; of a 2D map in .png, and
+                `seg3dcam.review.map_2d.save_map` draws it over its input.
             affine: (4, 4) voxel -> RAS mm; default the input's, if it was a MetaTensor.
-            item: which item of the batch.
+            item: which item of the batch; not needed for a batch of one.
             layer, scale, per_layer: as in `volume`.
 
         Raises:
-            InputError: no affine is known, or the map is not 3-D.
+            InputError: no affine is known, or one of several items was not chosen.
+            ConfigError: a path that does not end as it must.
             OutputError: the file cannot be written.
         """
         from seg3dcam.export.nifti import write_nifti
 
-        item = checked_index("item", item, len(self.score), " of the batch")
+        item = self.one_item(item)
+        if len(self.shape) == 2:
+            from seg3dcam.review.map_2d import write_map
+
+            return write_map(path, self.volume(layer, scale=scale, per_layer=per_layer)[item])
         affine = self._affine_of(item) if affine is None else affine
         if affine is None:
             raise InputError(
@@ -293,7 +299,7 @@ class CamResult:
                 "give save(..., affine=<4x4 voxel -> RAS mm>), numpy.eye(4) for plain voxels"
             )
         if len(self.shape) != 3:
-            raise InputError(f"NIfTI volumes are 3-D; this map has {len(self.shape)} axes")
+            raise InputError(f"NIfTI volumes are 3-D; this map has {len(self.shape)} axis")
         return write_nifti(
             path,
             self.volume(layer, scale=scale, per_layer=per_layer)[item],
@@ -302,6 +308,16 @@ class CamResult:
             description=f"{self.method} {self.target}",
             display_range=display_range(scale),
         )
+
+    def one_item(self, item: int | None) -> int:
+        """Return which item of the batch is meant; InputError where that is open."""
+        count = len(self.score)
+        if item is None and count > 1:
+            raise InputError(
+                f"the batch has {count} items, and a file holds one: give save(..., item=0), up to "
+                f"item={count - 1}, each with a path of its own"
+            )
+        return checked_index("item", 0 if item is None else item, count, " of the batch")
 
     def _affine_of(self, item: int) -> np.ndarray | None:
         several = self.affine is not None and self.affine.ndim == 3

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +208,9 @@ def write_bundle(
     for place in ("configs", "models", *(["scripts"] if scripts else [])):
         (root / place).mkdir(parents=True)
     for name, text in {**({"__init__": ""} if scripts else {}), **(scripts or {})}.items():
-        (root / "scripts" / f"{name}.py").write_text(text)
+        file = root / "scripts" / f"{name.replace('.', '/')}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
     text = json.dumps(config, indent=2) if kind == "json" else yaml.safe_dump(config)
     (root / "configs" / f"inference.{kind}").write_text(text)
     if about is None:
@@ -212,10 +218,18 @@ def write_bundle(
         about = metadata(of_network["in_channels"], NAMES[of_network["out_channels"]])
     (root / "configs" / "metadata.json").write_text(json.dumps(about))
     if weights:
-        network = ConfigParser(copy.deepcopy(config)).get_parsed_content("network_def")
-        (fill or random)(network)
-        torch.save(network.state_dict(), root / "models" / "model.pt")
+        write_weights(root / "models" / "model.pt", config, fill or random)
     return root
+
+
+def write_weights(file: Path, config: Config, fill: Callable[[nn.Module], object]) -> None:
+    """Save the filled network of a config in a bundle's folder `models`."""
+    content = {**copy.deepcopy(config), "bundle_root": str(file.parents[1])}
+    with own_modules(file.parents[1]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = ConfigParser(content).get_parsed_content("network_def")
+    fill(network)
+    torch.save(network.state_dict(), file)
 
 
 def random(network: nn.Module) -> None:
@@ -235,27 +249,60 @@ def write_scan(file: Path, data: np.ndarray, affine: np.ndarray) -> Path:
     return file
 
 
-def run_by_monai(root: Path, scan: Path, kind: str = "json") -> tuple[torch.Tensor, Any]:
-    """Run a bundle's own evaluator in full precision; return its logits (K, *S) and its file."""
-    workflow = ConfigWorkflow(
-        config_file=str(root / "configs" / f"inference.{kind}"),
-        meta_file=str(root / "configs" / "metadata.json"),
-        logging_file=False,
-        workflow_type="inference",
-        bundle_root=str(root),
-        device="$torch.device('cpu')",
-        **{
-            "dataset#data": [{"image": str(scan)}],
-            "dataloader#num_workers": 0,
-            "evaluator#amp": False,
-        },
-    )
-    workflow.initialize()
-    logits: list[torch.Tensor] = []
-    workflow.parser.get_parsed_content("evaluator").add_event_handler(
-        IterationEvents.FORWARD_COMPLETED,
-        lambda engine: logits.append(torch.as_tensor(engine.state.output["pred"]).clone()),
-    )
-    workflow.run()
-    (written,) = (root / "eval").rglob("*.nii.gz")
+def run_by_monai(
+    root: Path,
+    scan: Path | dict[str, str],
+    kind: str = "json",
+    *,
+    run: str = "run",
+    first: str = "",
+    **values: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Run a bundle's own evaluator in full precision; return its logits (K, *S) and its file.
+
+    Args:
+        scan: the file of `image`, or every image key with its file.
+        run: the key of the expressions that run it.
+        first: how the name of the wanted file begins, where several are written.
+        values: more of the config, by ids with `__` for `#`.
+    """
+    images = scan if isinstance(scan, dict) else {"image": str(scan)}
+    with warnings.catch_warnings(), own_modules(root):
+        warnings.simplefilter("ignore")
+        workflow = ConfigWorkflow(
+            config_file=str(root / "configs" / f"inference.{kind}"),
+            meta_file=str(root / "configs" / "metadata.json"),
+            logging_file=False,
+            workflow_type="inference",
+            run_id=run,
+            bundle_root=str(root),
+            device="$torch.device('cpu')",
+            **{
+                "dataset#data": [images],
+                "dataloader#num_workers": 0,
+                "evaluator#amp": False,
+                **{key.replace("__", "#"): value for key, value in values.items()},
+            },
+        )
+        workflow.initialize()
+        logits: list[torch.Tensor] = []
+        workflow.parser.get_parsed_content("evaluator").add_event_handler(
+            IterationEvents.FORWARD_COMPLETED,
+            lambda engine: logits.append(torch.as_tensor(engine.state.output["pred"]).clone()),
+        )
+        workflow.run()
+    (written,) = (root / "eval").rglob(f"{first}*.nii.gz")
     return logits[0][0], nib.load(written)
+
+
+@contextmanager
+def own_modules(root: Path) -> Iterator[None]:
+    """Let MONAI import a bundle's `scripts`, as where it runs in the bundle's folder."""
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+            del sys.modules[name]

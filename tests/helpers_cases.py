@@ -173,6 +173,11 @@ class Place:
         words = (*(scans or [self.scan]), "--model", self.model, "--out", self.out)
         return seg3dcam("explain", *words, *pictures, *options)
 
+    def explain_by_default(self, *options: object, scans: Sequence[Path] = ()) -> Outcome:
+        """The same into the default folder."""
+        words = (*(scans or [self.scan]), "--model", self.model, "--format", "nifti")
+        return seg3dcam("explain", *words, *options)
+
     def volume(self, name: str) -> np.ndarray:
         """Return the voxels of a NIfTI file of the case."""
         return np.asarray(nib.load(self.out / name).dataobj)

@@ -103,7 +103,7 @@ BAD_SCANS = {
     ),
     "4-D where 3-D is meant": (
         lambda place: write_scan(place.scan, np.stack([voxels()] * 2, axis=-1)),
-        ["scan scan has 2 channels, the model takes 1", "Channels are the 4th axis"],
+        ["the scan has 2 channels, the model takes 1", "Channels are the 4th axis"],
     ),
     "5-D": (
         lambda place: write_scan(place.scan, np.ones((*SHAPE, 2, 3), np.float32)),
@@ -172,7 +172,7 @@ def test_channels_on_different_grids(place):
 
 def test_too_few_channels(tmp_path):
     place = Place.at(tmp_path, gains=[[0, 0], [10, 0], [30, 0]])
-    refused(place, 1, ["scan scan has 1 channel, the model takes 2", "one file each"])
+    refused(place, 1, ["the scan has 1 channel, the model takes 2", "one file each"])
 
 
 def test_form_codes_of_zero_only_warn(place):
@@ -579,7 +579,9 @@ def test_bad_job(place, change, said):
 
 def test_several_problems_are_said_at_once(place):
     job = write_yaml(place.folder / "job.yaml", {"metod": "x", "threshold": 2, "slices": 3})
-    lines = seg3dcam("explain", "--config", job).err.splitlines()
+    problems, usage, _ = seg3dcam("explain", "--config", job).err.partition("Usage: ")
+    assert usage
+    lines = problems.splitlines()
     assert lines[0].endswith("job.yaml:")
     keys = [line.split(":")[0].strip() for line in lines[1:]]
     assert keys == ["metod", "model", "scan", "slices", "threshold"]

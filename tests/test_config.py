@@ -22,6 +22,7 @@ from seg3dcam.config import (
     NnunetSpec,
     Prepare,
     Window,
+    read_json,
     read_yaml,
     validate,
 )
@@ -223,6 +224,26 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
 def test_illegal(kind, content, said):
     with pytest.raises(ConfigError, match=said):
         validate(content, kind, "file.yaml")
+
+
+def test_whatever_is_given_is_shown_short():
+    for given, shown in (
+        (10**5000, "a number of thousands of digits"),
+        ("x" * 5000, r"'x{30,40}\.\.\.x{30,40}'"),
+        (torch.zeros(3), "Tensor"),
+    ):
+        with pytest.raises(ConfigError, match=f"mode: .*, got {shown}$"):
+            validate({"roi_size": 8, "mode": given}, Window, "model.yaml")
+
+
+def test_json_of_any_depth_is_read_or_refused(tmp_path):
+    file = tmp_path / "content.json"
+    file.write_text('{"a": ' + "[" * 63 + "]" * 63 + "}")
+    assert list(read_json(file)) == ["a"]
+    for depth in (80, 900, 100_000):
+        file.write_text('{"a": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ConfigError, match=r"content\.json: .*nested too deeply; legal are 64"):
+            read_json(file)
 
 
 def test_settings_cannot_be_changed():

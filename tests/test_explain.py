@@ -274,7 +274,7 @@ def test_a_scan_of_another_number_of_channels_is_refused() -> None:
     model, voxels = two_classes()
     model = SegModel(model.module, model.class_names, in_channels=1)
     scan = load_scan(np.stack([voxels, voxels]), np.eye(4))
-    with pytest.raises(ModelError, match="scan scan has 2 channels, the model takes 1"):
+    with pytest.raises(ModelError, match="the scan has 2 channels, the model takes 1"):
         explain(scan, model, 1, layers="0")
 
 

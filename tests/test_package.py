@@ -26,7 +26,9 @@ LEVELS = [
         "operations",
         "paths",
         "untouched",
+        "words",
     },
+    {"case_folder"},
     {"outputs", "ensemble"},
     {"layers", "targets", "methods", "windows", "inputs"},
     {"layouts"},
@@ -36,14 +38,16 @@ LEVELS = [
     {"probe"},
     {"engine"},
     {"cam"},
-    {"cams", "attributions", "series", "torchio_images"},
-    {"scan", "demo"},
+    {"cams", "attributions", "readers", "series", "torchio_images"},
+    {"scan", "demo", "documents"},
     {"config", "look", "truth"},
     {"models", "explanation"},
     {"explain", "findings"},
     {"features"},
     {"review", "evaluate"},
     {"export"},
+    {"case_record"},
+    {"case_keys"},
     {"asked", "case"},
     {"integrations", "cohort"},
     {"cli"},
@@ -184,6 +188,36 @@ def test_imports_run_one_way(path):
         if package == "seg3dcam" and other != own:
             assert other in LEVEL, f"{relative(path)} imports {name}"
             assert LEVEL[other] < LEVEL[own], f"{relative(path)} must not import {name}"
+
+
+# --------------------------------------------------------------------------------- what is tracked
+
+#: Bytes of the largest file that may be tracked: everybody who clones the project loads it.
+LARGEST = 2_000_000
+
+
+def too_large(folder):
+    """Return the tracked files of a repository that are larger than that."""
+    command = ["git", "-C", str(folder), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    files = [folder / name for name in listed.split("\0") if name]
+    assert files
+    return [str(f.relative_to(folder)) for f in files if f.is_file() and f.stat().st_size > LARGEST]
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / ".git").exists(), reason="no repository, but a copy")
+def test_no_large_file_is_tracked():
+    assert too_large(PACKAGE.parent) == []
+
+
+def test_a_large_file_would_be_found(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "f.nii.gz").write_bytes(bytes(LARGEST + 1))
+    (tmp_path / "small").write_bytes(bytes(LARGEST))
+    (tmp_path / "untracked").write_bytes(bytes(LARGEST + 1))
+    subprocess.run(["git", "-C", str(tmp_path), "add", "big", "small"], check=True)
+    assert too_large(tmp_path) == ["big/f.nii.gz"]
 
 
 # ----------------------------------------------------------------------------------------- habits

@@ -86,8 +86,8 @@ def test_a_name_that_is_asked_for_is_shown(tmp_path):
     with_name = contents(place.out)
     assert json.loads(with_name["case.json"])["case"] == "Fall 7 <ä>"
     assert b"Fall 7" in with_name["report.html"]
-    assert place.explain(*options).code == 0
-    without = contents(place.out)
+    assert place.explain(*options, "--out", tmp_path / "without").code == 0
+    without = contents(tmp_path / "without")
     pictures = [name for name in without if name.endswith(".png")]
     assert pictures
     assert all(without[name] != with_name[name] for name in pictures if "profile" not in name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
-from seg3dcam.scan import Scan, corner_gap, load_scan
+from seg3dcam.scan import Scan, corner_gap, load_labels, load_scan
 
 OBLIQUE = np.array(
     [
@@ -86,7 +87,7 @@ def test_equals_nibabel(tmp_path_factory, shape, channels, dtype, suffix, versio
 def test_slabs_are_joined_without_a_seam(tmp_path, rng, monkeypatch):
     voxels = rng.integers(-1000, 3000, (5, 6, 7, 2)).astype(np.int16)
     path = save(tmp_path / "ct.nii.gz", voxels)
-    monkeypatch.setattr("seg3dcam.scan._SLAB_VOXELS", 5 * 6 * 3)
+    monkeypatch.setattr("seg3dcam.readers.plan.SLAB_VOXELS", 5 * 6 * 3)
     np.testing.assert_array_equal(load_scan(path).data.numpy(), np.moveaxis(voxels, -1, 0))
 
 
@@ -279,9 +280,9 @@ def test_missing_folder_and_suffix(tmp_path):
         load_scan(tmp_path / "no.nii")
     with pytest.raises(ScanError, match=r"is a folder. Legal: one .nii or .nii.gz file.*dcm2niix"):
         load_scan(str(tmp_path))
-    for name, found in (("a.nrrd", "'.nrrd'"), ("a", "''")):
+    for name, found in (("a.gipl", "'.gipl'"), ("a", "''")):
         (tmp_path / name).write_bytes(b"NRRD0004")
-        with pytest.raises(ScanError, match=rf"ends with {found}. Legal: .nii, .nii.gz. Convert"):
+        with pytest.raises(ScanError, match=rf"ends with {found}. Legal: .nii, .*.mgz. Convert"):
             load_scan(tmp_path / name)
     with pytest.raises(ScanError, match=r"the file cannot be read \(File name too long\)"):
         load_scan("x" * 300 + ".nii")
@@ -482,3 +483,75 @@ def test_constant_scan(tmp_path, rng):
         load_scan(path)
     with pytest.warns(Seg3dcamWarning, match=r"channel 1 is constant: all voxels are 0"):
         load_scan(np.stack([rng.random((4, 5, 6)), np.zeros((4, 5, 6))]), OBLIQUE)
+
+
+# ------------------------------------------------------------------- what no header should hold
+
+
+def _field(path, offset, kind, *values):
+    edit_header(path, offset, np.array(values, kind).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "values", "found"),
+    [
+        (108, "<f4", [np.inf], r"vox_offset is inf. Legal: the byte at which the voxels start"),
+        (108, "<f4", [np.nan], r"vox_offset is nan"),
+        (108, "<f4", [-8], r"vox_offset is -8"),
+        (108, "<f4", [3e38], r"vox_offset is 3"),
+        (108, "<f4", [2**30], r"cut short"),
+        (40, "<i2", [0], r"not a NIfTI|header cannot be used|dim\[0\] is 0"),
+        (40, "<i2", [-3], r"a.nii: "),
+        (40, "<i2", [300], r"a.nii: "),
+        (42, "<i2", [-4], r"dim is \[-4, 5, 6\]. Legal: whole numbers from 1 up"),
+        (42, "<i2", [0], r"the volume has no voxels"),
+        (42, "<i2", [32767, 32767, 32767], r"cut short: it holds at most 960 of the"),
+        (70, "<i2", [9999], r"header cannot be used \(data code 9999"),
+        (70, "<i2", [32], r"complex64"),
+        (70, "<i2", [128], r"colour \(RGB\)"),
+        (112, "<f4", [np.inf, 0], r"scl_slope is inf"),
+        (80, "<f4", [np.nan], r"pixdim is"),
+        (344, "u1", [0], r"not a NIfTI file"),
+    ],
+    ids=lambda value: str(value).replace(" ", "") if isinstance(value, list) else "",
+)
+def test_nifti_fields_outside_of_their_schema(tmp_path, rng, offset, kind, values, found):
+    path = save(tmp_path / "a.nii", rng.random((4, 5, 6)))
+    _field(path, offset, kind, *values)
+    with pytest.raises(ScanError, match=found) as error:
+        load_scan(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("slope", [0, np.nan])
+def test_a_slope_that_is_none(tmp_path, rng, slope):
+    path = save(tmp_path / "a.nii", rng.integers(1, 9, (4, 5, 6)).astype(np.int16))
+    _field(path, 112, "<f4", slope, 7)
+    np.testing.assert_array_equal(load_scan(path).data[0].numpy(), nib.load(path).get_fdata())
+
+
+def test_odd_fields_that_nibabel_repairs_are_said(tmp_path, rng, caplog):
+    path = save(tmp_path / "a.nii", rng.random((4, 5, 6)), np.diag([1, 1, 3, 1]), qform=0)
+    _field(path, 76, "<f4", 7)  # qfac
+    _field(path, 252, "<i2", 99)  # qform_code
+    with pytest.warns(Seg3dcamWarning, match=r"header is odd.*qform_code 99 not valid"):
+        load_scan(path)
+    assert not caplog.records  # nibabel prints nothing by itself
+
+
+def test_paths_that_are_none(tmp_path):
+    (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
+    with pytest.raises(ScanError, match=r"loop.nii: the file cannot be read"):
+        load_scan(tmp_path / "loop.nii")
+    (tmp_path / "folder.nii").mkdir()
+    with pytest.raises(ScanError, match=r"folder.nii"):
+        load_scan(tmp_path / "folder.nii")
+    with pytest.raises(ScanError, match=r"must not hold the character NUL"):
+        load_scan("a\0b.nii")
+    with pytest.raises(ScanError, match=r"must not hold the character NUL"):
+        load_labels("a\0b.nii")
+    os.mkfifo(tmp_path / "pipe.nii")
+    with pytest.raises(ScanError, match=r"pipe.nii is no regular file"):
+        load_scan([tmp_path / "pipe.nii"])
+    with pytest.raises(ScanError, match=r"no such file.*Legal: a file \(.nii.*DICOM series"):
+        load_labels(tmp_path / "gone.mha")

@@ -13,6 +13,8 @@ from xml.etree import ElementTree as ET
 import numpy as np
 from numpy.typing import NDArray
 
+from seg3dcam.words import printable
+
 #: Slice view -> its x and y axis and its normal in RAS: radiological, as Slicer has them.
 VIEWS = {
     "Red": ((-1, 0, 0), (0, 1, 0), (0, 0, 1)),
@@ -210,7 +212,7 @@ def _add(
     links: Mapping[str, str] | None = None,
 ) -> None:
     """Append a node; `links` is role -> identifiers of other nodes."""
-    found = {"id": identifier} | {key: _plain(text) for key, text in settings.items() if text}
+    found = {"id": identifier} | {key: printable(text) for key, text in settings.items() if text}
     if links:
         found["references"] = "".join(f"{role}:{to};" for role, to in links.items())
     ET.SubElement(root, tag, found)
@@ -229,11 +231,6 @@ def _attributes(values: Mapping[str, str]) -> str:
     return ";".join(
         f"{key}:{value.replace('%', '%25').replace(';', '%3B')}" for key, value in values.items()
     )
-
-
-def _plain(text: str) -> str:
-    """Return a text without line breaks, and without the letters that XML forbids."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _numbers(values: Sequence[float] | NDArray[np.float64]) -> str:

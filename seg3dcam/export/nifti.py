@@ -25,6 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
 from seg3dcam.files import as_path, atomic
+from seg3dcam.readers.frames import FRAMES, Frame, agree, form_of
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
 __all__ = ["write_nifti"]
@@ -56,8 +57,9 @@ def write_nifti(
     - `affine`: (4, 4) voxel -> RAS mm, stored in float32 as NIfTI-1 does.
     - `reference`: the header of the scan that the volume belongs to. On the same grid (within
       0.001 mm) its qform and sform are copied bit by bit, so every program puts the volume where it
-      puts the scan. On another grid only its codes are taken. A form that it leaves out (code 0)
-      is filled from the affine, with the other's code, or 1 (scanner) if it leaves out both.
+      puts the scan. On another grid only its codes are taken. A form that it leaves out (code 0),
+      or that says another place than `affine`, is filled from the affine, with the other's code, or
+      1 (scanner) if it leaves out both.
     - `intent_name`, `description`: plain ASCII, at most 15 and 79 characters; more is cut off,
       accents are dropped, other characters become "?".
     - `display_range`: values that viewers show as black and white; None leaves it open. Labels
@@ -188,38 +190,48 @@ def _set_forms(
     path: Path,
 ) -> None:
     """Fill both forms: ITK refuses a file that has only a sheared sform."""
-    qcode, scode = _codes(reference)
-    source = reference if _same_grid(header, affine, reference) else None
-    if source is not None and qcode:
-        _copy(_QFORM, source, header)
-        header["pixdim"][:4] = source["pixdim"][:4]  # spacing and handedness of the qform
-        header["qform_code"] = qcode
+    codes = {f: 0 if reference is None else int(reference[f"{f}_code"]) for f in FRAMES}
+    kept = _forms_to_keep(header, affine, reference)
+    if kept:  # a form that says another place lends its code to none
+        codes = {form: codes[form] if form in kept else 0 for form in FRAMES}
+    any_code = codes["qform"] or codes["sform"] or _SCANNER
+    if reference is not None and "qform" in kept:
+        _copy(_QFORM, reference, header)
+        header["pixdim"][:4] = reference["pixdim"][:4]  # spacing and handedness of the qform
+        header["qform_code"] = codes["qform"]
     else:
-        header.set_qform(affine, code=qcode or scode or _SCANNER)
+        header.set_qform(affine, code=codes["qform"] or any_code)
         _warn_of_shear(header, affine, path)
-    if source is not None and scode:
-        _copy(_SFORM, source, header)
-        header["sform_code"] = scode
+    if reference is not None and "sform" in kept:
+        _copy(_SFORM, reference, header)
+        header["sform_code"] = codes["sform"]
     else:
-        header.set_sform(affine, code=scode or qcode or _SCANNER)
+        header.set_sform(affine, code=codes["sform"] or any_code)
 
 
-def _codes(reference: nib.Nifti1Header | None) -> tuple[int, int]:
-    if reference is None:
-        return 0, 0
-    return int(reference["qform_code"]), int(reference["sform_code"])
-
-
-def _same_grid(
+def _forms_to_keep(
     header: nib.Nifti1Header,
     affine: npt.NDArray[np.float64],
     reference: nib.Nifti1Header | None,
-) -> bool:
+) -> set[Frame]:
+    """Return which forms of the reference say this affine's place, and so may be copied.
+
+    A scan whose two forms are apart lies at one of them: a copy of the other would put the volume
+    elsewhere in the programs that read it.
+    """
     shape = header.get_data_shape()
     if reference is None or tuple(reference.get_data_shape()[:3]) != shape:
-        return False
+        return set()
     # Without regard to the reference's unit: one in metres is not copied into a file in mm.
-    return corner_gap(reference.get_best_affine(), affine, shape) <= SAME_GRID_MM
+    there = [form for form in FRAMES if int(reference[f"{form}_code"]) > 0]
+    forms = {form: form_of(reference, form) for form in there}
+    places = {form: place for form, place in forms.items() if place is not None}
+    if not any(corner_gap(place, affine, shape) <= SAME_GRID_MM for place in places.values()):
+        return set()
+    pairs = {form: (place, affine) for form, place in places.items()}
+    if "qform" in places:
+        pairs["qform"] = (affine, places["qform"])
+    return {form for form, (sform, qform) in pairs.items() if agree(sform, qform, shape)}
 
 
 def _copy(fields: tuple[str, ...], source: nib.Nifti1Header, target: nib.Nifti1Header) -> None:

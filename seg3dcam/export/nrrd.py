@@ -24,6 +24,7 @@ from seg3dcam.errors import OutputError
 from seg3dcam.export.nifti import as_stored, checked_affine, checked_volume, gzipped, slabs
 from seg3dcam.files import as_path, atomic
 from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.words import printable
 
 __all__ = ["Segment", "segment", "write_nrrd", "write_segments"]
 
@@ -289,4 +290,4 @@ def _write(
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n")
+    return printable(text).replace("\\", "\\\\")

@@ -148,6 +148,11 @@ class SlicerScene:
         _write_bundle(bundle, _safe(self._case), self._xml(self._grid, "Data/"), files)
         return [scene, bundle, *files]
 
+    @property
+    def scan_files(self) -> list[Path]:
+        """The volumes of the scan's channels, in their order."""
+        return [self._folder / volume.file for volume in self._scans]
+
     def _add_channels(self, scan: Scan) -> None:
         """Write every channel as a volume of its own: Slicer refuses 4-D ones."""
         several = len(scan.data) > 1

@@ -6,7 +6,8 @@ CamCallback   the same, for Lightning (extra `lightning`)
 CamInferer    a MONAI inferer that gives maps in place of logits
 Camd          a MONAI dictionary transform for post-processing
 
-In a plain loop one line does it: `GradCAM(model, "decoder.2")(batch, target=1).save("cam.nii.gz")`.
+In a plain loop one line does it, of a batch of plain tensors too:
+`GradCAM(model, "decoder.2")(batch, 1).save("cam.nii.gz", affine=np.eye(4), item=0)`.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class EpochCams:
     def _write(self, network: nn.Module, image: torch.Tensor, epoch: int, case: int) -> list[Path]:
         if image.ndim != 4:
             raise InputError(
-                f"an image to be explained is (C, D, H, W), without a batch; got "
-                f"{tuple(image.shape)}"
+                "an image to be explained is (C, D, H, W), one item of a batch, without a batch; "
+                f"got {tuple(image.shape)}" + (": give batch[0]" if image.ndim == 5 else "")
             )
         with torch.inference_mode(False):
             with torch.device("cpu"):  # a MetaTensor is made on the default device

@@ -16,6 +16,7 @@ from seg3dcam.outputs import OutputSelection
 from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
+from seg3dcam.words import printable
 
 
 def as_is(scan: Scan) -> MetaTensor:
@@ -29,7 +30,8 @@ class SegModel:
 
     Attributes:
         module: channel-first input (B, C, *S), logits (B, K, *S).
-        class_names: one for each of the K channels; empty if unknown.
+        class_names: one for each of the K channels; empty if unknown. Of characters that are not
+            printable, such as line breaks, spaces are made.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
         restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
@@ -38,6 +40,7 @@ class SegModel:
         window: the sliding window, None for the whole scan at once.
         output: which of several outputs are the logits.
         in_channels: channels that the network takes, None if unknown.
+        scan_channels: channels that a scan has, where `prepare` adds some. None: `in_channels`.
         name: for provenance.
         spec: the settings that all of this was made from, for provenance.
 
@@ -54,8 +57,13 @@ class SegModel:
     window: WindowPlan | None = None
     output: OutputSelection = None
     in_channels: int | None = None
+    scan_channels: int | None = None
     name: str = "model"
     spec: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make the names fit for files, pages and headers, whoever gave them."""
+        object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
 
     def class_index(self, name: str | int) -> int:
         """Return the channel of a class given by name or index.
@@ -79,11 +87,11 @@ class SegModel:
 
     def check_scan(self, scan: Scan) -> None:
         """Raise ModelError unless the scan has as many channels as the network takes."""
-        channels = len(scan.data)
-        if self.in_channels is not None and channels != self.in_channels:
+        channels, wanted = len(scan.data), self.scan_channels or self.in_channels
+        if wanted is not None and channels != wanted:
             raise ModelError(
-                f"scan {scan.name} has {channels} channel{'s' * (channels > 1)}, the model takes "
-                f"{self.in_channels}. Channels are the 4th axis of one NIfTI file, or one file "
+                f"{scan.title} has {channels} channel{'s' * (channels > 1)}, the model takes "
+                f"{wanted}. Channels are the 4th axis of one NIfTI file, or one file "
                 "each, in the order of the training"
             )
 

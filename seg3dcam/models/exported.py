@@ -6,7 +6,10 @@ shape. A TorchScript file takes no hooks at all; its weights go into the network
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from seg3dcam.config import ExportedSpec
 from seg3dcam.errors import ModelError
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.prepare import build_preparation
-from seg3dcam.models.state import check_finite, is_torchscript
+from seg3dcam.models.state import check_file, check_finite
+from seg3dcam.models.torchscript import is_torchscript
 
 #: How a file of another kind can be used.
 _BY_FACTORY = (
@@ -40,12 +44,17 @@ def build(spec: ExportedSpec, path: Path, trust: bool) -> SegModel:
     """
     file = path.parent / spec.exported
     program = load_program(file, trust)
-    module = torch.export.unflatten(program)
+    try:
+        module = torch.export.unflatten(program)
+        shape = _input_shape(program)
+        _check_mode(program, file)
+        check_finite(dict(module.state_dict()), file.name)
+    except ModelError:
+        raise
+    except Exception as error:  # of a graph that torch.export would not make
+        raise ModelError(f"{file.name}: this exported program cannot be used: {error}") from error
     # Windows are checked below; where its layers lie is measured with inputs of other sizes.
     module.check_input_constraints = False
-    shape = _input_shape(program)
-    check_finite(dict(module.state_dict()), file.name)
-    _check_mode(program, file)
     plan = spec.window.plan() if spec.window else None
     _check_window(plan, shape, file)
     return SegModel(
@@ -67,8 +76,7 @@ def load_program(file: Path, trust: bool) -> Any:
     Raises:
         ModelError: no such file, another kind of file, or no trust.
     """
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file (paths are relative to the model's YAML)")
+    check_file(file, "file")
     if is_torchscript(file):
         raise ModelError(
             f"{file.name}: a TorchScript model takes no hooks: " + _BY_FACTORY.format(file.name)
@@ -84,7 +92,7 @@ def load_program(file: Path, trust: bool) -> Any:
             "know where it comes from, allow it with --trust (trust=True)"
         )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_log():
             warnings.simplefilter("ignore")
             return torch.export.load(str(file))
     except Exception as error:
@@ -93,6 +101,17 @@ def load_program(file: Path, trust: bool) -> Any:
             f"{file.name}: cannot be read as an exported program ({first_line}); legal is what "
             "torch.export.save wrote. A state dict: " + _BY_FACTORY.format(file.name)
         ) from error
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep the traceback to itself that PyTorch logs of a damaged file; the error says it, too."""
+    log = logging.getLogger("torch.export")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _input_shape(program: Any) -> tuple[int | None, ...]:

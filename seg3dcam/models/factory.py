@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 from seg3dcam.config import ModelSpec
 from seg3dcam.errors import ModelError, Seg3dcamWarning, nearest
 from seg3dcam.models.base import SegModel
+from seg3dcam.models.beside import modules_beside
+from seg3dcam.models.networks import check_arguments, imported, network_class
 from seg3dcam.models.prepare import build_preparation
 from seg3dcam.models.state import check_finite, check_fit, read_state, without_prefix
-
-#: Networks from here are built without being asked for trust; anything else is foreign code.
-TRUSTED = ("monai.networks.nets", "dynamic_network_architectures", "torchvision.models")
 
 
 def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
@@ -25,14 +23,14 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
 
     Args:
         path: the file that holds the spec; weights are relative to it.
-        trust: allow a factory from outside of MONAI, dynamic_network_architectures and
-            torchvision: importing and calling it runs its code.
+        trust: allow any factory, also from a module beside the file, with any arguments: importing
+            and calling it runs its code. Without it, `networks` tells what may be built.
 
     Raises:
         ModelError: the factory or the weights cannot be used.
     """
     module = _build(spec, path, trust)
-    _load_weights(module, spec, path)
+    _load_weights(module, spec, path, trust)
     return SegModel(
         module=module.eval(),
         class_names=tuple(spec.classes),
@@ -47,26 +45,27 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
 
 
 def _build(spec: ModelSpec, path: Path, trust: bool) -> nn.Module:
+    if not trust:
+        network = network_class(spec.factory, path.name)
+        check_arguments(network, spec.arguments, path.name)
+        return _called(network, spec, path)
+    with modules_beside(path.parent):
+        return _called(_factory(spec, path), spec, path)
+
+
+def _factory(spec: ModelSpec, path: Path) -> Any:
+    """Return whatever a trusted spec names, from beside its file or from what is installed."""
     place, name = spec.factory.split(":")
-    if not trust and not any(place == t or place.startswith(t + ".") for t in TRUSTED):
-        raise ModelError(
-            f"{path.name}: factory {spec.factory} is not from {', '.join(TRUSTED)}; importing it "
-            "would run its code. If you know it, allow it with --trust (trust=True)"
-        )
-    try:
-        factory: Any = importlib.import_module(place)
-    except ImportError as error:
-        raise ModelError(f"{path.name}: factory {spec.factory}: {error}") from error
+    factory = imported(place, f"{path.name}: factory {spec.factory}")
     for part in name.split("."):
         if not hasattr(factory, part):
-            known = [n for n in dir(factory) if isinstance(getattr(factory, n), type)]
+            known = [n for n in dir(factory) if isinstance(getattr(factory, n, None), type)]
             raise ModelError(f"{path.name}: no {part!r} in {place}: {nearest(part, known)}")
         factory = getattr(factory, part)
-    if not trust and not (isinstance(factory, type) and issubclass(factory, nn.Module)):
-        raise ModelError(
-            f"{path.name}: factory {spec.factory} is no torch.nn.Module class; to call it all the "
-            "same, allow it with --trust (trust=True)"
-        )
+    return factory
+
+
+def _called(factory: Any, spec: ModelSpec, path: Path) -> nn.Module:
     try:
         module = factory(**spec.arguments)
     except Exception as error:
@@ -80,7 +79,7 @@ def _build(spec: ModelSpec, path: Path, trust: bool) -> nn.Module:
     return module
 
 
-def _load_weights(module: nn.Module, spec: ModelSpec, path: Path) -> None:
+def _load_weights(module: nn.Module, spec: ModelSpec, path: Path, trust: bool) -> None:
     if spec.weights == "random":
         warnings.warn(
             f"{path.name}: the network has random weights, as asked; its maps mean nothing",
@@ -89,7 +88,7 @@ def _load_weights(module: nn.Module, spec: ModelSpec, path: Path) -> None:
         )
         return
     file = path.parent / spec.weights
-    state = without_prefix(read_state(file))
+    state = without_prefix(read_state(file, trust=trust))
     check_fit(module, state, file.name, f"{spec.factory} as {path.name} builds it")
     check_finite(state, file.name)
     module.load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,24 @@ SOURCES: dict[str, tuple[type[Any], str]] = {
 SHORT = ("bundle", "nnunet")
 
 
-def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> SegModel:
+def load_model(
+    source: str | Path,
+    *,
+    trust: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> SegModel:
     """Build a model and load its weights.
 
     Args:
         source: a model's YAML file, `bundle:DIR` for a MONAI bundle, or `nnunet:FOLDER` for a
             trained nnU-Net v2 folder.
-        trust: allow the model's own code to run: a factory from outside of MONAI,
-            dynamic_network_architectures and torchvision, a bundle's config, or a checkpoint that
-            holds more than tensors.
+        trust: allow the model's own code to run: a factory that is not in the table of networks, or
+            lies beside the YAML, arguments that fetch or read, a bundle's config, an exported
+            program, a TorchScript archive that puts its weights together itself, or a nnU-Net
+            checkpoint that holds more than tensors.
+        overrides: values of a MONAI bundle's config by their ids, as MONAI's own, such as
+            `{"inferer#roi_size": [64, 64, 64]}`; they come on top of those of the file (`set`).
         settings: more settings of the source, such as `folds=[0]` of a nnU-Net folder; they
             replace those of the file.
 
@@ -71,10 +80,27 @@ def load_model(source: str | Path, *, trust: bool = False, **settings: Any) -> S
             "the scan's files in the order of its channels"
         )
     settings_class, module = SOURCES[kind]
+    if overrides:
+        _check_overrides(source, kind, overrides)
+        given["set"] = {**(given.get("set") or {}), **overrides}
     spec = validate(given, settings_class, Path(source).name)
     build: Callable[[Any, Path, bool], SegModel] = importlib.import_module(module).build
     with torch.device("cpu"):  # whatever the default device: weights and checks are on the CPU
         return build(spec, path, trust)
+
+
+def _check_overrides(source: str | Path, kind: str, overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError for overrides of what is no bundle, or that are no mapping."""
+    if kind != "bundle":
+        raise ConfigError(
+            f"{source}: values by ids (overrides, --set id=value) are those of a MONAI bundle's "
+            "config; change the model's YAML"
+        )
+    if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise ConfigError(
+            f"overrides {overrides!r}: ids and their values, such as "
+            "{'inferer#roi_size': [64, 64, 64]}"
+        )
 
 
 def relative_to(folder: Path, source: str) -> str:

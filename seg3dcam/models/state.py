@@ -14,45 +14,37 @@ from safetensors.torch import load_file
 from torch import nn
 
 from seg3dcam.errors import ModelError
+from seg3dcam.models.torchscript import is_torchscript, torchscript_state
 
 #: Where a checkpoint keeps its state dict.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights", "net", "network")
 
+#: The types of numbers that a network's weights and buffers can have.
+_NUMBERS = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
 
-def read_state(file: Path, key: str | None = None) -> Mapping[str, torch.Tensor]:
+#: What the archive of an exported program holds, of PyTorch 2.6 or later.
+_OF_PROGRAMS = ("serialized_exported_program.json", "/models/model.json", "archive_format")
+
+State = Mapping[str, torch.Tensor]
+
+
+def read_state(file: Path, key: str | None = None, *, trust: bool = False) -> State:
     """Read a state dict of tensors, also inside of a checkpoint, without running code.
+
+    What a file is, its content tells; its suffix may say anything.
 
     Args:
         key: where a checkpoint keeps it; None looks at the usual places.
+        trust: allow the code of a TorchScript archive to run where its weights cannot be read
+            otherwise. A pickle is never run.
 
     Raises:
         ModelError: no such file, or it holds something else.
     """
-    if not file.is_file():
-        raise ModelError(f"{file}: no such weights file (paths are relative to the model's YAML)")
-    try:
-        if file.suffix == ".pt2":
-            raise ValueError(
-                "an exported program: load it in Python, torch.save(program.state_dict, file), and "
-                "give that file; or give it as exported"
-            )
-        if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        elif is_torchscript(file):
-            content = torchscript_state(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-        more = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(
-            error
-        )
-        reason = "it holds more than tensors, and reading that could run code" if more else error
-        first_line = (str(reason).strip().splitlines() or [repr(error)])[0]
-        raise ModelError(
-            f"{file.name}: cannot be read as weights ({first_line}). Legal are "
-            ".safetensors and files that torch.load(weights_only=True) reads: a state dict of "
-            "tensors"
-        ) from error
+    content = _content(file, trust)
     for place in (key, *CHECKPOINT_KEYS):
         if isinstance(content, Mapping) and isinstance(content.get(place), Mapping):
             content = content[place]
@@ -65,26 +57,124 @@ def read_state(file: Path, key: str | None = None) -> Mapping[str, torch.Tensor]
             f"{file.name}: no state dict of tensors found. It holds {found}; looked for one under "
             + ", ".join(CHECKPOINT_KEYS)
         )
+    if not content:
+        raise ModelError(f"{file.name}: the state dict holds no tensors: it is empty")
+    for name, value in content.items():
+        _check_entry(name, value, file.name)
     return content
 
 
-def is_torchscript(file: Path) -> bool:
-    """Tell whether a file is a TorchScript archive, which holds code and weights."""
+def _content(file: Path, trust: bool) -> Any:
+    """Return what a file of weights holds."""
+    check_file(file, "weights file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kind of tensor or file is old or in beta state
+            return _read(file, trust)
+    except ModelError:
+        raise
+    except Exception as error:  # the readers raise whatever a damaged file leads them to
+        more = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(
+            error
+        )
+        reason = "it holds more than tensors, and reading that could run code" if more else error
+        first_line = (str(reason).strip().splitlines() or [""])[0]
+        if " " not in first_line:  # no sentence, such as the key of a KeyError
+            first_line = f"it is damaged or no such file: {error!r}"
+        raise ModelError(
+            f"{file.name}: cannot be read as weights ({first_line}). Legal are "
+            ".safetensors and files that torch.load(weights_only=True) reads: a state dict of "
+            "tensors"
+        ) from error
+
+
+def check_file(file: Path, what: str) -> None:
+    """Raise ModelError unless a path leads to a file, and to no folder, device or loop of links."""
+    try:
+        found = file.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ModelError(f"{file}: {what} that cannot be reached: {error.strerror}") from error
+    if not found:
+        raise ModelError(f"{file}: no such {what} (paths are relative to the model's YAML)")
+
+
+def _read(file: Path, trust: bool) -> Any:
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if not start:
+        raise ValueError("it is empty: 0 bytes")
+    if start[8:] == b"{":  # after the length of the header, of which no pickle has as many bytes
+        return load_file(file)
+    names = _names_in_zip(file)
+    if file.suffix == ".pt2" or any(name.endswith(_OF_PROGRAMS) for name in names):
+        raise ValueError(
+            "an exported program: load it in Python, torch.save(program.state_dict, file), and "
+            "give that file; or give it as exported"
+        )
+    if is_torchscript(file):
+        return _torchscript(file, trust)
+    if start.startswith(b"PK") and not names:
+        raise ValueError("it is truncated or damaged: the end of its zip archive is missing")
+    with file.open("rb") as opened:  # of a path, torch.load would believe the suffix
+        return torch.load(opened, map_location="cpu", weights_only=True)
+
+
+def _names_in_zip(file: Path) -> list[str]:
+    """Return the names in a zip archive, none of another file; ValueError for a bomb."""
     if not zipfile.is_zipfile(file):
-        return False
+        return []
     with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        entries = archive.infolist()
+    # PyTorch stores tensors as they are; only source text is compressed.
+    unpacked, packed = sum(entry.file_size for entry in entries), file.stat().st_size
+    if unpacked > 10 * packed + 10_000_000:
+        raise ValueError(f"its {packed} bytes unpack to {unpacked}, as no file of weights does")
+    return [entry.filename for entry in entries]
 
 
-def torchscript_state(file: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a TorchScript archive.
+def _torchscript(file: Path, trust: bool) -> dict[str, torch.Tensor]:
+    """Return the weights of a TorchScript archive; its code runs with trust alone, if it must."""
+    try:
+        state = torchscript_state(file)
+    except Exception as error:
+        if trust:
+            return torch.jit.load(str(file), map_location="cpu").state_dict()
+        raise ModelError(
+            f"{file.name}: the weights of this TorchScript archive cannot be read without running "
+            f"its code: {error}. Save its state dict in Python instead; or, if you know where it "
+            "comes from, allow it with --trust (trust=True)"
+        ) from error
+    if not state:
+        raise ModelError(
+            f"{file.name}: this TorchScript archive has no parameters: a frozen one keeps its "
+            "weights as constants of its code. Save the state dict of the network itself"
+        )
+    return state
 
-    Its own code is TorchScript, which knows no files and no processes, and runs only when it is
-    called; its tensors are read by PyTorch's unpickler in C++, which makes no Python objects.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that TorchScript is old
-        return torch.jit.load(str(file), map_location="cpu").state_dict()
+
+def _check_entry(name: Any, value: torch.Tensor, file: str) -> None:
+    """Raise ModelError for a key or a tensor that is no weight of a network."""
+    if not isinstance(name, str):
+        raise ModelError(
+            f"{file}: the key {name!r} is of type {type(name).__name__}; the keys of a state dict "
+            "are text, such as 'model.0.weight'"
+        )
+    found = (
+        "a nested tensor"
+        if value.is_nested
+        else "on the meta device, without any values"
+        if value.is_meta
+        else f"{'quantized' if value.is_quantized else 'of type'} {value.dtype}"
+        if value.dtype not in _NUMBERS
+        else f"sparse ({value.layout})"
+        if value.layout != torch.strided
+        else None
+    )
+    if found:
+        raise ModelError(
+            f"{file}: {name} is {found}. Weights are dense tensors of real numbers with their "
+            "values, such as float32: convert it in Python, and save the state dict again"
+        )
 
 
 def check_fit(
@@ -129,12 +219,12 @@ def check_finite(state: Mapping[str, torch.Tensor], file: str) -> None:
 
 
 def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the prefix that DataParallel or torch.compile puts before every key.
+    """Drop the prefixes that DataParallel and torch.compile put before every key, in any order.
 
     >>> list(without_prefix({"module.weight": torch.zeros(1)}))
     ['weight']
     """
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)

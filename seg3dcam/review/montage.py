@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seg3dcam.errors import ConfigError
 from seg3dcam.review import display, frame
+from seg3dcam.review.closeup import closeup_of, draw_closeup
 from seg3dcam.review.draw import Picture
 from seg3dcam.review.page import build_page, check_suffix, each_slice, make_folder, write_png
 from seg3dcam.review.plan import Review
@@ -22,6 +23,8 @@ MONTAGE_SHAPE = 1.6  # width / height when the number of columns is free
 
 def save_montage(path: str | os.PathLike[str], review: Review, columns: int | None = None) -> Path:
     """Save the review's slices in one PNG, each as a pair: the scan, and the scan with the CAM.
+
+    At the right is a close-up of the CAM's peak.
 
     Args:
         path: the file, ending in .png; its folder is made if missing.
@@ -63,8 +66,20 @@ def draw_montage(review: Review, columns: int | None = None) -> Picture:
         columns = max(1, round(math.sqrt(count * MONTAGE_SHAPE * height / width)))
     columns = min(columns, count)
     rows = [frame.stack_columns(tiles[n : n + columns], 4 * GAP) for n in range(0, count, columns)]
-    body = frame.stack_columns([frame.stack_rows(rows), review.colour_bar], GAP)
+    closer = _draw_closeup(review, beside=len(rows) == 1)
+    body = frame.stack_columns([frame.stack_rows(rows), *closer, review.colour_bar], GAP)
     return build_page(review, body)
+
+
+def _draw_closeup(review: Review, *, beside: bool) -> list[Picture]:
+    """Draw the CAM's peak close up, the scan and the scan with the CAM; nothing without a CAM."""
+    if review.peak is None:
+        return []
+    framed = draw_closeup(review, review.peak, closeup_of(review, review.peak), MONTAGE_SHORT)
+    stack = frame.stack_columns if beside else frame.stack_rows
+    pair = stack(framed)
+    text = f"close-up of the peak, {review.view.index_name} = {review.peak_slice}"
+    return [frame.stack_rows([text_block([text], pair.shape[1]), pair])]
 
 
 def _draw_tile(review: Review, index: int, size: display.Size, side: int) -> Picture:

@@ -221,7 +221,7 @@ def review_explanation(
     Raises:
         InputError, ConfigError: as `review_volumes`, and an unknown layer.
     """
-    mask, truth = explanation.mask, explanation.truth
+    mask, truth = explanation.measured, explanation.truth
     words = (case, explanation.label or explanation.class_name)
     return review_volumes(
         explanation.scan.data[0].numpy(),

@@ -1,4 +1,4 @@
-"""The three planes through the CAM's peak in one picture, the scan above the scan with the CAM."""
+"""The three planes through the CAM's peak in one picture: whole, with the CAM, and close up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from seg3dcam.geometry import spacing_of, to_world
 from seg3dcam.review import display, frame
+from seg3dcam.review.closeup import closeup_of, draw_closeup
 from seg3dcam.review.draw import Picture
 from seg3dcam.review.page import build_page, check_suffix, make_folder, write_png
 from seg3dcam.review.plan import Review
@@ -23,9 +24,9 @@ PLANE_MIDDLE, PLANE_LONG, CELL_SHORT = 460, 900, 220
 def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
     """Save axial, coronal and sagittal plane through the CAM's peak in one PNG.
 
-    The scan alone is above the scan with the CAM; all pictures have one scale. Arrowheads in the
-    margins show where the other two planes cut. Without a CAM the planes go through the middle of
-    the prediction, or else of the scan.
+    The scan alone is above the scan with the CAM, and below them is a close-up of both; each row
+    has one scale. Arrowheads in the margins show where the other two planes cut. Without a CAM the
+    planes go through the middle of the prediction, or else of the scan.
 
     Args:
         path: the file, ending in .png; its folder is made if missing.
@@ -54,6 +55,7 @@ def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
 def draw_planes(review: Review) -> Picture:
     """Draw the three planes, (height, width, 3) uint8 in OpenCV's order."""
     voxel, words = _focus(review)
+    closer = closeup_of(review, voxel)
     planes = [review.along(axis) for axis in ("axial", "coronal", "sagittal")]
     sizes = _sizes(planes)
     cell = (
@@ -61,7 +63,8 @@ def draw_planes(review: Review) -> Picture:
         max(CELL_SHORT, *(size.width for size in sizes)),
     )
     columns = [
-        _draw_plane(plane, voxel, size, cell) for plane, size in zip(planes, sizes, strict=True)
+        _draw_plane(plane, voxel, size, cell, closer)
+        for plane, size in zip(planes, sizes, strict=True)
     ]
     bar = np.pad(review.colour_bar, ((2 * MARGIN, 0), (0, 0), (0, 0)))
     body = frame.stack_columns([*columns, bar], 4 * GAP)
@@ -95,9 +98,13 @@ def _sizes(planes: Sequence[Review]) -> list[display.Size]:
 
 
 def _draw_plane(
-    plane: Review, voxel: Sequence[int], size: display.Size, cell: tuple[int, int]
+    plane: Review,
+    voxel: Sequence[int],
+    size: display.Size,
+    cell: tuple[int, int],
+    closer: float,
 ) -> Picture:
-    """Draw one plane: what it is, the scan, and below it the scan with the CAM."""
+    """Draw one plane: what it is, the scan, the scan with the CAM, and a close-up of both."""
     view = plane.view
     index = voxel[view.slice_axis]
     framed = draw_framed_pair(plane, index, size, cell)
@@ -107,4 +114,9 @@ def _draw_plane(
         frame.put_label(picture, words)
     label = f"{view.axis}  {view.index_name} = {index},  {display.position_text(view, index)}"
     above = text_block([label], framed[0].shape[1])
-    return frame.stack_rows([above, framed[0], np.zeros_like(above[:GAP]), framed[1]])
+    closeups = draw_closeup(plane, voxel, closer, (framed[0].shape[1] - GAP) // 2 - 2 * MARGIN)
+    for picture, words in zip(closeups, ("close-up", "+ CAM"), strict=True):
+        frame.put_label(picture, words)
+    below = frame.stack_columns(closeups, GAP)
+    gap = np.zeros_like(above[:GAP])
+    return frame.stack_rows([above, framed[0], gap, framed[1], gap, below])

@@ -33,6 +33,7 @@ from seg3dcam.geometry import peak_voxel, spacing_of
 from seg3dcam.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review import report_data as data
 from seg3dcam.review import report_maps
+from seg3dcam.review.closeup import closeup_mm
 from seg3dcam.review.display import edge_letters, obliquity_degrees, plan_view
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
@@ -211,7 +212,7 @@ class _Page:
                 "method": explanation.method,
                 "model": str(model.get("name", "")),
                 "score": f"{explanation.score:.4g}",
-                "prediction": self._add_mask(explanation.mask),
+                "prediction": self._add_mask(explanation.measured),
                 "truth": self._add_mask(explanation.truth),
                 "layers": [
                     self._layer(explanation, layer, kept) for layer in explanation.shown_layers
@@ -237,6 +238,7 @@ class _Page:
             "letters": {p: edge_letters(plan_view(scan.shape, affine, p)) for p in planes},
             "oblique": round(degrees) if degrees > 1 else 0,
             "channels": len(scan.data),
+            "closeup": closeup_mm(scan.shape, affine, (0, 0, 0), None, 0),
             "values": [float(f"{value:.6g}") for value in greys.values],
             "window": {"low": window.low, "high": window.high, "text": window.text},
             "presets": WINDOWS if ct else {},
@@ -271,6 +273,7 @@ class _Page:
             "notice": notice,
             "found": shown,
             "peaks": peaks,
+            "closeup": _closeup(explanation, volume, self.look),
             "maps": [] if volume is None else _weights(explanation, names, volume, kept, self.look),
             "profile": None if volume is None else data.map_profile(volume, frame, self.look),
         }
@@ -327,6 +330,12 @@ class _Page:
         for number, part in enumerate(PAGE_SLOT.split(page)):
             yield content[part] if number % 2 else part
 
+    def _id(self) -> str:
+        """Return what tells this page from others: a reader's notes are kept under it."""
+        held = [self.case, *(one["data"] for one in self.maps), *self.masks]
+        held += [one["name"] for one in self.items]
+        return hashlib.sha256("\n".join(held).encode()).hexdigest()[:16]
+
     def _meta(self, slices: data.Slices | None) -> dict[str, Any]:
         stored = (
             {}
@@ -343,6 +352,7 @@ class _Page:
             "version": version("seg3dcam"),
             "date": date.today().isoformat(),
             "case": self.case,
+            "id": self._id(),
             "scan": {**self.scan, "stored": stored},
             "look": {
                 "threshold": self.look.threshold,
@@ -356,6 +366,15 @@ class _Page:
             "masks": list(self.masks.values()),
             "items": self.items,
         }
+
+
+def _closeup(explanation: Explanation, volume: torch.Tensor | None, look: Look) -> float | None:
+    """Return the mm around the peak that a close-up shows; None where there is no peak."""
+    if volume is None:
+        return None
+    strength = look.strength(volume.numpy())
+    peak = peak_voxel(strength)
+    return closeup_mm(volume.shape, explanation.affine, peak, strength, look.threshold)
 
 
 def _weights(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from seg3dcam.review import display, draw, frame
 from seg3dcam.review.draw import Picture
@@ -97,18 +99,27 @@ def draw_framed_pair(
     return raw, overlay
 
 
-def draw_pair(review: Review, index: int, size: display.Size) -> tuple[Picture, Picture]:
-    """Draw the scan alone, and with heat and outlines, each (height, width, 3) and nothing else."""
+def draw_pair(
+    review: Review, index: int, size: display.Size, part: Any = ...
+) -> tuple[Picture, Picture]:
+    """Draw the scan alone, and with heat and outlines, each (height, width, 3) and nothing else.
+
+    `part`: the rows and columns of the slice that are drawn, as an index; all of them by default.
+    """
     view = review.view
-    grey = draw.draw_grey(display.cut(view, review.scan, index), review.window, size)
+
+    def cut(volume: NDArray[Any]) -> NDArray[Any]:
+        return display.cut(view, volume, index)[part]
+
+    grey = draw.draw_grey(cut(review.scan), review.window, size)
     raw = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
     if review.cam is None:
         overlay = raw.copy()
     else:
-        heat = draw.resize_smooth(display.cut(view, review.cam, index), size)
+        heat = draw.resize_smooth(cut(review.cam), size)
         overlay = draw.draw_heat(grey, heat, review.look.threshold, review.palette)
     masks = {
-        name: draw.resize_mask(display.cut(view, mask, index), size)
+        name: draw.resize_mask(cut(mask), size)
         for name, mask in review.masks.items()
         if review.profile.volumes[name][index]
     }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seg3dcam.errors import MissingExtraError, ScanError
+from seg3dcam.series.elements import element, numbers
 
 __all__ = ["Slice", "check_pixels", "is_dicom", "read_header", "read_headers", "read_pixels"]
 
@@ -21,6 +22,8 @@ Array = npt.NDArray[np.float64]
 #: A file with such a name should be DICOM.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DICOMDIR = "1.2.840.10008.1.3.10"
+#: No picture of a scan is packed into a smaller part of its size.
+_BEST_RATIO = 5000
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,33 +46,39 @@ class Slice:
     directions: Array
     steps: Array
 
+    def value(self, keyword: str) -> Any:
+        """Return one of the elements that a scan is read by; see `element`."""
+        return element(self.header, keyword, self.path)
+
     @property
     def is_image(self) -> bool:
         """Whether there are rows and columns of voxels."""
-        return self.header.get("Rows") is not None and self.header.get("Columns") is not None
+        return self.value("Rows") is not None and self.value("Columns") is not None
 
     @property
     def size(self) -> tuple[int, int]:
         """Columns and rows."""
-        return int(self.header.Columns), int(self.header.Rows)
+        return self.value("Columns"), self.value("Rows")
 
     @property
     def frames(self) -> int:
         """How many pictures the file holds."""
-        return int(self.header.get("NumberOfFrames") or 1)
+        return self.value("NumberOfFrames") or 1
 
     @property
     def is_localizer(self) -> bool:
         """Whether it is a scout, which only shows where the slices of other series lie."""
-        return "LOCALIZER" in (self.header.get("ImageType") or ())
+        return "LOCALIZER" in (self.value("ImageType") or ())
 
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is a DICOM file, by its content."""
     try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, ValueError):  # said where the file is read
         return False
 
 
@@ -91,7 +100,7 @@ def read_headers(source: Path | Sequence[Path]) -> list[Slice]:
         if path.suffix.lower() in _SUFFIXES and path not in dicom:
             raise _damaged(path, "it does not start as a DICOM file does")
     found = [read_header(path) for path in dicom]
-    found = [one for one in found if one.header.get("SOPClassUID") != _DICOMDIR]
+    found = [one for one in found if one.value("SOPClassUID") != _DICOMDIR]
     if not found:
         raise ScanError(
             f"{source} is a folder. Legal: one .nii or .nii.gz file, a list of them, one per "
@@ -126,23 +135,22 @@ def read_header(path: Path) -> Slice:
                 path=path,
                 header=header,
                 pixel_bytes=os.fstat(file.fileno()).st_size - file.tell(),
-                position=_numbers(header, "ImagePositionPatient", 3),
-                directions=_numbers(header, "ImageOrientationPatient", 6).reshape(2, 3),
-                steps=_numbers(header, "PixelSpacing", 2)[::-1],  # DICOM gives rows first
+                position=numbers(header, "ImagePositionPatient", 3),
+                directions=numbers(header, "ImageOrientationPatient", 6).reshape(2, 3),
+                steps=numbers(header, "PixelSpacing", 2)[::-1],  # DICOM gives rows first
             )
+            kind = found.value("SOPClassUID")
+            kind = kind or element(header.file_meta, "MediaStorageSOPClassUID", path)
+            ended = kind is None or (
+                "Image Storage" in pydicom.uid.UID(kind).name and not found.is_image
+            )
+    except ScanError:
+        raise
     except Exception as error:  # pydicom raises whatever its parser comes across
-        raise _damaged(path, str(error)) from error
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-    if kind is None or ("Image Storage" in kind.name and not found.is_image):
+        raise _damaged(path, str(error) or type(error).__name__) from error
+    if ended:
         raise _damaged(path, "its header ends early")
     return found
-
-
-def _numbers(header: Any, keyword: str, count: int) -> Array:
-    value = header.get(keyword)
-    if value is None or np.size(value) != count:
-        return np.full(count, np.nan)
-    return np.array(value, dtype=np.float64)
 
 
 # --------------------------------------------------------------------------------------- voxels
@@ -150,22 +158,24 @@ def _numbers(header: Any, keyword: str, count: int) -> Array:
 
 def check_pixels(image: Slice) -> None:
     """Refuse colour, scalings that are no line, and voxels that are not all there; ScanError."""
-    header = image.header
-    photometric, samples = header.get("PhotometricInterpretation"), header.get("SamplesPerPixel", 1)
+    photometric, samples = image.value("PhotometricInterpretation"), image.value("SamplesPerPixel")
+    samples = samples or 1
     if photometric != "MONOCHROME2" or samples != 1:
         raise ScanError(
             f"{image.path}: the picture is {photometric}, {samples} sample(s) per pixel. Legal: "
             "MONOCHROME2, grey from dark to bright. Give the original slices, not screenshots or "
             "colour maps."
         )
-    if "ModalityLUTSequence" in header:
+    if "ModalityLUTSequence" in image.header:
         raise ScanError(
             f"{image.path}: the voxels are scaled by a lookup table (Modality LUT). Legal: Rescale "
             "Slope and Intercept, or none. Convert the series with the program that made it."
         )
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        image.value(keyword)
     columns, rows = image.size
-    plain = columns * rows * int(header.get("BitsAllocated", 16)) // 8
-    wanted = 1 if _is_compressed(header) else plain
+    plain = columns * rows * (image.value("BitsAllocated") or 16) // 8
+    wanted = max(plain // _BEST_RATIO, 1) if _is_compressed(image) else plain
     if image.pixel_bytes < wanted:
         raise _damaged(
             image.path,
@@ -173,9 +183,19 @@ def check_pixels(image: Slice) -> None:
         )
 
 
-def _is_compressed(header: Any) -> bool:
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    return syntax is not None and (syntax.is_compressed or syntax.is_deflated)
+def _is_compressed(image: Slice) -> bool:
+    name = element(image.header.file_meta, "TransferSyntaxUID", image.path)
+    if name is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        syntax = _pydicom().uid.UID(name)
+    if not syntax.is_transfer_syntax:
+        raise ScanError(
+            f"{image.path}: the DICOM element TransferSyntaxUID is {name}. Legal: a transfer "
+            "syntax that DICOM knows. Export the series again from the archive, uncompressed."
+        )
+    return bool(syntax.is_compressed or syntax.is_deflated)
 
 
 def read_pixels(image: Slice) -> npt.NDArray[np.float32]:
@@ -185,12 +205,13 @@ def read_pixels(image: Slice) -> npt.NDArray[np.float32]:
     try:
         found = simple_itk.ReadImage(os.fspath(image.path), imageIO="GDCMImageIO")
         plane = simple_itk.GetArrayViewFromImage(found).reshape(rows, columns)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise ScanError(
             f"{image.path}: the voxels cannot be decoded. The file is damaged, or compressed in a "
             "way that SimpleITK does not know: copy or export it again, uncompressed."
         ) from error
-    return plane.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes inf, which the check of the voxels refuses
+        return plane.astype(np.float32)
 
 
 # --------------------------------------------------------------------------------- what goes wrong

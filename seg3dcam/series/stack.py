@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.series.elements import in_words
 from seg3dcam.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
 
 __all__ = ["Series", "read_series"]
@@ -91,7 +92,7 @@ def _check_one_series(images: Sequence[Slice], where: str) -> None:
     """Refuse several series, with what each of them holds."""
     series: dict[str, list[Slice]] = {}
     for image in images:
-        series.setdefault(str(image.header.get("SeriesInstanceUID")), []).append(image)
+        series.setdefault(str(image.value("SeriesInstanceUID")), []).append(image)
     if len(series) > 1:
         largest_first = sorted(series.values(), key=len, reverse=True)
         each = [f"{_in_words(part)}, such as {part[0].path.name}" for part in largest_first]
@@ -104,12 +105,11 @@ def _in_words(images: Sequence[Slice]) -> str:
 
     For example "series 3 (CT): 120 images of 512 x 512".
     """
-    header = images[0].header
     kinds = Counter(_kind_in_words(image) for image in images).most_common(3)
     counts = ", ".join(kind.format(n=n, s="s" * (n > 1)) for kind, n in kinds)
-    number = header.get("SeriesNumber")
-    name = "a series without number" if number is None else f"series {number}"
-    return f"{name} ({header.get('Modality') or 'no modality'}): {counts}"
+    number = in_words(images[0].header, "SeriesNumber")
+    name = "a series without number" if number in ("none", "None", "") else f"series {number}"
+    return f"{name} ({images[0].value('Modality') or 'no modality'}): {counts}"
 
 
 def _kind_in_words(image: Slice) -> str:
@@ -124,13 +124,13 @@ def _check_images(images: Sequence[Slice], where: str) -> None:
     """Refuse what is no stack of single grey slices with a place."""
     found = f"{where} holds {_in_words(images)}"
     for image in images:
-        header, name = image.header, image.path.name
-        if not image.is_image or header.get("Modality") in {"SEG", "RTDOSE"}:
+        name, modality = image.path.name, image.value("Modality")
+        if not image.is_image or modality in {"SEG", "RTDOSE"}:
             raise ScanError(
-                f"{found}. {name} is no scan but a {header.get('Modality')} object. Give the "
+                f"{found}. {name} is no scan but a {modality} object. Give the "
                 "series that it belongs to: slices of CT, MR or PET."
             )
-        if image.frames > 1 or "PerFrameFunctionalGroupsSequence" in header:
+        if image.frames > 1 or "PerFrameFunctionalGroupsSequence" in image.header:
             raise ScanError(
                 f"{found}. {name} is a multi-frame (enhanced) image. Legal: one file per slice. "
                 "Export the series as single-frame (classic) DICOM, or convert it to NIfTI "
@@ -232,10 +232,10 @@ def _normal(images: Sequence[Slice]) -> Array:
 
 
 def _several_at_one_place(images: Sequence[Slice], depths: Array, where: str) -> ScanError:
-    uids = Counter(str(image.header.get("SOPInstanceUID")) for image in images)
+    uids = Counter(str(image.value("SOPInstanceUID")) for image in images)
     uid, copies = uids.most_common(1)[0]
     if copies > 1 and uid != "None":
-        names = [i.path.name for i in images if i.header.get("SOPInstanceUID") == uid]
+        names = [i.path.name for i in images if i.value("SOPInstanceUID") == uid]
         return ScanError(
             f"{where}: the same image is there twice: {' and '.join(names[:2])}. Remove one of "
             "them."
@@ -253,7 +253,7 @@ def _several_at_one_place(images: Sequence[Slice], depths: Array, where: str) ->
 
 def _differences(images: Sequence[Slice]) -> Iterator[str]:
     for keyword in _PHASES:
-        values = {str(image.header.get(keyword, "none")) for image in images}
+        values = {in_words(image.header, keyword) for image in images}
         if len(values) > 1:
             yield f"{keyword} {_some(sorted(values))}"
 

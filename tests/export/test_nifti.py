@@ -6,6 +6,7 @@ import errno
 import gzip
 import os
 import tracemalloc
+from contextlib import nullcontext
 
 import nibabel as nib
 import numpy as np
@@ -176,14 +177,21 @@ def test_a_map_lies_on_its_scan(tmp_path, volume, kind, codes):
     np.testing.assert_allclose(header.get_zooms(), nib.affines.voxel_sizes(affine), rtol=1e-6)
 
 
-def test_forms_that_disagree_are_copied_as_they_are(tmp_path, volume):
+@pytest.mark.parametrize("frame", [None, "sform", "qform"])
+def test_of_forms_that_disagree_the_taken_one_is_written_twice(tmp_path, volume, frame):
     image = nib.load(source(tmp_path / "ct.nii", affine_of("oblique"), 1, 4))
     image.set_qform(np.diag([-2.0, 3, 4, 1]), 1)
     nib.save(image, tmp_path / "mni.nii")
-    scan = load_scan(tmp_path / "mni.nii")
+    said = pytest.warns(Seg3dcamWarning, match="two places") if frame is None else nullcontext()
+    with said:
+        scan = load_scan(tmp_path / "mni.nii", frame=frame)
     header = read(write_nifti(tmp_path / "map.nii", volume, scan.affine, reference=scan.header))[2]
-    np.testing.assert_array_equal(header.get_qform(), np.diag([-2.0, 3, 4, 1]))
-    np.testing.assert_array_equal(header.get_sform(), scan.affine)
+    taken = np.diag([-2.0, 3, 4, 1]) if frame == "qform" else image.get_sform()
+    np.testing.assert_array_equal(scan.affine, taken)
+    np.testing.assert_allclose(header.get_qform(), taken, atol=1e-4)
+    np.testing.assert_array_equal(header.get_sform(), taken)
+    code = 1 if frame == "qform" else 4
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (code, code)
 
 
 def test_nothing_else_of_the_source_is_copied(tmp_path, volume):

@@ -205,7 +205,7 @@ def test_a_name_is_one_line_of_utf_8(tmp_path):
     mask = np.ones((1, 1, 1), bool)
     path = write(tmp_path / "a.seg.nrrd", {"Läsion 肝\nSegment0_Color:=9 9 9 \\": mask}, np.eye(4))
     lines = path.read_bytes().split(b"\n\n")[0].decode().splitlines()
-    assert "Segment0_Name:=Läsion 肝\\nSegment0_Color:=9 9 9 \\\\" in lines
+    assert "Segment0_Name:=Läsion 肝 Segment0_Color:=9 9 9 \\\\" in lines
     assert "Segment0_Color:=0 1 1" in lines
 
 

@@ -441,7 +441,7 @@ def test_odd_names_several_classes_and_channels(tmp_path):
     assert len(segments) == 6
     assert segments["../x, prediction"]["voxels"] == 0
     assert segments[f"{names[2]}, prediction"]["voxels"] == 0
-    assert segments["none\n, prediction"]["voxels"] == int(first.mask.sum())
+    assert segments["none , prediction"]["voxels"] == int(first.mask.sum())
     assert len({tuple(one["colour"]) for one in segments.values()}) == 6
     visible = [name for name, one in segments.items() if one["visible"]]
     assert visible == [f"{names[2]}, prediction", f"{names[2]}, truth"]  # of the CAM shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from monai.engines import SupervisedEvaluator
 from scipy import ndimage
 from torch import nn
 
-from seg3dcam import HiResCAM
+from seg3dcam import GradCAM, HiResCAM
 from seg3dcam.errors import (
     ConfigError,
     InputError,
@@ -33,6 +34,7 @@ from seg3dcam.integrations.epoch_cams import images_of
 from seg3dcam.targets import ClassLogit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+README = EXAMPLES.with_name("README.md")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of TensorBoard, MONAI, Lightning
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -249,6 +251,32 @@ def test_images_are_found_in_every_usual_batch(tmp_path):
         images_of({"scan": x})
     with pytest.raises(InputError, match=r"without a batch; got \(1, 4, 4\)"):
         EpochCams(tmp_path).write(Bright(), torch.rand(1, 4, 4), epoch=1, case=0)
+    with pytest.raises(InputError, match=r"got \(2, 1, 4, 4, 4\): give batch\[0\]"):
+        EpochCams(tmp_path).write(Bright(), torch.rand(2, 1, 4, 4, 4), epoch=1, case=0)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "MetaTensor"])
+def test_the_readmes_lines_for_a_loop_of_your_own_work_on_a_batch(kind, tmp_path, monkeypatch):
+    """Of plain tensors as a loader gives them, and of what MONAI gives."""
+    lines = re.findall(r"`((?:GradCAM|EpochCams)\(.*\))`", README.read_text(encoding="utf-8"))
+    assert len(lines) == 2
+    monkeypatch.chdir(tmp_path)
+    network = nn.Module()
+    network.decoder = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.Conv3d(2, 2, 1))
+    network.forward = lambda x: network.decoder(x)
+    nn.init.ones_(network.decoder[0].weight)
+    with torch.no_grad():
+        network.decoder[2].weight.copy_(
+            torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 1, 1)
+        )
+        network.decoder[2].bias.zero_()
+    batch = torch.rand(2, 1, 6, 7, 8) + 1
+    batch = batch if kind == "tensor" else MetaTensor(batch)
+    names = {"GradCAM": GradCAM, "EpochCams": EpochCams, "torch": torch}
+    for line in lines:
+        eval(line, names | {"model": network, "network": network, "batch": batch})
+    assert nib.load("cam.nii.gz").shape == (6, 7, 8)
+    assert list((tmp_path / "cams" / "epoch_0005" / "case_0").glob("*.nii.gz"))
 
 
 # ---------------------------------------------------------------- Lightning

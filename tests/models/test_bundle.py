@@ -219,12 +219,14 @@ def test_weights_come_through_the_handler(kind, tmp_path):
 def test_weights_without_a_handler_are_looked_for_or_missed(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN, change=lambda c: c.update(handlers=[]))
     state = torch.load(root / "models" / "model.pt")
-    assert has(trusted(root), state)
+    with pytest.warns(Seg3dcamWarning, match=r"no CheckpointLoader in it .* models/model.pt is"):
+        assert has(trusted(root), state)
     (root / "models" / "model.pt").unlink()
     with pytest.raises(ModelError, match=r"no weights. inference.json has no CheckpointLoader"):
         trusted(root)
     save_file(state, root / "models" / "model.safetensors")
-    assert has(trusted(root), state)
+    with pytest.warns(Seg3dcamWarning, match=r"models/model.safetensors is taken"):
+        assert has(trusted(root), state)
 
 
 def test_a_network_may_load_its_weights_itself(tmp_path):
@@ -281,6 +283,7 @@ def test_weights_that_change_nothing_are_refused(tmp_path):
         trusted(root)
 
 
+@pytest.mark.filterwarnings("ignore:.*no CheckpointLoader in it")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_weights_of_a_torchscript_file_serve_too(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN, change=lambda c: c.update(handlers=[]))
@@ -485,11 +488,11 @@ def test_preparations_that_lead_nowhere_are_refused(transform, message, tmp_path
 
 def test_a_way_back_that_fails_is_said_and_gone_without(tmp_path):
     def change(config):
-        config["postprocessing"]["transforms"][1]["keys"] = ["pred", "label"]
+        config["postprocessing"]["transforms"][1]["keys"] = ["pred", "other"]
 
     root = write_bundle(tmp_path / "b", SPLEEN, change=change)
     scan = load_scan(noise()[0], affine=OBLIQUE)
-    with pytest.warns(Seg3dcamWarning, match="postprocessing Invertd failed .*label.* linearly"):
+    with pytest.warns(Seg3dcamWarning, match="postprocessing Invertd failed .*other.* linearly"):
         found = explain(scan, trusted(root), ClassLogit(0, "volume"))
     linearly = replace(trusted(root), restore=None)
     assert torch.equal(

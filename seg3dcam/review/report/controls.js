@@ -15,7 +15,8 @@ function jump(at) {
 
 function nextPeak() {
   const peaks = layer().peaks;
-  if (isHidden() || !peaks.length) return;
+  if (isHidden()) return remind();
+  if (!peaks.length) return;
   const here = peaks.findIndex(({ at }) => at.every((index, axis) => index === state.at[axis]));
   jump(peaks[(here + 1) % peaks.length].at); // the first one, if the crosshair is on none
 }
@@ -30,9 +31,22 @@ function middleOfPrediction() {
   });
 }
 
+const MOST_ZOOM = 12;
+const asZoom = (zoom) => Math.min(Math.max(zoom, 1), MOST_ZOOM);
+
 function zoomBy(factor) {
-  const zoom = Math.min(Math.max(state.zoom * factor, 1), 12);
+  const zoom = asZoom(state.zoom * factor);
   show({ zoom, centre: zoom === 1 ? null : state.at.slice() });
+}
+
+const wholePicture = () => show({ zoom: 1, centre: null });
+
+// While the CAM is hidden its keys change nothing: they say what to do instead.
+function remind() {
+  const box = byId("reading");
+  box.scrollIntoView({ block: "nearest" });
+  box.classList.remove("asked");
+  requestAnimationFrame(() => box.classList.add("asked"));
 }
 
 function setWindow(low, high) {
@@ -51,7 +65,7 @@ const KEYS = {
   PageDown: () => moveBy(state.plane, -10),
   Home: () => moveTo(state.plane, 0),
   End: () => moveTo(state.plane, Infinity),
-  " ": () => show({ heat: !state.heat }),
+  " ": () => (isHidden() ? remind() : show({ heat: !state.heat })),
   1: () => show({ plane: "axial" }),
   2: () => show({ plane: "coronal" }),
   3: () => show({ plane: "sagittal" }),
@@ -64,7 +78,7 @@ const KEYS = {
   "+": () => zoomBy(1.25),
   "=": () => zoomBy(1.25),
   "-": () => zoomBy(1 / 1.25),
-  0: () => show({ zoom: 1, centre: null }),
+  0: wholePicture,
   "?": () => byId("help").showModal(),
 };
 
@@ -90,23 +104,67 @@ function listenTo(canvas, plane) {
   let dragged = null;
   let rolled = 0; // slices, upwards
 
-  const point = (event) => {
+  // Canvas pixels of a pointer, and the column and row under it.
+  const under = ({ clientX, clientY }) => {
     const box = canvas.getBoundingClientRect();
     const on = placeOn(canvas, plane, state.zoom, state.centre);
-    const c = Math.floor(((event.clientX - box.left) * devicePixelRatio - on.left) / on.column);
-    const r = Math.floor(((event.clientY - box.top) * devicePixelRatio - on.top) / on.row);
+    const x = (clientX - box.left) * devicePixelRatio;
+    const y = (clientY - box.top) * devicePixelRatio;
+    return { on, x, y, column: (x - on.left) / on.column, row: (y - on.top) / on.row };
+  };
+  const point = (event) => {
+    const { on, column, row: from } = under(event);
+    const [c, r] = [Math.floor(column), Math.floor(from)];
     const at = state.at.slice();
     at[columns] = Math.min(Math.max(c, 0), on.width - 1);
     const row = Math.min(Math.max(r, 0), on.height - 1);
     at[rows] = upwards ? on.height - 1 - row : row;
     show({ at });
   };
+  // Two fingers: what was between them stays between them, and grows as they part.
+  const fingers = new Map();
+  let pinch = null;
+  const between = () => {
+    const [one, two] = [...fingers.values()];
+    return {
+      clientX: (one.clientX + two.clientX) / 2,
+      clientY: (one.clientY + two.clientY) / 2,
+      apart: Math.max(Math.hypot(one.clientX - two.clientX, one.clientY - two.clientY), 1),
+    };
+  };
+  const beginPinch = () => {
+    const { apart, ...middle } = between();
+    pinch = { apart, zoom: state.zoom, ...under(middle) };
+  };
+  const movePinch = () => {
+    const { apart, ...middle } = between();
+    const zoom = asZoom((pinch.zoom * apart) / pinch.apart);
+    const { x, y } = under(middle);
+    const grown = zoom / pinch.zoom;
+    const centre = state.at.slice();
+    centre[columns] = pinch.column + (canvas.width / 2 - x) / (pinch.on.column * grown) - 0.5;
+    const row = pinch.row + (canvas.height / 2 - y) / (pinch.on.row * grown) - 0.5;
+    centre[rows] = upwards ? pinch.on.height - 1 - row : row;
+    show({ zoom, centre: zoom === 1 ? null : centre });
+  };
+
   canvas.onpointerdown = (event) => {
+    if (event.pointerType === "touch") {
+      fingers.set(event.pointerId, event);
+      if (fingers.size === 2) beginPinch();
+      return; // one finger may be about to scroll the page
+    }
     canvas.setPointerCapture(event.pointerId);
     dragged = event.button === 2 ? "window" : "cross";
     if (dragged === "cross") point(event);
   };
   canvas.onpointermove = (event) => {
+    if (fingers.has(event.pointerId)) {
+      fingers.set(event.pointerId, event);
+      if (fingers.size === 2 && pinch) movePinch();
+      else if (!pinch) point(event);
+      return;
+    }
     if (dragged === "cross") point(event);
     if (dragged === "window") {
       const unit = (meta.scan.window.high - meta.scan.window.low) / 400;
@@ -115,7 +173,12 @@ function listenTo(canvas, plane) {
       setWindow(low - wider / 2 + higher, high + wider / 2 + higher);
     }
   };
-  canvas.onpointerup = canvas.onpointercancel = () => (dragged = null);
+  canvas.onpointerup = canvas.onpointercancel = (event) => {
+    dragged = null;
+    if (!fingers.delete(event.pointerId)) return;
+    if (!pinch && event.type === "pointerup") point(event);
+    if (!fingers.size) pinch = null;
+  };
   canvas.oncontextmenu = (event) => event.preventDefault();
   canvas.addEventListener(
     "wheel",
@@ -159,6 +222,7 @@ function listen() {
     schedule();
   };
   matchMedia("(prefers-color-scheme: dark)").onchange = schedule;
+  window.addEventListener("hashchange", readFirstIfAsked);
   new ResizeObserver(schedule).observe(byId("stage"));
 }
 
@@ -185,6 +249,13 @@ function listenToWindow() {
     );
 }
 
+// A link to this file may ask for it, when the page is opened and when it is open.
+function readFirstIfAsked() {
+  const asked = location.hash === "#read-first" && item().prediction !== null;
+  if (asked && !state.readFirst) hideCam();
+  return asked;
+}
+
 // ---------------------------------------------------------------- start
 
 let loaded = 0; // slices
@@ -197,11 +268,13 @@ async function start() {
     (meta.scan.oblique ? ` Oblique scan: ${meta.scan.oblique}° off the axes, letters are the nearest.` : "");
   if (signed) nameSigns();
   Object.keys(PLANES).forEach(buildPlane);
+  byId("closeup-figure").append(...lettersOf(state.plane));
   byId("stage").append(element("p", { id: "readout" }), element("p", { id: "progress" }));
   listen();
   listenToFeedback();
-  if (location.hash === "#read-first" && item().prediction !== null) hideCam();
-  else jump(layer().peaks[0]?.at ?? middleOfPrediction());
+  restore();
+  if (!readFirstIfAsked()) jump(layer().peaks[0]?.at ?? middleOfPrediction());
+  if (isHidden()) jump(middleOfPrediction());
   refill();
   if (!readsPixelsExactly())
     warn(

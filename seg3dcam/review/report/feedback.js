@@ -1,18 +1,20 @@
 // What the reader thinks, and in which order the CAM and the prediction were seen.
 
-const opened = Date.now();
+let opened = Date.now();
 const story = []; // [seconds since the page was opened, what happened]
 const remarks = [];
 let saved = true;
 
 function tell(event) {
   story.push([Math.round((Date.now() - opened) / 100) / 10, event]);
+  keepForReload();
 }
 
 function hideCam() {
   tell("CAMs hidden");
   show({ readFirst: true, at: middleOfPrediction(), zoom: 1, centre: null });
   refill();
+  keepForReload();
 }
 
 function showCam() {
@@ -20,6 +22,7 @@ function showCam() {
   read.add(item().label);
   show({});
   refill();
+  keepForReload();
 }
 
 // Label of a target -> whether its prediction had been read when its CAM was first seen.
@@ -81,10 +84,11 @@ function noteRemark() {
   }
   remarks.push(made);
   saved = false;
+  keepRemarks();
   document.querySelector("[name=verdict]:checked").checked = false;
   byId("comment").value = "";
-  byId("noted").textContent =
-    `${remarks.length} noted; nothing leaves this page until you save it.`;
+  sayNoted();
+  keepForReload();
   return true;
 }
 
@@ -104,6 +108,7 @@ function save(kind) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   saved = true;
+  keepRemarks();
   byId("noted").textContent = `Saved ${remarks.length} as ${link.download}`;
 }
 
@@ -117,12 +122,83 @@ function asCsv(rows) {
   return "\ufeff" + table.map((row) => row.map(cell).join(",") + "\r\n").join("");
 }
 
+// ---------------------------------------------------------------- what outlives a reload
+
+const STORED = `seg3dcam feedback ${meta.id}`;
+
+// Notes stay in this browser until they are saved or deleted. A page in a notebook may keep none.
+function keepRemarks() {
+  byId("forget").hidden = !remarks.length;
+  attempt(() =>
+    saved ? localStorage.removeItem(STORED) : localStorage.setItem(STORED, JSON.stringify(remarks)),
+  );
+}
+
+// What is being written, and what has been seen, belong to this visit: a reload goes on with it.
+function keepForReload() {
+  const visit = {
+    opened,
+    story,
+    read: [...read],
+    firstLooks: [...firstLooks],
+    readFirst: state.readFirst,
+    verdict: document.querySelector("[name=verdict]:checked")?.value ?? null,
+    comment: byId("comment").value,
+    initials: byId("initials").value,
+  };
+  attempt(() => history.replaceState({ [STORED]: visit }, ""));
+}
+
+function restore() {
+  const kept = attempt(() => JSON.parse(localStorage.getItem(STORED))) ?? [];
+  remarks.push(...kept);
+  if (kept.length) {
+    saved = false;
+    byId("forget").hidden = false;
+    sayNoted();
+  }
+  const visit = attempt(() => history.state?.[STORED]);
+  if (!visit) return;
+  opened = visit.opened;
+  story.push(...visit.story);
+  visit.read.forEach((label) => read.add(label));
+  visit.firstLooks.forEach(([label, how]) => firstLooks.set(label, how));
+  state.readFirst = visit.readFirst;
+  byId("comment").value = visit.comment;
+  byId("initials").value = visit.initials;
+  if (visit.verdict) document.querySelector(`[name=verdict][value=${visit.verdict}]`).checked = true;
+}
+
+function forget() {
+  remarks.length = 0;
+  saved = true;
+  keepRemarks();
+  byId("noted").textContent = "The notes are deleted.";
+}
+
+function sayNoted() {
+  byId("noted").textContent =
+    `${remarks.length} noted, and kept in this browser; nothing leaves it until you save it.`;
+}
+
+// Null where a browser refuses to keep anything, as in a frame without an origin of its own.
+function attempt(action) {
+  try {
+    return action() ?? null;
+  } catch {
+    return null;
+  }
+}
+
 function listenToFeedback() {
   byId("hide").onclick = hideCam;
   byId("read").onclick = showCam;
   byId("note").onclick = noteRemark;
   byId("save-csv").onclick = () => save("csv");
   byId("save-json").onclick = () => save("json");
+  byId("forget").onclick = forget;
+  for (const form of [byId("comment"), byId("initials"), document.querySelector("fieldset")])
+    form.addEventListener("input", keepForReload);
   window.addEventListener("beforeunload", (event) => {
     if (!saved || isOpen()) event.preventDefault();
   });

@@ -9,8 +9,6 @@ function element(tag, properties = {}, children = []) {
 const panels = {};
 
 function buildPlane(plane) {
-  const letters = meta.scan.letters[plane];
-  const sides = ["left", "right", "top", "bottom"];
   const canvases = ["scan", "overlay"].map((kind) => {
     const canvas = element("canvas", { id: `${plane}-${kind}` });
     canvas.setAttribute("role", "img");
@@ -20,9 +18,7 @@ function buildPlane(plane) {
   const panes = canvases.map((canvas, n) =>
     element("figure", {}, [
       canvas,
-      ...sides.map((side, k) =>
-        element("span", { className: `letter ${side}`, textContent: letters[k] }),
-      ),
+      ...lettersOf(plane),
       bars[n],
       element("figcaption", { textContent: n ? "+ CAM" : "scan" }),
     ]),
@@ -36,6 +32,11 @@ function buildPlane(plane) {
       onclick: () => show({ plane }),
     }),
     element("span", { className: "place" }),
+    element("span", { className: "zoom" }, [
+      zoomButton("−", "Zoom out", () => zoomBy(1 / 1.5)),
+      zoomButton("+", "Zoom in at the crosshair", () => zoomBy(1.5)),
+      zoomButton("⤢", "Show the whole slice", wholePicture),
+    ]),
   ]);
   const slider = element("input", { type: "range", min: 0, max: full.shape[across] - 1, step: 1 });
   slider.setAttribute("aria-label", `${plane} slice`);
@@ -49,6 +50,29 @@ function buildPlane(plane) {
   panels[plane] = { section, canvases, bars, slider, place: title.querySelector(".place") };
   canvases.forEach((canvas) => listenTo(canvas, plane));
 }
+
+// Which side of the patient each edge of a picture is.
+function lettersOf(plane) {
+  return ["left", "right", "top", "bottom"].map((side, n) =>
+    element("span", { className: `letter ${side}`, textContent: meta.scan.letters[plane][n] }),
+  );
+}
+
+function zoomButton(textContent, name, onclick) {
+  const button = element("button", { type: "button", textContent, title: name, onclick });
+  button.setAttribute("aria-label", name);
+  return button;
+}
+
+// "encoder.stages.0.b…convs.1.conv": the ends of a long name tell it from others.
+function shortened(text, most) {
+  if (text.length <= most) return text;
+  const kept = (most - 1) / 2;
+  return `${text.slice(0, Math.ceil(kept))}…${text.slice(-Math.floor(kept))}`;
+}
+
+const LONGEST_FACT = 36;
+const LONGEST_CHOICE = 44;
 
 function fillFacts() {
   const facts = {
@@ -68,7 +92,7 @@ function fillFacts() {
 function fact(name, value) {
   return element("div", {}, [
     element("dt", { textContent: name }),
-    element("dd", { textContent: value, title: value }),
+    element("dd", { textContent: shortened(value, LONGEST_FACT), title: value }),
   ]);
 }
 
@@ -97,7 +121,12 @@ function fillChoices() {
 function fillSelect(id, texts, chosen, onChoice) {
   const select = byId(id);
   byId(`f-${id}`).hidden = texts.length < 2;
-  select.replaceChildren(...texts.map((text) => element("option", { textContent: text })));
+  const short = texts.map((text) => shortened(text, LONGEST_CHOICE));
+  const apart = new Set(short).size === new Set(texts).size; // else whole names only
+  select.replaceChildren(
+    ...texts.map((text, n) => element("option", { textContent: apart ? short[n] : text, title: text })),
+  );
+  select.title = texts[chosen];
   select.selectedIndex = chosen;
   select.onchange = () => onChoice(select.selectedIndex);
 }

@@ -85,23 +85,47 @@ function draw() {
   for (const plane of Object.keys(PLANES))
     panels[plane].section.classList.toggle("large", plane === state.plane);
   for (const plane of Object.keys(PLANES)) drawPlane(plane);
+  drawCloseup();
   drawSidebar();
   describe();
+}
+
+// The large plane around the crosshair, as near as what is seen there is large.
+function drawCloseup() {
+  const canvas = byId("closeup");
+  fitToBox([canvas]);
+  const plane = state.plane;
+  const mm = (!isHidden() && layer().closeup) || meta.scan.closeup;
+  const whole = placeOn(canvas, plane, 1, null);
+  const nearer = Math.min(canvas.width, canvas.height) / mm / whole.mm;
+  const on = placeOn(canvas, plane, nearer, state.at);
+  const context = canvas.getContext("2d");
+  drawLayers(context, on, plane, true);
+  canvas.setAttribute("aria-label", `close-up of the crosshair, ${plane}, ${overlayText()}`);
+  drawScale(byId("closeup-scale"), on);
+  document.querySelectorAll("#closeup-figure .letter").forEach((letter, n) => {
+    letter.textContent = meta.scan.letters[plane][n];
+  });
+}
+
+// Scan, heat and outlines of a plane; without the overlay the scan alone.
+function drawLayers(context, on, plane, overlay) {
+  drawGrey(context, on, greyOf(plane));
+  if (!overlay) return;
+  const heat = state.heat ? heatNow() : null;
+  if (heat) drawHeat(context, on, heat, plane, state.at, state.threshold, state.opacity);
+  for (const kind of masksOf().filter((kind) => state[kind]))
+    drawOutlines(context, on, contourOf(kind, plane), LINES[kind]);
 }
 
 function drawPlane(plane) {
   const { canvases, bars, slider, place } = panels[plane];
   const axis = PLANES[plane].across;
   fitToBox(canvases);
-  const heat = state.heat ? heatNow() : null;
   canvases.forEach((canvas, n) => {
     const context = canvas.getContext("2d");
     const on = placeOn(canvas, plane, state.zoom, state.centre);
-    drawGrey(context, on, greyOf(plane));
-    if (n === 1 && heat) drawHeat(context, on, heat, plane, state.at, state.threshold, state.opacity);
-    if (n === 1)
-      for (const kind of masksOf().filter((kind) => state[kind]))
-        drawOutlines(context, on, contourOf(kind, plane), LINES[kind]);
+    drawLayers(context, on, plane, n === 1);
     if (state.cross) drawCrosshair(context, on, plane, state.at);
     canvas.setAttribute("aria-label", `${plane} ${sliceText(plane, state.at)}, ${n ? overlayText() : "scan"}`);
     drawScale(bars[n], on);
@@ -182,6 +206,7 @@ function drawSidebar() {
   Object.assign(byId("width"), { value: high - low });
   Object.assign(byId("level"), { value: (high + low) / 2 });
   for (const id of ["heat", "prediction", "truth", "cross"]) byId(id).checked = state[id];
+  byId("heat").disabled = isHidden();
   drawColourBar(byId("bar"), state.threshold);
   if (!byId("profile-section").hidden) drawProfileNow();
 }

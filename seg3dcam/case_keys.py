@@ -1,0 +1,120 @@
+"""Which case a run belongs to, where it goes, and by what it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from seg3dcam.case_record import is_somebody_elses, record_of, voxels_sha256
+from seg3dcam.config import Job
+from seg3dcam.explanation import Explanation
+from seg3dcam.files import unique_names
+from seg3dcam.look import Look
+from seg3dcam.models import SegModel
+from seg3dcam.scan import Scan, place_code
+from seg3dcam.words import printable
+
+#: Settings that do not change what is written.
+_WHERE = {"scan", "model", "out", "device", "truth"}
+
+#: Packages that make volumes and pictures.
+_MAKERS = ("seg3dcam", "torch", "monai", "numpy", "scipy", "nibabel", "matplotlib", "pillow")
+
+#: Where cases go by default, each in a folder of its own.
+OUT = "seg3dcam_out"
+
+
+class Keys(NamedTuple):
+    """Hashes of what is asked for; the same, where the same is written.
+
+    Attributes:
+        voxels: of the scan's voxels alone: whose it is, wherever its header places it.
+        job: of the scan's voxels, the model, the truth and the settings.
+        all: of that, of where the scan's header places it, and of the versions of packages.
+    """
+
+    voxels: str
+    job: str
+    all: str
+
+
+def scan_code(scan: Scan) -> str:
+    """Return a hash of the scan's voxels and place."""
+    digest = hashlib.sha256(np.ascontiguousarray(scan.data.numpy()).data)
+    digest.update(np.ascontiguousarray(scan.affine).data)
+    return digest.hexdigest()
+
+
+def case_name(scan: Scan, job: Job) -> str:
+    """Return the scan's name for everybody's eyes: what the job says, else a code."""
+    return printable(job.case or "") or f"scan {scan_code(scan)[:8]}"
+
+
+def case_folder(scan: Scan, job: Job, keys: Keys) -> Path:
+    """Return where a scan's case goes: what the job says, or a folder of its own by default.
+
+    Beside another scan's case, or another program's, it gets a folder of its own in that folder.
+    """
+    name = case_name(scan, job)
+    own, other = unique_names([name, f"{name} {keys.voxels[:8]}"])
+    out = Path(OUT) / own if job.out is None else Path(job.out)
+    return next((place for place in (out, out / own) if _may_hold(place, keys)), out / other)
+
+
+def _may_hold(folder: Path, keys: Keys) -> bool:
+    """Tell whether a folder holds nothing that keeps a scan's case out."""
+    record = record_of(folder)
+    if record is None:
+        return not is_somebody_elses(folder)
+    return record.voxels_sha256 == keys.voxels
+
+
+def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
+    """Return the hashes by which a run is known again."""
+    voxels = voxels_sha256(scan)
+    digest = hashlib.sha256(voxels.encode())
+    if job.truth is not None:
+        digest.update(Path(job.truth).read_bytes())
+    use = [
+        model.name,
+        model.fingerprint(),
+        list(model.class_names),
+        model.activation,
+        model.spec,
+        repr(model.window),
+        str(model.output),
+        settings_of(job),
+    ]
+    digest.update(json.dumps(use, sort_keys=True, default=str).encode())
+    of_job = digest.hexdigest()[:16]
+    digest.update(place_code(scan).encode())
+    digest.update(json.dumps({package: version(package) for package in _MAKERS}).encode())
+    return Keys(voxels, of_job, digest.hexdigest()[:16])
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """Return what decides on the results, with the colours that are drawn."""
+    settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
+    return settings | {"colormap": look_of(job).colormap}
+
+
+def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
+    """Return the keys of a run whose model is known by what it explained alone."""
+    scan, model = explanation.scan, explanation.provenance.get("model")
+    voxels = voxels_sha256(scan)
+    use = [voxels, model, settings_of(job)]
+    digest = hashlib.sha256(json.dumps(use, sort_keys=True, default=str).encode())
+    of_job = digest.hexdigest()[:16]
+    digest.update(place_code(scan).encode())
+    return Keys(voxels, of_job, digest.hexdigest()[:16])
+
+
+def look_of(job: Job) -> Look:
+    """Return how scan and CAM are shown; ConfigError where that is illegal."""
+    colormap = "" if job.colormap is None else job.colormap
+    return Look(job.intensity_window, job.threshold, colormap=colormap, signed=job.signed)

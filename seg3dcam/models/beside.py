@@ -1,0 +1,63 @@
+"""The Python modules that lie beside a model's YAML, imported with trust."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+#: Modules that nothing beside a YAML replaces, since they run already and are shared.
+_SHARED = {
+    *sys.stdlib_module_names,
+    *("dynamic_network_architectures", "monai", "numpy", "seg3dcam", "torch", "torchvision"),
+}
+
+
+@contextmanager
+def modules_beside(folder: Path) -> Iterator[None]:
+    """Let the modules in a folder be imported, before others of their names.
+
+    Afterwards the caller's `sys.path` and `sys.modules` are as they were, so that two models in two
+    folders, each with a `nets.py`, have their own. Nothing is written into the folder.
+    """
+    folder = folder.resolve()
+    names = _modules_in(folder) - _SHARED
+
+    def taken() -> dict[str, ModuleType]:
+        """Take the loaded modules of these names away; those of this folder may stay."""
+        loaded = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in names}
+        return {n: sys.modules.pop(n) for n in loaded if not _lies_in(n, folder)}
+
+    path, writes, others = list(sys.path), sys.dont_write_bytecode, taken()
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in names:
+                del sys.modules[name]
+        sys.modules.update(others)
+        sys.path[:], sys.dont_write_bytecode = path, writes
+
+
+def _modules_in(folder: Path) -> set[str]:
+    """Return the names of a folder's modules and packages, also of those without __init__.py."""
+    names = {file.stem for file in folder.glob("*.py")}
+    names |= {file.parent.name for file in folder.glob("*/__init__.py")}
+    plain = {file.parent.name for file in folder.glob("*/*.py")} - names
+    # A plain folder gives way to any package of its name.
+    return names | {n for n in plain if getattr(sys.modules.get(n), "__file__", None) is None}
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    """Tell whether a loaded module, or the package that it is in, is the one in a folder."""
+    top = name.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    own = (folder / f"{top}.py", folder / top / "__init__.py")
+    return file is not None and Path(file).resolve() in own

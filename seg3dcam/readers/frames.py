@@ -1,0 +1,174 @@
+"""The two forms in which a NIfTI header says where its voxels lie, and which one counts.
+
+The sform is any affine, the qform a rotation with `pixdim` as spacing. Programs differ in which
+they read: nibabel, MONAI and FSL take the sform, ITK and 3D Slicer mostly the qform, and nnU-Net
+the spacing of `pixdim` whatever the forms say. Where they are apart, one scan lies in two places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
+
+from seg3dcam.errors import InputError, ScanError, tell
+from seg3dcam.geometry import checked_affine, corner_gap, spacing_of
+
+__all__ = ["FORMS_AGREE_MM", "FRAMES", "Frame", "agree", "best_affine", "form_of"]
+
+Frame = Literal["sform", "qform"]
+Affine = npt.NDArray[np.float64]
+
+#: In the order in which they are taken where both are there.
+FRAMES: tuple[Frame, ...] = ("sform", "qform")
+
+#: Two forms that put no voxel further apart than this, or a tenth of a voxel, are one place.
+FORMS_AGREE_MM = 0.05
+_AGREE_SPACING = 1e-3  # as a part of the spacing
+_ORTHONORMAL = 1e-4
+
+
+def best_affine(path: Path, header: nib.Nifti1Header, frame: Frame | None, *, must: bool) -> Affine:
+    """Return where a header puts its voxels, (4, 4) voxel -> RAS, and say where it is of two minds.
+
+    - `frame`: the form to take; None: as nibabel, the sform if there is one, else the qform, else
+      what `pixdim` gives.
+    - `must`: refuse a header without that form; else take, and tell, the one that it has.
+    """
+    if frame is not None and frame not in FRAMES:
+        raise ScanError(f"frame {frame!r}. Legal: 'sform', 'qform', or none to do as nibabel does.")
+    there = [form for form in FRAMES if header[f"{form}_code"] > 0]
+    if frame is not None and frame not in there:
+        has = f"only a {there[0]}" if there else "neither form (both codes are 0)"
+        if must or not there:
+            raise ScanError(
+                f"{path}: frame {frame!r} was chosen, and the header has {has}. Legal here: "
+                f"{' or '.join([*map(repr, there), 'none'])}. Leave frame out."
+            )
+        tell(f"{path}: frame {frame!r} was chosen, and the header has {has}, which is taken.")
+        frame = there[0]
+    if not there:
+        tell(
+            f"{path}: qform and sform codes are both 0, so the file does not say where the scan "
+            "lies. Left and right may be swapped, and ITK and 3D Slicer will not show a map over "
+            "this file: set the codes with the program that made it."
+        )
+        return np.array(header.get_best_affine(), dtype=np.float64)
+    taken = frame or there[0]
+    affine = form_of(header, taken)
+    if affine is None:
+        raise _unusable(path, header, taken)
+    if frame is None:
+        _tell_of_two_places(path, header, taken, affine, there)
+    return affine
+
+
+def _unusable(path: Path, header: nib.Nifti1Header, form: Frame) -> ScanError:
+    """Return the error for a form that is no affine, with the other one where that is usable."""
+    other = FRAMES[1 - FRAMES.index(form)]
+    usable = header[f"{other}_code"] > 0 and form_of(header, other) is not None
+    advice = f" Or choose the other form: frame={other!r} (--frame {other})." if usable else ""
+    found = f"{path}: the header cannot be used: its {form} is none: {_found(header, form)}."
+    if form == "sform":
+        try:
+            checked_affine(header.get_sform(), str(path), ScanError)
+        except ScanError as error:
+            found = str(error)
+    return ScanError(f"{found} Repair the header with the program that made it.{advice}")
+
+
+def form_of(header: nib.Nifti1Header, form: Frame) -> Affine | None:
+    """Return the affine of one form, whatever its code; None where it is no affine."""
+    try:
+        found = header.get_sform() if form == "sform" else header.get_qform()
+        return checked_affine(found, form)
+    except (InputError, HeaderDataError, ValueError, ArithmeticError):  # what is no rotation
+        return None
+
+
+def agree(sform: Affine, qform: Affine, shape: Sequence[int]) -> bool:
+    """Tell whether two forms of one header mean the same place, as far as a qform can say it.
+
+    It cannot say shear (gantry tilt), which is told where files are written; and its quaternion in
+    float32 cannot tell turns of nearly 180 degrees by less than a thousandth.
+    """
+    spacings = np.array([spacing_of(sform), spacing_of(qform)])
+    same_spacing = np.ptp(spacings, axis=0) <= _AGREE_SPACING * spacings.max(axis=0)
+    if not same_spacing.all() or np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        return False
+    gap, tolerance = corner_gap(sform, qform, shape), min(FORMS_AGREE_MM, spacings.min() / 10)
+    header = nib.Nifti1Header()
+    header.set_qform(sform, code=1)
+    nearest = form_of(header, "qform")
+    if nearest is None or gap <= tolerance:
+        return bool(gap <= tolerance)
+    directions = sform[:3, :3] / spacings[0]
+    sheared = np.abs(directions.T @ directions - np.eye(3)).max() > _ORTHONORMAL
+    rounding = 0.0 if sheared else corner_gap(nearest, sform, shape)
+    return bool(corner_gap(nearest, qform, shape) <= tolerance or gap <= tolerance + 2 * rounding)
+
+
+def _tell_of_two_places(
+    path: Path, header: nib.Nifti1Header, taken: Frame, affine: Affine, there: Sequence[Frame]
+) -> None:
+    """Say where another reading of the header would put the voxels."""
+    shape = [max(int(size), 1) for size in (*header.get_data_shape()[:3], 1, 1)][:3]
+    for form in there:
+        other = form_of(header, form)
+        if other is None:
+            tell(
+                f"{path}: the {form} cannot be used: {_found(header, form)}. The {taken} is taken; "
+                "programs that read the other (ITK, 3D Slicer) may place the scan elsewhere or "
+                "refuse it. What is written from it says one place in both forms. Repair the "
+                "header with the program that made it."
+            )
+        elif form != taken and not agree(affine, other, shape):
+            tell(
+                f"{path}: the header says two places. sform and qform lie up to "
+                f"{corner_gap(affine, other, shape):.4g} mm apart{_differences(affine, other)}. "
+                f"The {taken} (code {int(header[f'{taken}_code'])}) is taken, as nibabel and MONAI "
+                f"do; ITK and 3D Slicer may show the scan by the {form} (code "
+                f"{int(header[f'{form}_code'])}). What is written from it says one place in both "
+                f"forms. Choose with frame={form!r} (--frame {form}) or frame={taken!r}, or repair "
+                "the header."
+            )
+    pixdim = np.abs(np.array(header["pixdim"][1:4], dtype=np.float64))
+    spacing = np.array(spacing_of(affine))
+    if "qform" not in there and (np.abs(pixdim - spacing) > _AGREE_SPACING * spacing).any():
+        tell(
+            f"{path}: the header says two voxel sizes: the sform {_times(spacing)} mm, pixdim "
+            f"{_times(pixdim)} mm. The sform is taken, as nibabel and MONAI do; ITK, 3D Slicer and "
+            "nnU-Net take pixdim. Repair the header: both must be the same."
+        )
+
+
+def _differences(one: Affine, other: Affine) -> str:
+    found = ""
+    sizes = spacing_of(one), spacing_of(other)
+    if not np.allclose(*sizes, rtol=_AGREE_SPACING, atol=0):
+        found += f", with voxels of {_times(sizes[0])} and {_times(sizes[1])} mm"
+    if np.linalg.det(one[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
+        found += ", and one is the other's mirror image"
+    return found
+
+
+def _found(header: nib.Nifti1Header, form: Frame) -> str:
+    """What a form holds, in words."""
+    if form == "sform":
+        rows = [[float(x) for x in header[row]] for row in ("srow_x", "srow_y", "srow_z")]
+        return f"its rows {rows} are no affine that is finite and can be inverted"
+    parts = [float(header[f"quatern_{axis}"]) for axis in "bcd"]
+    place = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
+    return (
+        f"its quaternion {parts}, offset {place} and pixdim "
+        f"{[float(x) for x in header['pixdim'][:4]]} are no rotation and place"
+    )
+
+
+def _times(values: Sequence[float] | Affine) -> str:
+    return " x ".join(f"{value:.6g}" for value in values)

@@ -1,0 +1,264 @@
+"""What a header promises, and the one way in which voxels are read."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from seg3dcam.errors import ScanError, Seg3dcamError
+
+__all__ = [
+    "Plan",
+    "channels_first",
+    "check_file",
+    "check_length",
+    "is_zipped",
+    "not_real",
+    "opened",
+    "read_voxels",
+    "reading",
+    "refuse_empty_grid",
+]
+
+SLAB_VOXELS = 2**21
+_BEST_RATIO = 1032  # deflate cannot do better
+
+Packing = Literal["plain", "gzip", "zlib"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file's header promises.
+
+    - `shape`: (C, X, Y, Z); on disk x runs fastest, then y, z, C.
+    - `affine`: (4, 4) voxel -> RAS mm.
+    - `dtype`: of the voxels in the file.
+    - `header`: that of a NIfTI file, None for other formats.
+    - `voxels`: the file that holds the voxels, where it is not `path` itself.
+    - `start`, `packing`, `skip`: at which byte the packed stream starts, how it is packed, and how
+      many unpacked bytes come before the voxels.
+    - `segments`: whether the file calls itself a segmentation.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    affine: npt.NDArray[np.float64]
+    dtype: np.dtype
+    header: nib.Nifti1Header | None = None
+    voxels: Path | None = None
+    start: int = 0
+    packing: Packing = "plain"
+    skip: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    segments: bool = False
+
+    @property
+    def voxel_bytes(self) -> int:
+        """How many bytes the voxels take, unpacked."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------ boundary
+
+
+@contextmanager
+def reading(path: Path, kind: str = "file") -> Iterator[None]:
+    """Turn whatever goes wrong while a foreign file is read into a `ScanError` that names it.
+
+    Libraries raise what their parsers come across: every exception counts.
+    """
+    try:
+        yield
+    except (Seg3dcamError, Warning):  # a warning is one where the caller made errors of them
+        raise
+    except FileNotFoundError as error:
+        raise ScanError(
+            f"{path}: there is no such file. Check the spelling and the folder. Legal: a file "
+            "(.nii, .nii.gz, .nrrd, .mha, .mgz and others), a list of them, one per channel, or "
+            "the folder of one DICOM series."
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ScanError(
+            f"{path}: the compressed file is damaged or cut short ({error}). Copy or download it "
+            "again; `gzip -t` tests it."
+        ) from error
+    except OSError as error:
+        raise ScanError(
+            f"{path}: the file cannot be read ({error.strerror or error}). Check its permissions "
+            "and the disk."
+        ) from error
+    except MemoryError as error:
+        raise ScanError(
+            f"{path}: the scan does not fit into memory. Crop it, or use a machine with more."
+        ) from error
+    except Exception as error:
+        if "null byte" in str(error) or "null character" in str(error):
+            raise ScanError(f"{str(path)!r}: a path must not hold the character NUL.") from error
+        raise ScanError(
+            f"{path}: damaged, no {kind} that can be used ({type(error).__name__}: {error}). Copy "
+            "it again, or write it again with the program that made it."
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no regular file: missing, a folder, a pipe."""
+    with reading(path):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ScanError(
+                f"{path} is a folder. Legal here: one .nii or .nii.gz file, or a list of them, one "
+                "per channel. Name the files; a DICOM folder is given alone, as a scan."
+            )
+        if not stat.S_ISREG(mode):
+            raise ScanError(f"{path} is no regular file. Legal: a file on a disk.")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open for reading, unzipped where the file as a whole is gzipped."""
+    with reading(path), path.open("rb") as file:
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_zipped(file) else file
+
+
+def is_zipped(file: BinaryIO) -> bool:
+    """Tell whether a file is gzipped, by its content: a wrong suffix does no harm."""
+    magic = file.read(2)
+    file.seek(0)
+    return magic == b"\x1f\x8b"
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def not_real(name: str, found: str) -> ScanError:
+    """Return the error for voxels that are no grey values."""
+    return ScanError(
+        f"{name}: the voxels are {found}. Legal: integers or real floating point numbers. "
+        "Save the magnitude, or one grey channel, and load that."
+    )
+
+
+def refuse_empty_grid(shape: tuple[int, ...], name: str) -> None:
+    """Refuse a volume without voxels."""
+    if min(shape) < 1:
+        raise ScanError(
+            f"{name}: the volume has no voxels, shape {shape}. Every axis must have at least 1: "
+            "check how the file was cropped."
+        )
+
+
+def channels_first(found: Sequence[int], path: Path) -> tuple[int, int, int, int]:
+    """Return (C, X, Y, Z) of a shape with channels last; ScanError for 2-D and 5-D."""
+    shape = found = tuple(int(size) for size in found)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) < 3:
+        raise ScanError(
+            f"{path}: the image is {len(shape)}-D, shape {found}. Legal: (X, Y, Z), or (X, Y, Z, C)"
+            " with channels last. Join the slices to one volume; a single slice has shape "
+            "(X, Y, 1)."
+        )
+    if len(shape) > 4:
+        raise ScanError(
+            f"{path}: the image is {len(shape)}-D, shape {found}. Legal: (X, Y, Z), or (X, Y, Z, C)"
+            " with channels last. Split it into one file per case; a vector image has its channels "
+            "on axis 5 and a 1 on axis 4, which is to be dropped."
+        )
+    refuse_empty_grid(shape, str(path))
+    x, y, z, *channels = shape
+    return (*channels, x, y, z) if channels else (1, x, y, z)  # type: ignore[return-value]
+
+
+def check_length(plan: Plan) -> None:
+    """Refuse a short file before memory is taken for it."""
+    path = plan.voxels or plan.path
+    check_file(path)
+    with reading(path), path.open("rb") as file:
+        there = max(os.fstat(file.fileno()).st_size - plan.start, 0)
+    most = there if plan.packing == "plain" else there * _BEST_RATIO
+    if most < plan.skip + plan.voxel_bytes:
+        raise _cut_short(plan, f"at most {max(most - plan.skip, 0)}")
+
+
+def _cut_short(plan: Plan, found: str) -> ScanError:
+    return ScanError(
+        f"{plan.voxels or plan.path}: the file is cut short: it holds {found} of the "
+        f"{plan.voxel_bytes} bytes of voxels that its header announces. Copy or download it again."
+    )
+
+
+# --------------------------------------------------------------------------------------- voxels
+
+
+def read_voxels(plan: Plan, out: npt.NDArray[np.float32]) -> None:
+    """Fill `out`, (C, X, Y, Z), slab by slab along z."""
+    channels, x, y, z = plan.shape
+    depth = max(1, SLAB_VOXELS // (x * y))
+    scaled = (plan.slope, plan.intercept) != (1.0, 0.0)
+    with _stream(plan) as stream:
+        read = 0
+        for channel, start in itertools.product(range(channels), range(0, z, depth)):
+            stop = min(start + depth, z)
+            wanted = x * y * (stop - start) * plan.dtype.itemsize
+            raw = stream.read(wanted)
+            read += len(raw)
+            if len(raw) < wanted:
+                raise _cut_short(plan, str(read))
+            slab = np.frombuffer(raw, plan.dtype).reshape((x, y, stop - start), order="F")
+            with np.errstate(over="ignore", invalid="ignore"):  # the check of the voxels refuses
+                # The scaling is done in float64, for one slab at a time.
+                out[channel, :, :, start:stop] = (
+                    slab.astype(np.float64) * plan.slope + plan.intercept if scaled else slab
+                )
+        while plan.packing != "plain" and stream.read(2**20):  # to the end, where the checksum is
+            pass
+
+
+@contextmanager
+def _stream(plan: Plan) -> Iterator[BinaryIO]:
+    """Open the voxels of a plan, unpacked."""
+    path = plan.voxels or plan.path
+    with reading(path), path.open("rb") as file:
+        file.seek(plan.start)
+        stream = cast(BinaryIO, _UNPACK[plan.packing](file))
+        stream.seek(plan.skip, os.SEEK_CUR) if plan.packing != "zlib" else stream.read(plan.skip)
+        yield stream
+
+
+class _Inflated:
+    """The unpacked bytes of a zlib stream."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._inflate = file, zlib.decompressobj(47)  # zlib or gzip, as MetaIO does
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, fewer at the end."""
+        pieces: list[bytes] = []
+        while size and not self._inflate.eof:
+            packed = self._inflate.unconsumed_tail or self._file.read(2**16)
+            pieces.append(self._inflate.decompress(packed, size))
+            size -= len(pieces[-1])
+            if not packed and not pieces[-1]:
+                break
+        return b"".join(pieces)
+
+
+_UNPACK = {
+    "plain": lambda file: file,
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "zlib": _Inflated,
+}

@@ -1,0 +1,400 @@
+"""A case's folder: runs add to it, nothing of anybody is lost, and the dead leave nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers_cases import IN_ORGAN, PICTURES, Place, contents, voxels, write_model, write_scan
+
+from seg3dcam import case
+from seg3dcam.case_folder import LOCK, locked
+from seg3dcam.case_record import is_done, listed_files, record_of
+from seg3dcam.errors import OutputError
+from seg3dcam.files import temporary_name
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place.at(tmp_path)
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def is_whole(folder):
+    """Tell whether a folder holds its case and nothing else, every file as it was written."""
+    record = record_of(folder)
+    assert files_of(folder) == {*record.files, "case.json"}
+    return all(is_done(folder, run.key, verify=True) for run in record.runs)
+
+
+def other_scan(place, name="other.nii.gz"):
+    array = voxels()
+    array[IN_ORGAN] += 0.001
+    return write_scan(place.folder / name, array)
+
+
+# ------------------------------------------------------------------------------------- adds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--target", "lesion"),
+        ("--target", "organ", "--method", "grad_cam"),
+        ("--target", "organ", "--layer", "model.0"),
+        ("--target", "organ", "--signed"),
+        ("--target", "organ", "--region", "boundary"),
+        ("--target", "organ", "--threshold", "0.5", "--format", "html"),
+    ],
+    ids=" ".join,
+)
+def test_a_job_that_differs_adds_to_the_case(place, change):
+    formats = ("--format", "nifti", "--format", "png", "--format", "html", "--format", "slicer")
+    assert place.explain("--target", "organ", *formats).code == 0
+    before = contents(place.out)
+    formats = () if "--format" in change else formats
+    assert place.explain(*change, *formats).code == 0
+    after = contents(place.out)
+    assert {k: v for k, v in after.items() if k in before and k != "case.json"} == {
+        k: v for k, v in before.items() if k != "case.json"
+    }
+    assert len(after) > len(before)
+    assert is_whole(place.out)
+    assert len(place.record["runs"]) == 2
+
+
+def test_another_model_adds_to_the_case(place):
+    assert place.explain("--target", "organ").code == 0
+    before = place.volume("cam_organ.nii.gz")
+    write_model(place.folder, biases=[0, -3, -30])
+    assert place.explain("--target", "organ").code == 0
+    assert np.array_equal(place.volume("cam_organ.nii.gz"), before)
+    (entry, other) = place.record["explanations"]
+    assert (entry["name"], other["name"]) == ("organ", "organ_2")
+    assert place.volume("prediction_2.nii.gz").max() < place.volume("prediction.nii.gz").max()
+
+
+def test_the_same_explanation_in_another_format_is_written_once(place):
+    assert place.explain("--target", "organ").code == 0
+    assert place.explain("--target", "organ", *PICTURES).code == 0
+    assert not list(place.out.glob("*_2*"))
+    assert [entry["name"] for entry in place.record["explanations"]] == ["organ", "organ"]
+    assert is_whole(place.out)
+
+
+def test_each_case_has_a_folder_of_its_own_by_default(place, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    other = other_scan(place)
+    for scan in (place.scan, other, place.scan):
+        outcome = place.explain_by_default("--target", "organ", scans=[scan])
+        assert outcome.code == 0, outcome.err
+    one, two = sorted((place.folder / "seg3dcam_out").iterdir())
+    assert is_whole(one)
+    assert is_whole(two)
+    assert len(record_of(one).runs) == len(record_of(two).runs) == 1  # the third was done already
+
+
+@pytest.mark.parametrize("words", [(), ("--force",)], ids=["", "force"])
+def test_another_patients_case_is_never_touched(place, words):
+    assert place.explain("--target", "organ").code == 0
+    before = contents(place.out)
+    other = other_scan(place)
+    outcome = place.explain("--target", "organ", *words, scans=[other])
+    assert outcome.code == 0, outcome.err
+    assert before.items() <= contents(place.out).items()
+    (folder,) = [path for path in place.out.iterdir() if path.is_dir()]
+    assert f"holds another scan's case: this one goes to {folder}" in outcome.out
+    assert is_whole(folder)
+
+
+def test_two_patients_of_one_name(place):
+    scans = [place.scan, other_scan(place)]
+    third = write_scan(place.folder / "third.nii.gz", voxels() + 0.01)
+    for scan in (*scans, third):
+        assert place.explain("--target", "organ", "--case", "A", scans=[scan]).code == 0
+    folders = sorted(path for path in place.out.iterdir() if path.is_dir())
+    assert [path.name[:2] for path in folders] == ["A", "A_"]
+    hashes = {record_of(path).voxels_sha256 for path in (place.out, *folders)}
+    assert len(hashes) == 3
+
+
+def test_another_programs_case_json_stays(place):
+    place.out.mkdir()
+    (place.out / "case.json").write_text('{"patient": 3}')
+    assert place.explain("--target", "organ").code == 0
+    assert (place.out / "case.json").read_text() == '{"patient": 3}'
+    (folder,) = [path for path in place.out.iterdir() if path.is_dir()]
+    assert is_whole(folder)
+
+
+def test_a_folder_called_case_json_stays(place):
+    (place.out / "case.json").mkdir(parents=True)
+    assert place.explain("--target", "organ").code == 0
+    assert not any((place.out / "case.json").iterdir())
+
+
+@pytest.mark.parametrize("name", ["cam_organ.nii.gz", "slices/organ/axial_008.png", "case.txt"])
+def test_files_of_others_stay_whatever_their_names(place, name):
+    mine = place.out / name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    assert place.explain("--target", "organ", *PICTURES).code == 0
+    assert mine.read_bytes() == b"mine"
+    assert files_of(place.out) == {*place.record["files"], "case.json", name}
+
+
+@pytest.mark.parametrize("name", ["slices", "slicer", "cam_organ.nii.gz"])
+def test_links_are_not_followed(place, name, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    place.out.mkdir()
+    (place.out / name).symlink_to(elsewhere / "file" if "." in name else elsewhere)
+    formats = ("--format", "nifti", "--format", "png", "--format", "slicer")
+    assert place.explain("--target", "organ", *formats).code == 0
+    assert not any(elsewhere.iterdir())
+    assert is_done(place.out, place.record["key"], verify=True)
+
+
+def test_a_forged_record_removes_nothing_elsewhere(place):
+    """A job of the same key is replaced; but files that a stranger's record names stay."""
+    assert place.explain("--target", "organ").code == 0
+    precious = place.folder / "precious.txt"
+    precious.write_text("keep")
+    record = place.record
+    for name in ("../precious.txt", str(precious), "sub/../../precious.txt"):
+        record["files"][name] = {"bytes": 4, "sha256": "0"}
+        record["runs"][0]["files"].append(name)
+    (place.out / "case.json").write_text(json.dumps(record))
+    assert place.explain("--target", "organ", "--force").code == 0
+    assert precious.read_text() == "keep"
+    assert is_whole(place.out)
+
+
+# ------------------------------------------------------------------------------------- replaced
+
+
+def test_a_job_is_done_again_where_the_scans_place_changed(place):
+    assert place.explain("--target", "organ").code == 0
+    image = nib.load(place.scan)
+    affine = image.affine.copy()
+    affine[:3, 3] += 20
+    write_scan(place.scan, np.asarray(image.dataobj), affine)
+    outcome = place.explain("--target", "organ")
+    assert "is done again, and replaced" in outcome.out
+    assert np.allclose(nib.load(place.out / "cam_organ.nii.gz").affine, affine, atol=1e-4)
+    assert len(place.record["runs"]) == 1
+    assert is_whole(place.out)
+
+
+@pytest.mark.parametrize("package", ["torch", "monai", "nibabel", "matplotlib", "seg3dcam"])
+def test_another_version_of_a_package_is_another_key(place, package, monkeypatch):
+    place.explain("--target", "organ")
+    monkeypatch.setattr(
+        "seg3dcam.case_keys.version", lambda name: "99" if name == package else version(name)
+    )
+    assert "holds this case already" not in place.explain("--target", "organ").out
+
+
+def test_what_a_job_writes_no_more_goes(place, monkeypatch):
+    """As where fewer classes are predicted after an update of a package."""
+    assert place.explain().code == 0
+    monkeypatch.setattr("seg3dcam.case_keys.version", lambda name: "99")
+    monkeypatch.setattr("seg3dcam.case._masks", lambda explanation: {})
+    monkeypatch.setattr("seg3dcam.case._raw_files", lambda explanation, name: {})
+    assert place.explain().code == 0
+    assert not list(place.out.glob("raw_*"))
+    assert is_whole(place.out)
+
+
+# ------------------------------------------------------------------------------------- damage
+
+
+def test_a_truncated_file_is_seen_and_a_changed_one_if_asked(place):
+    assert place.explain("--target", "organ").code == 0
+    cam = place.out / "cam_organ.nii.gz"
+    whole = cam.read_bytes()
+    assert "holds this case already" in place.explain("--target", "organ").out
+    cam.write_bytes(b"")
+    assert "holds this case already" not in place.explain("--target", "organ").out
+    assert cam.read_bytes() == whole
+    cam.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    assert "holds this case already" in place.explain("--target", "organ").out
+    assert "holds this case already" not in place.explain("--target", "organ", "--verify").out
+    assert cam.read_bytes() == whole
+    assert "holds this case already" in place.explain("--target", "organ", "--verify").out
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_files_that_go_while_the_run_goes_on_are_missed(place, what, monkeypatch):
+    """A clean-up job, or a colleague, in the middle of the run."""
+    write = case.save_planes
+
+    def delete(*args, **kwargs):
+        found = write(*args, **kwargs)
+        staged = found.parent
+        if what == "file":
+            found.unlink()
+        else:
+            shutil.rmtree(staged.parent)
+        return found
+
+    monkeypatch.setattr("seg3dcam.case.save_planes", delete)
+    outcome = place.explain("--target", "organ", *PICTURES)
+    assert outcome.code == 1
+    assert "is gone" in outcome.complaint or "cannot be" in outcome.complaint
+    assert not place.out.exists() or not any(place.out.iterdir())
+
+
+# ------------------------------------------------------------------------------------- locks
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(place):
+    with locked(place.out, listed_files):
+        outcome = place.explain("--target", "organ")
+    assert outcome.code == 1
+    assert f"process {os.getpid()} on {socket.gethostname()} is at work" in outcome.complaint
+    assert place.explain("--target", "organ").code == 0
+    assert is_whole(place.out)
+
+
+def write_lock(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    holder = {"host": socket.gethostname(), "process": os.getpid(), "since": 1.0, "files": []}
+    (folder / LOCK).write_text(json.dumps(holder | changes))
+
+
+def _last_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("of", ["a dead process", "a process that has the number now", "nobody"])
+def test_a_dead_ones_lock_is_taken_over(place, of):
+    assert place.explain("--target", "organ").code == 0
+    left = ["left.nii.gz", "slices/left/a.png"]
+    for name in left:
+        (place.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.out / name).write_bytes(b"left")
+    announced = [*left, "cam_organ.nii.gz"]
+    if of == "a dead process":
+        write_lock(place.out, process=_last_pid(), files=announced)
+    elif of == "nobody":
+        (place.out / LOCK).write_text("{")
+        os.utime(place.out / LOCK, (0, 0))
+    else:
+        write_lock(place.out, files=announced)
+    assert place.explain("--target", "lesion").code == 0
+    if of == "nobody":
+        assert (place.out / "left.nii.gz").is_file()
+        (place.out / "left.nii.gz").unlink()
+        (place.out / "slices/left/a.png").unlink()
+    assert is_whole(place.out)
+    assert (place.out / "cam_organ.nii.gz").is_file()
+
+
+def test_a_lock_of_another_machine_is_respected(place):
+    write_lock(place.out, host="node17", process=1)
+    outcome = place.explain("--target", "organ")
+    assert outcome.code == 1
+    assert "process 1 on node17 is at work" in outcome.complaint
+    assert f"If it died, delete {place.out / LOCK}" in outcome.complaint
+
+
+def test_a_lock_that_names_files_elsewhere_removes_none(place):
+    precious = place.folder / "precious.txt"
+    precious.write_text("keep")
+    write_lock(place.out, files=["../precious.txt", str(precious)])
+    assert place.explain("--target", "organ").code == 0
+    assert precious.read_text() == "keep"
+
+
+def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(place, monkeypatch):
+    place.out.mkdir()
+    dead_process = _last_pid()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: dead_process)
+        dead, staged = temporary_name(place.out, ".nii.gz"), temporary_name(place.out, ".run")
+    alive = temporary_name(place.out, ".nii.gz")
+    dead.touch()
+    alive.touch()
+    (staged / "slices").mkdir(parents=True)
+    (staged / "slices" / "a.png").touch()
+    assert place.explain("--target", "organ").code == 0
+    assert not dead.exists()
+    assert not staged.exists()
+    assert alive.exists()
+
+
+# ------------------------------------------------------------------------------------- kills
+
+#: The command, which says when its results are being written.
+COMMAND = "from seg3dcam.cli import main; main()"
+
+
+def command(place, *options):
+    words = ("explain", place.scan, "--model", place.model, "--out", place.out, *options)
+    formats = [word for kind in ("nifti", "png", "html", "slicer") for word in ("--format", kind)]
+    return [sys.executable, "-c", COMMAND, *map(str, words), *formats]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, kind):
+    """At moments from the first file in the folder on to the end of the run."""
+    assert place.explain("--target", "lesion").code == 0
+    before = contents(place.out)
+    started = time.monotonic()
+    subprocess.run(command(place, "--force"), check=True, capture_output=True)
+    whole = time.monotonic() - started
+    rng = np.random.default_rng(int(getattr(signal, kind)))
+    codes = set()
+    for moment in rng.uniform(0.5 * whole, 1.02 * whole, 20):
+        run = subprocess.Popen(command(place, "--method", "grad_cam", "--force"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(moment)
+        run.send_signal(getattr(signal, kind))
+        codes.add(run.wait())
+        there = contents(place.out)
+        for name, content in before.items():
+            assert name == "case.json" or there[name] == content, name
+        with contextlib.suppress(FileNotFoundError):
+            json.loads((place.out / "case.json").read_text(encoding="utf-8"))
+        assert place.explain("--target", "lesion").code == 0
+        assert is_done(place.out, record_of(place.out).runs[0].key, verify=True)
+    assert place.explain("--method", "grad_cam").code == 0
+    assert is_whole(place.out)
+    assert codes - {0}
+
+
+@pytest.mark.slow
+def test_of_two_runs_at_once_one_is_refused(place):
+    runs = [
+        subprocess.Popen(
+            command(place, "--method", method), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for method in ("grad_cam", "hires_cam")
+    ]
+    said = [run.communicate()[1].decode() for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    assert sum("is at work in" in text for text in said) == 1
+    assert is_whole(place.out)
+
+
+def test_locked_refuses_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"), locked(tmp_path / "file", listed_files):
+        pass
