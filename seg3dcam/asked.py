@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from seg3dcam.config import Job
 from seg3dcam.errors import ConfigError, EmptyRegionError
+from seg3dcam.files import resolved
 from seg3dcam.models import SegModel
 from seg3dcam.scan import Scan
 from seg3dcam.targets import (
@@ -158,8 +158,8 @@ def check_together(job: Job) -> None:
             f"min_voxels {job.min_voxels} is about components: it goes together with --region "
             "components"
         )
-    scans = [Path(scan).resolve() for scan in job.scans]
-    if job.truth is not None and Path(job.truth).resolve() in scans:
+    scans = [resolved(scan) for scan in job.scans]
+    if job.truth is not None and resolved(job.truth) in scans:
         raise ConfigError(f"truth {job.truth}: that is the scan itself; give a label map")
     if job.label is not None and job.truth is None:
         raise ConfigError("label is that of a class in the truth: give --truth")

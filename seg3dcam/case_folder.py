@@ -147,7 +147,7 @@ def placed_as(
         units.setdefault(PurePosixPath(*name.parts[:depth]), []).append(name)
     found: dict[str, str] = {}
     for unit, names in units.items():
-        for candidate in _numbered(unit):
+        for candidate in _candidates(folder, unit):
             wanted = {str(name): str(candidate / name.relative_to(unit)) for name in names}
             if _is_free(folder, candidate, wanted, staged, replaceable):
                 found |= wanted
@@ -195,6 +195,33 @@ def remove(folder: Path, files: Iterable[str]) -> None:
         for parent in file.relative_to(folder).parents[:-1]:
             with contextlib.suppress(OSError):  # not empty: it holds a file of somebody else's
                 (folder / parent).rmdir()
+
+
+def write_apart(folder: Path, name: str, write: Callable[[Path], object]) -> list[Path]:
+    """Write files that belong together to a folder of their own, where nothing else is lost.
+
+    What another call wrote under this name stays, and a number is added to the name; where it is
+    the very same, it is not written twice.
+
+    Args:
+        folder: gets the new folder.
+        name: of the new folder.
+        write: writes the files to a folder that it is given.
+
+    Returns:
+        The files, in the order of their names.
+
+    Raises:
+        OutputError: they cannot be written, or another run is at work in `folder`.
+    """
+    with locked(folder, listed=lambda _: ()) as lock, staging(folder) as staged:
+        write(staged / name)
+        files = sorted(file for file in staged.rglob("*") if file.is_file())
+        names = placed_as(folder, staged, files, replaceable=())
+        lock.announce(final for final in names.values() if not (folder / final).exists())
+        move(folder, staged, names)
+        lock.announce(())
+    return [folder / final for final in names.values()]
 
 
 def is_link_free(folder: Path, name: str) -> bool:
@@ -283,6 +310,19 @@ def _numbered(unit: PurePosixPath) -> Iterator[PurePosixPath]:
         yield unit if number == 1 else unit.with_name(f"{stem}_{number}{dot}{suffix}")
 
 
+def _candidates(folder: Path, unit: PurePosixPath) -> Iterator[PurePosixPath]:
+    """Yield names for a file or folder, in a folder that is none of somebody else's."""
+    if unit.parent == PurePosixPath():
+        return _numbered(unit)
+    usable = (
+        parent
+        for parent in _numbered(unit.parent)
+        if (folder / parent).is_dir() or not os.path.lexists(folder / parent)
+        if not _has_link(folder, folder / parent)
+    )
+    return _numbered(next(usable) / unit.name)
+
+
 def _is_free(
     folder: Path,
     unit: PurePosixPath,
@@ -293,6 +333,8 @@ def _is_free(
     """Tell whether files may have their names: nothing of somebody else's lies there."""
     if _has_link(folder, folder / unit):
         return False
+    if (folder / unit).is_file() and list(names.values()) != [str(unit)]:
+        return False  # a file where a folder is wanted
     for name, final in names.items():
         there = folder / final
         if final in replaceable or not there.exists():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from seg3dcam.case_record import is_somebody_elses, record_of, voxels_sha256
 from seg3dcam.config import Job
 from seg3dcam.explanation import Explanation
-from seg3dcam.files import unique_names
+from seg3dcam.files import digest_of_all, unique_names
 from seg3dcam.look import Look
 from seg3dcam.models import SegModel
 from seg3dcam.scan import Scan, place_code
@@ -74,12 +76,12 @@ def _may_hold(folder: Path, keys: Keys) -> bool:
     return record.voxels_sha256 == keys.voxels
 
 
-def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
+def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) -> Keys:
     """Return the hashes by which a run is known again."""
     voxels = voxels_sha256(scan)
     digest = hashlib.sha256(voxels.encode())
-    if job.truth is not None:
-        digest.update(Path(job.truth).read_bytes())
+    if truth is not None:
+        digest.update(voxels_sha256(truth).encode())
     use = [
         model.name,
         model.fingerprint(),
@@ -88,6 +90,7 @@ def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
         model.spec,
         repr(model.window),
         str(model.output),
+        _code_of(model.module),
         settings_of(job),
     ]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
@@ -95,6 +98,15 @@ def case_keys(scan: Scan, model: SegModel, job: Job) -> Keys:
     digest.update(place_code(scan).encode())
     digest.update(json.dumps({package: version(package) for package in _MAKERS}).encode())
     return Keys(voxels, of_job, digest.hexdigest()[:16])
+
+
+def _code_of(module: nn.Module) -> str:
+    """Return a hash of the Python files of a network's classes, and of those beside them."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    functions = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f)]
+    folders = {Path(function.__code__.co_filename).parent for function in functions}
+    files = [file for folder in folders for file in folder.glob("*.py") if file.is_file()]
+    return digest_of_all(files)
 
 
 def settings_of(job: Job) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
 from seg3dcam.case import check_formats, check_slice, write_case
-from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of
+from seg3dcam.case_folder import write_apart
+from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of, scan_code
 from seg3dcam.case_record import is_done, is_somebody_elses, record_of
 from seg3dcam.config import Job, read_yaml, validate
 from seg3dcam.documents import parse_yaml
@@ -46,7 +47,7 @@ from seg3dcam.errors import (
 from seg3dcam.explain import ALL_METHODS, explain_each
 from seg3dcam.explanation import Explanation
 from seg3dcam.features import features_of_scan
-from seg3dcam.files import check_writable
+from seg3dcam.files import check_writable, resolved, unique_names
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.models.load import relative_to
 from seg3dcam.readers import FRAMES, Frame
@@ -323,7 +324,9 @@ def features(
     scale: Annotated[str, typer.Option(help="channel: each its own; layer: one")] = "channel",
     colormap: Annotated[str, typer.Option(help="any matplotlib name")] = "viridis",
     top: Annotated[int | None, typer.Option(help="only the first so many channels")] = None,
-    out: Annotated[str, typer.Option(help="output folder")] = "seg3dcam_features",
+    out: Annotated[
+        str, typer.Option(help="gets a folder for each scan and layer")
+    ] = "seg3dcam_features",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
     set: Annotated[list[str] | None, typer.Option(help=_SET)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
@@ -334,8 +337,9 @@ def features(
     loaded = load_model(model, trust=trust, overrides=_overrides(set))
     loaded.module.to(_device(device))
     with _progress() as progress:
+        loaded_scan = load_scan(scan if len(scan) > 1 else scan[0], frame=_frame(frame))
         found = features_of_scan(
-            load_scan(scan if len(scan) > 1 else scan[0], frame=_frame(frame)),
+            loaded_scan,
             loaded,
             layer,
             target=target,
@@ -344,9 +348,14 @@ def features(
             progress=progress,
         )
         progress("writing", 0, 1)
-        files = save_features(out, found, scale=scale, colormap=colormap, top=top)  # type: ignore[arg-type]
+
+        def write(folder: Path) -> None:
+            save_features(folder, found, scale=scale, colormap=colormap, top=top)  # type: ignore[arg-type]
+
+        name = f"scan {scan_code(loaded_scan)[:8]} {found.layer}"
+        files = write_apart(Path(out), unique_names([name])[0], write)
     pages = [file for file in files if file.name.startswith("mosaic")]
-    _print(f"{len(files) - len(pages)} channels", Path(out))
+    _print(f"{len(files) - len(pages)} channels", files[0].parent)
     for page in pages:
         _print("mosaic", page)
 
@@ -419,7 +428,7 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
         if truth is not None:
             check_truth(truth, scan, job, model)
         targets = targets_of(job, model, truth)
-        keys = case_keys(scan, model, job)
+        keys = case_keys(scan, model, job, truth)
         folder = case_folder(scan, job, keys)
         if is_done(folder, keys.all, verify=verify) and not force:
             out.print(
@@ -465,9 +474,9 @@ def _say_where(folder: Path, job: Job, keys: Keys) -> None:
 
 def _check_places(job: Job) -> None:
     """Raise ConfigError where results would lie among the scan's files, or the other way."""
-    out = Path(job.out or OUT).resolve()
-    scans = [Path(scan).resolve() for scan in job.scans]
-    truth = [Path(job.truth).resolve()] if job.truth else []
+    out = resolved(job.out or OUT)
+    scans = [resolved(scan) for scan in job.scans]
+    truth = [resolved(job.truth)] if job.truth else []
     if any(source.is_relative_to(out) for source in [*scans, *truth]):
         raise ConfigError(
             f"out {job.out or OUT}: the scan or the truth lies in this folder; choose another"

@@ -138,6 +138,12 @@ class Explanation:
         return self.mask if self.region is None else self.region
 
     @property
+    def measured_as(self) -> Literal["prediction", "explained region"]:
+        """What `measured` is called: a region may lie where nothing was predicted."""
+        predicted = self.region is None or self.of_component
+        return "prediction" if predicted else "explained region"
+
+    @property
     def shown_layers(self) -> tuple[str | None, ...]:
         """What `volume` can show: None, all layers averaged; of several also each by itself."""
         return (None, *self.maps) if len(self.maps) > 1 else (None,)

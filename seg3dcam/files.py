@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from seg3dcam.errors import OutputError
+from seg3dcam.errors import ConfigError, OutputError
 
 __all__ = [
     "as_path",
@@ -34,6 +34,7 @@ __all__ = [
     "digest_of",
     "plain",
     "remove_left_behind",
+    "resolved",
     "temporary_name",
     "unique_names",
     "write_json",
@@ -42,13 +43,18 @@ __all__ = [
 #: What begins every temporary name; then come the machine, the process, and a random part.
 PREFIX = ".seg3dcam-"
 
+#: Characters of a path that a message shows.
+_SHOWN = 200
+
 
 def as_path(path: Any) -> Path:
     """Return where something is to be written; OutputError for what is no path."""
     try:
-        return Path(path)
-    except TypeError:
-        raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'") from None
+        if b"\0" not in os.fsencode(path):
+            return Path(path)
+    except (TypeError, ValueError):  # no text, or half a character
+        pass
+    raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
 
 
 @contextmanager
@@ -119,7 +125,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     ...     list(check_writable(Path(folder) / "results").iterdir())
     []
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     probe = temporary_name(folder, ".probe")
     try:
         _create(probe)
@@ -149,6 +155,19 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return found
 
 
+def resolved(path: str | Path) -> Path:
+    """Return a path without links; ConfigError for what no disk can hold, or links in a circle."""
+    try:
+        found = Path(path).resolve()
+        os.fsencode(found)
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[:_SHOWN]}…"
+        raise ConfigError(f"{shown!r} is no usable path: {reason}") from error
+    return found
+
+
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -156,6 +175,12 @@ def digest_of(path: Path) -> str:
         while piece := file.read(2**22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def digest_of_all(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of the names and contents of files, whatever their order and folder."""
+    found = sorted((path.name, digest_of(path)) for path in paths)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def temporary_name(folder: Path, suffix: str) -> Path:

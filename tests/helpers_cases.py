@@ -24,19 +24,17 @@ import torch
 import yaml
 from monai.networks.nets import UNet
 from safetensors.torch import save_file
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 from seg3dcam.cli import main
 
-#: Oblique, anisotropic and left-handed, with more digits than float32 holds in its first row.
-OBLIQUE = np.array(
-    [
-        [-1.40, 0.12, 0.05, 90.3],
-        [0.13, 1.38, -0.30, -120.7],
-        [-0.02, 0.21, 2.45, -519.1],
-        [0, 0, 0, 1],
-    ]
-)
+TURN = Rotation.from_euler("xyz", [5, -1, 5], degrees=True).as_matrix()
+#: Oblique, anisotropic and left-handed, with more digits than float32 holds. Its axes stand at
+#: right angles, since a qform cannot say any other.
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = TURN * [-1.4, 1.4, 2.45]
+OBLIQUE[:3, 3] = 90.3, -120.7, -519.1
 #: Options for volumes and PNGs, without what takes longer to write.
 PICTURES = ("--format", "nifti", "--format", "png")
 

@@ -157,10 +157,25 @@ def test_files_of_others_stay_whatever_their_names(place, name):
     assert files_of(place.out) == {*place.record["files"], "case.json", name}
 
 
-@pytest.mark.parametrize("name", ["slices", "slicer", "cam_organ.nii.gz"])
+@pytest.mark.parametrize("name", ["slices", "slicer", "slices/organ", "report.html"])
+def test_a_file_or_folder_of_others_where_another_kind_is_wanted(place, name):
+    mine = place.out / name
+    if "." in name:
+        mine.mkdir(parents=True)
+    else:
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+    formats = [word for kind in ("png", "slicer", "html") for word in ("--format", kind)]
+    outcome = place.explain("--target", "organ", *formats)
+    assert outcome.code == 0, outcome.err
+    assert mine.is_dir() if "." in name else mine.read_text() == "mine"
+    assert is_done(place.out, place.record["key"], verify=True)
+
+
+@pytest.mark.parametrize("name", ["slices", "slicer", "cam_organ.nii.gz", "slices/organ"])
 def test_links_are_not_followed(place, name, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    place.out.mkdir()
+    (place.out / name).parent.mkdir(parents=True)
     (place.out / name).symlink_to(elsewhere / "file" if "." in name else elsewhere)
     formats = ("--format", "nifti", "--format", "png", "--format", "slicer")
     assert place.explain("--target", "organ", *formats).code == 0

@@ -67,7 +67,8 @@ def test_every_lesion_by_itself(place):
     assert small[IN_LESION] < 0.1
     options = ("--target", "lesion", "--region", "components", "--min-voxels", 99)
     assert place.explain(*options).code == 0
-    assert list(by_label(place)) == ["lesion component 0"]
+    labels = [case["label"] for case in place.record["explanations"]]
+    assert labels == ["lesion component 0", "lesion component 1", "lesion component 0"]
 
 
 def test_false_negatives_are_where_truth_and_prediction_differ(place):
@@ -238,7 +239,8 @@ def test_settings_of_a_method(place):
     assert case["method"]["settings"] == {"block": 3, "mode": "max"}
     one = place.volume("cam_lesion.nii.gz")
     assert place.explain(*options, "--settings", "window=1").code == 0
-    assert not np.allclose(one, place.volume("cam_lesion.nii.gz"))
+    assert np.array_equal(one, place.volume("cam_lesion.nii.gz"))
+    assert not np.allclose(one, place.volume("cam_lesion_2.nii.gz"))
 
 
 @pytest.mark.parametrize(
@@ -285,21 +287,43 @@ def test_features_of_a_layer(place):
     words = ("--model", place.model, "--layer", "model.0", "--slice", 4, "--out", out)
     outcome = seg3dcam("features", place.scan, *words)
     assert outcome.code == 0, outcome.err
-    assert sorted(path.name for path in out.iterdir()) == [
+    (folder,) = out.iterdir()
+    assert folder.name.endswith("model_0")
+    assert str(folder) in outcome.out
+    assert sorted(path.name for path in folder.iterdir()) == [
         *(f"channel_{n:03d}.png" for n in range(4)),
         "mosaic.png",
     ]
-    assert cv2.imread(str(out / "mosaic.png")) is not None
+    assert cv2.imread(str(folder / "mosaic.png")) is not None
     # Channel 0 holds the brightness of every second voxel, the others nothing.
-    assert cv2.imread(str(out / "channel_000.png")).max() > 100
-    assert cv2.imread(str(out / "channel_001.png")).max() == 0
+    assert cv2.imread(str(folder / "channel_000.png")).max() > 100
+    assert cv2.imread(str(folder / "channel_001.png")).max() == 0
+
+
+def test_features_of_others_are_never_replaced(place):
+    """Another slice, another scan, and a stranger's file; the same again is written once."""
+    out = place.folder / "features"
+    words = ("--model", place.model, "--layer", "model.0", "--top", 1, "--out", out)
+    other = write_scan(place.folder / "other.nii.gz", voxels() + 1)
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    before = contents(out)
+    for number, (scan, index) in enumerate([(place.scan, 4), (place.scan, 5), (other, 4)], 2):
+        assert seg3dcam("features", scan, *words, "--slice", index).code == 0
+        after = contents(out)
+        assert before.items() <= after.items()
+        assert len(list(out.iterdir())) == number
+        assert seg3dcam("features", scan, *words, "--slice", index).code == 0
+        assert contents(out) == after
+        before = after
 
 
 def test_features_ranked_for_a_class(place):
     out = place.folder / "features"
     words = ("--model", place.model, "--layer", BOTTLENECK, "--target", "lesion", "--out", out)
     assert seg3dcam("features", place.scan, *words, "--top", 2).code == 0
-    assert (out / "rank_000_channel_000.png").is_file()  # the one channel with a weight
+    (folder,) = out.iterdir()
+    assert (folder / "rank_000_channel_000.png").is_file()  # the one channel with a weight
 
 
 @pytest.mark.parametrize(

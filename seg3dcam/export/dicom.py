@@ -332,8 +332,8 @@ def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
 
 
 def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.bool_]]:
-    """Return what is not empty: the prediction, and the CAM from the threshold on."""
-    found = {name: mask for name, mask in masks.items() if name == "prediction"}
+    """Return what is not empty: the prediction or explained region, and the CAM."""
+    found = {name: mask for name, mask in masks.items() if name != "truth"}
     if not plan.explanation.notice(scale=plan.look.scale):
         found["CAM"] = (heat >= plan.look.threshold) & (heat > 0)
     return {name: mask for name, mask in found.items() if mask.any()}
@@ -376,6 +376,7 @@ def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
     #: Name -> label, and the algorithm's name and version.
     table = {
         "prediction": (f"prediction: {shown}", "segmentation network", str(weights)),
+        "explained region": (f"explained region: {shown}", _NAME, version(_NAME)),
         "CAM": (
             f"CAM from {plan.look.threshold:.2f}: {shown}",
             f"{_NAME} {explanation.method}",

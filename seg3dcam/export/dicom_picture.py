@@ -200,6 +200,6 @@ def shown_words(explanation: Explanation, look: Look) -> list[str]:
 
 
 def masks_of(explanation: Explanation) -> dict[str, NDArray[np.bool_]]:
-    """Return prediction and truth of the target's class, (columns, rows, slices), where known."""
-    masks = {"truth": explanation.truth, "prediction": explanation.measured}
+    """Return truth, and prediction or explained region, (columns, rows, slices), where known."""
+    masks = {"truth": explanation.truth, explanation.measured_as: explanation.measured}
     return {name: mask.numpy() for name, mask in masks.items() if mask is not None}

@@ -25,7 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
 from seg3dcam.files import as_path, atomic
-from seg3dcam.readers.frames import FRAMES, Frame, agree, form_of
+from seg3dcam.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
 from seg3dcam.scan import SAME_GRID_MM, corner_gap
 
 __all__ = ["write_nifti"]
@@ -34,7 +34,6 @@ _SCANNER = 1  # NIfTI's code for "mm in the scanner's own axes"
 _INTENT_NONE, _INTENT_LABEL = 0, 1002
 _MM = 2
 _LONGEST_AXIS = 32767  # NIfTI-1 counts voxels in int16
-_ORTHONORMAL = 1e-4  # ITK refuses direction cosines that are further off
 _SLAB_BYTES = 2**23
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # NIfTI's RGB24
 _QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
@@ -240,8 +239,7 @@ def _copy(fields: tuple[str, ...], source: nib.Nifti1Header, target: nib.Nifti1H
 
 
 def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], path: Path) -> None:
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.abs(directions.T @ directions - np.eye(3)).max() > _ORTHONORMAL:
+    if is_sheared(affine):
         gap = corner_gap(header.get_qform(), affine, header.get_data_shape())
         warnings.warn(
             f"{path}: the affine is sheared (gantry tilt?), which a qform cannot say. The sform "

@@ -31,7 +31,8 @@ class SegModel:
     Attributes:
         module: channel-first input (B, C, *S), logits (B, K, *S).
         class_names: one for each of the K channels; empty if unknown. Of characters that are not
-            printable, such as line breaks, spaces are made.
+            printable, such as line breaks, spaces are made; names that are the same then, or
+            nothing, get the number of their class.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
         restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
@@ -62,8 +63,12 @@ class SegModel:
     spec: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Make the names fit for files, pages and headers, whoever gave them."""
-        object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
+        """Make the names fit for files, pages and headers, whoever gave them, and different."""
+        names = [printable(name) or f"class {k}" for k, name in enumerate(self.class_names)]
+        different = (
+            f"{name} (class {k})" if names.count(name) > 1 else name for k, name in enumerate(names)
+        )
+        object.__setattr__(self, "class_names", tuple(different))
 
     def class_index(self, name: str | int) -> int:
         """Return the channel of a class given by name or index.

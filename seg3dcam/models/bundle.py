@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from seg3dcam.checks import is_number
 from seg3dcam.config import BundleSpec
 from seg3dcam.errors import ConfigError, ModelError, tell
+from seg3dcam.files import digest_of_all, resolved
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.bundle_config import Bundle, Metadata, code_in, read
 from seg3dcam.models.bundle_scan import loaded_keys, prepare, restorer, without_truths
@@ -46,7 +47,7 @@ def build(spec: BundleSpec, path: Path, trust: bool) -> SegModel:
     """
     if "\0" in spec.bundle + (spec.config or ""):
         raise ModelError(f"bundle {spec.bundle!r}: no path holds a NUL character")
-    bundle = read((path.parent / spec.bundle).resolve(), spec)
+    bundle = read(resolved(path.parent / spec.bundle), spec)
     if not trust:
         raise ModelError(
             f"{bundle.place} runs code when it is read. It would run\n  "
@@ -90,11 +91,21 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
             "version": version,
             "monai_version": bundle.metadata.monai_version,
             "config": bundle.config.name,
+            "sha256": digest_of_all(_described_by(bundle)),
             "inputs": list(keys),
             "weights": weights,
             **({"set": dict(spec.set)} if spec.set else {}),
         },
     )
+
+
+def _described_by(bundle: Bundle) -> list[Path]:
+    """Return the files, beside the weights, that say what a bundle does."""
+    return [
+        *(file for file in (bundle.root / "configs").glob("*") if file.is_file()),
+        *(file for file in bundle.root.rglob("*.py") if file.is_file()),
+        bundle.config,
+    ]
 
 
 def _transforms(bundle: Bundle, key: str) -> list[Any]:

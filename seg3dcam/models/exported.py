@@ -17,6 +17,7 @@ import torch
 
 from seg3dcam.config import ExportedSpec
 from seg3dcam.errors import ModelError
+from seg3dcam.files import digest_of
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.prepare import build_preparation
 from seg3dcam.models.state import check_file, check_finite
@@ -66,7 +67,10 @@ def build(spec: ExportedSpec, path: Path, trust: bool) -> SegModel:
         output=spec.output,
         in_channels=shape[1] if len(shape) > 1 and isinstance(shape[1], int) else None,
         name=f"exported {file.stem}",
-        spec=spec.model_dump(mode="json", exclude={"exported"}, exclude_none=True),
+        spec={
+            **spec.model_dump(mode="json", exclude={"exported"}, exclude_none=True),
+            "sha256": digest_of(file),
+        },
     )
 
 

@@ -25,6 +25,7 @@ from monai.data import MetaTensor
 from seg3dcam.config import NnunetSpec
 from seg3dcam.ensemble import Ensemble
 from seg3dcam.errors import ModelError, OutOfMemoryError, ScanError, tell
+from seg3dcam.files import digest_of_all
 from seg3dcam.models import nnunet_parts as parts_of
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.nnunet_files import (
@@ -100,6 +101,7 @@ def build(spec: NnunetSpec, path: Path, trust: bool) -> SegModel:
         name=f"nnU-Net {plans.dataset_name} {first.init_args.configuration}",
         spec={
             "dataset": plans.dataset_name,
+            "sha256": digest_of_all([plans_file, folder / "dataset.json"]),
             "plans": plans.plans_name,
             "configuration": first.init_args.configuration,
             "trainer": first.trainer_name,

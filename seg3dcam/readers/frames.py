@@ -30,7 +30,7 @@ FRAMES: tuple[Frame, ...] = ("sform", "qform")
 #: Two forms that put no voxel further apart than this, or a tenth of a voxel, are one place.
 FORMS_AGREE_MM = 0.05
 _AGREE_SPACING = 1e-3  # as a part of the spacing
-_ORTHONORMAL = 1e-4
+_ORTHONORMAL = 1e-4  # ITK refuses direction cosines that are further off
 
 
 def best_affine(path: Path, header: nib.Nifti1Header, frame: Frame | None, *, must: bool) -> Affine:
@@ -94,8 +94,8 @@ def form_of(header: nib.Nifti1Header, form: Frame) -> Affine | None:
 def agree(sform: Affine, qform: Affine, shape: Sequence[int]) -> bool:
     """Tell whether two forms of one header mean the same place, as far as a qform can say it.
 
-    It cannot say shear (gantry tilt), which is told where files are written; and its quaternion in
-    float32 cannot tell turns of nearly 180 degrees by less than a thousandth.
+    It cannot say shear (gantry tilt), and its quaternion in float32 cannot tell turns of nearly 180
+    degrees by less than a thousandth.
     """
     spacings = np.array([spacing_of(sform), spacing_of(qform)])
     same_spacing = np.ptp(spacings, axis=0) <= _AGREE_SPACING * spacings.max(axis=0)
@@ -107,10 +107,14 @@ def agree(sform: Affine, qform: Affine, shape: Sequence[int]) -> bool:
     nearest = form_of(header, "qform")
     if nearest is None or gap <= tolerance:
         return bool(gap <= tolerance)
-    directions = sform[:3, :3] / spacings[0]
-    sheared = np.abs(directions.T @ directions - np.eye(3)).max() > _ORTHONORMAL
-    rounding = 0.0 if sheared else corner_gap(nearest, sform, shape)
+    rounding = 0.0 if is_sheared(sform) else corner_gap(nearest, sform, shape)
     return bool(corner_gap(nearest, qform, shape) <= tolerance or gap <= tolerance + 2 * rounding)
+
+
+def is_sheared(affine: Affine) -> bool:
+    """Tell whether the axes are so far from right angles that ITK refuses them in a NIfTI file."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() > _ORTHONORMAL)
 
 
 def _tell_of_two_places(
@@ -137,6 +141,15 @@ def _tell_of_two_places(
                 f"forms. Choose with frame={form!r} (--frame {form}) or frame={taken!r}, or repair "
                 "the header."
             )
+        elif form == "qform" and taken == "sform" and is_sheared(affine):
+            gap = corner_gap(affine, other, shape)
+            if gap > min(FORMS_AGREE_MM, min(spacing_of(affine)) / 10):
+                tell(
+                    f"{path}: the sform is sheared (gantry tilt, or an affine registration), which "
+                    f"a qform cannot say. The sform is taken; ITK and 3D Slicer read the qform of "
+                    f"NIfTI files, which lies up to {gap:.3g} mm off, in what is written as well. "
+                    "Resample the scan onto a grid without shear if that matters."
+                )
     pixdim = np.abs(np.array(header["pixdim"][1:4], dtype=np.float64))
     spacing = np.array(spacing_of(affine))
     if "qform" not in there and (np.abs(pixdim - spacing) > _AGREE_SPACING * spacing).any():

@@ -29,8 +29,10 @@ class Line(NamedTuple):
 
 
 # Told apart by colour and by style, so also on a grey printout.
+_EXPLAINED = Line(colour=(255, 255, 0), dash=7, gap=5)
 LINES = {
-    "prediction": Line(colour=(255, 255, 0), dash=7, gap=5),
+    "prediction": _EXPLAINED,
+    "explained region": _EXPLAINED,
     "truth": Line(colour=(60, 220, 60), dash=1, gap=0),
 }
 

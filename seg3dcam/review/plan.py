@@ -34,7 +34,7 @@ class Profile(NamedTuple):
     Attributes:
         largest: highest value of the CAM; None without a CAM to draw, and so is `total`.
         total: sum of the CAM; of a signed look, of its values' sizes.
-        volumes: "truth" and "prediction", those that are known, in ml.
+        volumes: of the masks, by their names, in ml.
         lowest: lowest value of the CAM of a signed look, else None.
     """
 
@@ -51,7 +51,7 @@ class Review:
     Attributes:
         scan: (X, Y, Z).
         cam: (X, Y, Z) in [0, 1], of a signed look in [-1, 1]; None where there is nothing to draw.
-        masks: "truth" and "prediction", those that are known, (X, Y, Z) bool.
+        masks: "truth", "prediction", "explained region": those that are known, (X, Y, Z) bool.
         affine: (4, 4), voxel index -> RAS mm.
         look: the settings; `window` is what they give for this scan.
         notice: why there is no heat, in words; "" where there is.
@@ -126,6 +126,7 @@ def review_volumes(
     *,
     look: Look = USUAL,
     prediction: ArrayLike | None = None,
+    region: ArrayLike | None = None,
     truth: ArrayLike | None = None,
     axis: Axis = "axial",
     slices: SliceSetting = "relevant",
@@ -142,11 +143,13 @@ def review_volumes(
         affine: (4, 4), voxel index -> RAS mm.
         look: window, threshold, opacity, colours, and whether the CAM is signed.
         prediction: (X, Y, Z) mask, drawn as a dashed cyan outline.
+        region: (X, Y, Z) mask that is explained in place of a prediction, drawn like one.
         truth: (X, Y, Z) mask, drawn as a solid green outline.
         axis: "axial", "coronal" or "sagittal"; an oblique scan is cut along its own axes.
         slices: voxel indices along the scan's own array axis that is closest to the anatomical
             one (what a NIfTI viewer shows, also in the file names); "all"; or "relevant": where
-            the CAM reaches the threshold or the prediction is present, at most 20, with the peak.
+            the CAM reaches the threshold, or the prediction or region is present, at most 20, with
+            the peak.
         title: the first line of the pictures.
         caption: more for the footer, e.g. {"class": "tumour", "layer": "encoder.4"}.
         notice: why the CAM must not be drawn, where that is known; it is written instead.
@@ -166,9 +169,10 @@ def review_volumes(
     """
     image = _check_volume(scan, "scan")
     heat = _check_volume(cam, "cam", image.shape)
+    given = {"truth": truth, "prediction": prediction, "explained region": region}
     masks = {
         name: _check_mask(mask, name, image.shape)
-        for name, mask in (("truth", truth), ("prediction", prediction))
+        for name, mask in given.items()
         if mask is not None
     }
     view = display.plan_view(image.shape, affine, axis)
@@ -222,13 +226,16 @@ def review_explanation(
         InputError, ConfigError: as `review_volumes`, and an unknown layer.
     """
     mask, truth = explanation.measured, explanation.truth
+    measured = None if mask is None else mask.numpy()
+    is_predicted = explanation.measured_as == "prediction"
     words = (case, explanation.label or explanation.class_name)
     return review_volumes(
         explanation.scan.data[0].numpy(),
         explanation.volume(layer, scale=look.scale).numpy(),
         explanation.affine,
         look=look,
-        prediction=None if mask is None else mask.numpy(),
+        prediction=measured if is_predicted else None,
+        region=None if is_predicted else measured,
         truth=None if truth is None else truth.numpy(),
         axis=axis,
         slices=slices,
@@ -317,8 +324,8 @@ def _chosen(
         relevant |= profile.largest >= least
     if profile.lowest is not None:
         relevant |= profile.lowest <= -least
-    if "prediction" in profile.volumes:
-        relevant |= profile.volumes["prediction"] > 0
+    for name in profile.volumes.keys() - {"truth"}:
+        relevant |= profile.volumes[name] > 0
     return display.choose_slices(slices, relevant, None if peak is None else peak[view.slice_axis])
 
 

@@ -26,7 +26,7 @@ def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
 
     The scan alone is above the scan with the CAM, and below them is a close-up of both; each row
     has one scale. Arrowheads in the margins show where the other two planes cut. Without a CAM the
-    planes go through the middle of the prediction, or else of the scan.
+    planes go through the middle of the prediction or explained region, or else of the scan.
 
     Args:
         path: the file, ending in .png; its folder is made if missing.
@@ -79,11 +79,12 @@ def _focus(review: Review) -> tuple[tuple[int, ...], str]:
     if review.peak is not None and review.cam is not None:
         against = " against the target" if review.cam[review.peak] < 0 else ""
         return review.peak, f"the CAM's peak{against}"
-    prediction = review.masks.get("prediction")
-    if prediction is not None and prediction.any():
-        counts = (np.count_nonzero(prediction, axis=others) for others in ((1, 2), (0, 2), (0, 1)))
-        middle = tuple(round(np.average(np.arange(len(n)), weights=n)) for n in counts)
-        return middle, "the middle of the prediction"
+    for name in review.masks.keys() - {"truth"}:
+        mask = review.masks[name]
+        if mask.any():
+            counts = (np.count_nonzero(mask, axis=others) for others in ((1, 2), (0, 2), (0, 1)))
+            middle = tuple(round(np.average(np.arange(len(n)), weights=n)) for n in counts)
+            return middle, f"the middle of the {name}"
     return tuple(n // 2 for n in review.scan.shape), "the middle of the scan"
 
 

@@ -213,6 +213,7 @@ class _Page:
                 "model": str(model.get("name", "")),
                 "score": f"{explanation.score:.4g}",
                 "prediction": self._add_mask(explanation.measured),
+                "explained": explanation.measured_as.capitalize(),
                 "truth": self._add_mask(explanation.truth),
                 "layers": [
                     self._layer(explanation, layer, kept) for layer in explanation.shown_layers

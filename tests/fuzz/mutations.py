@@ -1,22 +1,20 @@
-"""Damage, by a seed: bytes of a file, or nested plain data as YAML and JSON hold it.
+"""Damage, by a seed, to the bytes of a file.
 
     mutated_bytes(content, random.Random(7))     # the same damage for the same seed
-    mutated_data({"roi_size": [96, 96]}, random.Random(7))
 
 Nothing here knows a format. Most damage of a file falls on its start, where headers are.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["EXTREME_NUMBERS", "EXTREME_VALUES", "mutated_bytes", "mutated_data", "places"]
+__all__ = ["EXTREME_NUMBERS", "EXTREME_VALUES", "mutated_bytes"]
 
 #: Numbers at the edge of what types and arithmetic bear.
 EXTREME_NUMBERS: tuple[int | float, ...] = (
@@ -121,56 +119,3 @@ _FAULTS: tuple[Callable[[bytearray, random.Random, int], None], ...] = (
     *(_flip, _number, _number, _number, _word, _word),
     *(_truncate, _cut, _repeat, _swap, _fill),
 )
-
-
-# ------------------------------------------------------------------------------------- plain data
-
-
-def mutated_data(data: Any, rng: random.Random) -> Any:
-    """Return a copy of nested dicts and lists with one or two faults; the given one is kept."""
-    damaged = copy.deepcopy(data)
-    for _ in range(rng.choice((1, 1, 2))):
-        found = list(places(damaged))
-        if not found:
-            return rng.choice(EXTREME_VALUES)
-        holder, key = rng.choice(found)
-        rng.choice(_CHANGES)(holder, key, rng, found)
-    return damaged
-
-
-def places(data: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each (container, key) of nested dicts and lists."""
-    keys = list(data) if isinstance(data, dict) else range(len(data))
-    for key in keys if isinstance(data, (dict, list)) else ():
-        yield data, key
-        if isinstance(data[key], (dict, list)):
-            yield from places(data[key])
-
-
-def _replace(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    holder[key] = copy.deepcopy(rng.choice(EXTREME_VALUES))
-
-
-def _delete(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    del holder[key]
-
-
-def _wrap(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    holder[key] = rng.choice(([holder[key]], {"x": holder[key]}, [holder[key]] * 3))
-
-
-def _of_another(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    other, place = rng.choice(found)
-    holder[key] = copy.deepcopy(other[place])
-
-
-def _rename(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    if isinstance(holder, dict):
-        holder[rng.choice(("", "x", f"{key}s", str(key).upper(), 5, None))] = holder.pop(key)
-
-
-def _as_text(holder: Any, key: Any, rng: random.Random, found: list) -> None:
-    holder[key] = str(holder[key])
-
-
-_CHANGES = (_replace, _replace, _replace, _delete, _wrap, _of_another, _rename, _as_text)

@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.export.nifti import write_nifti
 from seg3dcam.export.nrrd import write_nrrd
+from seg3dcam.geometry import corner_gap
 from seg3dcam.scan import load_labels, load_scan, place_code
 
 SHAPE, VOXEL = (12, 10, 8), (3, 1, 2)
@@ -84,6 +85,22 @@ def test_rounding_of_a_quaternion_is_no_second_place(tmp_path, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_scan(tmp_path / "c.nii")
+
+
+def test_shear_is_said(tmp_path):
+    """As after an affine registration: the qform that programs write beside it has none."""
+    sheared = SFORM @ np.array([[1, 0.05, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.ones((5, 4, 3), np.float32), sheared)
+    image.set_sform(sheared, 1)
+    image.set_qform(sheared, 1, strip_shears=True)
+    (tmp_path / "c.nii").write_bytes(image.to_bytes())
+    gap = corner_gap(sheared, nib.load(tmp_path / "c.nii").get_qform(), image.shape)
+    with pytest.warns(Seg3dcamWarning, match=rf"the sform is sheared .* up to {gap:.3g} mm off"):
+        scan = load_scan(tmp_path / "c.nii")
+    np.testing.assert_allclose(scan.affine, sheared, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_scan(tmp_path / "c.nii", frame="sform")  # a choice is said no more
 
 
 def test_pixdim_beside_an_sform_of_unit_scale(tmp_path):

@@ -273,3 +273,23 @@ def test_public_names():
         "save_slices",
     ]
     assert seg3dcam.review.save_slices is save_slices
+
+
+@pytest.mark.parametrize("of_component", [False, True], ids=["a region", "a lesion"])
+def test_a_region_is_called_a_prediction_only_where_it_is_one(of_component, tmp_path):
+    """As false negatives, which are no part of the prediction."""
+    explanation = make_phantom()
+    region = explanation.mask
+    if not of_component:
+        region = region.roll(3, dims=0) & ~region
+    name = "prediction" if of_component else "explained region"
+    found = replace(silent(explanation, "zero"), region=region, of_component=of_component)
+    review = review_explanation(found)
+    assert set(review.masks) == {"truth", name}
+    np.testing.assert_array_equal(review.masks[name], region)
+    assert review.profile.volumes[name].any()
+    with written_words() as lines:
+        save_planes(tmp_path / "planes.png", review)
+    said = " ".join(lines)
+    assert f"the middle of the {name}" in said
+    assert name in lines  # in the legend

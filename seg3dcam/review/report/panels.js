@@ -146,6 +146,7 @@ function refill() {
   fillPeaks();
   fillNumbers();
   for (const kind of ["truth", "prediction"]) byId(`f-${kind}`).hidden = item()[kind] === null;
+  byId("explained").textContent = item().explained;
   byId("hide").hidden = state.readFirst || item().prediction === null;
   byId("reading").hidden = !isHidden();
   noteFirstLook();
@@ -204,12 +205,13 @@ function fillPeaks() {
 
 function fillNumbers() {
   const found = layer().found;
+  const explained = item().explained.toLowerCase();
   const digits = (value, unit, count) => (value === null ? null : value.toPrecision(count) + unit);
   const ml = (value) => (value === null ? null : `${+value.toPrecision(3)} ml`);
   const percent = (value) => (value === null ? null : `${(100 * value).toFixed(0)} %`);
   const mm = (value) => (value === null ? null : value === 0 ? "inside" : `${value.toFixed(1)} mm`);
   const masks = {
-    "Predicted volume": ml(found.predicted_ml),
+    [explained === "prediction" ? "Predicted volume" : "Explained volume"]: ml(found.predicted_ml),
     "True volume": ml(found.truth_ml),
     Dice: digits(found.dice, "", 2),
   };
@@ -217,10 +219,10 @@ function fillNumbers() {
   const [part, peak] = signed ? ["Evidence for", "Its peak"] : ["CAM", "Peak"];
   const cam = {
     "Evidence against": percent(found.evidence_against),
-    [`${part} inside the prediction`]: percent(found.cam_inside_prediction),
+    [`${part} inside the ${explained}`]: percent(found.cam_inside_prediction),
     [`${part} inside the truth`]: percent(found.cam_inside_truth),
     [`${part} outside of both`]: percent(found.cam_outside),
-    [`${peak} to prediction`]: mm(found.peak_to_prediction_mm),
+    [`${peak} to ${explained}`]: mm(found.peak_to_prediction_mm),
     [`${peak} to truth`]: mm(found.peak_to_truth_mm),
     "CAM resolution": found.resolution_mm.map((x) => x.toFixed(1)).join(" × ") + " mm",
     "One voxel of the layer": ml(found.cell_ml),

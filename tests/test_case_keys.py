@@ -1,0 +1,187 @@
+"""A run is known again only where nothing that decides on its results has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers_bundles import SPLEEN, write_bundle
+from helpers_cases import LESION, OBLIQUE, Place, voxels, write_model, write_scan, write_yaml
+from helpers_nnunet import write_folder
+
+from seg3dcam import load_model, load_scan
+from seg3dcam.case_keys import case_keys
+from seg3dcam.config import Job
+from seg3dcam.scan import load_labels
+
+#: A value for each setting of a job that decides on what is written, other than the default.
+SETTINGS = {
+    "target": "lesion",
+    "score": "logit",
+    "region": "boundary",
+    "against": "organ",
+    "label": 2,
+    "min_voxels": 3,
+    "layer": "model.0",
+    "method": "grad_cam",
+    "settings": {"window": 4},
+    "set": {"inferer#overlap": 0.5},
+    "frame": "qform",
+    "case": "A",
+    "format": ["png"],
+    "axis": ["coronal"],
+    "slice": 3,
+    "intensity_window": [400, 40],
+    "threshold": 0.5,
+    "colormap": "jet",
+    "signed": True,
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place.at(tmp_path)
+
+
+def key_of(place, model=None, truth=None, **settings):
+    job = Job(scan=str(place.scan), model=str(model or place.model), **settings)
+    labels = None if truth is None else load_labels(truth)
+    network = load_model(job.model, trust=True)
+    return case_keys(load_scan(place.scan, frame=job.frame), network, job, labels).all
+
+
+def test_every_setting_of_a_job_is_tried():
+    """What is left out here names the inputs, and where results go."""
+    inputs = {"scan", "model", "truth", "out", "device"}
+    assert set(SETTINGS) | inputs == set(Job.model_fields)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting(place, name):
+    before = key_of(place)
+    assert key_of(place) == before
+    assert key_of(place, **{name: SETTINGS[name]}) != before
+
+
+@pytest.mark.parametrize("setting", ["out", "device"])
+def test_what_decides_on_nothing(place, setting):
+    assert key_of(place, **{setting: "cpu"}) == key_of(place)
+
+
+def _header(**values):
+    def change(place):
+        image = nib.load(place.scan)
+        for name, value in values.items():
+            image.header[name] = value
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), place.scan)
+
+    return change
+
+
+def _voxel(place):
+    array = voxels()
+    array[3, 3, 3] += 1e-3
+    write_scan(place.scan, array)
+
+
+def _affine(place):
+    moved = OBLIQUE.copy()
+    moved[0, 3] += 0.5
+    write_scan(place.scan, affine=moved)
+
+
+def _model(**changes):
+    return lambda place: write_model(place.folder, **changes)
+
+
+#: What else may change between two runs, each alone.
+CHANGES = {
+    "a voxel": _voxel,
+    "the affine": _affine,
+    "the qform alone": _header(qoffset_x=3),
+    "the qform's code": _header(qform_code=2),
+    "the sform's code": _header(sform_code=3),
+    "the unit": _header(xyzt_units=2),
+    "a weight": _model(biases=[0, -3, -16]),
+    "a class's name": _model(classes=["background", "organ", "tumour"]),
+    "the activation": _model(activation="sigmoid"),
+    "the window": _model(window={"roi_size": 16, "overlap": 0.5}),
+    "the preparation": _model(prepare={"intensity": {"zscore": "all"}}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*two places")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_scan_or_the_model(place, change):
+    before = key_of(place)
+    CHANGES[change](place)
+    assert key_of(place) != before
+
+
+def test_the_truth(place):
+    truth = place.folder / "truth.nii.gz"
+    labels = np.zeros(voxels().shape, np.float32)
+    keys = [key_of(place)]
+    for lesion in (0, 1, 2):
+        labels[LESION] = lesion
+        write_scan(truth, labels)
+        keys.append(key_of(place, truth=truth))
+    assert len(set(keys)) == 4
+
+
+CODE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) * {factor}
+"""
+
+
+@pytest.mark.parametrize("helper", [False, True], ids=["its own file", "a file beside it"])
+def test_the_code_of_a_users_network(place, helper):
+    """The same weights, and another `forward`."""
+    model = write_yaml(
+        place.folder / "own.yaml",
+        {"factory": "nets_of_mine:Net", "weights": "own.pt", "classes": ["a", "b"]},
+    )
+    torch.save(torch.nn.ModuleDict({"conv": torch.nn.Conv3d(1, 2, 3)}).state_dict(), "own.pt")
+    shutil.move("own.pt", place.folder)
+    file = place.folder / "nets_of_mine.py"
+    file.write_text(CODE.format(factor=1))
+    before = key_of(place, model)
+    if helper:
+        (place.folder / "blocks.py").write_text("factor = 2")
+    else:
+        file.write_text(CODE.format(factor=2))
+    assert key_of(place, model) != before
+
+
+@pytest.mark.parametrize("what", ["preprocessing", "a script"])
+def test_a_bundles_own_settings(place, what):
+    root = write_bundle(place.folder / "bundle", SPLEEN, scripts={"steps": "factor = 1"})
+    before = key_of(place, f"bundle:{root}")
+    if what == "a script":
+        (root / "scripts" / "steps.py").write_text("factor = 2")
+    else:
+        file = root / "configs" / "inference.json"
+        file.write_text(file.read_text().replace("-57", "-58"))
+    assert key_of(place, f"bundle:{root}") != before
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_an_nnunet_folders_plans(place, name):
+    folder = write_folder(place.folder)
+    before = key_of(place, f"nnunet:{folder}")
+    content = json.loads((folder / name).read_text())
+    content["overwrite_image_reader_writer"] = "another"
+    (folder / name).write_text(json.dumps(content))
+    assert key_of(place, f"nnunet:{folder}") != before
