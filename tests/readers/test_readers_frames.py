@@ -90,7 +90,7 @@ def test_rounding_of_a_quaternion_is_no_second_place(tmp_path, seed):
 def test_shear_is_said(tmp_path):
     """As after an affine registration: the qform that programs write beside it has none."""
     sheared = SFORM @ np.array([[1, 0.05, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    image = nib.Nifti1Image(np.ones((5, 4, 3), np.float32), sheared)
+    image = nib.Nifti1Image(np.arange(60, dtype=np.float32).reshape(5, 4, 3), sheared)
     image.set_sform(sheared, 1)
     image.set_qform(sheared, 1, strip_shears=True)
     (tmp_path / "c.nii").write_bytes(image.to_bytes())
