@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -328,13 +328,12 @@ def _write_labels(path: Path, labels: np.ndarray, scan: Scan, name: str) -> Path
 def _write_png(
     folder: Path, explanation: Explanation, name: str, job: Job, case: str
 ) -> list[Path]:
-    which: Literal["relevant"] | int = "relevant" if job.slice is None else job.slice
-    first, *others = job.axes
-    review = review_explanation(explanation, look_of(job), axis=first, slices=which, case=case)
-    files = save_slices(folder / "slices" / name, review)
-    for axis in others:
+    which = "relevant" if job.slice is None else job.slice
+    review = review_explanation(explanation, look_of(job), axis=job.axes[0], case=case)
+    files: list[Path] = []
+    for axis in job.axes:
         files += save_slices(folder / "slices" / name, review.along(axis, which))
-    if job.slice is None:
+    if not isinstance(job.slice, int):
         files += [
             save_montage(folder / f"montage_{name}.png", review),
             save_planes(folder / f"planes_{name}.png", review),
@@ -382,7 +381,7 @@ _JOINT: dict[str, Callable[[Path, Look, str], _Joint]] = {
 
 def check_slice(scan: Scan, job: Job) -> None:
     """Raise ConfigError early where the wanted slice lies outside of the scan."""
-    if job.slice is None:
+    if not isinstance(job.slice, int):
         return
     size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
     if not 0 <= job.slice < size:

@@ -213,8 +213,11 @@ def explain(
         ),
     ] = None,
     slice: Annotated[
-        int | None,
-        typer.Option(help="PNG of one slice only, by its voxel index along --axis (axial)"),
+        str | None,
+        typer.Option(
+            help="PNG of one slice only, by its voxel index along --axis (axial); or all: of every "
+            "slice; default: those that matter"
+        ),
     ] = None,
     intensity_window: Annotated[
         str | None,
@@ -252,6 +255,8 @@ def explain(
     given = dict(locals())
     content = _job_of_file(config) if config else {}
     options = {k: v for k, v in given.items() if k in Job.model_fields and v is not None}
+    if slice is not None:
+        options["slice"] = _slice(slice)
     if "intensity_window" in options:
         options["intensity_window"] = _window(options["intensity_window"])
     if input:
@@ -649,6 +654,16 @@ def _window(text: str) -> Any:
         return tuple(float(part) for part in parts) if len(parts) == 2 else text
     except ValueError:
         return text
+
+
+def _slice(text: str) -> int | str:
+    """Return a slice's index, or "all"; ConfigError for anything else."""
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--slice {text!r}: a voxel index, such as 80, or all") from None
 
 
 def _axis(text: str) -> int | str:

@@ -227,7 +227,9 @@ class Job(_Settings):
     axis: list[Axis] | None = Field(
         None, description="planes of the slices' pictures, each with its own; none: axial"
     )
-    slice: int | None = Field(None, description="one slice alone, of one plane; by its voxel index")
+    slice: int | Literal["all"] | None = Field(
+        None, description="one slice alone, by its voxel index, or all; none: those that matter"
+    )
     intensity_window: str | tuple[float, float] | None = Field(
         None, description="a preset such as 'soft tissue', or [width, level]; none: by the scan"
     )
@@ -253,7 +255,7 @@ class Job(_Settings):
 
     @model_validator(mode="after")
     def _one_plane_of_one_slice(self) -> Job:
-        if self.slice is not None and len(self.axes) > 1:
+        if isinstance(self.slice, int) and len(self.axes) > 1:
             raise ValueError(f"slice {self.slice} is one of a plane: give one axis, such as axial")
         return self
 

@@ -7,16 +7,18 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from helpers_bundles import SPLEEN, write_bundle
 from helpers_cases import LESION, OBLIQUE, Place, voxels, write_model, write_scan, write_yaml
+from helpers_dicom import write_series
 from helpers_nnunet import write_folder
 
 from seg3dcam import load_model, load_scan
 from seg3dcam.case_keys import case_keys
 from seg3dcam.config import Job
-from seg3dcam.scan import load_labels
+from seg3dcam.scan import load_labels, place_code
 
 #: A value for each setting of a job that decides on what is written, other than the default.
 SETTINGS = {
@@ -185,3 +187,15 @@ def test_an_nnunet_folders_plans(place, name):
     content["overwrite_image_reader_writer"] = "another"
     (folder / name).write_text(json.dumps(content))
     assert key_of(place, f"nnunet:{folder}") != before
+
+
+def test_a_dicom_header(tmp_path):
+    """Of a series, whatever its objects are written with."""
+    files = write_series(tmp_path / "ct", np.arange(60.0).reshape(5, 4, 3), np.diag([1, 1, 3, 1]))
+    before = place_code(load_scan(tmp_path / "ct"))
+    assert place_code(load_scan(tmp_path / "ct")) == before
+    for file in files:
+        header = pydicom.dcmread(file)
+        header.StudyDescription = "another"
+        header.save_as(file)
+    assert place_code(load_scan(tmp_path / "ct")) != before

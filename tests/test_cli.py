@@ -265,6 +265,20 @@ def test_one_slice_alone(place, axis):
     assert slices(place) == [f"slices/lesion/{axis}_010.png"]
 
 
+def test_every_slice(place):
+    """The overview still shows those that matter."""
+    assert place.explain("--target", "lesion", "--slice", "all", "--axis", "coronal").code == 0
+    found = slices(place)
+    assert found[-24:] == [f"slices/lesion/coronal_{k:03d}.png" for k in range(24)]
+    assert found[:3] == ["montage_lesion.png", "planes_lesion.png", "profile_lesion.png"]
+    montage = (place.out / "montage_lesion.png").read_bytes()
+    other = Place(place.folder / "other")
+    other.folder.mkdir()
+    words = ("explain", place.scan, "--model", place.model, "--out", other.out, "--axis", "coronal")
+    assert seg3dcam(*words, "--target", "lesion", "--format", "png").code == 0
+    assert (other.out / "montage_lesion.png").read_bytes() == montage
+
+
 def test_axial_is_the_patients_not_the_arrays(place):
     """The first array axis runs from feet to head: 20 axial slices."""
     turned = np.array([[0, 2.0, 0, 0], [0, 0, 2.0, 0], [2.0, 0, 0, 0], [0, 0, 0, 1]])

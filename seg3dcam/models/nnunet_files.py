@@ -30,6 +30,7 @@ from pydantic import (
 
 from seg3dcam.config import NnunetSpec, read_json, validate
 from seg3dcam.errors import ConfigError, ModelError, nearest, tell
+from seg3dcam.models.state import tensor_fault
 
 #: Readers of 3-D files -> the library that says the voxel size, and whether the reader turns the
 #: scan to RAS first.
@@ -274,27 +275,9 @@ class Dataset(_Foreign):
         return self
 
 
-#: What the weights of a network may be made of.
-_DTYPES = {
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
-}
-
-
-def _is_plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    kind = (
-        "nested"
-        if tensor.is_nested
-        else "on the meta device, without values,"
-        if tensor.is_meta
-        else "sparse"
-        if tensor.layout != torch.strided
-        else ""
-        if tensor.dtype in _DTYPES
-        else f"of {tensor.dtype}"
-    )
-    if kind:
-        raise ValueError(f"a tensor {kind} is no weight; legal are dense ones of usual numbers")
+def _is_weight(tensor: torch.Tensor) -> torch.Tensor:
+    if fault := tensor_fault(tensor):
+        raise ValueError(f"it is {fault}; legal are dense tensors of real numbers")
     return tensor
 
 
@@ -305,7 +288,7 @@ class _Arguments(_Foreign):
 class Checkpoint(_Foreign):
     """What is needed of a checkpoint."""
 
-    network_weights: dict[StrictStr, Annotated[torch.Tensor, AfterValidator(_is_plain_tensor)]]
+    network_weights: dict[StrictStr, Annotated[torch.Tensor, AfterValidator(_is_weight)]]
     trainer_name: Name
     init_args: _Arguments
     inference_allowed_mirroring_axes: tuple[Annotated[Axis, BeforeValidator(_plain)], ...] = ()

@@ -159,22 +159,26 @@ def _check_entry(name: Any, value: torch.Tensor, file: str) -> None:
             f"{file}: the key {name!r} is of type {type(name).__name__}; the keys of a state dict "
             "are text, such as 'model.0.weight'"
         )
-    found = (
-        "a nested tensor"
-        if value.is_nested
-        else "on the meta device, without any values"
-        if value.is_meta
-        else f"{'quantized' if value.is_quantized else 'of type'} {value.dtype}"
-        if value.dtype not in _NUMBERS
-        else f"sparse ({value.layout})"
-        if value.layout != torch.strided
-        else None
-    )
-    if found:
+    if found := tensor_fault(value):
         raise ModelError(
             f"{file}: {name} is {found}. Weights are dense tensors of real numbers with their "
             "values, such as float32: convert it in Python, and save the state dict again"
         )
+
+
+def tensor_fault(value: torch.Tensor) -> str:
+    """Say why a tensor is no weight of a network; nothing where it may be one.
+
+    >>> tensor_fault(torch.eye(3).to_sparse()), tensor_fault(torch.eye(3))
+    ('sparse (torch.sparse_coo)', '')
+    """
+    if value.is_nested:
+        return "a nested tensor"
+    if value.is_meta:
+        return "on the meta device, without any values"
+    if value.dtype not in _NUMBERS:
+        return f"{'quantized' if value.is_quantized else 'of type'} {value.dtype}"
+    return "" if value.layout == torch.strided else f"sparse ({value.layout})"
 
 
 def check_fit(

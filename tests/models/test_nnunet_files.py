@@ -188,10 +188,16 @@ OF_CHECKPOINT = {
         r"network_weights.3.\[key\]: .*string",
     ),
     "a list of weights": ({"network_weights": {"w": [plain()]}}, "network_weights.w: .*Tensor"),
-    "complex": ({"network_weights": {"w": plain(dtype=torch.complex64)}}, "of torch.complex64 is"),
-    "float8": ({"network_weights": {"w": plain(dtype=torch.float8_e4m3fn)}}, "of torch.float8"),
+    "complex": (
+        {"network_weights": {"w": plain(dtype=torch.complex64)}},
+        "is of type torch.complex64",
+    ),
+    "float8": (
+        {"network_weights": {"w": plain(dtype=torch.float8_e4m3fn)}},
+        "is of type torch.float8",
+    ),
     "meta": ({"network_weights": {"w": plain(device="meta")}}, "on the meta device"),
-    "sparse": ({"network_weights": {"w": torch.eye(3).to_sparse()}}, "a tensor sparse is no"),
+    "sparse": ({"network_weights": {"w": torch.eye(3).to_sparse()}}, "it is sparse"),
 }
 
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 (its own convention)
+from helpers_cases import Place, seg3dcam
 from scipy.spatial.transform import Rotation
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
@@ -158,3 +159,49 @@ def test_the_code_of_a_place_holds_everything_that_is_written(tmp_path, change):
     assert place_code(load_scan(save(tmp_path / "c.nii"))) == before
     assert place_code(load_scan(save(tmp_path / "c.nii", **change))) != before
     assert place_code(load_scan(save(tmp_path / "c.nii"), frame=None)) == before
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def _in_itk(file):
+    return np.array(sitk.ReadImage(str(file)).GetOrigin())[:3] * (-1, -1, 1)
+
+
+@pytest.mark.parametrize("frame", [None, "sform", "qform"])
+def test_the_command_writes_where_it_was_told(tmp_path, frame):
+    """Every file, and the truth beside it, in ITK and in nibabel."""
+    place = Place.at(tmp_path)
+    image = nib.load(place.scan)
+    moved = image.affine.copy()
+    moved[0, 3] += 20
+    image.set_qform(moved, 1)
+    nib.save(image, place.scan)
+    truth = nib.Nifti1Image((np.asarray(image.dataobj) > 0.7).astype(np.uint8), None, image.header)
+    truth.set_data_dtype(np.uint8)
+    nib.save(truth, tmp_path / "truth.nii.gz")
+    words = [word for kind in ("nifti", "nrrd", "slicer", "fused") for word in ("--format", kind)]
+    chosen = [] if frame is None else ["--frame", frame]
+    shown = ("--truth", tmp_path / "truth.nii.gz", "--label", 1)
+    options = ("--target", "lesion", *shown, *words, *chosen)
+    outcome = place.explain(*options)
+    assert outcome.code == 0, outcome.err
+    assert ("the header says two places" in outcome.complaint) == (frame is None)
+    where = (moved if frame == "qform" else image.affine)[:3, 3]
+    volumes = [f for f in place.out.rglob("*") if f.name.endswith((".nii.gz", ".nrrd"))]
+    assert len(volumes) >= 8
+    for file in volumes:
+        np.testing.assert_allclose(_in_itk(file), where, atol=1e-3, err_msg=file.name)
+        if file.name.endswith(".nii.gz"):
+            np.testing.assert_allclose(nib.load(file).affine[:3, 3], where, atol=1e-3)
+    assert place.record["explanations"][0]["found"]["dice"] > 0.5
+    assert "holds this case already" in place.explain(*options).out
+
+
+@pytest.mark.parametrize("command", ["explain", "features"])
+def test_a_frame_that_is_none(tmp_path, command):
+    place = Place.at(tmp_path)
+    outcome = seg3dcam(command, place.scan, "--model", place.model, "--frame", "mni")
+    assert outcome.code == 2
+    assert "sform" in outcome.complaint
+    assert "qform" in outcome.complaint
