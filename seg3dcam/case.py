@@ -29,6 +29,7 @@ behind it. No file's name or content tells the scan's own file name, which may b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,21 +39,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from seg3dcam.case_folder import locked, move, placed_as, remove, staging
+from seg3dcam.case_folder import described, locked, move, placed_as, remove, staging
 from seg3dcam.case_keys import Keys, case_name, keys_of_explanation, look_of, settings_of
 from seg3dcam.case_record import (
     Record,
     Run,
     damaged,
+    is_somebody_elses,
     listed_files,
     provenance_of,
     record_of,
+    unfinished,
     without_job,
     write_record,
 )
 from seg3dcam.config import Job
 from seg3dcam.engine.passes import Progress, silent
-from seg3dcam.errors import ConfigError, OutputError
+from seg3dcam.errors import ConfigError, InputError, OutputError
 from seg3dcam.explanation import Explanation, anatomical_axis
 from seg3dcam.export.dicom import DicomExport
 from seg3dcam.export.fused import write_fused
@@ -99,31 +102,36 @@ def write_case(
 
     Args:
         keys: see `seg3dcam.case_keys`; None: as far as the explanations tell them.
-
-    Args:
         progress: called with (step, done, total) before each format is written.
 
     Returns:
         what `case.json` says of this run: its "files" and "explanations", and the "case".
 
     Raises:
-        OutputError: the folder cannot be written, holds another scan's case, or another run is at
-            work in it. Runs of other jobs are there as they were.
+        OutputError: the folder cannot be written, holds another scan's case or a `case.json` of
+            something else, or another run is at work in it. Runs of other jobs are as they were.
+        InputError: there are no explanations.
     """
     folder = Path(folder)
     with locked(folder, listed_files) as lock, staging(folder) as staged:
         before = record_of(folder)
+        if before is None and is_somebody_elses(folder):
+            raise OutputError(
+                f"{folder} holds a case.json of something else: choose another folder"
+            )
         new = _written(staged, explanations, job, keys, before, progress)
         if before is not None and before.voxels_sha256 != new.keys.voxels:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
         replaced = _files_of(before) - _files_of(others)
         names = placed_as(folder, staged, new.files, replaced)
-        # A run that dies from here on leaves these files, which the next one removes.
-        lock.announce({*names.values(), *replaced})
-        if replaced:
-            write_record(folder, others)
-        files = move(folder, staged, names)
+        files = described(staged, names)
+        # A run that dies from here on leaves new files, which the next one removes; what it
+        # replaces stays listed, old or new, as a run that has to be done again.
+        lock.announce(final for final in names.values() if not os.path.lexists(folder / final))
+        if before is not None and replaced:
+            write_record(folder, unfinished(before, new.keys.job))
+        move(folder, staged, names)
         run, entries = new.run(names, job), new.entries(names)
         record = Record(
             seg3dcam=version("seg3dcam"),
@@ -139,6 +147,34 @@ def write_case(
         write_record(folder, record)
         remove(folder, replaced - set(names.values()))
     return {"case": new.case, "files": run["files"], "explanations": entries}
+
+
+def write_apart(folder: str | Path, name: str, write: Callable[[Path], object]) -> list[Path]:
+    """Write files that belong together to a folder of their own, where nothing else is lost.
+
+    What another call wrote under this name stays, and a number is added to the name; where it is
+    the very same, it is not written twice.
+
+    Args:
+        folder: gets the new folder.
+        name: of the new folder.
+        write: writes the files to a folder that it is given.
+
+    Returns:
+        The files, in the order of their names.
+
+    Raises:
+        OutputError: they cannot be written, or another run is at work in `folder`.
+    """
+    folder = Path(folder)
+    with locked(folder, listed_files) as lock, staging(folder) as staged:
+        write(staged / name)
+        files = sorted(file for file in staged.rglob("*") if file.is_file())
+        names = placed_as(folder, staged, files, replaceable=())
+        lock.announce(final for final in names.values() if not os.path.lexists(folder / final))
+        move(folder, staged, names)
+        lock.announce(())
+    return [folder / final for final in names.values()]
 
 
 def _files_of(record: Record | None) -> set[str]:
@@ -227,6 +263,8 @@ def _written(
             if kind in joint:
                 joint[kind].add(explanation, name)
         new.found.append(_entry(explanation, name, job, new.keys))
+    if not new.found:
+        raise InputError("there is no explanation to write")
     for number, (last, writer) in enumerate(joint.items()):
         progress(f"writing {last}", number, len(joint))
         new.files += writer.finish()

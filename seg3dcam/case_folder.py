@@ -1,9 +1,10 @@
 """A folder that one run at a time writes to: nothing half-written, lost, mixed, or somebody else's.
 
     with locked("results") as lock, staging("results") as staged:
-        ...                     # write to `staged`, a hidden folder in "results"
-        lock.announce(names)    # what a run that is killed from here on may leave
-        placed("results", staged, ...)
+        ...                             # write to `staged`, a hidden folder in "results"
+        names = placed_as("results", staged, ...)
+        lock.announce(names.values())   # what a run that is killed from here on may leave
+        move("results", staged, names)
 
 A lock says which process on which machine is at work. That of a process which is gone is taken
 over: what it left is removed, as its temporary files, or what it announced and no record lists.
@@ -19,14 +20,16 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import psutil
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError
 
 from seg3dcam.errors import OutputError
 from seg3dcam.files import (
     check_writable,
     digest_of,
+    read_small,
     temporary_name,
     write_json,
 )
@@ -41,13 +44,29 @@ UNREADABLE = 10
 OF_EACH = ("slices",)
 
 
+#: Bytes of a lock, at most.
+_LARGEST = 50_000_000
+
+
+def _inside(name: str) -> str:
+    """Return the name of a file below a folder; ValueError for any other."""
+    parts = name.split("/")
+    if any(p in ("", ".", "..") or len(os.fsencode(p)) > 255 for p in parts) or "\0" in name:
+        raise ValueError("a name of a file in the folder is needed, such as slices/a/axial_001.png")
+    return name
+
+
+#: The name of a file in a folder, relative to it, with "/" between folders.
+Name = Annotated[str, AfterValidator(_inside)]
+
+
 class _Holder(BaseModel):
     """Who holds a lock: a process, since when, and which files it may leave."""
 
     host: str
-    process: int
-    since: float
-    files: list[str] = []
+    process: int = Field(ge=1, lt=2**31)
+    since: FiniteFloat
+    files: list[Name] = []
 
     def is_alike(self, other: _Holder) -> bool:
         """Tell whether this is the same process."""
@@ -94,7 +113,10 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{folder} cannot be locked ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise OutputError(
+            f"{folder} cannot be locked: {path} ({reason}). If no run is at work there, delete it"
+        ) from error
     lock = Lock(path, holder)
     try:
         yield lock
@@ -155,39 +177,56 @@ def placed_as(
     return found
 
 
-def move(folder: Path, staged: Path, names: Mapping[str, str]) -> dict[str, dict[str, int | str]]:
-    """Move staged files to their names, and return the size and SHA-256 of each.
+def described(staged: Path, names: Mapping[str, str]) -> dict[str, dict[str, int | str]]:
+    """Return the size and SHA-256 of each staged file, by the name that it is to have.
 
     Raises:
         OutputError: a file is gone, as where the folder was deleted meanwhile.
     """
     found: dict[str, dict[str, int | str]] = {}
     for name, final in names.items():
-        source, target = staged / name, folder / final
-        try:
-            found[final] = {"bytes": source.stat().st_size, "sha256": digest_of(source)}
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(target)
-        except FileNotFoundError as error:
-            raise OutputError(
-                f"{target} is gone: something deleted it, or its folder, while the run went on. "
-                "Run it again"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"{target} cannot be written ({error.strerror or error})") from error
+        file = staged / name
+        with _said(file):
+            found[final] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
     return found
+
+
+def move(folder: Path, staged: Path, names: Mapping[str, str]) -> None:
+    """Move staged files to their names.
+
+    Raises:
+        OutputError: a file is gone, as where the folder was deleted meanwhile.
+    """
+    for name, final in names.items():
+        target = folder / final
+        with _said(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).replace(target)
+
+
+@contextlib.contextmanager
+def _said(file: Path) -> Iterator[None]:
+    """Say in words that a file is gone or cannot be written."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"{file} is gone: something deleted it, or its folder, while the run went on. "
+            "Run it again"
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written ({error.strerror or error})") from error
 
 
 def remove(folder: Path, files: Iterable[str]) -> None:
     """Remove files of a folder, and the folders that are empty then; never what a link points to.
 
     Args:
-        files: relative to the folder; what lies outside of it stays.
+        files: names that lie in the folder, see `Name`.
     """
     for name in files:
         file = folder / name
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or _has_link(folder, file.parent):
+        if _has_link(folder, file.parent):
             continue
         with contextlib.suppress(OSError):
             if file.is_file() or file.is_symlink():
@@ -195,33 +234,6 @@ def remove(folder: Path, files: Iterable[str]) -> None:
         for parent in file.relative_to(folder).parents[:-1]:
             with contextlib.suppress(OSError):  # not empty: it holds a file of somebody else's
                 (folder / parent).rmdir()
-
-
-def write_apart(folder: Path, name: str, write: Callable[[Path], object]) -> list[Path]:
-    """Write files that belong together to a folder of their own, where nothing else is lost.
-
-    What another call wrote under this name stays, and a number is added to the name; where it is
-    the very same, it is not written twice.
-
-    Args:
-        folder: gets the new folder.
-        name: of the new folder.
-        write: writes the files to a folder that it is given.
-
-    Returns:
-        The files, in the order of their names.
-
-    Raises:
-        OutputError: they cannot be written, or another run is at work in `folder`.
-    """
-    with locked(folder, listed=lambda _: ()) as lock, staging(folder) as staged:
-        write(staged / name)
-        files = sorted(file for file in staged.rglob("*") if file.is_file())
-        names = placed_as(folder, staged, files, replaceable=())
-        lock.announce(final for final in names.values() if not (folder / final).exists())
-        move(folder, staged, names)
-        lock.announce(())
-    return [folder / final for final in names.values()]
 
 
 def is_link_free(folder: Path, name: str) -> bool:
@@ -247,12 +259,12 @@ def _holder_of(path: Path) -> _Holder | None:
     """Return who holds a lock; None where it is gone, or nobody can have written it like that."""
     for _ in range(2 * UNREADABLE):
         try:
-            return _Holder.model_validate_json(path.read_bytes())
+            return _Holder.model_validate_json(read_small(path, _LARGEST))
         except FileNotFoundError:
             return None
         except ValidationError:
             # Somebody may be about to write it.
-            if time.time() - path.stat().st_mtime > UNREADABLE:
+            if time.time() - path.lstat().st_mtime > UNREADABLE:
                 return None
             time.sleep(0.5)
     return None
@@ -339,9 +351,16 @@ def _is_free(
         there = folder / final
         if final in replaceable or not there.exists():
             continue
-        if not there.is_file() or digest_of(there) != digest_of(staged / name):
+        if not _is_same(there, staged / name):
             return False
     return True
+
+
+def _is_same(there: Path, staged: Path) -> bool:
+    """Tell whether a file holds what was staged; not where nobody may read it."""
+    with contextlib.suppress(OSError):
+        return there.is_file() and digest_of(there) == digest_of(staged)
+    return False
 
 
 def _has_link(folder: Path, path: Path) -> bool:

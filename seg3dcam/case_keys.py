@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,13 +64,20 @@ def case_folder(scan: Scan, job: Job, keys: Keys) -> Path:
     Beside another scan's case, or another program's, it gets a folder of its own in that folder.
     """
     name = case_name(scan, job)
-    own, other = unique_names([name, f"{name} {keys.voxels[:8]}"])
-    out = Path(OUT) / own if job.out is None else Path(job.out)
-    return next((place for place in (out, out / own) if _may_hold(place, keys)), out / other)
+    # A file of this name is for the writer to refuse.
+    if job.out is not None and (Path(job.out).is_file() or _may_hold(Path(job.out), keys)):
+        return Path(job.out)
+    parent = Path(OUT if job.out is None else job.out)
+    # The third name and more are for where links or files of others have the first two.
+    names = unique_names([name, *[f"{name} {keys.voxels[:8]}"] * 99])
+    below = (parent / one for one in names)
+    return next(place for place in below if not place.is_symlink() and _may_hold(place, keys))
 
 
 def _may_hold(folder: Path, keys: Keys) -> bool:
     """Tell whether a folder holds nothing that keeps a scan's case out."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
     record = record_of(folder)
     if record is None:
         return not is_somebody_elses(folder)
@@ -91,7 +99,7 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
         repr(model.window),
         str(model.output),
         _code_of(model.module),
-        settings_of(job),
+        settings_of(job) | {"target": _classes_of(job, model)},
     ]
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
     of_job = digest.hexdigest()[:16]
@@ -101,18 +109,32 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
 
 
 def _code_of(module: nn.Module) -> str:
-    """Return a hash of the Python files of a network's classes, and of those beside them."""
+    """Return a hash of the Python files of a network's classes."""
     kinds = {kind for part in module.modules() for kind in type(part).__mro__}
     functions = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f)]
-    folders = {Path(function.__code__.co_filename).parent for function in functions}
-    files = [file for folder in folders for file in folder.glob("*.py") if file.is_file()]
-    return digest_of_all(files)
+    files = {Path(function.__code__.co_filename) for function in functions}
+    return digest_of_all(file for file in files if file.is_file())
+
+
+def _classes_of(job: Job, model: SegModel) -> list[int] | None:
+    """Return the classes by their indices, however the job names them."""
+    named = job.target if isinstance(job.target, list) else [job.target]
+    return None if job.target is None else [model.class_index(name) for name in named]  # type: ignore[arg-type]
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Return what decides on the results, with the colours that are drawn."""
+    """Return what decides on the results, the same for the same job however it is written."""
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
-    return settings | {"colormap": look_of(job).colormap}
+    same = {
+        "method": job.methods,
+        "layer": job.layers,
+        "format": sorted(job.formats),
+        "axis": job.axes,
+        "region": job.region or ("volume" if job.score == "mask_output" else "predicted"),
+        "case": job.case or None,
+        "colormap": look_of(job).colormap,
+    }
+    return settings | same
 
 
 def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:

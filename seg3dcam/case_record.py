@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,17 +12,21 @@ from typing import Annotated, Any
 import nibabel as nib
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from seg3dcam.case_folder import is_link_free
+from seg3dcam.case_folder import Name, is_link_free
 from seg3dcam.errors import InputError, nearest
 from seg3dcam.explanation import Explanation
-from seg3dcam.files import digest_of, plain, write_json
+from seg3dcam.files import digest_of, plain, read_small, write_json
+from seg3dcam.readers import FRAMES, Frame
 from seg3dcam.result import Status
 from seg3dcam.scan import Scan, load_scan
 
 #: What names a case's record.
 NAME = "case.json"
+
+#: Bytes of a record, at most.
+_LARGEST = 200_000_000
 
 
 class _Of(BaseModel):
@@ -52,16 +56,16 @@ class Run(_Of):
     key: str
     job_key: str
     job: dict[str, Any]
-    files: list[str]
-    scan_files: list[str] = []
-    prediction_files: list[str] = []
+    files: list[Name]
+    scan_files: list[Name] = []
+    prediction_files: list[Name] = []
 
 
 class Target(_Of):
     """What was explained."""
 
     name: str
-    class_index: int | None
+    class_index: Annotated[int, Field(ge=0)] | None
     score: float
 
 
@@ -75,13 +79,13 @@ class Layer(_Of):
     """What a target layer gave."""
 
     status: Status
-    spacing_mm: tuple[float, ...]
+    spacing_mm: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
 class Model(_Of):
     """By which network."""
 
-    classes: list[str]
+    classes: Annotated[list[str], Field(min_length=1)]
 
 
 _Row = Annotated[list[float], Field(min_length=4, max_length=4)]
@@ -106,9 +110,9 @@ class Entry(_Of):
     label: str
     name: str
     run: str
-    raw_files: dict[str, str] = {}
-    region_file: str | None = None
-    truth_file: str | None = None
+    raw_files: dict[str, Name] = {}
+    region_file: Name | None = None
+    truth_file: Name | None = None
     has_background: bool = True
     over_mask: bool = True
     only_against: list[str] = []
@@ -137,7 +141,7 @@ class Record(_Of):
     key: str
     job: dict[str, Any]
     runs: list[Run]
-    files: dict[str, File]
+    files: dict[Name, File]
     explanations: list[Entry]
 
 
@@ -152,21 +156,14 @@ def provenance_of(entry: Entry) -> dict[str, Any]:
 
 def record_of(folder: str | Path) -> Record | None:
     """Return what a folder's `case.json` says; None where there is none that can be used."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = (Path(folder) / NAME).read_bytes()
-        return Record.model_validate_json(content)
+    with contextlib.suppress(InputError):
+        return _record(Path(folder))
     return None
 
 
 def is_somebody_elses(folder: Path) -> bool:
-    """Tell whether a folder's `case.json` is another program's."""
-    path = folder / NAME
-    if path.is_dir():
-        return True
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(content, dict) and "seg3dcam" not in content
-    return False
+    """Tell whether a folder has a `case.json` that is no record: another program's, or damaged."""
+    return os.path.lexists(folder / NAME) and record_of(folder) is None
 
 
 def listed_files(folder: Path) -> set[str]:
@@ -196,6 +193,16 @@ def without_job(record: Record | None, job_key: str) -> Record | None:
             "explanations": [entry for entry in record.explanations if entry.run in keys],
         }
     )
+
+
+def unfinished(record: Record, job_key: str) -> Record:
+    """Return a record in which the runs of a job are not complete; their files stay listed."""
+    runs = [
+        run.model_copy(update={"key": ""}) if run.job_key == job_key else run for run in record.runs
+    ]
+    keys = {run.key for run in runs}
+    entries = [entry for entry in record.explanations if entry.run in keys]
+    return record.model_copy(update={"key": "", "runs": runs, "explanations": entries})
 
 
 def write_record(folder: Path, record: Record | None) -> None:
@@ -229,6 +236,8 @@ def damaged(
 
 def _is_whole(folder: Path, name: str, file: File | None, verify: bool) -> bool:
     path = folder / name
+    if not is_link_free(folder, name):
+        return False
     with contextlib.suppress(OSError):
         if file is None or not path.is_file() or path.stat().st_size != file.bytes:
             return False
@@ -274,17 +283,23 @@ def load_explanation(
             "Explain the scan again with --format nifti"
         )
     target, method, model = entry.target, entry.method, entry.model
-    unlike = entry.raw_files.keys() != entry.layers.keys()
-    if target is None or method is None or model is None or unlike:
+    if (
+        target is None
+        or method is None
+        or model is None
+        or (target.class_index or 0) >= len(model.classes)
+        or entry.raw_files.keys() != entry.layers.keys()
+    ):
         raise InputError(
             f"{folder / NAME}: the entry of {entry.label!r} lacks its target, method, model or "
             "layers: it was not made by explain()"
         )
     masks = [file for file in (entry.region_file, entry.truth_file) if file is not None]
     names = [*entry.raw_files.values(), *run.prediction_files, *masks]
-    names += run.scan_files if scan is None else []
+    copies = next((one.scan_files for one in (run, *record.runs) if one.scan_files), [])
+    names += copies if scan is None else []
     for file in names:
-        if not is_link_free(folder, file) or file not in run.files:
+        if not is_link_free(folder, file) or file not in record.files:
             raise InputError(f"{folder / NAME}: file {file!r} lies outside of the case")
     if broken := damaged(folder, record, names, verify=True):
         raise InputError(
@@ -293,7 +308,8 @@ def load_explanation(
         )
     maps = {layer: _volume(folder / file) for layer, file in entry.raw_files.items()}
     first = nib.load(folder / next(iter(entry.raw_files.values())))
-    found = _scan(folder, record, run, entry, scan, first.affine)
+    given = scan if scan is None or isinstance(scan, Scan) else load_scan(scan, frame=_frame(run))
+    found = _scan(folder, record, copies, entry, given, first.affine)
     classes = model.classes
     return Explanation(
         scan=found,
@@ -305,7 +321,7 @@ def load_explanation(
         method=method.name,
         class_index=target.class_index,
         score=target.score,
-        native_spacing={layer: of.spacing_mm for layer, of in entry.layers.items()},
+        native_spacing={layer: tuple(of.spacing_mm) for layer, of in entry.layers.items()},
         label=entry.label,
         provenance=plain(provenance_of(entry)),
         truth=None if entry.truth_file is None else _volume(folder / entry.truth_file).bool(),
@@ -321,7 +337,7 @@ def _record(folder: Path) -> Record:
     """Return a case's record; InputError, with what is wrong in it, where it cannot be used."""
     path = folder / NAME
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(read_small(path, _LARGEST))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror or error}): name the folder of a case, which "
@@ -337,39 +353,46 @@ def _record(folder: Path) -> Record:
 
 def _entry(record: Record, name: str | None, folder: Path) -> Entry:
     """Return one explanation's entry, by its name, or by its label where that is one's alone."""
-    names = [entry.name for entry in record.explanations]
+    # Runs in several formats have one name for the very same explanation: take one with maps.
+    named = {entry.name: entry for entry in record.explanations if not entry.raw_files}
+    named |= {entry.name: entry for entry in record.explanations if entry.raw_files}
+    names = list(named)
     if name is None and len(names) == 1:
-        return record.explanations[0]
+        return named[names[0]]
     if name is None:
         raise InputError(f"{folder} holds {len(names)} explanations: name one of {names}")
-    by_name = [entry for entry in record.explanations if entry.name == name]
-    found = by_name or [entry for entry in record.explanations if entry.label == name]
-    if len(found) > 1:
+    labelled = [entry for entry in named.values() if entry.label == name]
+    if name not in named and len(labelled) > 1:
         raise InputError(f"{folder} holds several of {name!r}: name one of {names}")
-    if not found:
+    if name not in named and not labelled:
         raise InputError(f"{folder} holds no explanation {name!r}: {nearest(name, names)}")
-    return found[0]
+    return named[name] if name in named else labelled[0]
+
+
+def _frame(run: Run) -> Frame | None:
+    """Return the form of a NIfTI header that a run read its scan by."""
+    return next((frame for frame in FRAMES if frame == run.job.get("frame")), None)
 
 
 def _scan(
     folder: Path,
     record: Record,
-    run: Run,
+    copies: Sequence[str],
     entry: Entry,
-    given: Scan | str | Path | None,
+    given: Scan | None,
     affine: np.ndarray,
 ) -> Scan:
     """Return the scan of a case: the one that is given, or the case's own copy."""
-    if given is None and not run.scan_files:
+    if given is None and not copies:
         raise InputError(
             f"{folder} holds no copy of the scan, as the format slicer does: give it as scan="
         )
     if given is None:
-        scan = load_scan([folder / file for file in run.scan_files])
+        scan = load_scan([folder / file for file in copies])
         place = affine if entry.scan is None else np.array(entry.scan.affine)
         scan = Scan(scan.data, place, record.case)
     else:
-        scan = load_scan(given)
+        scan = given
     if voxels_sha256(scan) != record.voxels_sha256:
         raise InputError(f"{scan.name} is another scan than that of {folder}: its voxels differ")
     if not np.allclose(scan.affine, affine, atol=1e-3):
@@ -379,12 +402,16 @@ def _scan(
 
 def _volume(path: Path) -> torch.Tensor:
     """Return the voxels of one of our own files, (X, Y, Z) float32."""
-    return torch.from_numpy(np.asarray(nib.load(path).dataobj, dtype=np.float32))
+    return torch.from_numpy(np.ascontiguousarray(nib.load(path).dataobj, dtype=np.float32))
 
 
 def _prediction(folder: Path, run: Run, classes: Sequence[str], exclusive: bool) -> torch.Tensor:
     """Return the masks (K, X, Y, Z) of all classes."""
     volumes = [_volume(folder / file) for file in run.prediction_files]
+    if len(volumes) != (len(classes) if len(volumes) > 1 or not exclusive else 1):
+        raise InputError(
+            f"{folder / NAME}: {len(volumes)} files of a prediction, and {len(classes)} classes"
+        )
     if len(volumes) > 1 or not exclusive:
         return torch.stack([volume > 0 for volume in volumes])
     return torch.stack([volumes[0] == index for index in range(len(classes))])

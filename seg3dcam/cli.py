@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
@@ -29,11 +29,10 @@ from rich.text import Text
 from seg3dcam.asked import check_together, check_truth, targets_of
 from seg3dcam.cam import BaseCAM
 from seg3dcam.cams import card
-from seg3dcam.case import check_formats, check_slice, write_case
-from seg3dcam.case_folder import write_apart
+from seg3dcam.case import check_formats, check_slice, write_apart, write_case
 from seg3dcam.case_keys import OUT, Keys, case_folder, case_keys, look_of, scan_code
 from seg3dcam.case_record import is_done, is_somebody_elses, record_of
-from seg3dcam.config import Job, read_yaml, validate
+from seg3dcam.config import MOST_VOXELS, Job, read_yaml, validate
 from seg3dcam.documents import parse_yaml
 from seg3dcam.errors import (
     ConfigError,
@@ -54,6 +53,7 @@ from seg3dcam.readers import FRAMES, Frame
 from seg3dcam.review import save_features
 from seg3dcam.scan import load_labels, load_scan
 from seg3dcam.suggest import suggest_layers
+from seg3dcam.words import shortened, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,12 +83,20 @@ _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb"
 _USAGE = (
     "Usage: seg3dcam explain SCAN --model MODEL, such as\n"
     "  seg3dcam explain ct.nii.gz --model liver.yaml\n"
-    "or a whole job as YAML: seg3dcam explain --config job.yaml. `seg3dcam explain --help` lists "
-    "all options"
+    "or a whole job as YAML:\n"
+    "  seg3dcam explain --config job.yaml\n"
+    "`seg3dcam explain --help` lists all options"
 )
 
 #: What may stand behind a flag by mistake, as in `--trust true`.
 _YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+#: What is no setting of a method, since it is asked for elsewhere.
+_NO_SETTINGS = {
+    *inspect.signature(BaseCAM).parameters,
+    *inspect.signature(explain_each).parameters,
+    *Job.model_fields,
+}
 
 #: The planes that slices are cut along.
 _PLANES = ("axial", "coronal", "sagittal")
@@ -111,8 +119,12 @@ def main() -> None:
         _complain(error, 1)
     except (ConfigError, LayerError, TargetError) as error:
         _complain(error, 2)
-    except (Seg3dcamError, torch.OutOfMemoryError) as error:
-        _complain(error, 1)
+    except (Seg3dcamError, torch.OutOfMemoryError, MemoryError) as error:
+        _complain(error or "out of memory", 1)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "enough memory" not in str(error):
+            raise
+        _complain(f"out of memory: {error}", 1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -286,7 +298,7 @@ def layers(
     """List the layers worth explaining."""
     loaded = load_model(model, trust=trust, overrides=_overrides(set))
     voxels = _shape(shape, loaded)
-    table = Table(title=f"Layers of {escape(loaded.name)}")
+    table = Table(title=f"Layers of {_shown(loaded.name)}")
     table.add_column("layer", overflow="fold")  # a name that is cut off cannot be used
     for column in ("level", "channels", "voxels", "stride", "MB"):
         table.add_column(column, no_wrap=True)
@@ -295,7 +307,7 @@ def layers(
     )
     for s in found:
         table.add_row(
-            escape(s.name) + (" (auto)" if s.auto else ""),
+            _shown(s.name) + (" (auto)" if s.auto else ""),
             s.role,
             str(s.shape[0]),
             "x".join(map(str, s.shape[1:])),
@@ -307,7 +319,7 @@ def layers(
         # What is not true of all layers of a role is said of those that it is true of.
         alike = [s.name for s in found if s.role == role and s.reason == reason]
         every = len(alike) == sum(s.role == role for s in found)
-        out.print(f"{role if every else escape(', '.join(alike))}: {reason}")
+        out.print(f"{role if every else _shown(', '.join(alike))}: {reason}")
 
 
 @app.command()
@@ -337,7 +349,8 @@ def features(
     trust: Annotated[bool, typer.Option("--trust", help="allow the model's own code")] = False,
 ) -> None:
     """Draw what the channels of a layer hold: a PNG of each, and a mosaic."""
-    check_writable(Path(out))
+    check_writable(out)
+    _check_apart(Path(out), scan)
     _axis(axis)
     loaded = load_model(model, trust=trust, overrides=_overrides(set))
     loaded.module.to(_device(device))
@@ -370,10 +383,10 @@ def methods() -> None:
     """List the methods: formula, paper, cost, what is class-specific, what is undefined."""
     for key, cam in ALL_METHODS.items():
         entries = card(cam)
-        out.print(f"[bold]{key}[/bold]  {escape(entries.pop('Summary'))}")
+        out.print(f"[bold]{key}[/bold]  {_shown(entries.pop('Summary'))}")
         for name, text in entries.items():
             style = "dim" if name == "Paper" else "none"
-            out.print(Padding(f"{name}: {escape(text)}", (0, 0, 0, 4), style=style, expand=False))
+            out.print(Padding(f"{name}: {_shown(text)}", (0, 0, 0, 4), style=style, expand=False))
 
 
 @app.command()
@@ -420,7 +433,6 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
     _check_places(job)
     check_together(job)
     look_of(job)
-    check_writable(Path(job.out or OUT))
     inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
     model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
     model.module.to(_device(job.device))
@@ -437,7 +449,7 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
         folder = case_folder(scan, job, keys)
         if is_done(folder, keys.all, verify=verify) and not force:
             out.print(
-                f"{escape(str(folder))} holds this case already, complete; --force does it again",
+                f"{_shown(str(folder))} holds this case already, complete; --force does it again",
                 soft_wrap=True,
             )
             return
@@ -464,15 +476,17 @@ def _explain_job(job: Job, force: bool, trust: bool, verify: bool) -> None:
 def _say_where(folder: Path, job: Job, keys: Keys) -> None:
     """Say where a case goes if it is not where it was asked for, and what it replaces."""
     if job.out is not None and folder != Path(job.out):
-        whose = "another program's" if is_somebody_elses(Path(job.out)) else "another scan's"
+        what = "another scan's case"
+        if is_somebody_elses(Path(job.out)):
+            what = "a case.json that is none of seg3dcam, or damaged"
         out.print(
-            f"{escape(job.out)} holds {whose} case: this one goes to {escape(str(folder))}",
+            f"{_shown(job.out)} holds {what}: this one goes to {_shown(str(folder))}",
             soft_wrap=True,
         )
     before = record_of(folder)
     if before is not None and any(run.job_key == keys.job for run in before.runs):
         out.print(
-            f"{escape(str(folder))} holds this job from before: it is done again, and replaced",
+            f"{_shown(str(folder))} holds this job from before: it is done again, and replaced",
             soft_wrap=True,
         )
 
@@ -486,8 +500,14 @@ def _check_places(job: Job) -> None:
         raise ConfigError(
             f"out {job.out or OUT}: the scan or the truth lies in this folder; choose another"
         )
-    if any(scan.is_dir() and out.is_relative_to(scan) for scan in scans):
-        raise ConfigError(f"out {job.out or OUT}: it lies in the scan's own folder; choose another")
+    _check_apart(Path(job.out or OUT), job.scans)
+
+
+def _check_apart(out: Path, scans: Iterable[str]) -> None:
+    """Raise ConfigError where results would lie in the folder that is a scan."""
+    for scan in map(resolved, scans):
+        if scan.is_dir() and resolved(out).is_relative_to(scan):
+            raise ConfigError(f"out {out}: it lies in the scan's own folder; choose another")
 
 
 def _check_methods(job: Job) -> None:
@@ -498,7 +518,7 @@ def _check_methods(job: Job) -> None:
     if job.settings and len(job.methods) > 1:
         raise ConfigError("settings are those of one method, and several are named")
     for name in job.settings:
-        if name in inspect.signature(BaseCAM).parameters or name in Job.model_fields:
+        if name in _NO_SETTINGS:
             raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
@@ -516,7 +536,7 @@ def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
-            escape(_shortened(case["label"])),
+            _shown(shortened(case["label"])),
             *[case["method"]["name"]] * several,
             "" if ml is None else f"{ml:.1f} ml",
             *["" if dice is None else f"{dice:.2f}"] * compared,
@@ -530,35 +550,23 @@ def _report(record: Mapping[str, Any], job: Job, folder: Path) -> None:
     layers = {k: v for case in record["explanations"] for k, v in case["layers"].items()}
     for name, layer in layers.items():
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
-        out.print(f"resolution at layer {escape(name)}: {size} mm", soft_wrap=True)
+        out.print(f"resolution at layer {_shown(name)}: {size} mm", soft_wrap=True)
     for explained in record["explanations"]:
         for warning in explained["found"]["warnings"]:
-            out.print(f"{escape(explained['label'])}: {escape(warning)}", soft_wrap=True)
+            out.print(f"{_shown(explained['label'])}: {_shown(warning)}", soft_wrap=True)
     _print_files(folder, [Path(name) for name in record["files"]])
-
-
-def _shortened(name: str, most: int = 40) -> str:
-    """Leave out the middle of a long name: its ends tell it from others.
-
-    >>> _shortened("encoder.stages.0.blocks.3.conv", 20)
-    'encoder.st…ks.3.conv'
-    """
-    if len(name) <= most:
-        return name
-    kept = (most - 1) // 2
-    return f"{name[: most - 1 - kept]}…{name[-kept:]}"
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:
     """Print what to open first; of the rest, files of a kind or of a folder on one line."""
-    first = [(where, file) for name, where in _OPEN.items() for file in files if file.name == name]
+    first = [(_where_opened(file), file) for file in files if _where_opened(file)]
     for where, file in first:
         _print(where, folder / file)
     alike: dict[tuple[str, str], list[Path]] = {}
     for file in files:
         kind = re.split("[_.]", file.parts[0])[0]
         pattern = f"{kind}_*{''.join(file.suffixes)}" if len(file.parts) == 1 else file.parts[0]
-        if file.name not in _OPEN:
+        if not _where_opened(file):
             alike.setdefault((kind, pattern), []).append(file)
     for (kind, pattern), found in alike.items():
         if len(found) == 1:
@@ -566,6 +574,11 @@ def _print_files(folder: Path, files: list[Path]) -> None:
         else:
             _print(f"{len(found)} files", folder / pattern)
     _print("record", folder / "case.json")
+
+
+def _where_opened(file: Path) -> str:
+    """Say where a file is opened first, also where its name got a number; else nothing."""
+    return _OPEN.get(re.sub(r"_\d+(?=\.)", "", file.name), "")
 
 
 def _check_flags(words: list[str]) -> None:
@@ -601,14 +614,19 @@ def _job_of_file(path: Path) -> dict[str, Any]:
     for key in ("scan", "out", "truth"):
         value = content.get(key)
         if isinstance(value, str):
-            content[key] = str(path.parent / value)
+            content[key] = _beside(path, value)
         elif isinstance(value, list):
-            content[key] = [str(path.parent / str(item)) for item in value]
+            content[key] = [_beside(path, item) for item in value]
         elif isinstance(value, dict):
-            content[key] = {name: str(path.parent / str(item)) for name, item in value.items()}
+            content[key] = {name: _beside(path, item) for name, item in value.items()}
     if isinstance(content.get("model"), str):
         content["model"] = relative_to(path.parent, content["model"])
     return content
+
+
+def _beside(path: Path, name: Any) -> Any:
+    """Return the path of a file named in a job file; what is no name is left to be refused."""
+    return str(path.parent / name) if isinstance(name, str) and name else name
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -683,8 +701,10 @@ def _shape(text: str | None, model: SegModel) -> tuple[int, ...]:
         voxels = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         voxels = ()
-    if not voxels or min(voxels) < 1:
-        raise ConfigError(f"--shape {text!r}: voxels along each axis, as 96,96,96")
+    if not voxels or min(voxels) < 1 or max(voxels) > MOST_VOXELS:
+        raise ConfigError(
+            f"--shape {text!r}: voxels along each axis, from 1 to {MOST_VOXELS}, as 96,96,96"
+        )
     return voxels
 
 
@@ -790,7 +810,7 @@ def _plain_warnings() -> Iterator[None]:
     """Print our warnings as one line each; those of other libraries are not for the user."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True)
+        err.print(f"[yellow]warning:[/yellow] {_shown(str(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -799,10 +819,15 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
+def _shown(text: str) -> str:
+    """Return a text as it is, whatever it holds: no markup, nothing that a terminal obeys."""
+    return escape(visible(text))
+
+
 def _complain(error: object, code: int) -> None:
-    err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+    err.print(f"[red]error:[/red] {_shown(str(error))}", soft_wrap=True)
     sys.exit(code)
 
 
 def _print(what: str, path: Path) -> None:
-    out.print(f"{what:>12}  {escape(str(path))}", soft_wrap=True)
+    out.print(f"{what:>12}  {_shown(str(path))}", soft_wrap=True)

@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    StrictInt,
+    StrictStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -55,7 +57,13 @@ class Intensity(_Settings):
         return self
 
 
-Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
+
+#: Voxels along an axis, at most: as many as a NIfTI-1 header can count.
+MOST_VOXELS = 32767
+
+#: A class by its name or index; nothing else is taken for one, such as true for 1.
+ClassName = StrictStr | StrictInt
 
 
 class Prepare(_Settings):
@@ -65,7 +73,9 @@ class Prepare(_Settings):
     spacing: tuple[Step, Step, Step] | None = Field(None, description="mm per voxel")
     intensity: Intensity | None = None
     crop_foreground: bool = Field(False, description="crop to the voxels above 0")
-    pad_divisible: int | None = Field(None, ge=1, description="pad every axis to a multiple")
+    pad_divisible: int | None = Field(
+        None, ge=1, le=1024, description="pad every axis to a multiple"
+    )
 
     @field_validator("orientation")
     @classmethod
@@ -92,8 +102,9 @@ class Window(_Settings):
     @field_validator("roi_size")
     @classmethod
     def _voxels(cls, size: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if any(n < 1 and n != -1 for n in ((size,) if isinstance(size, int) else size)):
-            raise ValueError("voxels from 1 up, or -1 for a whole axis")
+        sizes = (size,) if isinstance(size, int) else size
+        if any((n < 1 and n != -1) or n > MOST_VOXELS for n in sizes):
+            raise ValueError(f"voxels from 1 to {MOST_VOXELS}, or -1 for a whole axis")
         return size
 
     def plan(self) -> WindowPlan:
@@ -198,15 +209,17 @@ class Job(_Settings):
     set: dict[str, Any] = Field(
         {}, description="values of a bundle's config by their ids, such as inferer#overlap: 0.5"
     )
-    out: str | None = Field(None, description="a folder; none: one for the case in seg3dcam_out")
-    target: list[str | int] | str | int | None = Field(
+    out: str | None = Field(
+        None, min_length=1, description="a folder; none: one for the case in seg3dcam_out"
+    )
+    target: list[ClassName] | ClassName | None = Field(
         None, description="class names or indices; none explains every predicted class"
     )
     score: Score = "log_odds"
     region: RegionName | None = Field(
         None, description="voxels that the score sums over; none: the score's own"
     )
-    against: str | int | None = Field(None, description="the other class of score contrast")
+    against: ClassName | None = Field(None, description="the other class of score contrast")
     truth: str | None = Field(
         None, description="label map on the scan's grid, a NIfTI file: drawn and measured"
     )
@@ -218,6 +231,7 @@ class Job(_Settings):
     device: str = "auto"
     case: str | None = Field(
         None,
+        max_length=200,
         description="the scan's name in pictures, reports and case.json; none: a code made of its "
         "voxels, since the name of a file may name the patient",
     )
@@ -283,8 +297,9 @@ class Job(_Settings):
 
     @property
     def methods(self) -> list[str]:
-        """The methods' keys."""
-        return [self.method] if isinstance(self.method, str) else self.method
+        """The methods' keys, each once."""
+        given = [self.method] if isinstance(self.method, str) else self.method
+        return list(dict.fromkeys(given))
 
     @property
     def layers(self) -> list[str] | str:

@@ -98,6 +98,8 @@ def _plain(text: str, kind: str, source: str, parse: Callable[[str], Any]) -> An
 def _text(path: Path, kind: str) -> str:
     """Return a file's text, and never more of it than a file of its kind has."""
     try:
+        if path.is_fifo() and not path.is_relative_to("/dev"):  # nobody may ever write to it
+            raise ValueError("it is a pipe, not a file")
         with path.open("rb") as file:
             found = file.read(LARGEST[kind] + 1)
         if len(found) > LARGEST[kind]:

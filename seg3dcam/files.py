@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "check_writable",
     "digest_of",
     "plain",
+    "read_small",
     "remove_left_behind",
     "resolved",
     "temporary_name",
@@ -155,6 +157,21 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return found
 
 
+def read_small(path: Path, most: int) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        OSError: it is missing, larger than `most` bytes, or no file but a pipe or a device, which
+            nobody could read to the end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
+    return path.read_bytes()
+
+
 def resolved(path: str | Path) -> Path:
     """Return a path without links; ConfigError for what no disk can hold, or links in a circle."""
     try:
@@ -179,8 +196,11 @@ def digest_of(path: Path) -> str:
 
 def digest_of_all(paths: Iterable[Path]) -> str:
     """Return the SHA-256 of the names and contents of files, whatever their order and folder."""
-    found = sorted((path.name, digest_of(path)) for path in paths)
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+    found = []
+    for path in paths:
+        with suppress(OSError):  # of what nobody can read nothing depends
+            found.append((path.name, digest_of(path)))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def temporary_name(folder: Path, suffix: str) -> Path:
@@ -193,9 +213,10 @@ def remove_left_behind(folder: Path) -> None:
 
     Those of processes that run, or ran on another machine, stay.
     """
-    for path in list(folder.glob(f"{PREFIX}{_machine()}-*")):
-        made_by = path.name.removeprefix(f"{PREFIX}{_machine()}-").split("-")[0]
-        if made_by.isdigit() and not psutil.pid_exists(int(made_by)):
+    ours = re.compile(re.escape(f"{PREFIX}{_machine()}-") + r"([0-9]{1,9})-")
+    for path in list(folder.iterdir()):
+        made_by = ours.match(path.name)
+        if made_by and not psutil.pid_exists(int(made_by[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -42,7 +42,7 @@ _NNUNET_CHANNEL = re.compile(r"(.+)_\d{4}")
 _PLACE_FIELDS = (
     *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "datatype"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("dim", "scl_slope", "scl_inter", "intent_code"),
+    *("scl_slope", "scl_inter", "intent_code"),
 )
 
 

@@ -16,3 +16,24 @@ def printable(text: str) -> str:
     'Läsion 肝臓'
     """
     return re.sub(" +", " ", "".join(c if c.isprintable() else " " for c in text)).strip()
+
+
+def visible(text: str) -> str:
+    """Return a text of several lines without characters that a terminal obeys.
+
+    >>> visible("two\\nlines, \\x1b[2Jthe screen as it was")
+    'two\\nlines, [2Jthe screen as it was'
+    """
+    return "".join(c for c in text if c.isprintable() or c == "\n")
+
+
+def shortened(name: str, most: int = 40) -> str:
+    """Leave out the middle of a long name: its ends tell it from others.
+
+    >>> shortened("encoder.stages.0.blocks.3.conv", 20)
+    'encoder.st…ks.3.conv'
+    """
+    if len(name) <= most:
+        return name
+    kept = (most - 1) // 2
+    return f"{name[: most - 1 - kept]}…{name[-kept:]}"

@@ -161,7 +161,9 @@ def test_a_bad_scan_leaves_the_earlier_case_as_it_was(place, name):
 
 def test_a_scan_of_another_format(place):
     other = place.scan.rename(place.folder / "scan.mha")
-    refused(place, 1, ["scan.mha", "'.mha'", "Legal: .nii, .nii.gz"], scans=[other])
+    refused(place, 1, ["scan.mha", "not a MetaImage"], scans=[other])
+    other = other.rename(place.folder / "scan.img.xz")
+    refused(place, 1, ["scan.img.xz", "Legal: .nii, .nii.gz"], scans=[other])
 
 
 def test_channels_on_different_grids(place):

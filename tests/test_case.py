@@ -20,6 +20,7 @@ from helpers_cases import (
     write_scan,
 )
 
+from seg3dcam.case_record import record_of
 from seg3dcam.errors import OutputError
 from seg3dcam.files import unique_names
 
@@ -239,11 +240,18 @@ def test_another_programs_case_json_removes_nothing(place):
     ["", "{", "[]", "\x00"]
     + [f'{{"seg3dcam": "1", "files": {files}}}' for files in ("null", "3", "[1, null]")],
 )
-def test_a_damaged_case_json_is_replaced(place, content):
+def test_what_may_be_somebodys_case_json_stays(place, content):
+    """Whether another program's, or a damaged one of a case whose files lie beside it."""
     place.out.mkdir()
     (place.out / "case.json").write_text(content)
-    assert place.explain().code == 0
-    assert file_names(place) == {*place.record["files"], "case.json"}
+    outcome = place.explain()
+    assert outcome.code == 0
+    (folder,) = [path for path in place.out.iterdir() if path.is_dir()]
+    assert f"none of seg3dcam, or damaged: this one goes to {folder}" in outcome.out
+    assert (place.out / "case.json").read_text() == content
+    assert {path.name for path in place.out.iterdir()} == {"case.json", folder.name}
+    assert record_of(folder) is not None
+    assert "holds this case already" in place.explain().out
 
 
 # ---------------------------------------------------------------------------------- class names

@@ -16,7 +16,16 @@ from importlib.metadata import version
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers_cases import IN_ORGAN, PICTURES, Place, contents, voxels, write_model, write_scan
+from helpers_cases import (
+    IN_ORGAN,
+    PICTURES,
+    Place,
+    contents,
+    seg3dcam,
+    voxels,
+    write_model,
+    write_scan,
+)
 
 from seg3dcam import case
 from seg3dcam.case_folder import LOCK, locked
@@ -184,7 +193,7 @@ def test_links_are_not_followed(place, name, tmp_path_factory):
 
 
 def test_a_forged_record_removes_nothing_elsewhere(place):
-    """A job of the same key is replaced; but files that a stranger's record names stay."""
+    """A record that names files elsewhere is none."""
     assert place.explain("--target", "organ").code == 0
     precious = place.folder / "precious.txt"
     precious.write_text("keep")
@@ -193,9 +202,12 @@ def test_a_forged_record_removes_nothing_elsewhere(place):
         record["files"][name] = {"bytes": 4, "sha256": "0"}
         record["runs"][0]["files"].append(name)
     (place.out / "case.json").write_text(json.dumps(record))
+    before = contents(place.out)
     assert place.explain("--target", "organ", "--force").code == 0
     assert precious.read_text() == "keep"
-    assert is_whole(place.out)
+    assert before.items() <= contents(place.out).items()
+    (folder,) = [path for path in place.out.iterdir() if path.is_dir()]
+    assert is_whole(folder)
 
 
 # ------------------------------------------------------------------------------------- replaced
@@ -319,6 +331,129 @@ def test_a_dead_ones_lock_is_taken_over(place, of):
         (place.out / "slices/left/a.png").unlink()
     assert is_whole(place.out)
     assert (place.out / "cam_organ.nii.gz").is_file()
+
+
+BAD_LOCKS = {
+    "a time that is none": {"since": float("nan")},
+    "a process beyond all": {"process": 10**18},
+    "no process": {"process": -1},
+    "the folder itself": {"files": [""]},
+    "the folder by a dot": {"files": ["."]},
+    "NUL": {"files": ["a\0/b"]},
+    "a name that is too long": {"files": ["x" * 300]},
+    "a number": {"files": [3]},
+}
+
+
+@pytest.mark.parametrize("changes", BAD_LOCKS.values(), ids=BAD_LOCKS)
+def test_a_lock_that_nobody_wrote_is_taken_over(place, changes):
+    assert place.explain("--target", "organ").code == 0
+    write_lock(place.out, **{"process": _last_pid()} | changes)
+    os.utime(place.out / LOCK, (0, 0))
+    outcome = place.explain("--target", "lesion")
+    assert outcome.code == 0, outcome.err
+    assert is_whole(place.out)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself"])
+def test_a_lock_that_is_no_file_is_named(place, kind):
+    place.out.mkdir()
+    lock = place.out / LOCK
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(lock)
+    outcome = place.explain("--target", "organ")
+    assert outcome.code == 1
+    assert f"cannot be locked: {lock}" in outcome.complaint
+    assert "delete it" in outcome.complaint
+
+
+def test_odd_names_of_temporary_files_do_no_harm(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: "%s")
+        name = temporary_name(place.out, "").name
+    place.out.mkdir()
+    for number in ("\u00b2", "9" * 30, "", "-1", "%s"):
+        (place.out / name.replace("%s", number)).write_text("keep")
+    assert place.explain("--target", "organ").code == 0
+    assert len(list(place.out.glob(".seg3dcam-*"))) == 5
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(place):
+    place.out.mkdir()
+    os.mkfifo(place.out / "case.json")
+    assert place.explain("--target", "organ").code == 0
+
+
+def test_a_link_below_the_folder_is_not_followed_either(place, tmp_path_factory):
+    """Beside another scan's case, where a folder for this one would be."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert place.explain("--target", "organ").code == 0
+    (place.out / "b").symlink_to(elsewhere)
+    (place.out / "c").write_text("mine")
+    other = other_scan(place)
+    for case_name in ("b", "c"):
+        assert place.explain("--target", "organ", "--case", case_name, scans=[other]).code == 0
+    assert not any(elsewhere.iterdir())
+    assert (place.out / "c").read_text() == "mine"
+    assert {path.name[:2] for path in place.out.iterdir() if path.is_dir()} == {"b", "b_", "c_"}
+
+
+# ------------------------------------------------------------------------------ while it moves
+
+
+class _Killed(BaseException):
+    """As SIGKILL: no one cleans up."""
+
+
+def killed_while_moving(place, monkeypatch, moved, *options):
+    """End a run in the middle of its last step, with its lock and its files as they are."""
+
+    def move(folder, staged, names):
+        whole(folder, staged, dict(list(names.items())[:moved]))
+        left = place.folder / "left"
+        shutil.copytree(folder, left, symlinks=True)
+        raise _Killed
+
+    whole = case.move
+    with monkeypatch.context() as patch:
+        patch.setattr("seg3dcam.case.move", move)
+        with pytest.raises(_Killed):
+            place.explain(*options)
+    shutil.rmtree(place.out)
+    (place.folder / "left").rename(place.out)
+    lock = json.loads((place.out / LOCK).read_text())
+    (place.out / LOCK).write_text(json.dumps(lock | {"process": _last_pid(), "since": 1.0}))
+    # The staging folder is of this process, which goes on.
+    for staged in place.out.glob(".seg3dcam-*.run"):
+        shutil.rmtree(staged)
+
+
+@pytest.mark.parametrize("moved", [0, 2, 4])
+@pytest.mark.parametrize("options", [("--force",), ("--threshold", 0.3)], ids=["again", "another"])
+@pytest.mark.parametrize("then", ["organ", "features"])
+def test_what_was_complete_outlives_a_kill_in_the_last_step(
+    place, monkeypatch, moved, options, then
+):
+    assert place.explain("--target", "lesion").code == 0
+    before = {k: v for k, v in contents(place.out).items() if k != "case.json"}
+    killed_while_moving(place, monkeypatch, moved, "--target", "lesion", *options)
+    if then == "organ":
+        assert place.explain("--target", "organ").code == 0
+    else:
+        words = ("--model", place.model, "--layer", "model.0", "--top", 1, "--out", place.out)
+        assert seg3dcam("features", place.scan, *words).code == 0
+    after = contents(place.out)
+    assert before.items() <= after.items()
+    assert not (place.out / LOCK).exists()
+    assert place.explain("--target", "lesion").code == 0
+    record = record_of(place.out)
+    assert all(is_done(place.out, run.key, verify=True) for run in record.runs)
+    unlisted = files_of(place.out) - {*record.files, "case.json"}
+    assert all("/" in name for name in unlisted)  # the features
 
 
 def test_a_lock_of_another_machine_is_respected(place):

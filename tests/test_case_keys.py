@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import nibabel as nib
 import numpy as np
@@ -137,6 +136,7 @@ def test_the_truth(place):
 
 CODE = """
 import torch
+from blocks import parts
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -144,27 +144,49 @@ class Net(torch.nn.Module):
         self.conv = torch.nn.Conv3d(1, 2, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(x) * {factor}
+        return self.conv(x) * parts.FACTOR
+
+def build():
+    return Net()
 """
 
 
-@pytest.mark.parametrize("helper", [False, True], ids=["its own file", "a file beside it"])
-def test_the_code_of_a_users_network(place, helper):
-    """The same weights, and another `forward`."""
+@pytest.mark.parametrize("changed", ["nets_of_mine.py", "blocks/parts.py", "unrelated.py"])
+@pytest.mark.parametrize("factory", ["Net", "build"])
+def test_the_code_of_a_users_network(place, changed, factory):
+    """The same weights, and another `forward`; what has nothing to do with it does not count."""
     model = write_yaml(
         place.folder / "own.yaml",
-        {"factory": "nets_of_mine:Net", "weights": "own.pt", "classes": ["a", "b"]},
+        {"factory": f"nets_of_mine:{factory}", "weights": "own.pt", "classes": ["a", "b"]},
     )
-    torch.save(torch.nn.ModuleDict({"conv": torch.nn.Conv3d(1, 2, 3)}).state_dict(), "own.pt")
-    shutil.move("own.pt", place.folder)
-    file = place.folder / "nets_of_mine.py"
-    file.write_text(CODE.format(factor=1))
+    weights = torch.nn.ModuleDict({"conv": torch.nn.Conv3d(1, 2, 3)}).state_dict()
+    torch.save(weights, place.folder / "own.pt")
+    (place.folder / "nets_of_mine.py").write_text(CODE)
+    (place.folder / "blocks").mkdir()
+    for file in ("blocks/__init__.py", "blocks/parts.py", "unrelated.py"):
+        (place.folder / file).write_text("FACTOR = 1\n")
     before = key_of(place, model)
-    if helper:
-        (place.folder / "blocks.py").write_text("factor = 2")
-    else:
-        file.write_text(CODE.format(factor=2))
-    assert key_of(place, model) != before
+    with (place.folder / changed).open("a") as file:
+        file.write("FACTOR = 2\n")
+    assert (key_of(place, model) == before) == (changed == "unrelated.py")
+
+
+#: The same job in other words.
+ALIKE = {
+    "method": [{"method": "hires_cam"}, {"method": ["hires_cam"]}, {"method": 2 * ["hires_cam"]}],
+    "target": [{"target": 2}, {"target": "lesion"}, {"target": ["lesion"]}],
+    "layer": [{"layer": "auto"}, {"layer": ["auto"]}, {}],
+    "format": [{"format": ["nifti", "png"]}, {"format": ["png", "nifti", "png"]}],
+    "axis": [{"axis": ["axial"]}, {"axis": None}, {"axis": "axial"}],
+    "region": [{"target": 2, "region": "predicted"}, {"target": 2}],
+    "case": [{"case": ""}, {"case": None}],
+    "colormap": [{"colormap": None}, {"colormap": "inferno"}],
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_same_job_in_other_words(place, name):
+    assert len({key_of(place, **settings) for settings in ALIKE[name]}) == 1
 
 
 @pytest.mark.parametrize("what", ["preprocessing", "a script"])

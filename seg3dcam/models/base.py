@@ -16,12 +16,16 @@ from seg3dcam.outputs import OutputSelection
 from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
-from seg3dcam.words import printable
+from seg3dcam.words import printable, shortened
 
 
 def as_is(scan: Scan) -> MetaTensor:
     """Return the scan's voxels with their affine, unchanged: (C, *S)."""
     return MetaTensor(scan.data, affine=torch.as_tensor(scan.affine, device="cpu"))
+
+
+#: Characters of a class's name, at most: pictures and pages have no room for more.
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class SegModel:
     Attributes:
         module: channel-first input (B, C, *S), logits (B, K, *S).
         class_names: one for each of the K channels; empty if unknown. Of characters that are not
-            printable, such as line breaks, spaces are made; names that are the same then, or
-            nothing, get the number of their class.
+            printable, such as line breaks, spaces are made, and long names lose their middle; names
+            that are the same then, or nothing, get the number of their class.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
         prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
         restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
@@ -64,7 +68,10 @@ class SegModel:
 
     def __post_init__(self) -> None:
         """Make the names fit for files, pages and headers, whoever gave them, and different."""
-        names = [printable(name) or f"class {k}" for k, name in enumerate(self.class_names)]
+        names = [
+            shortened(printable(name), LONGEST_NAME) or f"class {k}"
+            for k, name in enumerate(self.class_names)
+        ]
         different = (
             f"{name} (class {k})" if names.count(name) > 1 else name for k, name in enumerate(names)
         )

@@ -17,11 +17,12 @@ _SHARED = {
 
 
 @contextmanager
-def modules_beside(folder: Path) -> Iterator[None]:
+def modules_beside(folder: Path) -> Iterator[list[Path]]:
     """Let the modules in a folder be imported, before others of their names.
 
-    Afterwards the caller's `sys.path` and `sys.modules` are as they were, so that two models in two
-    folders, each with a `nets.py`, have their own. Nothing is written into the folder.
+    What is given lists, in the end, the files of those that were. Afterwards the caller's
+    `sys.path` and `sys.modules` are as they were, so that two models in two folders, each with a
+    `nets.py`, have their own. Nothing is written into the folder.
     """
     folder = folder.resolve()
     names = _modules_in(folder) - _SHARED
@@ -36,14 +37,24 @@ def modules_beside(folder: Path) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
     importlib.invalidate_caches()
+    used: list[Path] = []
     try:
-        yield
+        yield used
     finally:
+        used += _files_of(names, folder)
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in names:
                 del sys.modules[name]
         sys.modules.update(others)
         sys.path[:], sys.dont_write_bytecode = path, writes
+
+
+def _files_of(names: set[str], folder: Path) -> list[Path]:
+    """Return the files of the loaded modules of these names that lie in a folder."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in names]
+    files = {getattr(module, "__file__", None) for module in modules}
+    found = {Path(file).resolve() for file in files if file is not None}
+    return sorted(file for file in found if file.is_relative_to(folder) and file.is_file())
 
 
 def _modules_in(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.config import ModelSpec
 from seg3dcam.errors import ModelError, Seg3dcamWarning, nearest
+from seg3dcam.files import digest_of_all
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.beside import modules_beside
 from seg3dcam.models.networks import check_arguments, imported, network_class
@@ -29,7 +31,7 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
     Raises:
         ModelError: the factory or the weights cannot be used.
     """
-    module = _build(spec, path, trust)
+    module, code = _build(spec, path, trust)
     _load_weights(module, spec, path, trust)
     return SegModel(
         module=module.eval(),
@@ -40,17 +42,24 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
         output=spec.output,
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",
-        spec=spec.model_dump(mode="json", exclude={"weights"}, exclude_none=True),
+        spec={
+            **spec.model_dump(mode="json", exclude={"weights"}, exclude_none=True),
+            **({"code_sha256": digest_of_all(code)} if code else {}),
+        },
     )
 
 
-def _build(spec: ModelSpec, path: Path, trust: bool) -> nn.Module:
+def _build(spec: ModelSpec, path: Path, trust: bool) -> tuple[nn.Module, list[Path]]:
+    """Return the network, and the files of the user's own code that made it."""
     if not trust:
         network = network_class(spec.factory, path.name)
         check_arguments(network, spec.arguments, path.name)
-        return _called(network, spec, path)
-    with modules_beside(path.parent):
-        return _called(_factory(spec, path), spec, path)
+        return _called(network, spec, path), []
+    with modules_beside(path.parent) as code:
+        factory = _factory(spec, path)
+        module = _called(factory, spec, path)
+        own = getattr(sys.modules.get(spec.factory.split(":")[0]), "__file__", None)
+    return module, sorted({*code, *([Path(own)] if own else [])})
 
 
 def _factory(spec: ModelSpec, path: Path) -> Any:

@@ -144,8 +144,14 @@ def check_arguments(network: type[nn.Module], arguments: Mapping[str, Any], wher
 def _each(
     value: Any, place: str, names: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """Yield every value and key at any depth: its place, the names that lead to it, and itself."""
-    if isinstance(value, Mapping):
+    """Yield every value and key at any depth: its place, the names that lead to it, and itself.
+
+    A list or mapping counts itself where its name is one of a file or request: whoever asks whether
+    it is given finds that it is, whatever it holds.
+    """
+    if isinstance(value, Mapping | list | tuple) and any(_names_a_place(n, True) for n in names):
+        yield place, names, str(value)
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield place, (), key
             yield from _each(inner, f"{place}.{key}", (*names, str(key)))

@@ -36,6 +36,9 @@ _STORAGES = {
 #: Modules in each other, at most; one that is shared counts in each of its places.
 _MOST_MODULES = 100_000
 
+#: Levels of modules in each other, at most; one that holds itself has no end.
+_DEEPEST = 100
+
 #: The lines of a class in the archive's source that say which of its tensors are weights.
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = (\[.*\])\n  __buffers__ = (\[.*\])$", re.MULTILINE
@@ -171,6 +174,8 @@ def _state(module: _Module, weights: dict[str, list[str]]) -> Iterator[tuple[str
         if not left:
             return
         prefix, module = left.pop()
+        if prefix.count(".") > _DEEPEST:
+            raise ValueError(f"its modules lie more than {_DEEPEST} deep in each other")
         if not isinstance(module.attributes, dict) or module.place not in weights:
             name = module.place.rpartition(".")[2]
             raise ValueError(f"its {name} at {prefix or 'the top'} is made by code of its own")

@@ -138,7 +138,11 @@ FETCHING = {
     "a word as a path": ({"cache_dir": "weights"}, "cache_dir"),
     "weights": ({"weights": "DEFAULT"}, "weights"),
     "checkpoint": ({"checkpoint": "last"}, "checkpoint"),
-    "load_from": ({"load_from": {"name": "last"}}, r"load_from\.name"),
+    "load_from": ({"load_from": {"name": "last"}}, "load_from"),
+    "in a list": ({"pretrained": [False]}, r"pretrained '\[False\]'"),
+    "in an empty list": ({"pretrained": []}, "pretrained"),
+    "in a mapping of nothing": ({"pretrained_url": {"": 0}}, "pretrained_url"),
+    "in a list of nothing": ({"pretrained": [None]}, "pretrained"),
     "in a mapping": ({"act": ["relu", {"filename": "x"}]}, r"act\[1\]\.filename"),
     "a file's name elsewhere": ({"act": "relu.pt"}, "act"),
     "a folder elsewhere": ({"norm": "../norm"}, "norm"),
@@ -164,7 +168,7 @@ def test_no_network_fetches_by_an_argument(name):
         return
     parameters = inspect.signature(network).parameters
     for argument in [n for n in parameters if "pretrained" in n or "url" in n or "filename" in n]:
-        for value in (True, "x", "https://example.org"):
+        for value in (True, "x", "https://example.org", [False], [None], [], {}, {"": ""}, [[0]]):
             with pytest.raises(ModelError, match=argument):
                 check_arguments(network, {argument: value}, "model.yaml")
 
