@@ -52,11 +52,12 @@ _SHOWN = 200
 def as_path(path: Any) -> Path:
     """Return where something is to be written; OutputError for what is no path."""
     try:
-        if b"\0" not in os.fsencode(path):
-            return Path(path)
+        raw = os.fsencode(path)
     except (TypeError, ValueError):  # no text, or half a character
-        pass
-    raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
+        raw = b""
+    if not raw or b"\0" in raw:
+        raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
+    return Path(path)
 
 
 @contextmanager

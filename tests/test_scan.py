@@ -15,18 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
+from scipy.spatial.transform import Rotation
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.scan import Scan, corner_gap, load_labels, load_scan
 
-OBLIQUE = np.array(
-    [
-        [-0.70, 0.12, 0.05, 90.3],
-        [0.13, 0.68, -0.30, -120.7],
-        [-0.02, 0.21, 2.45, -519.1],
-        [0, 0, 0, 1],
-    ]
-)
+TURN = Rotation.from_euler("xyz", [7, -1, 9], degrees=True).as_matrix()
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = TURN * [-0.7, 0.7, 2.45]
+OBLIQUE[:3, 3] = 90.3, -120.7, -519.1
 
 
 @pytest.fixture
@@ -426,9 +423,9 @@ def test_affine_arguments(tmp_path, rng):
         load_scan(voxels, np.eye(4) + np.eye(4, k=-1) * [0, 0, 1, 0])
     with pytest.raises(ScanError, match=r"the affine is not a matrix of numbers. Legal"):
         load_scan(voxels, "RAS")
-    with pytest.raises(ScanError, match=r"does not say where it lies.* Pass affine="):
+    with pytest.raises(ScanError, match=r"does not say where it lies.* Give load_scan\(array, affine="):
         load_scan(voxels)
-    with pytest.raises(ScanError, match=r"does not say where it lies.* Pass affine="):
+    with pytest.raises(ScanError, match=r"does not say where it lies.* Give load_scan\(array, affine="):
         load_scan(torch.rand(4, 5, 6))
     path = save(tmp_path / "a.nii", voxels)
     for source in (path, [path], load_scan(path), MetaTensor(voxels)):

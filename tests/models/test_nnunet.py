@@ -70,6 +70,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*the header says two")
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_say_two_voxel_sizes(case, reader, tmp_path):

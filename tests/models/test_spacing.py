@@ -102,6 +102,7 @@ def test_a_scan_without_a_nifti_header_has_one_voxel_size(tmp_path):
         assert np.array_equal(affine_as_read_by(scan, reader), TURNED)
 
 
+@pytest.mark.filterwarnings("ignore:.*the header says two")
 def test_a_header_that_itk_refuses(tmp_path, capfd):
     sheared = np.diag([1.0, 1, 2, 1])
     sheared[0, 1] = 0.4
