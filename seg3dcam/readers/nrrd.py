@@ -102,6 +102,8 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, str], int]:
             if not text:
                 break
             _sort(text, fields, words, path)
+            if fields.get("data file", "").startswith("LIST"):  # names follow, which are no fields
+                break
         return fields, words, file.tell()
 
 
