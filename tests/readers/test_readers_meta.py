@@ -118,7 +118,7 @@ def test_a_colon_parts_as_well(tmp_path, voxels):
 @pytest.mark.parametrize(
     ("extra", "found"),
     [
-        (b"text = one\ntwo\n", r"'line' is 'two'. Legal: 'Key = Value'. ITK .* 'Offset' is lost"),
+        (b"text = one\ntwo\n\n", r"'line' is 'two'. Legal: 'Key = Value'. ITK .* 'Offset' is lost"),
         (b"Position = 1 2 3\n", r"'Offset' is '7 8 9'. Legal: one value; another one is '1 2 3'"),
         (b"x = " + b"y" * 2**16 + b"Offset = 1 2 3\n", r"not a MetaImage: it does not start with"),
     ],
