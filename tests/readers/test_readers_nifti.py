@@ -82,3 +82,14 @@ def test_the_checksum_behind_the_voxels_is_looked_at(tmp_path, voxels, size):
         path.write_bytes(damaged)
         with pytest.raises(ScanError, match=r"the compressed file is damaged or cut short"):
             load_scan(path)
+
+
+def test_a_part_may_end_where_a_read_of_the_file_does():
+    class Pieces:
+        def __init__(self):
+            self.left = [gzip.compress(b"one"), gzip.compress(b"two"), b"junk"]
+
+        def read(self, size):
+            return self.left.pop(0) if self.left else b""
+
+    assert plan.Inflated(Pieces()).read(99) == b"onetwo"
