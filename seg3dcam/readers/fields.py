@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seg3dcam.errors import ScanError, nearest
 
-__all__ = ["beside", "choice", "illegal", "numbers", "whole_numbers"]
+__all__ = ["beside", "choice", "illegal", "needed", "numbers", "whole_numbers"]
 
 _MOST_DIGITS = 12
 
@@ -21,6 +21,16 @@ def illegal(path: Path, key: str, found: object, legal: str) -> ScanError:
         f"{path}: the header's {key!r} is {shown!r}. Legal: {legal}. Write the file again with the "
         "program that made it."
     )
+
+
+def needed(fields: dict[str, str], key: str, path: Path) -> str:
+    """Return a field that a header must have."""
+    if key not in fields:
+        raise ScanError(
+            f"{path}: the header has no field {key!r}. The file is damaged: copy it again, or "
+            "write it again with the program that made it."
+        )
+    return fields[key]
 
 
 def numbers(text: str, count: int, path: Path, key: str) -> list[float]:
@@ -58,16 +68,39 @@ def choice(text: str, legal: Sequence[str], path: Path, key: str) -> str:
 def beside(name: str, path: Path, key: str) -> Path:
     """Return the file of the voxels that a header names: one that lies beside it, no other.
 
-    A header from a stranger must not choose which file of this machine is read.
+    A header from a stranger must not choose which file of this machine is read, nor may a link
+    that came with it. So the file must lie in the header's folder, links followed: in that of the
+    path as it is given, or that of the header itself where the path is a link to it. git-annex and
+    DataLad keep the files of a data set in one store, under the .git of the set, and links to them
+    in the set's folders: a link from there into that store is followed too.
     """
-    if name.startswith("./"):
-        name = name[2:]
+    if name.startswith("LIST") or "%" in name:  # as ITK tells it
+        legal = "the name of one file; voxels in several files are not read. Save one .nrrd or .mha"
+        raise illegal(path, key, name, legal)
+    name = name.removeprefix("./")
     if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
         raise illegal(path, key, name, "the name of one file in the same folder")
     voxels = path.with_name(name)
     if not voxels.is_file():
+        lost = "the link there leads to no file" if voxels.is_symlink() else "there is no such file"
         raise ScanError(
-            f"{path}: its voxels should be in the file {name!r} beside it, and there is no such "
-            "file. Copy both."
+            f"{path}: its voxels should be in the file {name!r} beside it, and {lost}. Copy both; "
+            "in a data set of git-annex or DataLad, get both."
+        )
+    if not _lies_there(voxels.resolve(), path):
+        raise ScanError(
+            f"{path}: its voxels should be in the file {name!r} beside it, and that is a link to "
+            f"{voxels.resolve()}. Legal: a file in the header's own folder; a header must not "
+            "choose which file of this machine is read. If it is the right one, copy it there."
         )
     return voxels
+
+
+def _lies_there(voxels: Path, path: Path) -> bool:
+    """Tell whether a file, links followed, lies where a header may name it."""
+    folder = path.parent.resolve()
+    if voxels.parent in (folder, path.resolve().parent):
+        return True
+    # A link .git would be followed in the file's path, and so does not match here.
+    sets = [above for above in (folder, *folder.parents) if voxels.is_relative_to(above / ".git")]
+    return any("/annex/objects/" in voxels.relative_to(above).as_posix() for above in sets)

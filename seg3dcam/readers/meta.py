@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from seg3dcam.errors import ScanError, tell
 from seg3dcam.geometry import LPS_TO_RAS, checked_affine
-from seg3dcam.readers.fields import beside, choice, illegal, numbers, whole_numbers
+from seg3dcam.readers.fields import beside, choice, illegal, needed, numbers, whole_numbers
 from seg3dcam.readers.plan import Plan, channels_first
 
 __all__ = ["plan_meta"]
@@ -39,15 +40,21 @@ _SAME = {
     "Rotation": "TransformMatrix",
     "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
 }
+#: The fields that count here; others are read over.
+_KNOWN = {
+    *("NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "ElementSpacing"),
+    *("ElementSize", "Offset", "TransformMatrix", "DistanceUnits", "BinaryData"),
+    *("BinaryDataByteOrderMSB", "CompressedData", "HeaderSize", "ElementDataFile"),
+}
 
 
 def plan_meta(path: Path) -> Plan:
     """Read the header of a MetaImage."""
     fields, end = _header(path)
-    axes = whole_numbers(_needed(fields, "NDims", path), 1, path, "NDims")[0]
+    axes = whole_numbers(needed(fields, "NDims", path), 1, path, "NDims")[0]
     if axes > 10:
         raise illegal(path, "NDims", axes, "3")
-    sizes = whole_numbers(_needed(fields, "DimSize", path), axes, path, "DimSize")
+    sizes = whole_numbers(needed(fields, "DimSize", path), axes, path, "DimSize")
     channels, *shape = channels_first(sizes, path)
     per_voxel = fields.get("ElementNumberOfChannels", "1")
     if channels > 1 or whole_numbers(per_voxel, 1, path, "ElementNumberOfChannels") != [1]:
@@ -56,7 +63,7 @@ def plan_meta(path: Path) -> Plan:
             f"ElementNumberOfChannels {per_voxel}: colours, vectors, time points or channels. "
             "Legal: one value. Save each channel as a file of its own and give the list of them."
         )
-    kind = choice(_needed(fields, "ElementType", path), list(_TYPES), path, "ElementType")
+    kind = choice(needed(fields, "ElementType", path), list(_TYPES), path, "ElementType")
     order = ">" if _is_true(fields, "BinaryDataByteOrderMSB", path) else "<"
     if not _is_true(fields, "BinaryData", path):
         raise illegal(path, "BinaryData", fields.get("BinaryData", "missing"), "True")
@@ -69,52 +76,79 @@ def plan_meta(path: Path) -> Plan:
         affine=_place(fields, axes, path),
         dtype=np.dtype(order + _TYPES[kind]),
         voxels=voxels,
-        start=end if voxels is None else 0,
         packing="zlib" if packed else "plain",
     )
-    return plan if voxels is None else _after_foreign_header(plan, fields)
+    return replace(plan, start=_start(plan, fields, end if voxels is None else 0))
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:
-    """Return the fields, of which `ElementDataFile` is the last, and where the voxels start."""
+    """Return the fields that count, and where the header ends: after `ElementDataFile`.
+
+    ITK writes what it knows of an image into the header, as `dim[0] = 3` or `0008|0008 = ORIGINAL`:
+    under any name and with any text, which may have several lines.
+    """
     fields: dict[str, str] = {}
+    torn = b""
     with path.open("rb") as file:
         while "ElementDataFile" not in fields:
             line = file.readline(_LONGEST_LINE)
-            found = re.fullmatch(r"\s*(\w+)\s*[=:]\s*(.*?)\s*", line.decode("latin-1"))
-            if (not found and line.strip()) or not line or file.tell() > _LONGEST_HEADER:
+            if not line or len(line) == _LONGEST_LINE or file.tell() > _LONGEST_HEADER:
                 raise ScanError(
-                    f"{path}: not a MetaImage: its header is no list of 'Key = Value' that ends "
-                    "with ElementDataFile. Check that it is the right file, or copy it again."
+                    f"{path}: not a MetaImage: it does not start with lines of text, 'Key = Value',"
+                    " the last of which is ElementDataFile. Check that it is the right file, or "
+                    "copy it again."
                 )
-            if found:
-                key, value = _SAME.get(found[1], found[1]), found[2]
+            found = _split(line)
+            if not found:  # blank, or inside of a text
+                torn = torn or line.strip()
+                continue
+            key, value = found
+            if key in _KNOWN:
+                if torn:
+                    raise _lost(path, torn, key)
                 if key in fields:
                     raise illegal(path, key, value, f"one value; another one is {fields[key]!r}")
                 fields[key] = value
+            torn = b""
         return fields, file.tell()
 
 
-def _needed(fields: dict[str, str], key: str, path: Path) -> str:
-    if key not in fields:
-        raise ScanError(
-            f"{path}: the header has no {key!r}. The file is damaged: copy it again, or write it "
-            "again with the program that made it."
-        )
-    return fields[key]
+def _split(line: bytes) -> tuple[str, str] | None:
+    """Return what stands before the first = or : and after it; None where there is none."""
+    found = re.fullmatch(rb"([^=:]*)[=:](.*)", line, re.DOTALL)
+    if not found:
+        return None
+    key, value = (part.strip().decode("latin-1") for part in found.groups())
+    return _SAME.get(key, key), value
+
+
+def _lost(path: Path, torn: bytes, key: str) -> ScanError:
+    """Return the error for a line without = or :, which takes the next line's value in ITK."""
+    legal = f"'Key = Value'. ITK takes the value of the field behind it, so that {key!r} is lost"
+    return illegal(path, "line", torn.decode("latin-1"), legal)
 
 
 def _is_true(fields: dict[str, str], key: str, path: Path) -> bool:
     return choice(fields.get(key, "False"), ("true", "false", "1", "0"), path, key) in ("true", "1")
 
 
-def _after_foreign_header(plan: Plan, fields: dict[str, str]) -> Plan:
-    """Leave out the bytes before the voxels in a file of their own; -1: they are its last."""
+def _start(plan: Plan, fields: dict[str, str], end: int) -> int:
+    """Return at which byte of their file the voxels start.
+
+    - `end`: where the header ends in that file, 0 in a file of their own.
+
+    As ITK does, `HeaderSize` counts from the start of the file, and -1 means that the voxels are
+    the file's last bytes.
+    """
     path = plan.path
     size = whole_numbers(fields.get("HeaderSize", "0"), 1, path, "HeaderSize", low=-1)[0]
-    if size == -1 and plan.voxels is not None:
-        size = max(plan.voxels.stat().st_size - plan.voxel_bytes, 0)
-    return Plan(**{**vars(plan), "start": size})
+    if size == -1 and plan.packing == "plain":
+        return max((plan.voxels or path).stat().st_size - plan.voxel_bytes, end)
+    if size == -1:
+        raise illegal(path, "HeaderSize", size, "-1 where CompressedData is False alone")
+    if 0 < size < end:
+        raise illegal(path, "HeaderSize", size, f"0, -1, or from {end} up, where the header ends")
+    return size or end
 
 
 def _place(fields: dict[str, str], axes: int, path: Path) -> npt.NDArray[np.float64]:

@@ -9,7 +9,7 @@ from nibabel.freesurfer.mghformat import MGHHeader
 
 from seg3dcam.errors import ScanError, tell
 from seg3dcam.geometry import checked_affine
-from seg3dcam.readers.plan import Plan, channels_first, opened
+from seg3dcam.readers.plan import Plan, channels_first, read_start
 
 __all__ = ["plan_mgh"]
 
@@ -20,9 +20,7 @@ _TYPES = {0: "uint8", 1: "int32", 3: "float32", 4: "int16", 10: "uint16"}
 
 def plan_mgh(path: Path) -> Plan:
     """Read the header of an MGH file, which is big-endian and gzipped where it is called .mgz."""
-    with opened(path) as file:
-        start = file.read(_DATA_START)
-        zipped = hasattr(file, "mtime")
+    start, zipped = read_start(path, _DATA_START)
     if len(start) < _DATA_START or start[:4] != b"\0\0\0\1":
         raise ScanError(
             f"{path}: not an MGH file: it does not start with version 1 and a header of "

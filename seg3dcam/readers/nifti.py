@@ -13,7 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from seg3dcam.errors import ScanError, tell
 from seg3dcam.geometry import checked_affine
 from seg3dcam.readers.frames import Affine, Frame, best_affine
-from seg3dcam.readers.plan import Plan, channels_first, not_real, opened
+from seg3dcam.readers.plan import Plan, channels_first, not_real, read_start
 
 __all__ = ["plan_nifti"]
 
@@ -34,7 +34,7 @@ def plan_nifti(path: Path, frame: Frame | None, *, must: bool) -> Plan:
         dtype=_checked_dtype(header, path),
         header=header,
         packing="gzip" if zipped else "plain",
-        skip=max(int(header["vox_offset"]), header.single_vox_offset),
+        skip=_start(header, path),
         slope=slope,
         intercept=intercept,
     )
@@ -42,9 +42,7 @@ def plan_nifti(path: Path, frame: Frame | None, *, must: bool) -> Plan:
 
 def _read_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
     """Return the header, and whether the file is gzipped."""
-    with opened(path) as file:
-        start = file.read(540)
-        zipped = hasattr(file, "mtime")
+    start, zipped = read_start(path, 540)
     header_class, size = _header_class(start, path)
     # The constructor leaves out header extensions, which may hold patient data.
     header = header_class(start[:size], check=False)
@@ -143,6 +141,19 @@ def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float, float]:
             "none. Write the file again with the program that made it."
         ) from error
     return (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+
+
+def _start(header: nib.Nifti1Header, path: Path) -> int:
+    """Return at which byte the voxels start; 0 says that the header does not know."""
+    first = int(header.single_vox_offset)
+    if int(header["vox_offset"]) == 0:
+        others = "ITK reads from byte 348, nibabel" if first == 352 else "nibabel reads"
+        tell(
+            f"{path}: vox_offset is 0, so the header does not say where the voxels start. They are "
+            f"read from byte {first}, the first that the standard allows; {others} from byte 0, so "
+            "that they see other voxels. Write the file again with the program that made it."
+        )
+    return max(int(header["vox_offset"]), first)
 
 
 def _in_mm(affine: Affine, header: nib.Nifti1Header, path: Path) -> Affine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy.typing as npt
 
 from seg3dcam.errors import ScanError, tell
 from seg3dcam.geometry import LPS_TO_RAS, checked_affine
-from seg3dcam.readers.fields import beside, choice, illegal, numbers, whole_numbers
+from seg3dcam.readers.fields import beside, choice, illegal, needed, numbers, whole_numbers
 from seg3dcam.readers.plan import Packing, Plan
 
 __all__ = ["plan_nrrd"]
@@ -49,23 +51,26 @@ _SPACES = {
 }
 #: Spaces that are no patient's: read as LPS, as ITK does, which is said.
 _OTHER_SPACES = ("scanner-xyz", "3d-right-handed", "3d-left-handed")
-_OTHER_NAMES = {"datafile": "data file", "byteskip": "byte skip", "lineskip": "line skip"}
+_OTHER_NAMES = {
+    **{"datafile": "data file", "byteskip": "byte skip", "lineskip": "line skip"},
+    **{"axismins": "axis mins", "axismaxs": "axis maxs", "centerings": "centers"},
+}
 
 
 def plan_nrrd(path: Path) -> Plan:
     """Read the header of an NRRD file."""
     fields, words, end = _header(path)
-    axes = whole_numbers(_needed(fields, "dimension", path), 1, path, "dimension")[0]
+    axes = whole_numbers(needed(fields, "dimension", path), 1, path, "dimension")[0]
     if axes > 16:
         raise illegal(path, "dimension", axes, "1 to 16, of which 3 are space")
-    sizes = whole_numbers(_needed(fields, "sizes", path), axes, path, "sizes")
+    sizes = whole_numbers(needed(fields, "sizes", path), axes, path, "sizes")
     spatial, affine = _place(fields, sizes, path)
-    kind = choice(_needed(fields, "type", path), list(_TYPE_OF), path, "type")
+    kind = choice(needed(fields, "type", path), list(_TYPE_OF), path, "type")
     dtype = np.dtype(_TYPE_OF[kind])
     if dtype.itemsize > 1:
-        order = choice(_needed(fields, "endian", path), list(_ENDIAN), path, "endian")
+        order = choice(needed(fields, "endian", path), list(_ENDIAN), path, "endian")
         dtype = np.dtype(_ENDIAN[order] + dtype.str[1:])
-    encoding = _needed(fields, "encoding", path).strip().lower()
+    encoding = needed(fields, "encoding", path).strip().lower()
     if encoding not in _PACKING:
         raise illegal(path, "encoding", encoding, "raw, gzip. Save it again with one of these")
     shape = tuple(sizes[axis] for axis in spatial)
@@ -102,6 +107,8 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, str], int]:
             if not text:
                 break
             _sort(text, fields, words, path)
+            if fields.get("data file", "").startswith("LIST"):  # names follow, which are no fields
+                break
         return fields, words, file.tell()
 
 
@@ -122,15 +129,6 @@ def _sort(text: str, fields: dict[str, str], words: dict[str, str], path: Path) 
     fields[name] = found.strip()
 
 
-def _needed(fields: dict[str, str], key: str, path: Path) -> str:
-    if key not in fields:
-        raise ScanError(
-            f"{path}: the header has no field {key!r}. The file is damaged: copy it again, or "
-            "write it again with the program that made it."
-        )
-    return fields[key]
-
-
 def _skipped(plan: Plan, fields: dict[str, str]) -> Plan:
     """Leave out the bytes that the header says come before the voxels."""
     path = plan.path
@@ -141,12 +139,8 @@ def _skipped(plan: Plan, fields: dict[str, str]) -> Plan:
         if plan.packing != "plain":
             raise illegal(path, "byte skip", skip, "-1 with encoding raw alone")
         size = (plan.voxels or path).stat().st_size
-        return _replace(plan, start=max(size - plan.voxel_bytes, 0))
-    return _replace(plan, skip=skip)
-
-
-def _replace(plan: Plan, **changes: int) -> Plan:
-    return Plan(**{**vars(plan), **changes})
+        return replace(plan, start=max(size - plan.voxel_bytes, plan.start))
+    return replace(plan, skip=skip)
 
 
 # ---------------------------------------------------------------------------------------- place
@@ -156,13 +150,17 @@ def _place(
     fields: dict[str, str], sizes: Sequence[int], path: Path
 ) -> tuple[list[int], npt.NDArray[np.float64]]:
     """Return the three axes of space, and the affine to RAS."""
+    to_ras, unsure = _space(fields, path)
+    _refuse_two_grids(fields, path)
     directions = _directions(fields, len(sizes), path)
     spatial = _spatial_axes(fields, sizes, directions, path)
-    to_ras, unsure = _space(fields, path)
     matrix = np.eye(4)
     if directions is None:
-        steps = _spacings(fields, len(sizes), path)
-        matrix[:3, :3] = np.diag([steps[axis] for axis in spatial])
+        steps = np.array(_per_axis(fields, "spacings", len(sizes), path))[spatial]
+        if (steps <= 0).any():
+            raise illegal(path, "spacings", fields["spacings"], "distances above 0")
+        matrix[:3, :3] = np.diag(np.where(np.isnan(steps), 1, steps))  # 1 where it is not said
+        matrix[:3, 3] = _first_voxel(fields, steps, spatial, len(sizes), path)
         unsure = unsure or "space directions"
     else:
         matrix[:3, :3] = np.array([directions[axis] for axis in spatial]).T
@@ -185,12 +183,22 @@ def _space(fields: dict[str, str], path: Path) -> tuple[npt.NDArray[np.float64],
         if unit.strip().lower() not in ("", "mm", "millimeter", "millimeters", "millimetre", "???"):
             raise illegal(path, "space units", unit, "mm. Bring it to mm and save it again")
     if "space" not in fields:
+        for key in ("space directions", "space origin"):
+            if key in fields and "space dimension" not in fields:
+                raise illegal(path, key, fields[key], "no such field where there is no 'space'")
         return LPS_TO_RAS, "space"
     space = fields["space"].strip().lower()
     if space in _SPACES:
         return _SPACES[space], ""
     if space in _OTHER_SPACES:
         return LPS_TO_RAS, "space"
+    if re.fullmatch(r".*-time|rast|last|lpst", space):
+        raise illegal(
+            path,
+            "space",
+            space,
+            "a space of three axes, as left-posterior-superior. Save each time point as a volume",
+        )
     legal = "left-posterior-superior, right-anterior-superior, left-anterior-superior"
     raise illegal(path, "space", space, legal)
 
@@ -213,15 +221,55 @@ def _vector(text: str, path: Path, key: str) -> list[float]:
     return numbers(found[1].replace(",", " "), 3, path, key)
 
 
-def _spacings(fields: dict[str, str], axes: int, path: Path) -> list[float]:
-    """Return one distance per axis, 1 where it is not said."""
-    if "spacings" not in fields:
-        return [1.0] * axes
-    parts = ["1" if part.lower() == "nan" else part for part in fields["spacings"].split()]
-    found = numbers(" ".join(parts), axes, path, "spacings")
-    if min(found) <= 0:
-        raise illegal(path, "spacings", fields["spacings"], "distances above 0")
-    return found
+def _refuse_two_grids(fields: dict[str, str], path: Path) -> None:
+    """Refuse a header that says its grid both in space and axis by axis, as ITK does."""
+    in_space = [key for key in ("space", "space dimension", "space directions") if key in fields]
+    for key in ("spacings", "axis mins", "axis maxs"):
+        if in_space and any(word.lower() != "nan" for word in fields.get(key, "").split()):
+            legal = f"nan, or no such field, beside {in_space[0]!r}, as the grid is in "
+            raise illegal(path, key, fields[key], f"{legal}space directions and space origin")
+
+
+def _per_axis(fields: dict[str, str], key: str, axes: int, path: Path) -> list[float]:
+    """Return one number per axis, NaN where it is not said."""
+    words = fields.get(key, "nan " * axes).split()
+    if len(words) != axes:
+        raise illegal(path, key, fields[key], f"{axes} numbers, one per axis")
+    return [math.nan if word.lower() == "nan" else numbers(word, 1, path, key)[0] for word in words]
+
+
+def _first_voxel(
+    fields: dict[str, str],
+    steps: npt.NDArray[np.float64],
+    spatial: Sequence[int],
+    axes: int,
+    path: Path,
+) -> npt.NDArray[np.float64]:
+    """Return the centre of the first voxel, of a header that says its grid axis by axis.
+
+    As ITK does: `axis mins` is where the first voxel starts, or its centre where `centers` says
+    node, and the origin is 0 where the header has none.
+    """
+    words = fields.get("centers", "??? " * axes).lower().split()
+    if len(words) != axes or not {*words} <= {"cell", "node", "none", "???"}:
+        raise illegal(
+            path, "centers", fields["centers"], f"{axes} of cell, node, ???, one per axis"
+        )
+    starts = np.array(_per_axis(fields, "axis mins", axes, path))[spatial]
+    if np.isnan(starts).all():
+        return np.zeros(3)
+    if np.isnan(starts).any():
+        raise illegal(path, "axis mins", fields["axis mins"], "a finite number per axis of space")
+    if np.isnan(steps).any():  # ITK takes voxels of 1 mm then, whatever `axis maxs` says
+        raise illegal(
+            path, "axis mins", fields["axis mins"], "axis mins beside spacings of every axis"
+        )
+    return np.array(
+        [
+            start if words[axis] == "node" else start + step / 2
+            for axis, start, step in zip(spatial, starts, steps, strict=True)
+        ]
+    )
 
 
 def _spatial_axes(

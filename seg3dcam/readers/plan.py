@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import math
 import os
@@ -21,13 +20,13 @@ import numpy.typing as npt
 from seg3dcam.errors import ScanError, Seg3dcamError
 
 __all__ = [
+    "Inflated",
     "Plan",
     "channels_first",
     "check_file",
     "check_length",
-    "is_zipped",
     "not_real",
-    "opened",
+    "read_start",
     "read_voxels",
     "reading",
     "refuse_empty_grid",
@@ -35,6 +34,10 @@ __all__ = [
 
 SLAB_VOXELS = 2**21
 _BEST_RATIO = 1032  # deflate cannot do better
+_PIECE = 2**20
+_MOST_BEHIND = 2**24
+_MAGIC = b"\x1f\x8b"  # of gzip
+_GZIP, _ZLIB_OR_GZIP = 31, 47  # what zlib calls its window bits; MetaIO takes either
 
 Packing = Literal["plain", "gzip", "zlib"]
 
@@ -91,7 +94,7 @@ def reading(path: Path, kind: str = "file") -> Iterator[None]:
             "(.nii, .nii.gz, .nrrd, .mha, .mgz and others), a list of them, one per channel, or "
             "the folder of one DICOM series."
         ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error) as error:
         raise ScanError(
             f"{path}: the compressed file is damaged or cut short ({error}). Copy or download it "
             "again; `gzip -t` tests it."
@@ -127,18 +130,15 @@ def check_file(path: Path) -> None:
             raise ScanError(f"{path} is no regular file. Legal: a file on a disk.")
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open for reading, unzipped where the file as a whole is gzipped."""
+def read_start(path: Path, size: int) -> tuple[bytes, bool]:
+    """Return a file's first bytes, unzipped, and whether the file as a whole is gzipped.
+
+    Its content tells, not its suffix: a wrong one does no harm.
+    """
     with reading(path), path.open("rb") as file:
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_zipped(file) else file
-
-
-def is_zipped(file: BinaryIO) -> bool:
-    """Tell whether a file is gzipped, by its content: a wrong suffix does no harm."""
-    magic = file.read(2)
-    file.seek(0)
-    return magic == b"\x1f\x8b"
+        zipped = file.read(len(_MAGIC)) == _MAGIC
+        file.seek(0)
+        return (Inflated(file) if zipped else file).read(size), zipped
 
 
 # --------------------------------------------------------------------------------------- checks
@@ -224,8 +224,9 @@ def read_voxels(plan: Plan, out: npt.NDArray[np.float32]) -> None:
                 out[channel, :, :, start:stop] = (
                     slab.astype(np.float64) * plan.slope + plan.intercept if scaled else slab
                 )
-        while plan.packing != "plain" and stream.read(2**20):  # to the end, where the checksum is
-            pass
+        if plan.packing != "plain":
+            # On to the end, where the checksum is; not for ever: a small file can hold terabytes.
+            _pass_over(stream, _MOST_BEHIND)
 
 
 @contextmanager
@@ -234,31 +235,52 @@ def _stream(plan: Plan) -> Iterator[BinaryIO]:
     path = plan.voxels or plan.path
     with reading(path), path.open("rb") as file:
         file.seek(plan.start)
-        stream = cast(BinaryIO, _UNPACK[plan.packing](file))
-        stream.seek(plan.skip, os.SEEK_CUR) if plan.packing != "zlib" else stream.read(plan.skip)
-        yield stream
+        if plan.packing == "plain":
+            file.seek(plan.skip, os.SEEK_CUR)
+            yield file
+        else:
+            stream = cast(BinaryIO, Inflated(file, members=plan.packing == "gzip"))
+            _pass_over(stream, plan.skip)
+            yield stream
 
 
-class _Inflated:
-    """The unpacked bytes of a zlib stream."""
+def _pass_over(stream: BinaryIO, size: int) -> None:
+    """Read up to `size` bytes and forget them."""
+    while size > 0 and (passed := len(stream.read(min(size, _PIECE)))):
+        size -= passed
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._inflate = file, zlib.decompressobj(47)  # zlib or gzip, as MetaIO does
+
+class Inflated:
+    """The unpacked bytes of a gzip file, or of one zlib stream.
+
+    zlib checks the checksum where a stream ends. Behind a gzip member may be another one; what is
+    none is left alone, as zlib's own reader of files does, and so ITK.
+    """
+
+    def __init__(self, file: BinaryIO, *, members: bool = True) -> None:
+        self._file, self._members = file, members
+        self._inflate = zlib.decompressobj(_GZIP if members else _ZLIB_OR_GZIP)
+        self._packed = b""
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes, fewer at the end."""
+        """Return `size` bytes, fewer at the end; EOFError where the packed data end too early."""
         pieces: list[bytes] = []
-        while size and not self._inflate.eof:
-            packed = self._inflate.unconsumed_tail or self._file.read(2**16)
-            pieces.append(self._inflate.decompress(packed, size))
-            size -= len(pieces[-1])
-            if not packed and not pieces[-1]:
-                break
+        while size and (not self._inflate.eof or self._goes_on()):
+            packed = self._packed or self._file.read(_PIECE // 16)
+            piece = self._inflate.decompress(packed, size)
+            if not packed and not piece:
+                raise EOFError("the packed data end before their end is marked")
+            self._packed = self._inflate.unconsumed_tail
+            pieces.append(piece)
+            size -= len(piece)
         return b"".join(pieces)
 
-
-_UNPACK = {
-    "plain": lambda file: file,
-    "gzip": lambda file: gzip.GzipFile(fileobj=file),
-    "zlib": _Inflated,
-}
+    def _goes_on(self) -> bool:
+        """Tell whether another gzip member follows on one that ended, and open it."""
+        rest = self._inflate.unused_data
+        if len(rest) < len(_MAGIC):
+            rest += self._file.read(_PIECE // 16)
+        if not self._members or not rest.startswith(_MAGIC):
+            return False
+        self._inflate, self._packed = zlib.decompressobj(_GZIP), rest
+        return True

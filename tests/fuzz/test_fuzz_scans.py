@@ -67,8 +67,28 @@ MAKERS = {
     "packed.nrrd": lambda path: by_itk(path, True),
     "raw.mha": lambda path: by_itk(path, False),
     "packed.mha": lambda path: by_itk(path, True),
+    "of-nifti.mha": lambda path: by_itk_of_nifti(path),
+    "by-axes.nrrd": lambda path: by_axes(path),
     "brain.mgh": lambda path: by_nibabel_mgh(path),
 }
+
+
+def by_itk_of_nifti(path: Path) -> Path:
+    """With all fields of the NIfTI header in that of the MetaImage."""
+    nifti = by_nibabel(path.with_suffix(".nii"), nib.Nifti1Image)
+    sitk.WriteImage(sitk.ReadImage(str(nifti)), str(path))
+    return path
+
+
+def by_axes(path: Path) -> Path:
+    """A grid that is said axis by axis, without a space."""
+    lines = [
+        *("NRRD0004", "type: short", "dimension: 3", "sizes: 5 4 3", "endian: little"),
+        *("encoding: raw", "spacings: 0.8 0.9 2.5", "axis mins: -90 120 -30"),
+        *("centers: cell node cell", "", ""),
+    ]
+    path.write_bytes("\n".join(lines).encode() + voxels().tobytes(order="F"))
+    return path
 
 
 def by_nibabel_mgh(path: Path) -> Path:

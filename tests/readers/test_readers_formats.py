@@ -8,46 +8,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 (its own convention)
-from scipy.spatial.transform import Rotation
+from helpers_readers import TURN, VOXEL, check_equals_itk, itk_image, place_of, ras_of
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.export.nifti import write_nifti
 from seg3dcam.export.nrrd import segment, write_nrrd, write_segments
 from seg3dcam.scan import load_labels, load_scan
 
-VOXEL = (3, 1, 2)
-TURN = Rotation.from_euler("xyz", [20, -35, 70], degrees=True).as_matrix()
-
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def itk_image(rng, dtype="int16", shape=(5, 4, 6)):
-    """An image with a turned grid; its array is z, y, x."""
-    image = sitk.GetImageFromArray(rng.integers(0, 90, shape[::-1]).astype(dtype))
-    image.SetSpacing((0.7, 1.5, 3.0))
-    image.SetOrigin((-10.0, 22.0, 35.5))
-    image.SetDirection(TURN.ravel().tolist())
-    return image
-
-
-def ras_of(image, voxel=VOXEL):
-    x, y, z = image.TransformIndexToPhysicalPoint(voxel)
-    return (-x, -y, z)
-
-
-def place_of(scan, voxel=VOXEL):
-    return (scan.affine @ [*voxel, 1])[:3]
-
-
-def check_equals_itk(scan, path):
-    image = sitk.ReadImage(str(path))
-    expected = sitk.GetArrayFromImage(image).T.astype(np.float32)
-    np.testing.assert_array_equal(scan.data[0].numpy(), expected)
-    np.testing.assert_allclose(place_of(scan), ras_of(image), atol=1e-6)
-    np.testing.assert_allclose(scan.spacing, image.GetSpacing(), rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------ what is read
@@ -284,10 +255,15 @@ def test_nrrd_outside_of_its_schema(tmp_path, voxels, fields, found):
         (" 1.5 3", " -1.5 3", r"Legal: distances above 0"),
         ("BinaryData = True", "BinaryData = maybe", r"'BinaryData' is 'maybe'"),
         ("ElementDataFile = LOCAL", "ElementDataFile = /etc/passwd", r"Legal: the name of one"),
-        ("ElementDataFile = LOCAL", "ElementDataFile = LIST", r"in the file 'LIST' beside it"),
+        (
+            "ElementDataFile = LOCAL",
+            "ElementDataFile = LIST",
+            r"'LIST'. Legal: the name of one file; voxels in several",
+        ),
         ("NDims = 3", "NDims = 3\nElementNumberOfChannels = 3", r"several values per voxel"),
         ("NDims = 3", "NDims = 3\nDistanceUnits = cm", r"'DistanceUnits' is 'cm'"),
-        ("NDims = 3", "hello", r"not a MetaImage"),
+        ("NDims = 3", "hello", r"'line' is 'hello'. Legal: 'Key = Value'. .* 'BinaryData' is lost"),
+        ("ElementDataFile", "ElementFile", r"not a MetaImage: it does not start with lines"),
     ],
     ids=lambda text: text.split()[0] if isinstance(text, str) else "",
 )
