@@ -138,7 +138,7 @@ FETCHING = {
     "a word as a path": ({"cache_dir": "weights"}, "cache_dir"),
     "weights": ({"weights": "DEFAULT"}, "weights"),
     "checkpoint": ({"checkpoint": "last"}, "checkpoint"),
-    "load_from": ({"load_from": {"name": "last"}}, "load_from"),
+    "load_from": ({"load_from": {"name": "last"}}, r"load_from\.name"),
     "in a list": ({"pretrained": [False]}, r"pretrained '\[False\]'"),
     "in an empty list": ({"pretrained": []}, "pretrained"),
     "in a mapping of nothing": ({"pretrained_url": {"": 0}}, "pretrained_url"),
