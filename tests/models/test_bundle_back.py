@@ -213,7 +213,7 @@ def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):
 
     scan = load_scan(tmp_path / "scan.nii.gz")
     model = load_model(f"bundle:{root}", trust=True)
-    with pytest.warns(Seg3dcamWarning, match="reads it with ITK, which finds voxels of"):
+    with pytest.warns(Seg3dcamWarning, match="reads it with ITK, which takes its header otherwise"):
         prepared = model.prepare(scan)
     with pytest.warns(Seg3dcamWarning, match="results lie where the affine says"):
         found = explain(scan, model, ClassLogit(0, "volume"))
