@@ -214,12 +214,11 @@ def _load_unsaid(bundle: Bundle, network: nn.Module, loads: list[_Load]) -> str:
             "the others would be random. Load them as well, by a CheckpointLoader of evaluator"
         )
     if said := list(_loading(bundle.resolved)):
-        key = said[0].replace("::", "#")
         raise ModelError(
             f"{bundle.place}: {', '.join(said).replace('::', '#')} can load weights, but nothing "
             "there has it load those of the evaluator's network, so MONAI would predict with "
-            "random ones. Have it called, such as by --set "
-            f"""'initialize=["$@{key}(@evaluator)"]', or switch on what switches it off"""
+            "random ones. Call it in initialize or name it among the evaluator's handlers, or "
+            "switch on what switches it off (--set)"
         )
     found = next((bundle.root / name for name in WEIGHTS if (bundle.root / name).is_file()), None)
     if found is None:

@@ -120,7 +120,7 @@ NOT_CALLED = {
 @pytest.mark.parametrize("way", NOT_CALLED)
 def test_a_network_that_monai_would_leave_random_is_refused(way, tmp_path):
     root, _ = two_weights(tmp_path / "b", NOT_CALLED[way])
-    message = r"(loader|handlers#0).* can load weights, but nothing .*random.*--set 'initialize=\["
+    message = r"(loader|handlers#0).* can load weights, but nothing .*random.*Call it in initialize"
     with pytest.raises(ModelError, match=message):
         load_model(f"bundle:{root}", trust=True)
 
