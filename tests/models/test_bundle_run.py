@@ -256,12 +256,12 @@ SAME: dict[str, tuple[Config, str]] = {
         },
         "models/model.pt",
     ),
-    "images in twice the precision": (
+    "images in half the precision": (
         {
             "preprocessing": {
                 "_target_": "Compose",
                 "transforms": [
-                    of_image("LoadImaged", dtype="float64"),
+                    of_image("LoadImaged", dtype="float16"),
                     *SPLEEN["preprocessing"]["transforms"][1:-1],
                     of_image("EnsureTyped", dtype="$torch.float32"),
                 ],
