@@ -265,20 +265,19 @@ class Bundle:
 
         Only of MONAI's own Compose: its subclasses choose among theirs, or change their order.
         """
+        self._check_eager(transform)
         if type(transform) is Compose:
-            self._check_eager(transform)
             transform = transform.transforms
         if not isinstance(transform, list | tuple):
             return [transform] if transform is not None else []
         return [inner for outer in transform for inner in self._flat(outer)]
 
-    def _check_eager(self, transforms: Compose) -> None:
+    def _check_eager(self, transform: Any) -> None:
         """Raise ModelError where resampling waits, and several steps become one."""
-        each = [inner for inner in transforms.transforms if getattr(inner, "lazy", False)]
-        if transforms.lazy or (transforms.lazy is None and each):
+        if getattr(transform, "lazy", False):
             raise ModelError(
-                f"{self.place}: a Compose resamples lazily (lazy: {transforms.lazy}), which gives "
-                "other voxels than one transform after the other. Set its lazy to false, such as "
+                f"{self.place}: {type(transform).__name__} resamples lazily (lazy: true), which "
+                "gives other voxels than one transform after the other. Set it to false, such as "
                 "--set preprocessing#lazy=false, if the network was trained so; or explain the "
                 "network in Python: SegModel(network, prepare=...)"
             )

@@ -98,9 +98,14 @@ def _expressions(bundle: Bundle) -> list[str]:
     first, then = _entries(bundle, "initialize"), _entries(bundle, _list_to_run(bundle))
     reaching = {entry: _reached(bundle, entry) for entry in [*first, *then]}
     of_network = [entry for entry, ids in reaching.items() if ids & {"network_def", "network"}]
-    runs = any(is_engine(bundle.get(key)) for entry in then for key in reaching[entry])
+    engines = {key for entry in then for key in reaching[entry] if is_engine(bundle.get(key))}
+    if engines and bundle.followed("evaluator") not in engines:
+        raise ModelError(
+            f"{bundle.place}: what is run is {sorted(engines)[0].replace('::', '#')}, where the "
+            "id evaluator is explained: rename it to evaluator"
+        )
     alone = [entry for entry in then if entry in of_network]
-    if alone and not runs:
+    if alone and not engines:
         raise ModelError(
             f"{bundle.place}: {alone[0].replace('::', '#')} runs the network without an evaluator, "
             f"by {bundle.get(alone[0])!r}; what it does is not followed. Explain the network in "

@@ -398,14 +398,13 @@ REFUSED: dict[str, Config] = {
     "reads with reader 'scripts.parts.Reader'": loading(
         reader={"_target_": "scripts.parts.Reader"}
     ),
-    r"lazily \(lazy: True\).*--set preprocessing#lazy=false": {
+    r"Compose resamples lazily.*--set preprocessing#lazy=false": {
         "preprocessing": {**SPLEEN["preprocessing"], "lazy": True}
     },
-    r"lazily \(lazy: None\)": {
-        "preprocessing": {
-            **more_transforms({**SHRUNK, "lazy": True})["preprocessing"],
-            "lazy": None,
-        }
+    "Resized resamples lazily": more_transforms({**SHRUNK, "lazy": True}),
+    "what is run is validate#evaluator, where the id evaluator": {
+        "validate": {"evaluator": SPLEEN["evaluator"]},
+        "run": ["$@validate#evaluator.run()"],
     },
     "preprocessing has OneOf, which is random": chosen_from("OneOf"),
     "preprocessing has SomeOf, which is random": chosen_from("SomeOf"),
