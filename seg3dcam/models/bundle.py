@@ -3,8 +3,12 @@
 Only what is needed is built of a bundle's config: neither its dataset nor its engine. A config may
 run any code, so nothing of it is evaluated, and nothing of the bundle imported, without trust.
 
-bundle_config    its files, as plain data and then built
-bundle_weights   which weights it would load
+bundle_files     its files, as plain data
+bundle_config    what its config stands for, built
+bundle_engine    what stands for its engines and their handlers, which are not built
+bundle_uses      what its evaluator and dataset use
+bundle_readers   how it reads images
+bundle_weights   what it does to the network before it predicts
 bundle_scan      a scan through its preprocessing, and back through its postprocessing
 """
 
@@ -25,10 +29,19 @@ from seg3dcam.checks import is_number
 from seg3dcam.config import BundleSpec
 from seg3dcam.errors import ConfigError, ModelError, tell
 from seg3dcam.files import digest_of_all, resolved
+from seg3dcam.models import bundle_uses
 from seg3dcam.models.base import SegModel
-from seg3dcam.models.bundle_config import Bundle, Metadata, code_in, read
-from seg3dcam.models.bundle_scan import loaded_keys, prepare, restorer, without_truths
-from seg3dcam.models.bundle_weights import load_weights
+from seg3dcam.models.bundle_config import Bundle, read
+from seg3dcam.models.bundle_files import Metadata, code_in
+from seg3dcam.models.bundle_readers import check_readers
+from seg3dcam.models.bundle_scan import (
+    check_not_random,
+    loaded_keys,
+    prepare,
+    restorer,
+    without_truths,
+)
+from seg3dcam.models.bundle_weights import loaded_network
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
 
@@ -61,15 +74,18 @@ def build(spec: BundleSpec, path: Path, trust: bool) -> SegModel:
 
 def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
     window = _window(bundle)  # first: it is small, and tells what cannot be explained
-    network = bundle.network()
-    preprocessing = _transforms(bundle, "preprocessing")
+    bundle_uses.check_evaluator(bundle)
+    bundle.check_network()
+    preprocessing = bundle_uses.preprocessing(bundle)
     keys, truths = _image_keys(bundle, preprocessing, spec.inputs)
-    postprocessing = bundle.transforms("postprocessing")
+    check_readers(bundle, preprocessing)
+    postprocessing = bundle_uses.postprocessing(bundle)
     activation = _activation(bundle, postprocessing)
-    for transforms in (preprocessing, postprocessing):
-        without_truths(transforms, truths)
+    for name, transforms in (("preprocessing", preprocessing), ("postprocessing", postprocessing)):
+        check_not_random(bundle, name, transforms)
+        without_truths(bundle, name, transforms, truths)
     names = tuple(spec.classes) if spec.classes else _class_names(bundle.metadata)
-    weights = load_weights(bundle, network)
+    network, weights = loaded_network(bundle)
     scan_channels = _scan_channels(preprocessing)
     if scan_channels:
         tell(f"{bundle.place}: its network can be given clicks; it is explained without any")
@@ -108,14 +124,8 @@ def _described_by(bundle: Bundle) -> list[Path]:
     ]
 
 
-def _transforms(bundle: Bundle, key: str) -> list[Any]:
-    """Return the transforms of a key that must be there."""
-    bundle.parsed(key)
-    return bundle.transforms(key)
-
-
 def _window(bundle: Bundle) -> WindowPlan | None:
-    inferer = bundle.parsed("inferer")
+    inferer = bundle_uses.inferer(bundle)
     if type(inferer) is SimpleInferer:
         return None
     wrap = "in Python: SegModel(network, prepare=..., window=...)"

@@ -34,6 +34,7 @@ from monai.transforms.utility.dictionary import ConcatItemsd, Lambdad
 from seg3dcam.errors import ModelError, ScanError, tell
 from seg3dcam.geometry import spacing_of
 from seg3dcam.models.bundle_config import Bundle
+from seg3dcam.models.bundle_readers import read_as
 from seg3dcam.models.spacing import affine_as_read_by
 from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
 from seg3dcam.targets import Activation
@@ -75,11 +76,35 @@ def _words() -> list[str]:
     return [word + end for word in _TRUTH for end in ("", "s")]
 
 
-def without_truths(transforms: Sequence[Any], truths: Sequence[str]) -> None:
-    """Let transforms do without the truths, as MONAI's own `allow_missing_keys`."""
+def without_truths(
+    bundle: Bundle, name: str, transforms: Sequence[Any], truths: Sequence[str]
+) -> None:
+    """Let transforms do without the truths, as MONAI's own `allow_missing_keys`.
+
+    Raises:
+        ModelError: one goes by a truth, such as a crop around what is labelled.
+    """
     for transform in transforms:
         if isinstance(transform, MapTransform) and _keys_of(transform) & set(truths):
             transform.allow_missing_keys = True
+        for argument in ("source_key", "mask_key", "label_key", "ref_image"):
+            key = getattr(transform, argument, None)
+            if isinstance(key, str) and key in truths:
+                raise ModelError(
+                    f"{bundle.place}: {name} has {type(transform).__name__} with {argument} "
+                    f"{key!r}, a truth, which is left out on purpose: nothing is predicted from "
+                    f"it. Set {argument} to an image (--set), or give {key} as one of the inputs"
+                )
+
+
+def check_not_random(bundle: Bundle, name: str, transforms: Sequence[Any]) -> None:
+    """Raise ModelError for transforms that do another thing each time."""
+    for transform in transforms:
+        if isinstance(transform, RandomizableTrait):
+            raise ModelError(
+                f"{bundle.place}: {name} has {type(transform).__name__}, which is random: a "
+                "prediction would be another one each time. Take it out with --set"
+            )
 
 
 # ---------------------------------------------------------------- there
@@ -102,6 +127,7 @@ def prepare(
             if isinstance(transform, LoadImaged):
                 if not transform._loader.image_only:
                     data |= {f"{key}_meta_dict": data[key].meta for key in keys if key in data}
+                data |= {key: data[key].to(read_as(transform)) for key in keys}
                 continue  # it is loaded, and its channels come first
             if isinstance(transform, EnsureChannelFirstd) and _keys_of(transform) <= set(keys):
                 continue
@@ -160,20 +186,31 @@ def _itk_affine(bundle: Bundle, scan: Scan) -> np.ndarray:
     if corner_gap(affine, scan.affine, scan.shape) <= SAME_GRID_MM:
         return scan.affine
     tell(
-        f"{scan.name}: the bundle reads it with ITK, which finds voxels of "
-        f"{' x '.join(f'{n:.4g}' for n in spacing_of(affine))} mm in its header, where its affine "
-        f"has {' x '.join(f'{n:.4g}' for n in scan.spacing)} mm. The network sees what ITK reads; "
+        f"{scan.name}: the bundle reads it with ITK, which takes its header otherwise than its "
+        f"affine says: voxels of {_mm(affine)} at {_place_of(affine)} mm, instead of "
+        f"{_mm(scan.affine)} at {_place_of(scan.affine)} mm. The network sees what ITK reads; "
         "results lie where the affine says"
     )
     return affine
 
 
+def _mm(affine: np.ndarray) -> str:
+    return " x ".join(f"{mm:.4g}" for mm in spacing_of(affine)) + " mm"
+
+
+def _place_of(affine: np.ndarray) -> str:
+    return f"({', '.join(f'{mm:.4g}' for mm in affine[:3, 3])})"
+
+
 def _all_agree(header: nib.Nifti1Header, scan: Scan) -> bool:
-    """Tell whether every form of a header says what the scan's affine says."""
+    """Tell whether a header has forms, each of which says what the scan's affine says."""
     zooms = np.asarray(header.get_zooms()[:3], dtype=np.float64)
     forms = [header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]]
-    return np.allclose(zooms, scan.spacing, rtol=1e-5) and all(
-        form is None or corner_gap(form, scan.affine, scan.shape) <= SAME_GRID_MM for form in forms
+    said = [form for form in forms if form is not None]
+    return (
+        bool(said)
+        and np.allclose(zooms, scan.spacing, rtol=1e-5)
+        and all(corner_gap(form, scan.affine, scan.shape) <= SAME_GRID_MM for form in said)
     )
 
 
@@ -182,11 +219,6 @@ def _applied(bundle: Bundle, transform: Any, data: dict[str, Any]) -> dict[str, 
     name = type(transform).__name__
     if name.startswith(_WRITERS):
         return data
-    if isinstance(transform, RandomizableTrait):
-        raise ModelError(
-            f"bundle {bundle.name}: preprocessing has {name}, which is random: a prediction would "
-            "be another one each time"
-        )
     foreign = isinstance(transform, Lambda | Lambdad) or not type(transform).__module__.startswith(
         "monai."
     )

@@ -37,7 +37,8 @@ def read_state(file: Path, key: str | None = None, *, trust: bool = False) -> St
     What a file is, its content tells; its suffix may say anything.
 
     Args:
-        key: where a checkpoint keeps it; None looks at the usual places.
+        key: where a checkpoint keeps it, if the file is no state dict itself; None looks at the
+            usual places.
         trust: allow the code of a TorchScript archive to run where its weights cannot be read
             otherwise. A pickle is never run.
 
@@ -45,7 +46,8 @@ def read_state(file: Path, key: str | None = None, *, trust: bool = False) -> St
         ModelError: no such file, or it holds something else.
     """
     content = _content(file, trust)
-    for place in (key, *CHECKPOINT_KEYS):
+    places = CHECKPOINT_KEYS if key is None else (key,)
+    for place in places:
         if isinstance(content, Mapping) and isinstance(content.get(place), Mapping):
             content = content[place]
             break
@@ -55,7 +57,8 @@ def read_state(file: Path, key: str | None = None, *, trust: bool = False) -> St
         found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
         raise ModelError(
             f"{file.name}: no state dict of tensors found. It holds {found}; looked for one under "
-            + ", ".join(CHECKPOINT_KEYS)
+            + ", ".join(places)
+            + (" alone, as load_dict of the bundle's CheckpointLoader says" if key else "")
         )
     if not content:
         raise ModelError(f"{file.name}: the state dict holds no tensors: it is empty")

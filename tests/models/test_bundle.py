@@ -202,7 +202,7 @@ def test_loading_leaves_nothing_behind(tmp_path):
 # ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpoint", "wrapped"])
+@pytest.mark.parametrize("kind", ["plain", "checkpoint"])
 def test_weights_come_through_the_handler(kind, tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN)
     file = root / "models" / "model.pt"
@@ -210,7 +210,6 @@ def test_weights_come_through_the_handler(kind, tmp_path):
     content = {
         "plain": state,
         "checkpoint": {"model": state, "optimizer": {"state": {}, "step": 3}},
-        "wrapped": {f"module.{key}": value for key, value in state.items()},
     }[kind]
     torch.save(content, file)
     assert has(trusted(root), state)

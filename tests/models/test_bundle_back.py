@@ -189,7 +189,7 @@ def test_a_header_that_agrees_needs_no_itk(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*(sform|qform)")  # a scan that says two places
-@pytest.mark.parametrize("kind", ["pixdim", "qform"])
+@pytest.mark.parametrize("kind", ["pixdim", "qform", "neither form"])
 def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):
     """The reference is MONAI's own run with an affine that ITK reads in the file."""
     image = nib.Nifti1Image(noise()[0].astype(np.float32), AFFINE)
@@ -197,12 +197,16 @@ def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):
     if kind == "pixdim":
         image.set_qform(None, 0)
         image.header["pixdim"][1:4] = [1.3, 1.4, 3.1]
+    elif kind == "neither form":
+        image.set_sform(AFFINE, 0)
+        image.set_qform(AFFINE, 0)
     else:
         turned = AFFINE @ np.diag([1.2, 1.2, 1.2, 1])
         image.set_qform(turned, 1)
         image.header["pixdim"][1:4] = [1.08, 1.32, 2.88]
     nib.save(image, tmp_path / "scan.nii.gz")
-    assert not np.allclose(nib.load(tmp_path / "scan.nii.gz").header.get_zooms(), [0.9, 1.1, 2.4])
+    zooms = nib.load(tmp_path / "scan.nii.gz").header.get_zooms()
+    assert np.allclose(zooms, [0.9, 1.1, 2.4]) == (kind == "neither form")
     scripts = {"reader": READER}
     root = write_bundle(tmp_path / "b", SPLEEN, change=with_itk, scripts=scripts)
     logits, written = run_by_monai(
@@ -213,7 +217,7 @@ def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):
 
     scan = load_scan(tmp_path / "scan.nii.gz")
     model = load_model(f"bundle:{root}", trust=True)
-    with pytest.warns(Seg3dcamWarning, match="reads it with ITK, which finds voxels of"):
+    with pytest.warns(Seg3dcamWarning, match="reads it with ITK, which takes its header otherwise"):
         prepared = model.prepare(scan)
     with pytest.warns(Seg3dcamWarning, match="results lie where the affine says"):
         found = explain(scan, model, ClassLogit(0, "volume"))

@@ -106,27 +106,35 @@ NOT_CALLED = {
         "initialize": ["$@loader(@evaluator) if @load_pretrain else None"],
     },
     "forgotten": {"loader": LOADER},
+    "one of two": {"loader": LOADER, "loader2": {**LOADER, "load_path": "models/model.pt"}},
+    "disabled": {"handlers": [{**LOADER, "_disabled_": True}]},
+    "of another network": {
+        "teacher": SPLEEN["network_def"],
+        "loader": {**LOADER, "load_dict": {"model": "@teacher"}},
+        "initialize": [CALLED],
+    },
+    "code that nothing runs": {"loader": f"$@{BY_CODE}"},
 }
 
 
 @pytest.mark.parametrize("way", NOT_CALLED)
-def test_a_loader_that_nothing_calls_is_said(way, tmp_path):
-    root, right = two_weights(tmp_path / "b", NOT_CALLED[way])
-    with pytest.warns(Seg3dcamWarning, match=r"loader is a CheckpointLoader that nothing .*right"):
-        assert has(load_model(f"bundle:{root}", trust=True), right)
-
-
-def test_several_files_that_nothing_loads_are_not_chosen_from(tmp_path):
-    other = {**LOADER, "load_path": "models/model.pt"}
-    root, _ = two_weights(tmp_path / "b", {"loader": LOADER, "other": other})
-    with pytest.raises(ModelError, match=r"loads none: right.pt \(loader\), model.pt \(other\)"):
+def test_a_network_that_monai_would_leave_random_is_refused(way, tmp_path):
+    root, _ = two_weights(tmp_path / "b", NOT_CALLED[way])
+    message = r"(loader|handlers#0).* can load weights, but nothing .*random.*Call it in initialize"
+    with pytest.raises(ModelError, match=message):
         load_model(f"bundle:{root}", trust=True)
+
+
+def test_a_loader_is_called_as_the_message_says(tmp_path):
+    root, right = two_weights(tmp_path / "b", NOT_CALLED["switched off"])
+    called = {"initialize": ["$@loader(@evaluator)"]}
+    assert has(load_model(f"bundle:{root}", trust=True, overrides=called), right)
 
 
 @pytest.mark.parametrize("path", [None, 3, ["a.pt"], "a\0b.pt"], ids=["none", "3", "list", "nul"])
 def test_a_path_that_is_none_is_refused(path, tmp_path):
     root, _ = two_weights(tmp_path / "b", {"handlers": [{**LOADER, "load_path": path}]})
-    with pytest.raises(ModelError, match=r"inference.json: load_path .* the path of a file"):
+    with pytest.raises(ModelError, match=r"load_path .* the path of a file|clear path to load"):
         load_model(f"bundle:{root}", trust=True)
 
 
