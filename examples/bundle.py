@@ -71,6 +71,18 @@ CONFIG = {
             "load_dict": {"model": "@network"},
         }
     ],
+    "dataset": {"_target_": "Dataset", "data": [], "transform": "@preprocessing"},
+    "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
+    "evaluator": {
+        "_target_": "SupervisedEvaluator",
+        "device": "@device",
+        "val_data_loader": "@dataloader",
+        "network": "@network",
+        "inferer": "@inferer",
+        "postprocessing": "@postprocessing",
+        "val_handlers": "@handlers",
+    },
+    "run": ["$@evaluator.run()"],
 }
 
 METADATA = {

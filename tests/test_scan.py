@@ -423,13 +423,9 @@ def test_affine_arguments(tmp_path, rng):
         load_scan(voxels, np.eye(4) + np.eye(4, k=-1) * [0, 0, 1, 0])
     with pytest.raises(ScanError, match=r"the affine is not a matrix of numbers. Legal"):
         load_scan(voxels, "RAS")
-    with pytest.raises(
-        ScanError, match=r"does not say where it lies.* Give load_scan"
-    ):
+    with pytest.raises(ScanError, match=r"does not say where it lies.* Give load_scan"):
         load_scan(voxels)
-    with pytest.raises(
-        ScanError, match=r"does not say where it lies.* Give load_scan"
-    ):
+    with pytest.raises(ScanError, match=r"does not say where it lies.* Give load_scan"):
         load_scan(torch.rand(4, 5, 6))
     path = save(tmp_path / "a.nii", voxels)
     for source in (path, [path], load_scan(path), MetaTensor(voxels)):

@@ -88,8 +88,8 @@ def _run_up_to_prediction(bundle: Bundle) -> list[_Load]:
             evaluator = bundle.evaluator() and bundle.parsed("evaluator")
             if isinstance(evaluator, Engine):
                 evaluator.run()
-        except Predicts:
-            pass
+        except Predicts:  # which is as far as the weights go
+            return loads
     return loads
 
 
@@ -218,7 +218,10 @@ def _load_unsaid(bundle: Bundle, network: nn.Module, loads: list[_Load]) -> str:
             f"{bundle.place}: {loads[-1].file.name} holds a part of the network's weights only; "
             "the others would be random. Load them as well, by a CheckpointLoader of evaluator"
         )
-    if said := list(_loading(bundle.resolved)):
+    said = list(_loading(bundle.resolved))
+    if (file := _load_uncalled(bundle, network, said)) is not None:
+        return _shown(bundle, file)
+    if said:
         raise ModelError(
             f"{bundle.place}: {', '.join(said).replace('::', '#')} can load weights, but nothing "
             "there has it load those of the evaluator's network, so MONAI would predict with "
@@ -241,6 +244,44 @@ def _load_unsaid(bundle: Bundle, network: nn.Module, loads: list[_Load]) -> str:
     if _equal(before, network):
         _refuse_untrained(name)
     return _shown(bundle, found)
+
+
+def _load_uncalled(bundle: Bundle, network: nn.Module, said: list[str]) -> Path | None:
+    """Load by the one loader of the network that nothing calls, and say so; None without one.
+
+    Configs are handed over without their evaluator, or with a loader that a script of their own
+    calls: whose weights are meant is still said. Not where what is run refers to the loader and
+    does not call it, as where a switch is off.
+    """
+    run = [*_entries(bundle, "initialize"), *_entries(bundle, _list_to_run(bundle))]
+    if any(identity in _reached(bundle, entry) for entry in run for identity in said):
+        return None
+    made = [bundle.parsed(identity) for identity in said if _is_made(bundle, identity)]
+    loaders = [
+        loader
+        for loader in made
+        if isinstance(loader, CheckpointLoader)
+        if any(isinstance(m, nn.Module) and _tensors(m) for m in loader.load_dict.values())
+    ]
+    if len(loaders) != 1 or len(said) != 1:
+        return None
+    loads: list[_Load] = []
+    with _loading_by(bundle, loads):
+        loaders[0](None)
+    of_network = [load for load in loads if _tensors(network) <= _tensors(load.module)]
+    if not of_network:
+        return None
+    tell(
+        f"{bundle.place}: {said[0].replace('::', '#')} is a CheckpointLoader that nothing there "
+        f"calls; its {of_network[0].file.name} is loaded all the same"
+    )
+    if not of_network[0].changed:
+        _refuse_untrained(f"{bundle.place}: {of_network[0].file.name}")
+    return of_network[0].file
+
+
+def _is_made(bundle: Bundle, identity: str) -> bool:
+    return isinstance(bundle.get(identity), dict)
 
 
 def _loading(value: Any, identity: str = "") -> Iterator[str]:

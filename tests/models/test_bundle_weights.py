@@ -105,7 +105,6 @@ NOT_CALLED = {
         "load_pretrain": False,
         "initialize": ["$@loader(@evaluator) if @load_pretrain else None"],
     },
-    "forgotten": {"loader": LOADER},
     "one of two": {"loader": LOADER, "loader2": {**LOADER, "load_path": "models/model.pt"}},
     "disabled": {"handlers": [{**LOADER, "_disabled_": True}]},
     "of another network": {
@@ -123,6 +122,15 @@ def test_a_network_that_monai_would_leave_random_is_refused(way, tmp_path):
     message = r"(loader|handlers#0).* can load weights, but nothing .*random.*Call it in initialize"
     with pytest.raises(ModelError, match=message):
         load_model(f"bundle:{root}", trust=True)
+
+
+def test_the_one_loader_that_nothing_calls_is_said(tmp_path):
+    """As in a config without its evaluator, or where a script calls the loader."""
+    root, right = two_weights(tmp_path / "b", {"loader": LOADER})
+    with pytest.warns(Seg3dcamWarning, match=r"loader is .* nothing .* calls; its right\.pt is"):
+        model = load_model(f"bundle:{root}", trust=True)
+    assert has(model, right)
+    assert model.spec["weights"] == "models/right.pt"
 
 
 def test_a_loader_is_called_as_the_message_says(tmp_path):
