@@ -491,8 +491,11 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(place, monk
 
 # ------------------------------------------------------------------------------------- kills
 
-#: The command, which says when its results are being written.
-COMMAND = "from seg3dcam.cli import main; main()"
+#: The command; it hears Ctrl-C also where the tests run in the background, which do not.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from seg3dcam.cli import main; main()"
+)
 
 
 def command(place, *options):
