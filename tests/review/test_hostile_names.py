@@ -39,7 +39,7 @@ def place(request, tmp_path_factory):
     write_model(place.folder, classes=["background", f"organ {name}", name])
     write_scan(place.folder / "truth.nii.gz", place_truth())
     before = contents(place.folder)
-    words = ("--case", name, "--truth", place.folder / "truth.nii.gz", "--label", 2)
+    words = ("--case", name[:200], "--truth", place.folder / "truth.nii.gz", "--label", 2)
     formats = [word for kind in FORMATS for word in ("--format", kind)]
     outcome = place.explain("--target", 2, *words, *formats)
     assert outcome.code == 0, outcome.err
