@@ -499,6 +499,10 @@ COMMAND = (
 )
 
 
+#: Moments at which each signal ends a run.
+MOMENTS = 8
+
+
 def command(place, *options):
     words = ("explain", place.scan, "--model", place.model, "--out", place.out, *options)
     formats = [word for kind in ("nifti", "png", "html", "slicer") for word in ("--format", kind)]
@@ -516,7 +520,7 @@ def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, kind):
     whole = time.monotonic() - started
     rng = np.random.default_rng(int(getattr(signal, kind)))
     codes = set()
-    for moment in rng.uniform(0.5 * whole, 1.02 * whole, 20):
+    for moment in rng.uniform(0.5 * whole, 1.02 * whole, MOMENTS):
         run = subprocess.Popen(command(place, "--method", "grad_cam", "--force"))
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(moment)
