@@ -500,7 +500,7 @@ COMMAND = (
 
 
 #: Moments at which each signal ends a run.
-MOMENTS = 8
+MOMENTS = 6
 
 
 def command(place, *options):
