@@ -80,7 +80,7 @@ def w_text(warning: warnings.WarningMessage) -> str:
 
 
 @quiet
-@named(quick=QUICK)
+@named(*ONCE_EACH, quick=QUICK)
 def test_a_pattern_explains_the_layers_that_it_fits(name):
     row = NETWORKS[name]
     network, x = row.network(), row.input()
@@ -123,7 +123,7 @@ def test_activations_in_place_change_nothing(name, monkeypatch):
 
 
 @quiet
-@named("SwinUNETR, 2D", "SwinUNETR")
+@named("SwinUNETR, 2D")
 def test_blocks_of_swin_are_channels_last(name):
     """Taken as channels first, as other tools do, they give a map of another shape, silently."""
     row = NETWORKS[name]
