@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from torch import nn
 
@@ -104,7 +105,9 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
     digest.update(json.dumps(use, sort_keys=True, default=str).encode())
     of_job = digest.hexdigest()[:16]
     digest.update(place_code(scan).encode())
-    digest.update(json.dumps({package: version(package) for package in _MAKERS}).encode())
+    # OpenCV is asked itself: its package has several names.
+    versions = {package: version(package) for package in _MAKERS} | {"opencv": cv2.__version__}
+    digest.update(json.dumps(versions).encode())
     return Keys(voxels, of_job, digest.hexdigest()[:16])
 
 
