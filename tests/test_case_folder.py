@@ -333,6 +333,16 @@ def test_a_dead_ones_lock_is_taken_over(place, of):
     assert (place.out / "cam_organ.nii.gz").is_file()
 
 
+def test_a_lock_takes_no_listed_file_from_features_either(place):
+    assert place.explain("--target", "organ").code == 0
+    write_lock(place.out, process=_last_pid(), files=["cam_organ.nii.gz", "left.png"])
+    (place.out / "left.png").touch()
+    words = ("--model", place.model, "--layer", "model.0", "--top", 1, "--out", place.out)
+    assert seg3dcam("features", place.scan, *words).code == 0
+    assert not (place.out / "left.png").exists()
+    assert (place.out / "cam_organ.nii.gz").is_file()
+
+
 BAD_LOCKS = {
     "a time that is none": {"since": float("nan")},
     "a process beyond all": {"process": 10**18},
@@ -448,6 +458,7 @@ def test_what_was_complete_outlives_a_kill_in_the_last_step(
         assert seg3dcam("features", place.scan, *words).code == 0
     after = contents(place.out)
     assert before.items() <= after.items()
+    assert before.keys() <= listed_files(place.out)
     assert not (place.out / LOCK).exists()
     assert place.explain("--target", "lesion").code == 0
     record = record_of(place.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -169,6 +170,30 @@ def test_the_code_of_a_users_network(place, changed, factory):
     with (place.folder / changed).open("a") as file:
         file.write("FACTOR = 2\n")
     assert (key_of(place, model) == before) == (changed == "unrelated.py")
+
+
+@pytest.mark.parametrize("changed", ["making.py", "layers.py"])
+def test_the_code_of_an_installed_package(place, changed, monkeypatch):
+    """The factory's module, and the one of the network's class."""
+    package = place.folder / "lib" / "package_of_mine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "parts.py").write_text("FACTOR = 1\n")
+    (package / "layers.py").write_text(CODE.replace("from blocks", "from package_of_mine"))
+    (package / "making.py").write_text("from package_of_mine.layers import build\n")
+    monkeypatch.syspath_prepend(place.folder / "lib")
+    model = write_yaml(
+        place.folder / "own.yaml",
+        {"factory": "package_of_mine.making:build", "weights": "own.pt", "classes": ["a", "b"]},
+    )
+    weights = torch.nn.ModuleDict({"conv": torch.nn.Conv3d(1, 2, 3)}).state_dict()
+    torch.save(weights, place.folder / "own.pt")
+    before = key_of(place, model)
+    with (package / changed).open("a") as file:
+        file.write("# changed\n")
+    assert key_of(place, model) != before
+    for name in [n for n in sys.modules if n.startswith("package_of_mine")]:
+        del sys.modules[name]
 
 
 #: The same job in other words.
