@@ -93,7 +93,7 @@ _YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 #: What is no setting of a method, since it is asked for elsewhere.
 _NO_SETTINGS = {
-    *inspect.signature(BaseCAM).parameters,
+    *inspect.signature(BaseCAM.__init__).parameters,
     *inspect.signature(explain_each).parameters,
     *Job.model_fields,
 }

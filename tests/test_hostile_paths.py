@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 import pytest
-from helpers_cases import Place, contents, seg3dcam, write_yaml
+from helpers_cases import Place, contents, seg3dcam, write_model, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,58 @@ def test_on_the_command_line(place, command, path, monkeypatch):
     outcome = seg3dcam(*words)
     assert outcome.code in (1, 2), outcome.out
     assert 10 < len(outcome.complaint) < 20_000
+
+
+# ------------------------------------------------------------------------ other values of a job
+
+WRONG = {
+    "a class by true": ({"target": True}, "target"),
+    "a class by a number with a point": ({"target": 1.0}, "target"),
+    "no scan in a list": ({"scan": [None]}, "scan"),
+    "a list in a list": ({"scan": [["a.nii.gz"]]}, "scan"),
+    "an endless name": ({"case": "x" * 4000}, "case: .*at most 200"),
+    "a setting of the call": ({"settings": {"targets": 1}}, "'targets' is none of a method"),
+    "layers as a setting": ({"settings": {"layers": ["a"]}}, "'layers' is none of a method"),
+    "self as a setting": ({"settings": {"self": 1}}, "'self' is none of a method"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_values_that_are_taken_for_no_others(place, what, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    change, said = WRONG[what]
+    write_yaml(place.folder / "job.yaml", {"scan": "scan.nii.gz", "model": "model.yaml", **change})
+    outcome = seg3dcam("explain", "--config", "job.yaml")
+    assert outcome.code == 2
+    assert re.search(said, outcome.complaint)
+
+
+@pytest.mark.parametrize(
+    "key", [{"window": {"roi_size": 10**6}}, {"prepare": {"pad_divisible": 10**5}}], ids=str
+)
+def test_sizes_that_no_scan_has(place, key):
+    path = write_model(place.folder / "large", **key)
+    outcome = seg3dcam("explain", place.scan, "--model", path)
+    assert outcome.code == 2
+    assert re.search("roi_size|pad_divisible", outcome.complaint)
+
+
+@pytest.mark.parametrize("option", ["--model", "--config"])
+def test_a_pipe_is_not_waited_for(place, option):
+    pipe = place.folder / "pipe.yaml"
+    if not pipe.exists():
+        os.mkfifo(pipe)
+    outcome = seg3dcam("explain", place.scan, option, pipe)
+    assert outcome.code in (1, 2)
+    assert "pipe" in outcome.complaint
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(place):
+    weights = "\x1b]0;evil\x07\x1b[2J" + "w.pt"
+    path = write_model(place.folder / "evil", weights=weights, **{"key\x1b[31m": 1})
+    outcome = seg3dcam("explain", place.scan, "--model", path)
+    assert outcome.code in (1, 2)
+    path = write_model(place.folder / "evil", weights=weights)
+    again = seg3dcam("explain", place.scan, "--model", path)
+    assert "w.pt" in again.err
+    assert not {"\x1b", "\x07"} & {*outcome.err, *again.err}
