@@ -34,7 +34,7 @@ def make_case():
     from helpers_dicom import make_headers
     from scipy.spatial.transform import Rotation
 
-    from seg3dcam.explanation import Explanation
+    from seg3dcam.explaining.explanation import Explanation
     from seg3dcam.scan import Scan
 
     affine = np.eye(4)
@@ -78,8 +78,8 @@ def make_case():
 
 def write(formats: list[str]) -> None:
     """Write the case in this process and print seconds, processor seconds, MB and files."""
-    from seg3dcam.case import write_case
-    from seg3dcam.config import Job
+    from seg3dcam.job.case import write_case
+    from seg3dcam.job.settings import Job
 
     explanation = make_case()
     job = Job(scan="ct", model="model", format=formats, intensity_window="soft tissue")

@@ -20,8 +20,8 @@ from measure import growth, machine, summary, take_turns
 from monai.networks.nets import UNet
 
 from seg3dcam import METHODS, EigenCAM, GradCAM, WindowPlan, targets
-from seg3dcam.cam import each_by
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.base import each_by
+from seg3dcam.cams.catalogue import CAMS
 
 BOTTLENECK = "model.1.submodule.1.submodule.1.submodule.1.submodule"
 LAYERS = [BOTTLENECK, "model.1.submodule.1", "model.1"]

@@ -16,11 +16,8 @@ from pathlib import Path
 import numpy as np
 from measure import growth, machine, summary
 
-from seg3dcam.look import Look
 from seg3dcam.review import (
     Review,
-    cine,
-    page,
     review_volumes,
     save_cine,
     save_montage,
@@ -28,6 +25,8 @@ from seg3dcam.review import (
     save_profile,
     save_slices,
 )
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures import cine, page
 
 
 def make_case(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from seg3dcam.features import FeatureMaps, feature_maps
+from seg3dcam.cams.feature_maps import FeatureMaps, feature_maps
 from seg3dcam.review import save_features
 from seg3dcam.targets import ClassLogit
 

@@ -23,7 +23,7 @@ from monai.networks.nets import ViT
 from torch import nn
 
 from seg3dcam import CamResult, GradCAM
-from seg3dcam.layouts import Tokens
+from seg3dcam.network.layouts import Tokens
 
 SIZE, PATCH, BLOCKS = 224, 16, 6
 GRID = (SIZE // PATCH, SIZE // PATCH)

@@ -1,8 +1,8 @@
 """seg3dcam: class activation maps for 3D medical segmentation networks, in patient space."""
 
 from seg3dcam import targets
-from seg3dcam.cam import BaseCAM
-from seg3dcam.cams import (
+from seg3dcam.cams.base import BaseCAM
+from seg3dcam.cams.catalogue import (
     FEM,
     KPCACAM,
     AblationCAM,
@@ -22,15 +22,15 @@ from seg3dcam.cams import (
     XGradCAM,
     XResCAM,
 )
-from seg3dcam.case_record import load_explanation
-from seg3dcam.ensemble import Ensemble
-from seg3dcam.explain import explain, explain_each
-from seg3dcam.explanation import Explanation
+from seg3dcam.cams.result import CamResult
+from seg3dcam.explaining.explain import explain, explain_each
+from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.job.record import load_explanation
 from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
-from seg3dcam.result import CamResult
+from seg3dcam.network.ensemble import Ensemble
+from seg3dcam.network.suggest import suggest_layers
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.suggest import suggest_layers
 from seg3dcam.windows import WindowPlan
 
 __version__ = "0.1.0"

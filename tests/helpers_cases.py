@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-from seg3dcam.cli import main
+from seg3dcam.cli.commands import main
 
 TURN = Rotation.from_euler("xyz", [5, -1, 5], degrees=True).as_matrix()
 #: Oblique, anisotropic and left-handed, with more digits than float32 holds. Its axes stand at

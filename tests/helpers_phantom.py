@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.scan import Scan
 
 #: Where the marker is: right of the middle, in front of it and above it (RAS mm).

@@ -31,9 +31,8 @@ from seg3dcam import (
     load_scan,
     targets,
 )
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
-from seg3dcam.config import Prepare
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import (
     ConfigError,
     InputError,
@@ -44,6 +43,7 @@ from seg3dcam.errors import (
 )
 from seg3dcam.geometry import resample_labels
 from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.specs import Prepare
 from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice, WeightedSum
 from seg3dcam.targets.use import as_target, as_targets
 

@@ -7,9 +7,9 @@ import torch
 import toy
 
 from seg3dcam import FullGrad, GradCAM, HiResCAM, WindowPlan, XResCAM, targets
-from seg3dcam.attributions import Gradient
-from seg3dcam.cam import each_by
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.attributions import Gradient
+from seg3dcam.cams.base import each_by
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, Seg3dcamWarning, TargetError
 
 X = toy.random_input(1, 1, 6, 4, 5)

@@ -14,21 +14,13 @@ from monai.networks.nets import DynUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seg3dcam import (
-    AblationCAM,
-    EigenCAM,
-    GradCAM,
-    GradCAMPlusPlus,
-    HiResCAM,
-    WindowPlan,
-    targets,
-)
-from seg3dcam.cam import each_by
-from seg3dcam.capture import capturing
+from seg3dcam import AblationCAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, WindowPlan, targets
+from seg3dcam.cams.base import each_by
 from seg3dcam.engine.run import needs_graph
 from seg3dcam.errors import LayerError, ModelError
-from seg3dcam.layers import resolve_layers
-from seg3dcam.layouts import INPUT
+from seg3dcam.network.capture import capturing
+from seg3dcam.network.layers import resolve_layers
+from seg3dcam.network.layouts import INPUT
 from tests.toy import seeded
 
 TARGET = "block.conv"

@@ -27,11 +27,11 @@ from helpers_cases import (
     write_scan,
 )
 
-from seg3dcam import case
-from seg3dcam.case_folder import LOCK, locked
-from seg3dcam.case_record import is_done, listed_files, record_of
 from seg3dcam.errors import OutputError
 from seg3dcam.files import temporary_name
+from seg3dcam.job import case
+from seg3dcam.job.folder import LOCK, locked
+from seg3dcam.job.record import is_done, listed_files, record_of
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_a_job_is_done_again_where_the_scans_place_changed(place):
 def test_another_version_of_a_package_is_another_key(place, package, monkeypatch):
     place.explain("--target", "organ")
     monkeypatch.setattr(
-        "seg3dcam.case_keys.version", lambda name: "99" if name == package else version(name)
+        "seg3dcam.job.keys.version", lambda name: "99" if name == package else version(name)
     )
     assert "holds this case already" not in place.explain("--target", "organ").out
 
@@ -238,9 +238,9 @@ def test_another_version_of_a_package_is_another_key(place, package, monkeypatch
 def test_what_a_job_writes_no_more_goes(place, monkeypatch):
     """As where fewer classes are predicted after an update of a package."""
     assert place.explain().code == 0
-    monkeypatch.setattr("seg3dcam.case_keys.version", lambda name: "99")
-    monkeypatch.setattr("seg3dcam.case._masks", lambda explanation: {})
-    monkeypatch.setattr("seg3dcam.case._raw_files", lambda explanation, name: {})
+    monkeypatch.setattr("seg3dcam.job.keys.version", lambda name: "99")
+    monkeypatch.setattr("seg3dcam.job.case._masks", lambda explanation: {})
+    monkeypatch.setattr("seg3dcam.job.case._raw_files", lambda explanation, name: {})
     assert place.explain().code == 0
     assert not list(place.out.glob("raw_*"))
     assert is_whole(place.out)
@@ -278,7 +278,7 @@ def test_files_that_go_while_the_run_goes_on_are_missed(place, what, monkeypatch
             shutil.rmtree(staged.parent)
         return found
 
-    monkeypatch.setattr("seg3dcam.case.save_planes", delete)
+    monkeypatch.setattr("seg3dcam.job.case.save_planes", delete)
     outcome = place.explain("--target", "organ", *PICTURES)
     assert outcome.code == 1
     assert "is gone" in outcome.complaint or "cannot be" in outcome.complaint
@@ -430,7 +430,7 @@ def killed_while_moving(place, monkeypatch, moved, *options):
 
     whole = case.move
     with monkeypatch.context() as patch:
-        patch.setattr("seg3dcam.case.move", move)
+        patch.setattr("seg3dcam.job.case.move", move)
         with pytest.raises(_Killed):
             place.explain(*options)
     shutil.rmtree(place.out)
@@ -506,7 +506,7 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(place, monk
 #: The command; it hears Ctrl-C also where the tests run in the background, which do not.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from seg3dcam.cli import main; main()"
+    "from seg3dcam.cli.commands import main; main()"
 )
 
 

@@ -16,8 +16,8 @@ from helpers_dicom import write_series
 from helpers_nnunet import write_folder
 
 from seg3dcam import load_model, load_scan
-from seg3dcam.case_keys import case_keys
-from seg3dcam.config import Job
+from seg3dcam.job.keys import case_keys
+from seg3dcam.job.settings import Job
 from seg3dcam.scan import load_labels, place_code
 
 #: A value for each setting of a job that decides on what is written, other than the default.

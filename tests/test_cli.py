@@ -31,7 +31,7 @@ from helpers_cases import (
 
 import seg3dcam as seg3dcam_package
 from seg3dcam import METHODS, load_model, suggest_layers
-from seg3dcam.config import Job
+from seg3dcam.job.settings import Job
 
 BOTTLENECK = "model.1.submodule"
 
@@ -597,7 +597,7 @@ def test_interrupted_by_the_user(place, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seg3dcam.cli.explain_each", interrupt)
+    monkeypatch.setattr("seg3dcam.cli.commands.explain_each", interrupt)
     outcome = place.explain()
     assert outcome.code == 130
     assert "interrupted" in outcome.err

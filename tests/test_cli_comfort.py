@@ -14,10 +14,10 @@ import pytest
 from helpers_cases import PICTURES, Place, contents, seg3dcam
 from rich.console import Console
 
-from seg3dcam import cli
-from seg3dcam.case import write_case
-from seg3dcam.config import Job
-from seg3dcam.explain import explain_each
+from seg3dcam.cli import commands as cli
+from seg3dcam.explaining.explain import explain_each
+from seg3dcam.job.case import write_case
+from seg3dcam.job.settings import Job
 from seg3dcam.models import load_model
 
 

@@ -19,8 +19,8 @@ from helpers_cases import (
     write_scan,
 )
 
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS, CARD
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS, CARD
 
 BOTTLENECK = "model.1.submodule"
 

@@ -13,21 +13,19 @@ from monai.networks.nets import SegResNet, UNet
 from pydantic import BaseModel
 
 from seg3dcam import METHODS
-from seg3dcam.config import (
+from seg3dcam.errors import ConfigError
+from seg3dcam.job.settings import Job
+from seg3dcam.models.specs import (
     BundleSpec,
     ExportedSpec,
     Intensity,
-    Job,
     ModelSpec,
     NnunetSpec,
     Prepare,
     Window,
-    read_json,
-    read_yaml,
-    validate,
 )
-from seg3dcam.errors import ConfigError
-from seg3dcam.layers import resolve_layers
+from seg3dcam.network.layers import resolve_layers
+from seg3dcam.settings import read_json, read_yaml, validate
 from seg3dcam.windows import WindowPlan
 
 ROOT = Path(__file__).parents[1]

@@ -31,10 +31,10 @@ from seg3dcam import (
     suggest_layers,
     targets,
 )
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import OutOfMemoryError
-from seg3dcam.features import feature_maps
 from seg3dcam.integrations import Camd, CamInferer, EpochCams
 
 DEVICE = "cuda"

@@ -25,10 +25,10 @@ from seg3dcam import (
     suggest_layers,
     targets,
 )
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import EmptyRegionError
-from seg3dcam.features import feature_maps
 from seg3dcam.integrations import Camd, CamInferer, EpochCams
 
 METHODS = CAMS | ATTRIBUTIONS

@@ -8,9 +8,9 @@ import pytest
 from helpers_cases import Place, seg3dcam, write_model, write_yaml
 
 from seg3dcam import load_model
-from seg3dcam.config import Job, read_json, read_yaml, validate
-from seg3dcam.documents import DEEPEST, LARGEST, parse_yaml
 from seg3dcam.errors import ConfigError, ModelError, Seg3dcamWarning
+from seg3dcam.job.settings import Job
+from seg3dcam.settings import DEEPEST, LARGEST, parse_yaml, read_json, read_yaml, validate
 
 NINES = "9" * 5000
 

@@ -15,12 +15,12 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.utils.checkpoint import checkpoint
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
-from seg3dcam.cams import CAMS
-from seg3dcam.capture import AGAIN, MOST_TRIALS, FoundLateError, begun_again, capturing
-from seg3dcam.draws import random_state, set_random_state
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError, Seg3dcamWarning
-from seg3dcam.known import known_of
-from seg3dcam.layers import resolve_layers
+from seg3dcam.network.capture import AGAIN, MOST_TRIALS, FoundLateError, begun_again, capturing
+from seg3dcam.network.known import known_of
+from seg3dcam.network.layers import resolve_layers
+from seg3dcam.network.random_draws import random_state, set_random_state
 
 VOLUME = targets.ClassLogit(1, "volume")
 SAID = "draws random numbers when it predicts"

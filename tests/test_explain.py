@@ -12,19 +12,11 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from torch import nn
 
-from seg3dcam import (
-    HiResCAM,
-    SegModel,
-    WindowPlan,
-    explain,
-    explain_each,
-    load_scan,
-    targets,
-)
-from seg3dcam.config import Prepare
+from seg3dcam import HiResCAM, SegModel, WindowPlan, explain, explain_each, load_scan, targets
 from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, ModelError, TargetError
-from seg3dcam.findings import findings
+from seg3dcam.explaining.findings import findings
 from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.specs import Prepare
 from tests.test_geometry import OBLIQUE_LAS, rotation, world_field
 
 ORIENTATIONS = {

@@ -13,9 +13,11 @@ from scipy.ndimage import map_coordinates
 from torch import nn
 from toy import PACKED, Nested, linear_head_case, plain, random_input, seeded, skip_case
 
-from seg3dcam import GradCAM, SegModel, WindowPlan, features, load_scan, targets
+from seg3dcam import GradCAM, SegModel, WindowPlan, load_scan, targets
+from seg3dcam.cams import feature_maps as features
+from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import InputError, LayerError, TargetError
-from seg3dcam.features import feature_maps, features_of_scan
+from seg3dcam.explaining.features import features_of_scan
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.windows import plan_windows
 

@@ -20,7 +20,7 @@ from helpers_phantom import (
 )
 from scipy import ndimage
 
-from seg3dcam.findings import find_peaks, find_signed_peaks, findings
+from seg3dcam.explaining.findings import find_peaks, find_signed_peaks, findings
 from seg3dcam.geometry import peak_voxel
 
 

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from seg3dcam import GradCAM, HiResCAM, WindowPlan, geometry, targets
+from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.errors import InputError
-from seg3dcam.geometry import FeatureGrid, interpolate, ras_affine, resample, resample_labels
+from seg3dcam.geometry import (
+    FeatureGrid,
+    interpolate,
+    ras_affine,
+    resample,
+    resample_labels,
+    resampling,
+)
 
 
 def rotation(*degrees: float) -> np.ndarray:
@@ -90,13 +97,13 @@ def test_slabs_of_limited_size_give_what_one_piece_gives(
     assert whole[-1].any()
     sizes = []
 
-    class Watched(geometry.SpatialResample):
+    class Watched(resampling.SpatialResample):
         def __call__(self, *args, **settings):
             sizes.append(settings["spatial_size"])
             return super().__call__(*args, **settings)
 
-    monkeypatch.setattr(geometry, "SpatialResample", Watched)
-    monkeypatch.setattr(geometry, "SLAB_VOXELS", voxels)
+    monkeypatch.setattr(resampling, "SpatialResample", Watched)
+    monkeypatch.setattr(resampling, "SLAB_VOXELS", voxels)
     sliced = resample(volume, np.eye(4), affine, (13, 11, 5))
     torch.testing.assert_close(sliced, whole)
     assert sizes == [(thickness, 11, 5) for thickness in slabs]

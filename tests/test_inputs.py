@@ -10,9 +10,9 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, ScoreCAM, SegModel, WindowPlan, explain, load_scan, targets
-from seg3dcam.ensemble import Ensemble
+from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import InputError, LayerError, ModelError, ScanError
-from seg3dcam.features import feature_maps
+from seg3dcam.network.ensemble import Ensemble
 
 TARGET = targets.ClassLogit(1, "volume")
 

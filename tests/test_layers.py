@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from seg3dcam.errors import LayerError, ModelError
-from seg3dcam.layers import LayerRef, resolve_layers, unwrap
+from seg3dcam.network.ensemble import unwrap
+from seg3dcam.network.layers import LayerRef, resolve_layers
 
 
 @pytest.fixture(scope="module")

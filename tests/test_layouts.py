@@ -13,10 +13,10 @@ from monai.networks import nets
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
-from seg3dcam.capture import capturing
 from seg3dcam.errors import LayerError
-from seg3dcam.layers import LayerRef, resolve_layers
-from seg3dcam.layouts import (
+from seg3dcam.network.capture import capturing
+from seg3dcam.network.layers import LayerRef, resolve_layers
+from seg3dcam.network.layouts import (
     Tokens,
     certain_layout,
     channels_first,
@@ -256,7 +256,8 @@ def test_readings(shape, input_shape, expected):
             (2, 256, 24),
             S3,
             r"fit more than one grid. Say which with reshape_transform=, one of "
-            r"Tokens\(grid=\(1, 4, 64\), class_token=False\), .*\.\.\. \(of seg3dcam.layouts\)",
+            r"Tokens\(grid=\(1, 4, 64\), class_token=False\), .*\.\.\. "
+            r"\(of seg3dcam.network.layouts\)",
         ),
         ((2, 5, 24), (2, 1, 9, 1), r"one of Tokens\(grid=\(5, 1\), .*grid=\(4, 1\), class_token=T"),
     ],

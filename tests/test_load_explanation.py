@@ -12,8 +12,8 @@ from helpers_cases import OBLIQUE, SHAPE, Place, voxels, write_model, write_scan
 
 from seg3dcam import explain_each, load_explanation, load_model, load_scan
 from seg3dcam.errors import InputError
+from seg3dcam.explaining.findings import findings
 from seg3dcam.files import plain
-from seg3dcam.findings import findings
 from seg3dcam.targets import Boundary, ClassLogOdds, EveryComponent
 
 #: Two lesions beside each other.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.look import WINDOWS, Look, choose_window, colours, width_level
+from seg3dcam.review.look import WINDOWS, Look, choose_window, colours, width_level
 
 
 @pytest.mark.parametrize("name", ["inferno", "viridis", "jet", "gray_r"])

@@ -12,7 +12,7 @@ from torch import nn
 
 from seg3dcam import HiResCAM, targets
 from seg3dcam.errors import ModelError
-from seg3dcam.outputs import select_output, tensors_in
+from seg3dcam.network.outputs import select_output, tensors_in
 
 SHAPE = (4, 6)
 FULL, OTHER = torch.rand(1, 3, *SHAPE), torch.rand(1, 3, *SHAPE)

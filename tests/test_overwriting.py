@@ -8,10 +8,10 @@ from monai.networks.nets import VarAutoEncoder
 from torch import nn
 
 from seg3dcam import HiResCAM, WindowPlan, suggest_layers, targets
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import ModelError
-from seg3dcam.features import feature_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 

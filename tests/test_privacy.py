@@ -17,7 +17,7 @@ from helpers_cases import Place, contents, voxels
 from helpers_dicom import write_series
 from helpers_phantom import OBLIQUE
 
-from seg3dcam.config import Job
+from seg3dcam.job.settings import Job
 from seg3dcam.scan import load_scan
 
 #: DICOM objects name the patient, as the standard wants it.

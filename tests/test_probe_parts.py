@@ -15,9 +15,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.utils.checkpoint import checkpoint
 
-from seg3dcam import centroids, probe
-from seg3dcam.capture import capturing
-from seg3dcam.centroids import (
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.network import grid_centroids as centroids
+from seg3dcam.network import grid_measurement as probe
+from seg3dcam.network.capture import capturing
+from seg3dcam.network.grid_centroids import (
     AGREE,
     EITHER_SIDE,
     FEW_PARTS,
@@ -28,11 +31,9 @@ from seg3dcam.centroids import (
     STEPS,
     SUSPECTED,
 )
-from seg3dcam.errors import LayerError, ModelError
-from seg3dcam.geometry import FeatureGrid
-from seg3dcam.layers import resolve_layers
-from seg3dcam.layouts import INPUT
-from seg3dcam.operations import FADED, MirroredOperations, PlainOperations, RandomOperations
+from seg3dcam.network.layers import resolve_layers
+from seg3dcam.network.layouts import INPUT
+from seg3dcam.network.operations import FADED, MirroredOperations, PlainOperations, RandomOperations
 
 # --------------------------------------------------------------------------------- the ramp
 

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import HiResCAM, targets
-from seg3dcam import probe as probe_module
 from seg3dcam.errors import Seg3dcamWarning
-from seg3dcam.layers import resolve_layers
-from seg3dcam.probe import measure_grids
+from seg3dcam.network import grid_measurement as probe_module
+from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.layers import resolve_layers
 
 
 class OwnConv(nn.Module):

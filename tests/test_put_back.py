@@ -22,9 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
-from seg3dcam.belongings import MOST, belongings
 from seg3dcam.errors import ModelError, Seg3dcamError, Seg3dcamWarning
-from seg3dcam.untouched import _Switch
+from seg3dcam.network.attributes import MOST, belongings
+from seg3dcam.network.untouched import _Switch
 
 VOLUME = targets.ClassLogit(1, "volume")
 X = (1, 1, 8, 8, 8)
@@ -426,7 +426,7 @@ def test_what_belongs_to_others_is_not_gone_into():
 
 
 def test_large_things_are_neither_copied_nor_gone_through(monkeypatch):
-    monkeypatch.setattr("seg3dcam.untouched.LARGEST", 100)
+    monkeypatch.setattr("seg3dcam.network.untouched.LARGEST", 100)
     large, small = np.zeros(101, np.uint8), np.zeros(100, np.uint8)
     tensors = [torch.zeros(101, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)]
     net = blocks(Foreign(kept=Trainer(items=[large, small, *tensors])))

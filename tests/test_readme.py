@@ -12,8 +12,10 @@ import pytest
 import yaml
 from helpers_cases import seg3dcam
 
-from seg3dcam.cams import CAMS
-from seg3dcam.config import Format, ModelSpec, validate
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.job.settings import Format
+from seg3dcam.models.specs import ModelSpec
+from seg3dcam.settings import validate
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -18,7 +18,8 @@ from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
-from seg3dcam.scan import Scan, corner_gap, load_labels, load_scan
+from seg3dcam.geometry import corner_gap
+from seg3dcam.scan import Scan, load_labels, load_scan
 
 TURN = Rotation.from_euler("xyz", [7, -1, 9], degrees=True).as_matrix()
 OBLIQUE = np.eye(4)
@@ -84,7 +85,7 @@ def test_equals_nibabel(tmp_path_factory, shape, channels, dtype, suffix, versio
 def test_slabs_are_joined_without_a_seam(tmp_path, rng, monkeypatch):
     voxels = rng.integers(-1000, 3000, (5, 6, 7, 2)).astype(np.int16)
     path = save(tmp_path / "ct.nii.gz", voxels)
-    monkeypatch.setattr("seg3dcam.readers.plan.SLAB_VOXELS", 5 * 6 * 3)
+    monkeypatch.setattr("seg3dcam.files.readers.plan.SLAB_VOXELS", 5 * 6 * 3)
     np.testing.assert_array_equal(load_scan(path).data.numpy(), np.moveaxis(voxels, -1, 0))
 
 

@@ -17,8 +17,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLSLossless, RLELossless
 
 from seg3dcam.errors import MissingExtraError, ScanError, Seg3dcamWarning
-from seg3dcam.scan import corner_gap, load_scan
-from seg3dcam.series import read_series
+from seg3dcam.files.series import read_series
+from seg3dcam.geometry import corner_gap
+from seg3dcam.scan import load_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: Columns, rows, slices towards: as acquired, and with the slices from head to feet.

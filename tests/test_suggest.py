@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
 from seg3dcam.errors import InputError, LayerError, ModelError
-from seg3dcam.layers import resolve_layers
+from seg3dcam.network.layers import resolve_layers
 
 CLASSES = 3
 

@@ -11,7 +11,7 @@ from helpers_phantom import make_phantom
 
 from seg3dcam.errors import InputError, TargetError
 from seg3dcam.scan import Scan
-from seg3dcam.truth import truth_mask
+from seg3dcam.targets.ground_truth import truth_mask
 
 SOFTMAX = {"class_names": ["background", "liver", "tumour"], "background": True}
 SIGMOID = {"class_names": ["liver", "tumour"], "background": False}

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, SliceGradCAM, WindowPlan, suggest_layers, targets
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
-from seg3dcam.capture import capturing
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError
-from seg3dcam.layers import resolve_layers
-from seg3dcam.probe import measure_grids
+from seg3dcam.network.capture import capturing
+from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.layers import resolve_layers
 
 # The network draws random numbers, which is said; that is the subject of test_draws.py.
 pytestmark = pytest.mark.filterwarnings("ignore:the network draws random numbers")

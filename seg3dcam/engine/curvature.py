@@ -25,8 +25,8 @@ from seg3dcam.engine.passes import (
     upstream_of,
 )
 from seg3dcam.errors import ModelError
-from seg3dcam.layers import LayerRef
 from seg3dcam.methods.pooled import corrected
+from seg3dcam.network.layers import LayerRef
 
 
 def corrected_pass(

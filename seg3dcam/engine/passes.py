@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from monai.inferers import sliding_window_inference
 
-from seg3dcam.capture import Capture
 from seg3dcam.engine.memory import AtOnce
 from seg3dcam.errors import ModelError
-from seg3dcam.layers import LayerRef
+from seg3dcam.network.capture import Capture
+from seg3dcam.network.layers import LayerRef
 from seg3dcam.windows import Windows, stitched
 
 #: Called with (step, windows done, windows in all).

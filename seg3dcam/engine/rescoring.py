@@ -11,23 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from seg3dcam import targets as score
-from seg3dcam.engine.mapping import Maps
+from seg3dcam.engine.layer_map import LayerMap, joined
+from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import (
-    FirstPass,
-    Progress,
-    activation_pass,
-    scored_alone,
-    stitch,
-    wide,
-)
+from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, scored_alone, stitch, wide
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
-from seg3dcam.kinds import takes_hooks
-from seg3dcam.layers import LayerRef
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
-from seg3dcam.outputs import tensors_in
-from seg3dcam.result import LayerMap, joined
+from seg3dcam.network.kinds import takes_hooks
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.outputs import tensors_in
 from seg3dcam.windows import Blend
 
 Target = Callable[[torch.Tensor], torch.Tensor]

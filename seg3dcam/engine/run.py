@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 import torch
 
-from seg3dcam.engine.comparators import Comparator, compare_map
 from seg3dcam.engine.curvature import corrected_pass
 from seg3dcam.engine.full_gradients import full_gradient_map
-from seg3dcam.engine.mapping import Maps, attribute
+from seg3dcam.engine.input_attributions import Comparator, compare_map
+from seg3dcam.engine.maps import Maps, attribute
 from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass
 from seg3dcam.engine.rescoring import rescore_maps
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.layers import LayerRef
 from seg3dcam.methods import FullGradient, Method, Perturbation
-from seg3dcam.outputs import OutputSelection
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.targets import fixed, region_of, score_and_seed
 
 Target = Callable[[torch.Tensor], torch.Tensor]

@@ -29,9 +29,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import Seg3dcamWarning
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.export.dicom_picture import (
     CAUTION,
     PicturePlan,
@@ -52,7 +52,7 @@ from seg3dcam.export.dicom_source import (
     source_item,
 )
 from seg3dcam.files import unique_names
-from seg3dcam.look import Look
+from seg3dcam.review.look import Look
 
 __all__ = ["DicomExport", "save_dicom"]
 

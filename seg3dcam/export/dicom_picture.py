@@ -16,10 +16,10 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from seg3dcam.explanation import Explanation
-from seg3dcam.look import Look, Window, choose_window
-from seg3dcam.review.display import OPPOSITE, Letters, Size
-from seg3dcam.review.draw import (
+from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.review.pictures.display import OPPOSITE, Letters, Size
+from seg3dcam.review.pictures.draw import (
     Palette,
     Picture,
     draw_grey,
@@ -29,8 +29,8 @@ from seg3dcam.review.draw import (
     resize_mask,
     resize_smooth,
 )
-from seg3dcam.review.frame import draw_legend, stack_rows
-from seg3dcam.review.text import (
+from seg3dcam.review.pictures.frame import draw_legend, stack_rows
+from seg3dcam.review.pictures.text import (
     AMBER,
     GAP,
     GREY,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import atomic
-from seg3dcam.review.text import clean_text
+from seg3dcam.review.pictures.text import clean_text
 
 _UTF8 = "ISO_IR 192"
 

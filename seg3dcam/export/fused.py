@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.explanation import Explanation
-from seg3dcam.export.nifti import RGB, placed_header, slabs, write_slabs
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import as_path
-from seg3dcam.look import Look, choose_window, colours
+from seg3dcam.files.writers.nifti import RGB, placed_header, slabs, write_slabs
+from seg3dcam.review.look import Look, choose_window, colours
 
 __all__ = ["write_fused"]
 

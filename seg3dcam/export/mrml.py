@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 from numpy.typing import NDArray
 
-from seg3dcam.words import printable
+from seg3dcam.files import printable
 
 #: Slice view -> its x and y axis and its normal in RAS: radiological, as Slicer has them.
 VIEWS = {

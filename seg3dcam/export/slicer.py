@@ -31,9 +31,10 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, Shown, scene_xml
-from seg3dcam.export.nrrd import (
+from seg3dcam.files import atomic
+from seg3dcam.files.writers.nrrd import (
     Segment,
     same_voxels,
     segment,
@@ -41,10 +42,9 @@ from seg3dcam.export.nrrd import (
     write_nrrd,
     write_segments,
 )
-from seg3dcam.files import atomic
-from seg3dcam.geometry import peak_voxel, spacing_of, to_world
-from seg3dcam.look import Look, choose_window, colours
-from seg3dcam.scan import SAME_GRID_MM, Scan, corner_gap
+from seg3dcam.geometry import SAME_GRID_MM, corner_gap, peak_voxel, spacing_of, to_world
+from seg3dcam.review.look import Look, choose_window, colours
+from seg3dcam.scan import Scan
 
 __all__ = ["SlicerScene", "save_scene"]
 

@@ -20,11 +20,11 @@ from seg3dcam.errors import (
     ScanError,
     Seg3dcamWarning,
 )
-from seg3dcam.explain import ALL_METHODS, explain_each
+from seg3dcam.explaining.explain import ALL_METHODS, explain_each
 from seg3dcam.files import check_writable, unique_names
-from seg3dcam.layers import LayerSpec
 from seg3dcam.models.base import SegModel
-from seg3dcam.outputs import OutputSelection
+from seg3dcam.network.layers import LayerSpec
+from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.review import review_explanation, save_montage
 from seg3dcam.scan import load_scan
 from seg3dcam.targets import Activation

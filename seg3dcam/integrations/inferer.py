@@ -10,10 +10,11 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import nn
 
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.result import CamResult
+from seg3dcam.engine.layer_map import Scale
 from seg3dcam.errors import ConfigError, nearest
-from seg3dcam.layers import LayerSpec
-from seg3dcam.result import CamResult, Scale
+from seg3dcam.network.layers import LayerSpec
 
 #: MONAI's names -> ours.
 _MONAI_NAMES = {"gradcam": "grad_cam", "gradcampp": "grad_cam_plus_plus"}

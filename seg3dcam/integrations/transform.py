@@ -13,10 +13,10 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.engine.layer_map import Scale
 from seg3dcam.errors import ConfigError, InputError, nearest
-from seg3dcam.layers import LayerSpec
-from seg3dcam.result import Scale
+from seg3dcam.network.layers import LayerSpec
 
 
 class Camd(MapTransform):
@@ -24,7 +24,7 @@ class Camd(MapTransform):
 
     For post-processing: `Invertd(keys="cam", transform=preprocessing, orig_keys="image",
     nearest_interp=False)` leads it back to the scan's grid, and `SaveImaged(keys="cam")` writes it
-    there. (`seg3dcam.explain` goes there in one interpolation instead of two.)
+    there. (`seg3dcam.explaining.explain` goes there in one interpolation instead of two.)
 
     Args:
         keys: of the images, as the network takes them.

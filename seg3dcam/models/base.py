@@ -12,11 +12,11 @@ from monai.data import MetaTensor
 from torch import nn
 
 from seg3dcam.errors import ModelError, TargetError, nearest
-from seg3dcam.outputs import OutputSelection
+from seg3dcam.files import printable, shortened
+from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
-from seg3dcam.words import printable, shortened
 
 
 def as_is(scan: Scan) -> MetaTensor:

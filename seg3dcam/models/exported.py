@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from seg3dcam.config import ExportedSpec
 from seg3dcam.errors import ModelError
 from seg3dcam.files import digest_of
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.specs import ExportedSpec
 from seg3dcam.models.state import check_file, check_finite
 from seg3dcam.models.torchscript import is_torchscript
 

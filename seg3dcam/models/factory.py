@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from seg3dcam.config import ModelSpec
 from seg3dcam.errors import ModelError, Seg3dcamWarning, nearest
 from seg3dcam.files import digest_of_all
 from seg3dcam.models.base import SegModel
 from seg3dcam.models.beside import modules_beside
 from seg3dcam.models.networks import check_arguments, imported, network_class
 from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.specs import ModelSpec
 from seg3dcam.models.state import check_finite, check_fit, read_state, without_prefix
 
 

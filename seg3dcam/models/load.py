@@ -9,23 +9,17 @@ from typing import Any
 
 import torch
 
-from seg3dcam.config import (
-    BundleSpec,
-    ExportedSpec,
-    ModelSpec,
-    NnunetSpec,
-    read_yaml,
-    validate,
-)
 from seg3dcam.errors import ConfigError
 from seg3dcam.models.base import SegModel
+from seg3dcam.models.specs import BundleSpec, ExportedSpec, ModelSpec, NnunetSpec
+from seg3dcam.settings import read_yaml, validate
 
 #: The key that tells the kind of a spec -> its settings, and the module whose `build` makes the
 #: model of them.
 SOURCES: dict[str, tuple[type[Any], str]] = {
     "factory": (ModelSpec, "seg3dcam.models.factory"),
-    "bundle": (BundleSpec, "seg3dcam.models.bundle"),
-    "nnunet": (NnunetSpec, "seg3dcam.models.nnunet"),
+    "bundle": (BundleSpec, "seg3dcam.models.bundle.load"),
+    "nnunet": (NnunetSpec, "seg3dcam.models.nnunet.load"),
     "exported": (ExportedSpec, "seg3dcam.models.exported"),
 }
 

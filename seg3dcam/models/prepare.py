@@ -17,9 +17,9 @@ from monai.transforms import (
     Transform,
 )
 
-from seg3dcam.config import Intensity, Prepare
 from seg3dcam.errors import ScanError
 from seg3dcam.models.base import as_is
+from seg3dcam.models.specs import Intensity, Prepare
 from seg3dcam.scan import Scan
 
 _RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))

@@ -10,18 +10,19 @@ one HTML page of everything; `save_features` the channels of a layer; `map_2d.sa
 2D network.
 """
 
-from seg3dcam.look import WINDOWS
-from seg3dcam.review.cine import save_cine
-from seg3dcam.review.features import save_features
-from seg3dcam.review.montage import save_montage
+from seg3dcam.review.look import WINDOWS, Look
+from seg3dcam.review.pictures.cine import save_cine
+from seg3dcam.review.pictures.features import save_features
+from seg3dcam.review.pictures.montage import save_montage
+from seg3dcam.review.pictures.planes import save_planes
+from seg3dcam.review.pictures.profile import save_profile
+from seg3dcam.review.pictures.slices import save_slices
 from seg3dcam.review.plan import Review, review_explanation, review_volumes
-from seg3dcam.review.planes import save_planes
-from seg3dcam.review.profile import save_profile
 from seg3dcam.review.report import Report, save_report
-from seg3dcam.review.slices import save_slices
 
 __all__ = [
     "WINDOWS",
+    "Look",
     "Report",
     "Review",
     "review_explanation",

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import InputError
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import peak_voxel
-from seg3dcam.look import Look, Window, choose_window
-from seg3dcam.review import display, draw, frame
-from seg3dcam.review.text import clean_text
+from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.review.pictures import display, draw, frame
+from seg3dcam.review.pictures.text import clean_text
 
 Axis = Literal["axial", "coronal", "sagittal"]
 SliceSetting = str | int | Sequence[int]

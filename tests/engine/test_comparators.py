@@ -21,7 +21,7 @@ from helpers_engine import (
 from torch import nn
 
 from seg3dcam import WindowPlan, targets
-from seg3dcam.attributions import (
+from seg3dcam.cams.attributions import (
     ATTRIBUTIONS,
     Gradient,
     GradientXInput,

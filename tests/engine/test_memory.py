@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from seg3dcam import Ensemble, GradCAM, HiResCAM, WindowPlan, targets
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.engine.memory import AtOnce
 from seg3dcam.errors import OutOfMemoryError, Seg3dcamError, Seg3dcamWarning
 

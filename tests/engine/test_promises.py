@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
-from seg3dcam.engine import promises
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.engine import gradient_check as promises
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamWarning
 
 VOLUME = targets.ClassLogit(1, "volume")

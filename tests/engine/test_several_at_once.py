@@ -10,11 +10,11 @@ import toy
 from helpers_engine import EXACT, Counting, curved, deviation, in_a_corner, signed_maps, two_levels
 
 from seg3dcam import WindowPlan, targets
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cam import each_by
-from seg3dcam.cams import CAMS
-from seg3dcam.capture import Capture
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.base import each_by
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.methods import METHODS, Method
+from seg3dcam.network.capture import Capture
 
 LAYERS = ["network.1", "network.3"]
 TARGETS = [targets.ClassLogit(1, "volume"), curved, in_a_corner, targets.ClassLogit(2, "volume")]

@@ -20,8 +20,8 @@ from seg3dcam import (
     XGradCAM,
     targets,
 )
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, Seg3dcamWarning
 
 PLANS = {"one window": None, "windows": WindowPlan((4, 4, 8), overlap=0.5)}

@@ -13,9 +13,9 @@ import toy
 from helpers_engine import EXACT, deviation, signed_maps
 
 from seg3dcam import WindowPlan
-from seg3dcam.attributions import ATTRIBUTIONS
-from seg3dcam.cams import CAMS
-from seg3dcam.result import CamResult
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.result import CamResult
 
 METHODS = CAMS | {key: ATTRIBUTIONS[key] for key in ("gradient", "gradient_x_input", "occlusion")}
 LAYERS = ["encoder", "bottleneck"]  # of stride 1 and 2

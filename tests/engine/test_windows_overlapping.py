@@ -31,8 +31,8 @@ from reference.methods import _first_kernel_component as kernel_component
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
-from seg3dcam.cams import CAMS
-from seg3dcam.result import CamResult
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.result import CamResult
 
 # ---------------------------------------------------------------------- methods by their definition
 

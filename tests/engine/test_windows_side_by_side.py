@@ -14,7 +14,7 @@ from reference.methods import spectral_gap
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, XResCAM
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 
 COMPONENTS = {
     "eigen_cam": lambda a, g: a,

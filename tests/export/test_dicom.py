@@ -29,9 +29,10 @@ from pydicom.sr.codedict import codes
 from seg3dcam.errors import ConfigError, MissingExtraError, Seg3dcamWarning
 from seg3dcam.export.dicom import DicomExport, save_dicom
 from seg3dcam.export.dicom_picture import SMALLEST_SIDE
-from seg3dcam.look import Look
-from seg3dcam.review.text import LETTER_SIZE, MARGIN, text_mask
-from seg3dcam.scan import Scan, corner_gap, load_scan
+from seg3dcam.geometry import corner_gap
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures.text import LETTER_SIZE, MARGIN, text_mask
+from seg3dcam.scan import Scan, load_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: How it is acquired: spacing along R-L, A-P, S-I, and the axes as loaded.

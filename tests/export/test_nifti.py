@@ -89,7 +89,7 @@ def test_round_trip(tmp_path_factory, shape, suffix, order, as_tensor, depth, se
     volume = np.asarray(bits.view(np.float32), order=order)
     path = tmp_path_factory.mktemp("out") / f"map{suffix}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seg3dcam.export.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
+        patch.setattr("seg3dcam.files.writers.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
         given_volume = torch.as_tensor(volume) if as_tensor else volume
         assert write_nifti(path, given_volume, affine_of("flipped")) == path
     found, affine, _ = read(path)
@@ -372,7 +372,7 @@ def test_a_failed_rewrite_leaves_the_good_file(tmp_path, volume, suffix, moment,
         if moment == "replace":
             patch.setattr("os.replace", full)
         else:
-            patch.setattr("seg3dcam.export.nifti.slabs", half)
+            patch.setattr("seg3dcam.files.writers.nifti.slabs", half)
         for name in (path.name, f"new{suffix}"):
             with pytest.raises(OutputError, match=rf"{name} cannot be written .*The disk is full"):
                 write_nifti(tmp_path / name, volume + 1, np.eye(4))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from seg3dcam.errors import OutputError
 from seg3dcam.export import write_nrrd
-from seg3dcam.export.nrrd import segment, write_segments
+from seg3dcam.files.writers.nrrd import segment, write_segments
 
 CYAN, GREEN, PINK = (0.0, 1.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.4, 0.8)
 
@@ -56,7 +56,7 @@ def test_round_trip(tmp_path_factory, shape, order, as_tensor, depth):
     volume = np.asarray(volume, order=order)
     path = tmp_path_factory.mktemp("out") / "map.nrrd"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seg3dcam.export.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
+        patch.setattr("seg3dcam.files.writers.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
         write_nrrd(path, torch.as_tensor(volume) if as_tensor else volume, np.eye(4))
     found, header = nrrd.read(str(path))
     assert header["type"] == "float"
@@ -169,7 +169,7 @@ def read_back(path):
 
 @pytest.mark.parametrize("slab", [2**23, 94 * 81 * 2 * 3])
 def test_masks_come_back_whole_overlapping_or_not(tmp_path, phantom, masks, slab, monkeypatch):
-    monkeypatch.setattr("seg3dcam.export.nrrd._SLAB_VOXELS", slab)
+    monkeypatch.setattr("seg3dcam.files.writers.nrrd._SLAB_VOXELS", slab)
     path = write(tmp_path / "masks.seg.nrrd", masks, phantom.affine)
     found = read_back(path)
     assert list(found) == list(masks)

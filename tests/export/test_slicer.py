@@ -41,7 +41,7 @@ from seg3dcam import SegModel, explain_each
 from seg3dcam.errors import InputError, OutputError
 from seg3dcam.export import save_scene
 from seg3dcam.export.slicer import SlicerScene, outline
-from seg3dcam.look import Look, colours
+from seg3dcam.review.look import Look, colours
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import EveryComponent
 

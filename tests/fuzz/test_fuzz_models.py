@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from seg3dcam import load_explanation, load_model
 from seg3dcam.errors import Seg3dcamError, Seg3dcamWarning
-from seg3dcam.words import printable
+from seg3dcam.files import printable
 
 SEEDS = 80
 

@@ -21,7 +21,7 @@ from monai.transforms import (
 from torch import nn
 
 from seg3dcam import GradCAM, SegModel, WindowPlan, explain, load_scan
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, InputError
 from seg3dcam.integrations import Camd, CamInferer
 from seg3dcam.targets import ClassLogit

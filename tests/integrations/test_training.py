@@ -209,7 +209,7 @@ def test_what_may_pass_does_not_stop_a_training(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OutputError("no space left on device")
 
-    monkeypatch.setattr("seg3dcam.explanation.Explanation.save", full)
+    monkeypatch.setattr("seg3dcam.explaining.explanation.Explanation.save", full)
     cams = EpochCams(tmp_path, targets=[ClassLogit(1, "volume")], target_layers="norm")
     with pytest.warns(Seg3dcamWarning, match="no space left"):
         assert cams.write(Bright(), image, epoch=3, case=0) == []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.methods.perturbation import ScoreCAM
 from seg3dcam.methods.pooled import PooledGradient
 

@@ -243,7 +243,7 @@ HOSTILE = {
 #: process and every import of a module beside the bundle is recorded.
 WATCH = """
 import sys
-import seg3dcam.cli, seg3dcam.models.bundle
+import seg3dcam.cli.commands, seg3dcam.models.bundle.load
 from seg3dcam import load_model
 from seg3dcam.errors import ModelError
 root, seen = sys.argv[1], []

@@ -13,7 +13,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, explain, load_model, load_scan, suggest_layers
-from seg3dcam.cams import CAMS
+from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, ModelError
 from seg3dcam.targets import ClassLogit
 

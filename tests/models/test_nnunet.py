@@ -28,8 +28,8 @@ from nnunetv2.imageio import simpleitk_reader_writer
 from scipy import ndimage
 
 from seg3dcam import GradCAM, explain, load_model, load_scan
-from seg3dcam.ensemble import Ensemble
 from seg3dcam.errors import ConfigError, MissingExtraError, ModelError, ScanError, Seg3dcamWarning
+from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.targets import ClassLogit
 
 LAYER = "encoder.stages.0"

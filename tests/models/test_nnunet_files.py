@@ -15,8 +15,8 @@ from torch import nn
 
 from seg3dcam import load_model
 from seg3dcam.errors import ConfigError, InputError, ModelError, Seg3dcamWarning
-from seg3dcam.models import nnunet_parts
-from seg3dcam.models.nnunet_parts import TRUSTED
+from seg3dcam.models.nnunet import parts as nnunet_parts
+from seg3dcam.models.nnunet.parts import TRUSTED
 
 NAME = "3d_fullres"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers_cases import OBLIQUE, SHAPE
 
-from seg3dcam.config import Prepare
 from seg3dcam.errors import ScanError
 from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.specs import Prepare
 from seg3dcam.scan import Scan
 
 

@@ -188,7 +188,7 @@ warnings.simplefilter("ignore")
 import monai.networks.nets, torch
 from seg3dcam import load_model
 from seg3dcam.errors import InputError
-import seg3dcam.models.factory, seg3dcam.models.exported, seg3dcam.models.bundle
+import seg3dcam.models.factory, seg3dcam.models.exported, seg3dcam.models.bundle.load
 
 folder, models = sys.argv[1], sys.argv[2:]
 seen, said = [], []

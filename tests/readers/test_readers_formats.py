@@ -11,8 +11,8 @@ import SimpleITK as sitk  # noqa: N813 (its own convention)
 from helpers_readers import TURN, VOXEL, check_equals_itk, itk_image, place_of, ras_of
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
-from seg3dcam.export.nifti import write_nifti
-from seg3dcam.export.nrrd import segment, write_nrrd, write_segments
+from seg3dcam.files.writers.nifti import write_nifti
+from seg3dcam.files.writers.nrrd import segment, write_nrrd, write_segments
 from seg3dcam.scan import load_labels, load_scan
 
 

@@ -12,8 +12,8 @@ from helpers_cases import Place, seg3dcam
 from scipy.spatial.transform import Rotation
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
-from seg3dcam.export.nifti import write_nifti
-from seg3dcam.export.nrrd import write_nrrd
+from seg3dcam.files.writers.nifti import write_nifti
+from seg3dcam.files.writers.nrrd import write_nrrd
 from seg3dcam.geometry import corner_gap
 from seg3dcam.scan import load_labels, load_scan, place_code
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ScanError, Seg3dcamWarning
-from seg3dcam.readers import plan
+from seg3dcam.files.readers import plan
 from seg3dcam.scan import load_scan
 
 

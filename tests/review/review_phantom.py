@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seg3dcam.look import Look
-from seg3dcam.review import Review, frame, review_volumes, text
+from seg3dcam.review import Review, review_volumes
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures import frame, text
 
 # In patient space: size in mm, and the marker's centre from the middle (R, A, S positive).
 CUBE_MM = 120.0

@@ -21,12 +21,12 @@ from helpers_phantom import (
 from report_reader import Reader
 
 from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarning
-from seg3dcam.explain import explain
-from seg3dcam.explanation import Explanation
-from seg3dcam.look import Look, Window, choose_window, colours
+from seg3dcam.explaining.explain import explain
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.models import SegModel
-from seg3dcam.review import report_data
+from seg3dcam.review.look import Look, Window, choose_window, colours
 from seg3dcam.review.report import Report, notebook_view, save_report
+from seg3dcam.review.report import data as report_data
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogit
 

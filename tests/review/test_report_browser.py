@@ -22,10 +22,10 @@ from helpers_phantom import (
 )
 from numpy.typing import NDArray
 
-from seg3dcam.explanation import Explanation
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import to_world
-from seg3dcam.look import Look
-from seg3dcam.review import report_data
+from seg3dcam.review.look import Look
+from seg3dcam.review.report import data as report_data
 from seg3dcam.review.report import notebook_view, save_report
 
 PADDING = 20

@@ -13,9 +13,9 @@ from browser import Page, open_browser
 from helpers_phantom import make_phantom
 from numpy.typing import NDArray
 
-from seg3dcam.explanation import Explanation
-from seg3dcam.look import Look
+from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.review import save_report
+from seg3dcam.review.look import Look
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from review_phantom import (
     review_of,
 )
 
-from seg3dcam.review import display, montage, save_montage, save_planes, text
-from seg3dcam.review.closeup import LEAST, MOST, USUAL, closeup_mm, draw_closeup
-from seg3dcam.review.slices import draw_pair
+from seg3dcam.review import save_montage, save_planes
+from seg3dcam.review.pictures import display, montage, text
+from seg3dcam.review.pictures.closeup import LEAST, MOST, USUAL, closeup_mm, draw_closeup
+from seg3dcam.review.pictures.slices import draw_pair
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

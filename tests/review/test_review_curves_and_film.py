@@ -9,16 +9,8 @@ from PIL import Image
 from review_phantom import blob_case, read, review_of
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.review import (
-    cine,
-    display,
-    profile,
-    review_explanation,
-    save_cine,
-    save_planes,
-    save_profile,
-    text,
-)
+from seg3dcam.review import review_explanation, save_cine, save_planes, save_profile
+from seg3dcam.review.pictures import cine, display, profile, text
 
 # ---------------------------------------------------------------- profile
 

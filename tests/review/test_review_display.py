@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from review_phantom import MARKER_MM, ORIENTATIONS, SPACINGS, make_affine, make_scan
 
-from seg3dcam import look
 from seg3dcam.errors import ConfigError, InputError
-from seg3dcam.look import WINDOWS, choose_window
-from seg3dcam.review import display
+from seg3dcam.review import look
+from seg3dcam.review.look import WINDOWS, choose_window
+from seg3dcam.review.pictures import display
 
 # Patient directions in RAS mm.
 DIRECTIONS = {

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.look import Look, Window
-from seg3dcam.review import draw, frame, text
-from seg3dcam.review.display import Letters, Size
+from seg3dcam.review.look import Look, Window
+from seg3dcam.review.pictures import draw, frame, text
+from seg3dcam.review.pictures.display import Letters, Size
 
 RNG = np.random.default_rng(3)
 

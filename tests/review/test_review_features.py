@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from review_phantom import ORIENTATIONS, make_affine
 
+from seg3dcam.cams.feature_maps import FeatureMaps
 from seg3dcam.errors import ConfigError, InputError, OutputError
-from seg3dcam.features import FeatureMaps
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.review import display, save_features
-from seg3dcam.review import features as drawing
+from seg3dcam.review import save_features
+from seg3dcam.review.pictures import display
+from seg3dcam.review.pictures import features as drawing
 
 RNG = np.random.default_rng(7)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from seg3dcam import GradCAM, targets
 from seg3dcam.errors import ConfigError, InputError
-from seg3dcam.look import Look
-from seg3dcam.review.map_2d import save_map
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures.map_2d import save_map
 
 TARGET = targets.ClassLogit(0, "volume")
 

@@ -8,7 +8,8 @@ import pytest
 from review_phantom import blob_case, find, read, review_of
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.review import display, montage, save_montage, slices, text
+from seg3dcam.review import save_montage
+from seg3dcam.review.pictures import display, montage, slices, text
 
 
 def test_montage_holds_the_pairs_of_its_slices(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from helpers_phantom import MARKER_MM, OBLIQUE, SPACING, make_phantom
 from review_phantom import find, read
 
-from seg3dcam.look import Look
-from seg3dcam.review import display, review_explanation, save_planes, save_slices, slices, text
+from seg3dcam.review import review_explanation, save_planes, save_slices
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures import display, slices, text
 
 # Patient directions in RAS mm.
 DIRECTIONS = dict(
@@ -133,7 +134,7 @@ def test_planes_cut_through_the_peak_and_point_to_it(tmp_path, codes):
 
 def shown_pair(picture, plane, index):
     """Where scan and overlay stand: (top, left, height, width) each; and their size."""
-    from seg3dcam.review import planes
+    from seg3dcam.review.pictures import planes
 
     reviews = [plane.along(axis) for axis in display.PLANES]
     size = planes._sizes(reviews)[list(display.PLANES).index(plane.view.axis)]

@@ -13,21 +13,18 @@ from review_phantom import blob_case, review_of, written_words
 
 import seg3dcam.review
 from seg3dcam.errors import ConfigError, InputError
-from seg3dcam.explanation import NO_HEAT
-from seg3dcam.findings import findings
-from seg3dcam.look import Look
+from seg3dcam.explaining.explanation import NO_HEAT
+from seg3dcam.explaining.findings import findings
 from seg3dcam.review import (
-    display,
-    frame,
     review_explanation,
     save_cine,
     save_montage,
     save_planes,
     save_profile,
     save_slices,
-    slices,
-    text,
 )
+from seg3dcam.review.look import Look
+from seg3dcam.review.pictures import display, frame, slices, text
 
 WRITERS = {
     "slices": lambda folder, review: save_slices(folder, review),

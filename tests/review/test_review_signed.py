@@ -18,19 +18,9 @@ from review_phantom import written_words
 from test_review_curves_and_film import decode, lines_of
 
 from seg3dcam.errors import InputError
-from seg3dcam.look import FULL_OPACITY, Look, colours
-from seg3dcam.review import (
-    display,
-    draw,
-    frame,
-    montage,
-    planes,
-    profile,
-    review_explanation,
-    review_volumes,
-    save_cine,
-    slices,
-)
+from seg3dcam.review import review_explanation, review_volumes, save_cine
+from seg3dcam.review.look import FULL_OPACITY, Look, colours
+from seg3dcam.review.pictures import display, draw, frame, montage, planes, profile, slices
 
 SIGNED = Look(window="soft tissue", signed=True)
 

@@ -24,7 +24,8 @@ from review_phantom import (
 )
 
 from seg3dcam.errors import InputError, OutputError
-from seg3dcam.review import display, draw, page, save_montage, save_slices, slices, text
+from seg3dcam.review import save_montage, save_slices
+from seg3dcam.review.pictures import display, draw, page, slices, text
 
 TILT = nibabel.eulerangles.euler2mat(0.25, 0.1, 0.2)
 # Where the marker's mm go: (across the picture from its centre to the right, and down).

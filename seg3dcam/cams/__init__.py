@@ -1,0 +1,1 @@
+"""CAMs of tensors: `BaseCAM`, the methods by name, and what they return."""

@@ -1,0 +1,278 @@
+"""The raw, signed map of one layer: what speaks for the target and against it, and its scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from seg3dcam.errors import InputError
+from seg3dcam.geometry import FeatureGrid, interpolate
+
+Status = Literal["ok", "zero", "nonfinite", "degenerate", "incomplete"]
+Scale = Literal["max", "minmax", "raw", "signed"]
+
+#: Below this fraction of what a map would be without cancellation, it is rounding noise; for
+#: activations of low precision, ten times their machine epsilon.
+CANCELLED = 1e-6
+
+#: A map that varies by less than this fraction of its maximum is the same everywhere.
+CONSTANT = 1e-5
+
+#: Where what speaks for a target sums to a smaller part than this of what speaks against it, heat
+#: hides more than ten times what it shows.
+MOSTLY_AGAINST = 0.1
+
+#: What is said of a map that has no positive value: there is nothing that the usual view shows.
+ALL_AGAINST = "all evidence speaks against the target"
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The raw, signed map of one layer.
+
+    Attributes:
+        values: (B, *grid.shape), before ReLU and scaling, at least float32.
+        grid: where its voxels lie in the input: the layer's grid, or the input's own voxels where
+            windows do not fit on one layer grid.
+        window_grid: the layer's grid within one window.
+        ceiling: (B,) the maximum that the map would have if nothing cancelled: the method applied
+            to absolute values.
+        precision: dtype of the activations.
+        undefined: (B,) bool, True where the method has no meaning, such as a division by a sum of
+            activations that InstanceNorm makes zero; None: nowhere.
+        flags: what the reader of the map must know.
+        missing: which part of the score's changes the gradients that made the map do not follow,
+            since a branch of the network has no gradient; 0: none, or no gradient was needed.
+    """
+
+    values: torch.Tensor
+    grid: FeatureGrid
+    window_grid: FeatureGrid
+    ceiling: torch.Tensor
+    precision: torch.dtype = torch.float32
+    undefined: torch.Tensor | None = None
+    flags: tuple[str, ...] = ()
+    missing: float = 0.0
+
+    @cached_property
+    def item_status(self) -> tuple[Status, ...]:
+        """Each item's status.
+
+        "ok"; "zero": no voxel speaks for the target (see `only_against`), or contributions cancel
+        to rounding noise;
+        "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
+        undefined for these activations; "incomplete": made of gradients that do not follow the
+        score, since a branch of the network has none.
+        """
+        noise = max(CANCELLED, 10 * torch.finfo(self.precision).eps)
+        undefined = [False] * len(self.values) if self.undefined is None else self.undefined
+        return tuple(
+            _status_of(values, float(ceiling), noise, bool(no_meaning), self.missing > 0)
+            for values, ceiling, no_meaning in zip(
+                self.values, self.ceiling, undefined, strict=True
+            )
+        )
+
+    @property
+    def status(self) -> Status:
+        """The worst item's status."""
+        order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "incomplete", "ok")
+        return next(status for status in order if status in self.item_status)
+
+    @property
+    def caution(self) -> str:
+        """Say in words which items' maps are mostly evidence against the target; else nothing."""
+        several = len(self.values) > 1
+        words = (
+            (f"item {number}: " if several else "", Evidence.of(values).caution)
+            for number, (values, status) in enumerate(
+                zip(self.values, self.item_status, strict=True)
+            )
+            if status == "ok"
+        )
+        return "; ".join(item + said for item, said in words if said)
+
+    @cached_property
+    def only_against(self) -> tuple[bool, ...]:
+        """Tell of each item whose status is "zero" whether its map is evidence, all of it against.
+
+        The usual view of it is empty, the signed view is not.
+        """
+        turned = replace(self, values=-self.values).item_status
+        return tuple(
+            status == "zero" and other == "ok"
+            for status, other in zip(self.item_status, turned, strict=True)
+        )
+
+    def items_that_are(self, status: Status) -> torch.Tensor:
+        """Return (B, 1, ...) bool, to be used as a mask on a batch of maps."""
+        return self._mask([s == status for s in self.item_status])
+
+    def items_shown(self, scale: Scale) -> torch.Tensor:
+        """Return the mask of the items whose map a scale shows, as `items_that_are`."""
+        shown = self.items_that_are("ok")
+        return shown | self._mask(self.only_against) if scale == "signed" else shown
+
+    def _mask(self, items: Sequence[bool]) -> torch.Tensor:
+        found = torch.tensor(items, device=self.values.device)
+        return found.view(-1, *[1] * (self.values.ndim - 1))
+
+
+def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Scale each item (B, *S) on its own, in place; a constant or zero one becomes zeros.
+
+    >>> scaled(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "minmax").tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
+    >>> scaled(torch.tensor([[-4.0, 1.0]]), "signed").tolist()
+    [[-1.0, 0.25]]
+    """
+    _check_scale(scale)
+    if scale == "raw":
+        return maps
+    flat = maps.flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    bottom = low if scale == "minmax" else torch.zeros_like(low)
+    top = torch.maximum(high, -low) if scale == "signed" else high
+    constant = high - low <= CONSTANT * top.abs()
+    height = torch.where(constant, 1, top - bottom)
+    shape = (-1, *[1] * (maps.ndim - 1))
+    maps -= bottom.view(shape)
+    return maps.div_(height.view(shape)).masked_fill_(constant.view(shape), 0)
+
+
+def shown_part(values: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Return a copy of raw values without what a scale does not show: the evidence against."""
+    return values.clone() if scale == "signed" else values.clamp(min=0)
+
+
+def display_range(scale: Scale) -> tuple[float, float] | None:
+    """Return the values that viewers show in the first and the last colour; None: any."""
+    return {"raw": None, "signed": (-1.0, 1.0)}.get(scale, (0.0, 1.0))
+
+
+class Evidence(NamedTuple):
+    """What raw maps hold for their target and against it: sums and largest values, all as sizes.
+
+    >>> Evidence.of(torch.tensor([0.5, -4.0, -1.0]))
+    Evidence(sum_for=0.5, sum_against=5.0, most_for=0.5, most_against=4.0)
+    """
+
+    sum_for: float
+    sum_against: float
+    most_for: float
+    most_against: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Evidence:
+        """Measure a raw map of any shape."""
+        flat = values.detach().cpu().numpy()  # by numpy: in float64, without a copy of the map
+        sum_for = float(flat.sum(dtype=np.float64, where=flat > 0))
+        sum_against = sum_for - float(flat.sum(dtype=np.float64))
+        return cls(sum_for, sum_against, max(0.0, float(flat.max())), max(0.0, -float(flat.min())))
+
+    @classmethod
+    def together(cls, parts: Sequence[Evidence]) -> Evidence:
+        """Return that of several maps, at least one."""
+        sums_for, sums_against, most_for, most_against = zip(*parts, strict=True)
+        return cls(sum(sums_for), sum(sums_against), max(most_for), max(most_against))
+
+    @property
+    def against(self) -> float | None:
+        """The part of the absolute sum that speaks against the target; None of a zero map."""
+        total = self.sum_for + self.sum_against
+        return self.sum_against / total if total > 0 else None
+
+    @property
+    def caution(self) -> str:
+        """Say in words that a map is mostly, or all, evidence against its target; else nothing.
+
+        A weak background against the target outweighs a small lesion in a large scan by its sum
+        alone, and is no reason to distrust the heat of the lesion, which is the strongest value.
+
+        >>> Evidence.of(torch.tensor([0.5, -4.0, -2.0])).caution.partition(":")[0]
+        'mostly evidence against the target'
+        >>> Evidence.of(torch.tensor([0.5, *[-0.1] * 100])).caution
+        ''
+        >>> Evidence.of(torch.tensor([0.0, -4.0, -2.0])).caution
+        'all evidence speaks against the target: at most 4, in sum 6'
+        """
+        few = self.sum_for < MOSTLY_AGAINST * self.sum_against
+        if not (few and self.most_for < self.most_against):
+            return ""
+        if self.sum_for == 0:
+            return (
+                f"{ALL_AGAINST}: at most {_three_digits(self.most_against)}, in sum "
+                f"{_three_digits(self.sum_against)}"
+            )
+        return (
+            "mostly evidence against the target: at most "
+            f"{_three_digits(self.most_for)} for it, in sum {_three_digits(self.sum_for)}, and "
+            f"{_three_digits(self.most_against)} against it, in sum "
+            f"{_three_digits(self.sum_against)}"
+        )
+
+
+def _three_digits(number: float) -> str:
+    """Write 9120 and not 9.12e+03."""
+    return f"{float(f'{number:.3g}'):g}"
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in ("max", "minmax", "raw", "signed"):
+        raise InputError(f"scale {scale!r}: legal are 'max', 'minmax', 'raw' and 'signed'")
+
+
+def _status_of(
+    values: torch.Tensor, ceiling: float, noise: float, undefined: bool, incomplete: bool
+) -> Status:
+    if not torch.isfinite(values).all():
+        return "nonfinite"
+    if undefined:
+        return "degenerate"
+    low, high = float(values.min()), float(values.max())
+    if high <= 0 or high <= noise * ceiling:
+        return "zero"
+    if high - low <= max(noise, CONSTANT) * high:
+        return "degenerate"
+    return "incomplete" if incomplete else "ok"
+
+
+def added(one: LayerMap, other: LayerMap, shape: Sequence[int]) -> LayerMap:
+    """Return the sum of two maps of one layer.
+
+    Where they have grids of their own, as flipped networks do, it lies on the input's voxels.
+
+    Args:
+        shape: voxels of the input, (*S).
+    """
+    grid = one.grid if one.grid == other.grid else FeatureGrid.of_voxels(shape)
+    values = [interpolate(m.values, m.grid, grid) for m in (one, other)]
+    undefined = [m.undefined for m in (one, other) if m.undefined is not None]
+    return replace(
+        one,
+        values=values[0] + values[1],
+        grid=grid,
+        ceiling=one.ceiling + other.ceiling,
+        undefined=torch.stack(undefined).any(0) if undefined else None,
+        flags=tuple(dict.fromkeys((*one.flags, *other.flags))),
+        missing=max(one.missing, other.missing),
+    )
+
+
+def joined(items: Sequence[LayerMap]) -> LayerMap:
+    """Return the maps of a batch, given those of its items."""
+    if len(items) == 1:
+        return items[0]
+    undefined = [item.undefined for item in items if item.undefined is not None]
+    return replace(
+        items[0],
+        values=torch.cat([item.values for item in items]),
+        ceiling=torch.cat([item.ceiling for item in items]),
+        undefined=torch.cat(undefined) if undefined else None,
+        flags=tuple(dict.fromkeys(flag for item in items for flag in item.flags)),
+    )

@@ -1,0 +1,278 @@
+"""Maps from gradients and activations: the steps of every method, over all windows of a volume.
+
+`attribute` explains several targets by several methods at several layers with one forward pass per
+window, and one backward pass per window and target that has a seed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from seg3dcam.engine.layer_map import LayerMap, joined
+from seg3dcam.engine.passes import FirstPass, Gradients, Progress, Seed, activation_pass, wide
+from seg3dcam.geometry import FeatureGrid, cropped
+from seg3dcam.methods import Method
+from seg3dcam.methods.base import Sums
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.windows import Blend, GroupBlend
+
+#: Layer -> its map.
+Maps = dict[LayerRef, LayerMap]
+
+
+def attribute(
+    first: FirstPass,
+    seeds: Sequence[Seed],
+    methods: Sequence[Method],
+    grids: dict[LayerRef, FeatureGrid],
+    passes: Callable[..., Iterator[Gradients]],
+    progress: Progress,
+) -> list[list[Maps]]:
+    """Return the maps of every layer: for every target a list with those of every method.
+
+    Args:
+        seeds: dS/dlogits of every target.
+        grids: layer -> its grid in one window.
+        passes: `gradient_pass`, or what gives other gradients in the same way.
+    """
+    of_items = [
+        _attribute(first, items, seeds, methods, grids, passes, progress) for items in first.items
+    ]
+    return [
+        [
+            {layer: joined([of[target][method][layer] for of in of_items]) for layer in grids}
+            for method in range(len(methods))
+        ]
+        for target in range(len(seeds))
+    ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One map to be made; a map that is the same for every target is made once (target None)."""
+
+    target: int | None
+    method: int
+    layer: LayerRef
+    maker: MapMaker
+
+
+def _attribute(
+    first: FirstPass,
+    items: Sequence[int],
+    seeds: Sequence[Seed],
+    methods: Sequence[Method],
+    grids: dict[LayerRef, FeatureGrid],
+    passes: Callable[..., Iterator[Gradients]],
+    progress: Progress,
+) -> list[list[Maps]]:
+    """Lead the makers of all maps of some items through their steps."""
+    jobs = [
+        _Job(target, number, layer, MapMaker(first, len(items), method, grid))
+        for number, method in enumerate(methods)
+        for target in ([None] if method.agnostic else range(len(seeds)))
+        for layer, grid in grids.items()
+    ]
+    _over_activations(first, items, [job for job in jobs if job.maker.surveys], progress)
+    _over_gradients(passes(first, items, seeds, progress), jobs)
+    for job in jobs:
+        job.maker.conclude()
+    again = [job for job in jobs if job.maker.waits_for_gradients]
+    _over_gradients(passes(first, items, seeds, progress), again)
+    _over_activations(first, items, [job for job in jobs if job.maker.waits], progress)
+
+    found = {(job.target, job.method, job.layer): job.maker.result() for job in jobs}
+    return [
+        [
+            {layer: found[None if m.agnostic else target, number, layer] for layer in grids}
+            for number, m in enumerate(methods)
+        ]
+        for target in range(len(seeds))
+    ]
+
+
+def _over_gradients(gradients: Iterator[Gradients], jobs: Sequence[_Job]) -> None:
+    if all(job.target is None for job in jobs):
+        return
+    for found in gradients:
+        for job in jobs:
+            if job.target == found.target:
+                for window, a, g in found.each(job.layer):
+                    job.maker.take(window, a, g)
+        del found  # with its graph, before the next one is made
+
+
+def _over_activations(
+    first: FirstPass, items: Sequence[int], jobs: Sequence[_Job], progress: Progress
+) -> None:
+    which = sorted({window for job in jobs for window in job.maker.wanted})
+    for done, (window, activations) in enumerate(activation_pass(first, items, which), 1):
+        for job in jobs:
+            if window in job.maker.wanted:
+                job.maker.look(window, activations[job.layer])
+        progress("mapping", done, len(which))
+
+
+class MapMaker:
+    """Makes the map of one target by one method at one layer, window by window.
+
+    The steps, in this order: `look` at the activations of the windows `wanted`, if it `surveys`;
+    `take` the gradients of every window that has some; `conclude`; and what it `waits` for: again
+    the gradients, or the activations of the windows `wanted`.
+
+    With the map it makes the one that it would be if nothing cancelled. That ceiling tells a small
+    map from rounding noise.
+    """
+
+    def __init__(
+        self,
+        first: FirstPass,
+        batch: int,
+        method: Method,
+        grid: FeatureGrid,
+    ) -> None:
+        like = first.x.new_zeros(batch)
+        self._first, self._method, self._grid = first, method, grid
+        self._ndim = len(grid.shape)
+        self._blend = Blend(first.windows, grid, like)
+        self._ceiling = torch.zeros_like(like)
+        self._degenerate = torch.zeros_like(like, dtype=torch.bool)
+        self._lowest = torch.zeros((), device="cpu")
+        self._precision: torch.dtype = like.dtype
+        whole = method.whole_axes(self._ndim)
+        self._groups = first.windows.groups(whole)
+        self._group_of = {w: number for number, group in enumerate(self._groups) for w in group}
+        voxels = float(np.prod([grid.shape[axis] for axis in whole]))
+        self._voxels = voxels * first.windows.lengths(whole)
+        self._surveyed: dict[int, Sums] = {}
+        self._weighed: dict[int, tuple[Sums, int]] = {}
+        self._weights: dict[int, Any] = {}
+        self._blends: dict[int, tuple[GroupBlend, int]] = {}
+        self._concluded = False
+        self._last: Any = None
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the activations of all windows must be looked at first."""
+        return self._method.surveys
+
+    @property
+    def waits_for_gradients(self) -> bool:
+        """Whether the gradients must come a second time."""
+        return bool(self._weights) and self._method.maps_gradients(self._ndim)
+
+    @property
+    def waits(self) -> bool:
+        """Whether activations must come, again or for the first time."""
+        return bool(self._weights) and not self._method.maps_gradients(self._ndim)
+
+    @property
+    def wanted(self) -> set[int]:
+        """The windows whose activations are wanted."""
+        if not self._concluded:
+            return set(self._group_of)
+        return {window for group in self._weights for window in self._groups[group]}
+
+    def look(self, window: int, a: torch.Tensor) -> None:
+        """Survey the activations of a window, or map it once all weights are known."""
+        a = self._wide(a)
+        if self._concluded:
+            self._map(window, a, None, self._weights[self._group_of[window]])
+            return
+        self._lowest = torch.minimum(self._lowest, a.amin().cpu())
+        sums = self._method.survey(a, self._shares(window, a))
+        group = self._group_of[window]
+        known = self._surveyed.get(group)
+        self._surveyed[group] = sums if known is None else self._method.join(known, sums)
+
+    def take(self, window: int, a: torch.Tensor, g: torch.Tensor) -> None:
+        """Weigh the gradients of a window; map it if that is all that its map needs."""
+        a, g = self._wide(a), wide(g)
+        group = self._group_of[window]
+        if self._concluded:
+            self._map(window, a, g, self._weights[group])
+            return
+        survey = self._surveyed.get(group, {})
+        sums = self._method.weigh(a, g, survey)
+        if len(self._groups[group]) == 1:
+            weights = self._method.weights(survey, sums, self._voxels, missing=False)
+            self._map(window, a, g, weights)
+            return
+        if group in self._weighed:
+            known, count = self._weighed[group]
+            self._weighed[group] = (self._method.join(known, sums), count + 1)
+        else:
+            self._weighed[group] = (sums, 1)
+
+    def conclude(self) -> None:
+        """Turn what was summed into the weights of each group of windows."""
+        self._concluded = True
+        if self._method.order:
+            for group, (sums, count) in self._weighed.items():
+                self._weights[group] = self._method.weights(
+                    self._surveyed.get(group, {}),
+                    sums,
+                    self._voxels,
+                    missing=count < len(self._groups[group]),
+                )
+        else:
+            for group in range(len(self._groups)):
+                self._weights[group] = self._method.weights(
+                    self._surveyed.get(group, {}), {}, self._voxels, missing=False
+                )
+        self._surveyed, self._weighed = {}, {}
+
+    def result(self) -> LayerMap:
+        """Return the map, without the voxels that lie in padding alone."""
+        values, grid = cropped(self._blend.total, self._blend.grid, self._first.windows.shape)
+        if self._last is not None:
+            values = self._method.finish(values, self._last)
+        signed = self._method.nonnegative and bool(self._lowest < 0)
+        return LayerMap(
+            values,
+            grid,
+            self._grid,
+            self._ceiling,
+            self._precision,
+            self._degenerate,
+            (f"the method is meant for activations >= 0; here they go down to {self._lowest:.3g}",)
+            if signed
+            else (),
+        )
+
+    def _map(self, window: int, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> None:
+        method = self._method
+        values = method.map(a, g, weights)
+        highest = method.ceiling(a, g, weights).flatten(1).amax(1)
+        self._ceiling = torch.maximum(self._ceiling, highest.to(self._ceiling))
+        if getattr(weights, "degenerate", None) is not None:
+            self._degenerate |= weights.degenerate.to(self._degenerate)
+        if method.finishes:
+            self._last = weights
+        group = self._group_of[window]
+        if len(self._groups[group]) == 1 or method.maps_gradients(self._ndim):
+            self._blend.add_alone(window, values)
+            return
+        blend, left = self._blends.pop(group, (None, len(self._groups[group])))
+        blend = blend or self._blend.group()
+        blend.add(window, values)
+        if left > 1:
+            self._blends[group] = (blend, left - 1)
+        else:
+            blend.finish()
+
+    def _shares(self, window: int, a: torch.Tensor) -> torch.Tensor:
+        """Return how much each voxel of a window counts in the volume, (*s)."""
+        windows = self._first.windows
+        if len(windows) == 1:
+            return a.new_ones(a.shape[2:])
+        return self._blend.shares(window, self._first.total_importance).to(a.device)
+
+    def _wide(self, a: torch.Tensor) -> torch.Tensor:
+        self._precision = a.dtype
+        return wide(a)

@@ -1,0 +1,1 @@
+"""A scan in, an explanation on the scan's own grid out."""

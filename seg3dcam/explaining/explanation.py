@@ -1,0 +1,293 @@
+"""What an explanation is: the maps of one target on the scan's own grid, and its views."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from seg3dcam.checks import checked_index
+from seg3dcam.engine.layer_map import (
+    ALL_AGAINST,
+    Evidence,
+    Scale,
+    Status,
+    display_range,
+    scaled,
+    shown_part,
+)
+from seg3dcam.errors import InputError, TargetError
+from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
+from seg3dcam.scan import Scan, load_labels
+from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
+
+#: Status -> why there is no heat, in words.
+NO_HEAT = {
+    "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
+    "nonfinite": "no CAM: the map holds NaN or infinite values",
+    "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
+    "incomplete": "no CAM: a branch of the network has no gradient, so a map would miss part of "
+    "the evidence",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One target's maps on the scan's own grid.
+
+    Attributes:
+        scan: the scan, with its affine and header.
+        maps: layer -> raw signed map (X, Y, Z), at least float32; 0 where the network saw nothing.
+        status: layer -> "ok", "zero", "nonfinite", "degenerate" or "incomplete".
+        prediction: (K, X, Y, Z) bool, one mask per class of the network.
+        class_names: one for each of the K classes.
+        target, method: their names.
+        class_index: the class that the target is about, None for a target of your own.
+        score: what was explained.
+        label: class and region in a few words, different for every target of a class.
+        native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
+            resolution.
+        provenance: everything needed to make the map again, ready for JSON.
+        truth: where the class really is, (X, Y, Z) bool; None where that is not known.
+        region: the voxels that the score sums over, (X, Y, Z) bool, where they are neither the
+            class's mask nor the whole volume: a lesion, a boundary, a given mask. Else None.
+        has_background: class 0 is the background and the classes exclude each other (softmax);
+            False: every class has a channel of its own (sigmoid).
+        over_mask: without a `region`, the score sums over the class's mask; False: it does not, as
+            one over the whole volume.
+        only_against: layers of status "zero" whose map is evidence, all of it against the target:
+            the signed view shows it.
+        of_component: the region is a whole lesion: one connected component of the class's mask.
+
+    Raises:
+        InputError: maps, prediction, truth or region that do not lie on the scan's grid.
+    """
+
+    scan: Scan
+    maps: Mapping[str, torch.Tensor]
+    status: Mapping[str, Status]
+    prediction: torch.Tensor
+    class_names: Sequence[str]
+    target: str
+    method: str
+    class_index: int | None
+    score: float
+    native_spacing: Mapping[str, tuple[float, ...]]
+    label: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    truth: torch.Tensor | None = None
+    region: torch.Tensor | None = None
+    has_background: bool = True
+    over_mask: bool = True
+    only_against: Collection[str] = ()
+    of_component: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse volumes on another grid, which every writer would draw in a wrong place."""
+        shape = tuple(self.scan.shape)
+        volumes = {f"map of {name}": values.shape for name, values in self.maps.items()}
+        volumes["prediction"] = self.prediction.shape[1:]
+        masks = {"truth": self.truth, "region": self.region}
+        volumes.update({name: mask.shape for name, mask in masks.items() if mask is not None})
+        for what, found in volumes.items():
+            if tuple(found) != shape:
+                raise InputError(
+                    f"{what}: {tuple(found)} voxels, but the scan has {shape}; both must lie on "
+                    "the scan's own grid. Resample it to the scan"
+                )
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was explained; tensors are not shown."""
+        layers = ", ".join(f"{name} ({self.status[name]})" for name in self.maps)
+        return (
+            f"Explanation of {self.label or self.target!r} by {self.method}, score "
+            f"{self.score:.4g}\n  of {self.scan!r}\n  at {layers}"
+        )
+
+    @property
+    def affine(self) -> np.ndarray:
+        """The scan's affine, (4, 4) voxel -> RAS mm."""
+        return self.scan.affine
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class that the target is about, or of the target."""
+        return self.target if self.class_index is None else self.class_names[self.class_index]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the target's class is predicted, (X, Y, Z) bool; None for a target of your own."""
+        return None if self.class_index is None else self.prediction[self.class_index]
+
+    @property
+    def explained(self) -> torch.Tensor | None:
+        """The voxels that the score sums over, (X, Y, Z) bool; None for the volume or unknown."""
+        return self.mask if self.region is None and self.over_mask else self.region
+
+    @property
+    def measured(self) -> torch.Tensor | None:
+        """The voxels that figures and contours are of: the region, else the class's mask."""
+        return self.mask if self.region is None else self.region
+
+    @property
+    def measured_as(self) -> Literal["prediction", "explained region"]:
+        """What `measured` is called: a region may lie where nothing was predicted."""
+        predicted = self.region is None or self.of_component
+        return "prediction" if predicted else "explained region"
+
+    @property
+    def shown_layers(self) -> tuple[str | None, ...]:
+        """What `volume` can show: None, all layers averaged; of several also each by itself."""
+        return (None, *self.maps) if len(self.maps) > 1 else (None,)
+
+    def layer_name(self, layer: str | None = None) -> str:
+        """Say in words which layer a volume is of: "model.1", or "mean of 3 layers"."""
+        if layer is not None:
+            return layer
+        return next(iter(self.maps)) if len(self.maps) == 1 else f"mean of {len(self.maps)} layers"
+
+    def notice(self, layer: str | None = None, scale: Scale = "max") -> str:
+        """Say in words why a volume of a scale shows no heat; nothing where it does.
+
+        >>> NO_HEAT["zero"]
+        'no CAM: no voxel speaks for the target, or contributions cancel to rounding noise'
+        """
+        names = list(self.maps) if layer is None else [layer]
+        found = [self.status[name] for name in names]
+        if "nonfinite" in found:
+            return NO_HEAT["nonfinite"]
+        if len(self.left_out(layer, scale)) < len(names):
+            return ""
+        if any(name in self.only_against for name in names):
+            return f"no CAM: {ALL_AGAINST}; the signed view shows it"
+        return NO_HEAT[found[0]]
+
+    def left_out(self, layer: str | None = None, scale: Scale = "max") -> list[str]:
+        """Return the layers whose map a scale cannot show, of those that a volume is made of."""
+        return [
+            name
+            for name in (self.maps if layer is None else [layer])
+            if self.status[name] != "ok" and not (scale == "signed" and name in self.only_against)
+        ]
+
+    def evidence(self, layer: str | None = None) -> Evidence | None:
+        """Return what speaks for the target and against it in the scan; None without a CAM.
+
+        It is in the raw maps' own units; layers without a usable map are left out. What speaks
+        against the target counts whether the usual view shows it or not.
+        """
+        if self.notice(layer, "signed"):
+            return None
+        silent = self.left_out(layer, "signed")
+        names = self.maps if layer is None else [layer]
+        return Evidence.together([self._evidence[name] for name in names if name not in silent])
+
+    @cached_property
+    def _evidence(self) -> dict[str, Evidence]:
+        """Every layer's; kept, since writers ask for it at every slice."""
+        return {name: Evidence.of(values) for name, values in self.maps.items()}
+
+    def caution(self, layer: str | None = None) -> str:
+        """Say in words that a map is mostly, or all, evidence against its target; else nothing."""
+        found = self.evidence(layer)
+        return "" if found is None else found.caution
+
+    def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
+        """Return the same with the truth of its class, from a label map on the scan's grid.
+
+        Args:
+            labels: a file that `load_labels` reads, or a scan of whole numbers.
+            label: the class's label there; None: see `seg3dcam.targets.ground_truth.truth_mask`.
+
+        Raises:
+            TargetError: labels on another grid or of another scheme, or a target that is about
+                no class.
+        """
+        if self.class_index is None:
+            raise TargetError(f"{self.target} is about no class, so there is no truth of it")
+        labels = labels if isinstance(labels, Scan) else load_labels(labels, frame=self.scan.frame)
+        check_on_grid("truth", labels.shape, labels.affine, self.scan)
+        mask = truth_mask(
+            labels.data[0],
+            label,
+            class_index=self.class_index,
+            class_names=self.class_names,
+            background=self.has_background,
+        )
+        return replace(self, truth=mask)
+
+    def volume(self, layer: str | None = None, *, scale: Scale = "max") -> torch.Tensor:
+        """Return what is drawn, (X, Y, Z) in [0, 1]: evidence against it cut, layers averaged.
+
+        Args:
+            layer: one layer's name; None averages all.
+            scale: "max", "minmax", "raw" or, for evidence against it too, in [-1, 1], "signed";
+                see `CamResult.volume`.
+        """
+        names = list(self.maps) if layer is None else [layer]
+        for name in names:
+            if name not in self.maps:
+                raise InputError(f"no map of layer {name!r}: there are {list(self.maps)}")
+        if self.notice(layer, scale):
+            return torch.zeros_like(self.maps[names[0]])
+        silent = self.left_out(layer, scale)
+        usable = [self.maps[name] for name in names if name not in silent]
+        fused = shown_part(usable[0], scale)
+        for other in usable[1:]:
+            fused += shown_part(other, scale)
+        return scaled((fused / len(names) if len(names) > 1 else fused)[None], scale)[0]
+
+    def slice(self, index: int, axis: Axis = "axial") -> torch.Tensor:
+        """Return one slice of `volume` along the scan's axis nearest to an anatomical one.
+
+        Args:
+            index: voxel index along that axis of the scan's own array.
+        """
+        dim = anatomical_axis(self.affine, axis)
+        index = checked_index(f"{axis} slice", index, self.scan.shape[dim])
+        return self.volume().select(dim, index)
+
+    def peak(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the voxel and the RAS position in mm of the map's maximum."""
+        voxel = peak_voxel(self.volume())
+        return voxel, to_world(self.affine, voxel)
+
+    def save(self, path: str | Path, *, layer: str | None = None, scale: Scale = "max") -> Path:
+        """Write the volume as NIfTI with the scan's own geometry.
+
+        Args:
+            path: ends in .nii or .nii.gz.
+            scale: "max" writes [0, 1]; "signed" [-1, 1], with the evidence against; "raw" writes
+                positive evidence in its own units.
+        """
+        return self._write(path, self.volume(layer, scale=scale), display_range(scale))
+
+    def save_raw(self, path: str | Path, layer: str) -> Path:
+        """Write a layer's raw signed map as NIfTI with the scan's own geometry."""
+        return self._write(path, self.maps[layer], None)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the HTML report."""
+        from seg3dcam.review.report import notebook_view
+
+        return notebook_view(self)
+
+    def _write(
+        self, path: str | Path, volume: torch.Tensor, shown: tuple[float, float] | None
+    ) -> Path:
+        from seg3dcam.files.writers.nifti import write_nifti
+
+        return write_nifti(
+            path,
+            volume,
+            self.affine,
+            reference=self.scan.header,
+            intent_name=self.class_name,
+            description=f"{self.method} {self.target}",
+            display_range=shown,
+        )

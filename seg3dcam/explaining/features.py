@@ -1,0 +1,92 @@
+"""Feature maps of a scan: what the channels of a layer hold when the network sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from seg3dcam.cams.feature_maps import (
+    FeatureMaps,
+    feature_maps,
+)
+from seg3dcam.engine.passes import (
+    Progress,
+    silent,
+)
+from seg3dcam.explaining.placement import on_network_grid
+from seg3dcam.geometry import anatomical_axis
+from seg3dcam.models import SegModel
+from seg3dcam.network.layers import LayerSpec
+from seg3dcam.scan import Scan, load_scan
+from seg3dcam.targets import ClassLogOdds, as_target, placed
+
+
+def features_of_scan(
+    scan: Scan | str | Path | Sequence[str | Path] | torch.Tensor,
+    model: SegModel,
+    layer: LayerSpec = "auto",
+    *,
+    target: Any = None,
+    index: int | None = None,
+    axis: int | str = 0,
+    progress: Progress | None = None,
+) -> FeatureMaps:
+    """Return what the channels of a layer hold when the network sees a scan.
+
+    Args:
+        scan: what `load_scan` takes.
+        model: what `load_model` returns.
+        target: a class name or index (its log-odds over the predicted mask), or a target, whose
+            masks may be given as `Scan` on the scan's grid.
+        axis: "axial", "coronal" or "sagittal": the axis of the array that the network sees along
+            which the slices lie closest to this plane; or that axis's number.
+        layer, index, progress: as for `feature_maps`.
+
+    Raises:
+        InputError: no such axis; and as `feature_maps`.
+
+    Example:
+        >>> network = nn.Conv3d(1, 2, 1)
+        >>> model = SegModel(nn.Sequential(network), class_names=("background", "liver"))
+        >>> scan = load_scan(np.random.default_rng(0).random((6, 7, 8)), affine=np.eye(4))
+        >>> features_of_scan(scan, model, "0", index=2).values.shape
+        (2, 7, 8)
+    """
+    scan = load_scan(scan)
+    model.check_scan(scan)
+    report = progress or silent
+    report("preparing", 0, 1)
+    with torch.device("cpu"):
+        prepared = model.prepare(scan)
+    if isinstance(axis, str):
+        axis = anatomical_axis(prepared.affine.numpy(), axis)  # type: ignore[arg-type]
+    name = None
+    if isinstance(target, str | int | np.integer):
+        number = model.class_index(target if isinstance(target, str) else int(target))
+        name, target = model.class_name(number), ClassLogOdds(number)
+    if target is not None:
+        target = placed(
+            as_target(target, model.activation),
+            lambda mask: on_network_grid(mask, scan, prepared),
+        )
+    found = feature_maps(
+        model.module,
+        MetaTensor(prepared.as_tensor()[None].contiguous(), affine=prepared.affine),
+        layer,
+        sliding_window=model.window,
+        target=target,
+        index=index,
+        axis=axis,
+        output=model.output,
+        activation=model.activation,
+        progress=progress,
+    )
+    if name is not None and found.target is not None:
+        found = replace(found, target=found.target.replace(f"class {target.index} ", f"{name} "))
+    return found

@@ -1,0 +1,38 @@
+"""Files: written whole or not at all, and read whoever made them.
+
+`writing` makes files complete or leaves none, `names` finds names for them, `readers` and `series`
+read scans, `writers` write volumes that lie exactly on their scan.
+"""
+
+from seg3dcam.files.names import printable, shortened, unique_names, visible
+from seg3dcam.files.writing import (
+    as_path,
+    atomic,
+    check_writable,
+    digest_of,
+    digest_of_all,
+    plain,
+    read_small,
+    remove_left_behind,
+    resolved,
+    temporary_name,
+    write_json,
+)
+
+__all__ = [
+    "as_path",
+    "atomic",
+    "check_writable",
+    "digest_of",
+    "digest_of_all",
+    "plain",
+    "printable",
+    "read_small",
+    "remove_left_behind",
+    "resolved",
+    "shortened",
+    "temporary_name",
+    "unique_names",
+    "visible",
+    "write_json",
+]

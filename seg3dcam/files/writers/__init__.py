@@ -1,0 +1,1 @@
+"""Volumes and masks as files of other programs: one module, one format."""

@@ -1,0 +1,301 @@
+"""A map or a label volume as a NIfTI-1 file that lies exactly on its scan.
+
+    write_nifti("cam.nii.gz", cam, scan.affine, reference=scan.header)
+
+nibabel makes the header; the voxels are written here slab by slab, since nibabel would need a
+second copy of the volume.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from isal import igzip
+from nibabel.spatialimages import HeaderDataError
+
+from seg3dcam.errors import OutputError, Seg3dcamWarning
+from seg3dcam.files.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
+from seg3dcam.files.writing import as_path, atomic
+from seg3dcam.geometry import SAME_GRID_MM, corner_gap
+
+__all__ = ["write_nifti"]
+
+_SCANNER = 1  # NIfTI's code for "mm in the scanner's own axes"
+_INTENT_NONE, _INTENT_LABEL = 0, 1002
+_MM = 2
+_LONGEST_AXIS = 32767  # NIfTI-1 counts voxels in int16
+_SLAB_BYTES = 2**23
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # NIfTI's RGB24
+_QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+_SFORM = ("srow_x", "srow_y", "srow_z")
+
+
+def write_nifti(
+    path: str | os.PathLike[str],
+    volume: npt.NDArray | torch.Tensor,
+    affine: npt.ArrayLike,
+    *,
+    reference: nib.Nifti1Header | None = None,
+    intent_name: str = "",
+    description: str = "",
+    display_range: tuple[float, float] | None = (0, 1),
+    dtype: npt.DTypeLike = np.float32,
+) -> Path:
+    """Write `volume`, (X, Y, Z), as `.nii` or `.nii.gz`, whole or not at all.
+
+    - `affine`: (4, 4) voxel -> RAS mm, stored in float32 as NIfTI-1 does.
+    - `reference`: the header of the scan that the volume belongs to. On the same grid (within
+      0.001 mm) its qform and sform are copied bit by bit, so every program puts the volume where it
+      puts the scan. On another grid only its codes are taken. A form that it leaves out (code 0),
+      or that says another place than `affine`, is filled from the affine, with the other's code, or
+      1 (scanner) if it leaves out both.
+    - `intent_name`, `description`: plain ASCII, at most 15 and 79 characters; more is cut off,
+      accents are dropped, other characters become "?".
+    - `display_range`: values that viewers show as black and white; None leaves it open. Labels
+      have none.
+    - `dtype`: float32 for maps, kept raw, NaN and infinity included. An integer type makes a label
+      volume (intent 1002); every value must then be a whole number that fits.
+
+    Extra memory is about 16 MB whatever the volume's size. The same input gives the same bytes.
+
+    Raises `OutputError`: another suffix, shape, affine or dtype, an axis over 32767 voxels, values
+    that do not fit, a place that cannot be written. Warns (`Seg3dcamWarning`) where a sheared
+    affine (gantry tilt) makes the qform approximate.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_nifti(f"{folder}/cam.nii.gz", np.ones((4, 5, 6)), np.diag([1, 1, 3, 1]))
+    ...     nib.load(path).header.get_zooms()[2].item()
+    3.0
+    """
+    path = as_path(path)
+    volume = checked_volume(volume, path)
+    header = placed_header(path, volume.shape, dtype, affine, reference)
+    is_label = header.get_data_dtype().kind in "iu"
+    header["intent_code"] = _INTENT_LABEL if is_label else _INTENT_NONE
+    header["intent_name"] = _ascii(intent_name, 15)  # C programs want the last byte to be 0
+    header["descrip"] = _ascii(description, 79)
+    if display_range is not None and not is_label:
+        header["cal_min"], header["cal_max"] = display_range
+    return write_slabs(
+        path, header, (as_stored(slab, header.get_data_dtype(), path) for slab in slabs(volume))
+    )
+
+
+def placed_header(
+    path: Path,
+    shape: Sequence[int],
+    dtype: npt.DTypeLike,
+    affine: npt.ArrayLike,
+    reference: nib.Nifti1Header | None,
+) -> nib.Nifti1Header:
+    """Make the header of a volume that lies where `affine` and `reference` say."""
+    _check_suffix(path)
+    header = _header(path, tuple(shape), dtype)
+    _set_forms(header, checked_affine(affine, path), reference, path)
+    return header
+
+
+def write_slabs(path: Path, header: nib.Nifti1Header, voxels: Iterable[bytes | memoryview]) -> Path:
+    """Write a header and its voxels, piece by piece, as they lie in the file."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        zipped = path.name.lower().endswith(".gz")
+        with gzipped(file) if zipped else nullcontext(file) as stream:
+            stream.write(header.binaryblock)
+            stream.write(b"\0\0\0\0")  # no extensions
+            for piece in voxels:
+                stream.write(piece)
+    return path
+
+
+def _check_suffix(path: Path) -> None:
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NIfTI: .nii, .nii.gz.")
+
+
+def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
+    """Return a volume that a file can hold, without its graph; OutputError for another."""
+    if isinstance(volume, torch.Tensor):
+        volume = volume.detach().as_subclass(torch.Tensor)
+    shape = tuple(volume.shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise OutputError(
+            f"{path}: the volume has shape {shape}. Legal: (X, Y, Z), each at least 1. Write one "
+            "file per class, layer and channel; viewers refuse 4-D files."
+        )
+    if max(shape) > _LONGEST_AXIS:
+        raise OutputError(
+            f"{path}: the volume has shape {shape}, and NIfTI-1 can hold {_LONGEST_AXIS} voxels "
+            "per axis. Write it in parts."
+        )
+    return volume
+
+
+def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nifti1Header:
+    header = nib.Nifti1Header(endianness="<")
+    header.set_data_shape(shape)
+    kind = np.dtype(dtype)
+    try:
+        if kind.kind not in "iuf" and kind != RGB:
+            raise HeaderDataError
+        header.set_data_dtype(kind)
+    except HeaderDataError:
+        raise OutputError(
+            f"{path}: dtype {kind} cannot be written. Legal: float32, float64, and for labels "
+            "uint8, int8, uint16, int16, uint32, int32, uint64, int64."
+        ) from None
+    header["vox_offset"] = header.single_vox_offset
+    header["xyzt_units"] = _MM
+    header.set_slope_inter(1, 0)
+    return header
+
+
+# ------------------------------------------------------------------------------------- geometry
+
+
+def checked_affine(affine: npt.ArrayLike, path: Path) -> npt.NDArray[np.float64]:
+    """Return an affine that can be inverted as (4, 4) float64; OutputError for another."""
+    try:
+        matrix = np.array(affine, dtype=np.float64)
+    except (TypeError, ValueError):
+        matrix = np.array(str(affine))
+    if (
+        matrix.shape != (4, 4)  # of a text: ()
+        or not np.isfinite(matrix).all()
+        or not np.array_equal(matrix[3], [0, 0, 0, 1])
+        or np.linalg.det(matrix) == 0
+    ):
+        raise OutputError(
+            f"{path}: the affine cannot be used: {matrix.tolist()}. Legal: a (4, 4) invertible "
+            "matrix from voxel index to RAS mm, last row (0, 0, 0, 1)."
+        )
+    return matrix
+
+
+def _set_forms(
+    header: nib.Nifti1Header,
+    affine: npt.NDArray[np.float64],
+    reference: nib.Nifti1Header | None,
+    path: Path,
+) -> None:
+    """Fill both forms: ITK refuses a file that has only a sheared sform."""
+    codes = {f: 0 if reference is None else int(reference[f"{f}_code"]) for f in FRAMES}
+    kept = _forms_to_keep(header, affine, reference)
+    if kept:  # a form that says another place lends its code to none
+        codes = {form: codes[form] if form in kept else 0 for form in FRAMES}
+    any_code = codes["qform"] or codes["sform"] or _SCANNER
+    if reference is not None and "qform" in kept:
+        _copy(_QFORM, reference, header)
+        header["pixdim"][:4] = reference["pixdim"][:4]  # spacing and handedness of the qform
+        header["qform_code"] = codes["qform"]
+    else:
+        header.set_qform(affine, code=codes["qform"] or any_code)
+        _warn_of_shear(header, affine, path)
+    if reference is not None and "sform" in kept:
+        _copy(_SFORM, reference, header)
+        header["sform_code"] = codes["sform"]
+    else:
+        header.set_sform(affine, code=codes["sform"] or any_code)
+
+
+def _forms_to_keep(
+    header: nib.Nifti1Header,
+    affine: npt.NDArray[np.float64],
+    reference: nib.Nifti1Header | None,
+) -> set[Frame]:
+    """Return which forms of the reference say this affine's place, and so may be copied.
+
+    A scan whose two forms are apart lies at one of them: a copy of the other would put the volume
+    elsewhere in the programs that read it.
+    """
+    shape = header.get_data_shape()
+    if reference is None or tuple(reference.get_data_shape()[:3]) != shape:
+        return set()
+    # Without regard to the reference's unit: one in metres is not copied into a file in mm.
+    there = [form for form in FRAMES if int(reference[f"{form}_code"]) > 0]
+    forms = {form: form_of(reference, form) for form in there}
+    places = {form: place for form, place in forms.items() if place is not None}
+    if not any(corner_gap(place, affine, shape) <= SAME_GRID_MM for place in places.values()):
+        return set()
+    pairs = {form: (place, affine) for form, place in places.items()}
+    if "qform" in places:
+        pairs["qform"] = (affine, places["qform"])
+    return {form for form, (sform, qform) in pairs.items() if agree(sform, qform, shape)}
+
+
+def _copy(fields: tuple[str, ...], source: nib.Nifti1Header, target: nib.Nifti1Header) -> None:
+    for field in fields:
+        target[field] = source[field]
+
+
+def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], path: Path) -> None:
+    if is_sheared(affine):
+        gap = corner_gap(header.get_qform(), affine, header.get_data_shape())
+        warnings.warn(
+            f"{path}: the affine is sheared (gantry tilt?), which a qform cannot say. The sform "
+            f"is exact; programs that read the qform (ITK, 3D Slicer) place voxels up to "
+            f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters.",
+            Seg3dcamWarning,
+            stacklevel=5,
+        )
+
+
+# ----------------------------------------------------------------------------------------- text
+
+
+def _ascii(text: str, length: int) -> bytes:
+    """At most `length` printable ASCII bytes.
+
+    >>> _ascii("Läsion der Leber", 9), _ascii("肝臓", 9)
+    (b'Lasion de', b'??')
+    """
+    apart = unicodedata.normalize("NFKD", text)
+    letters = (letter for letter in apart if not unicodedata.combining(letter))
+    plain = "".join(letter if letter.isprintable() else " " for letter in letters)
+    return plain.encode("ascii", errors="replace")[:length]
+
+
+# --------------------------------------------------------------------------------------- voxels
+
+
+def gzipped(file: BinaryIO) -> igzip.IGzipFile:
+    """Compress what is written to a file, fast; the same bytes in, the same bytes out."""
+    # Level 3 is as fast as 1, whose choice of matches now and then depends on what the memory held.
+    return igzip.IGzipFile(filename="", mode="wb", compresslevel=3, fileobj=file, mtime=0)
+
+
+def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
+    """The volume in pieces along z, fetched from the GPU one at a time."""
+    x, y, z = volume.shape
+    depth = max(1, _SLAB_BYTES // (4 * x * y))
+    for start in range(0, z, depth):
+        slab = volume[:, :, start : start + depth]
+        if isinstance(slab, torch.Tensor):
+            slab = slab.cpu()
+            slab = (slab.float() if slab.dtype == torch.bfloat16 else slab).numpy()
+        yield slab
+
+
+def as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
+    """One slab as it lies in the file: x runs fastest, then y, then z."""
+    if dtype.kind == "f":
+        return np.ascontiguousarray(slab.T, dtype=dtype).data
+    with np.errstate(invalid="ignore"):  # a NaN is caught by the comparison
+        stored = np.ascontiguousarray(slab.T, dtype=dtype)
+    wrong = slab != stored.T
+    if wrong.any():
+        raise OutputError(
+            f"{path}: the value {slab[wrong][0]} does not fit the label type {dtype}. Labels are "
+            "whole numbers: choose a wider dtype, or write a map as float32."
+        )
+    return stored.data

@@ -1,0 +1,293 @@
+"""Maps and masks as NRRD files, 3D Slicer's own format: the place is exact, also under shear.
+
+    write_nrrd("cam.nrrd", cam, scan.affine)
+    write_segments("masks.seg.nrrd", [segment(mask, "lesion", (0, 1, 1))], mask.shape, scan.affine)
+
+The header is text and written here, since pynrrd knows no letters beyond ASCII, and no volume
+that does not fit into memory twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+
+from seg3dcam.errors import OutputError
+from seg3dcam.files.names import printable
+from seg3dcam.files.writers.nifti import as_stored, checked_affine, checked_volume, gzipped, slabs
+from seg3dcam.files.writing import as_path, atomic
+from seg3dcam.geometry import LPS_TO_RAS
+
+__all__ = ["Segment", "segment", "write_nrrd", "write_segments"]
+
+#: numpy's type -> NRRD's.
+_TYPES = {"float32": "float", "int16": "int16", "uint8": "uint8"}
+_SLAB_VOXELS = 2**23
+_MOST_LABELS = 255
+
+
+def write_nrrd(
+    path: str | os.PathLike[str],
+    volume: npt.NDArray | torch.Tensor,
+    affine: npt.ArrayLike,
+    *,
+    dtype: npt.DTypeLike = np.float32,
+) -> Path:
+    """Write `volume`, (X, Y, Z), as `.nrrd`, whole or not at all.
+
+    - `affine`: (4, 4) voxel -> RAS mm; stored as LPS in full precision, shear included.
+    - `dtype`: float32 for maps, NaN and infinity included; int16 and uint8 for whole numbers that
+      fit.
+
+    Extra memory is about 16 MB whatever the volume's size. The same input gives the same bytes.
+
+    Raises `OutputError`: another suffix, shape, affine or dtype, values that do not fit, a place
+    that cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_nrrd(f"{folder}/cam.nrrd", np.ones((4, 5, 6)), np.diag([1, 1, 3, 1]))
+    ...     path.read_bytes().splitlines()[5]
+    b'space directions: (-1.0,0.0,0.0) (0.0,-1.0,0.0) (0.0,0.0,3.0)'
+    """
+    path, kind = as_path(path), np.dtype(dtype)
+    _check_suffix(path, ".nrrd")
+    if kind.name not in _TYPES:
+        raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
+    volume = checked_volume(volume, path)
+    header = _header(tuple(volume.shape), _TYPES[kind.name], checked_affine(affine, path))
+    return _write(path, header, {}, (as_stored(slab, kind, path) for slab in slabs(volume)))
+
+
+# ----------------------------------------------------------------------------------- segmentations
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One mask of a segmentation, cropped to what it covers; made by `segment`.
+
+    - `name`: shown, in any letters.
+    - `colour`: red, green, blue in 0..1.
+    - `box`: where `inside`, a boolean array, lies in the volume.
+    """
+
+    name: str
+    colour: tuple[float, float, float]
+    box: tuple[slice, ...]
+    inside: npt.NDArray[np.bool_]
+
+
+def segment(
+    mask: npt.NDArray | torch.Tensor, name: str, colour: tuple[float, float, float]
+) -> Segment:
+    """Crop a mask, (X, Y, Z) bool, to what it covers; the mask itself is not kept.
+
+    >>> mask = np.zeros((4, 4, 4), dtype=bool)
+    >>> mask[1, 2, 3] = True
+    >>> segment(mask, "lesion", (0, 1, 1)).box
+    (slice(1, 2, None), slice(2, 3, None), slice(3, 4, None))
+    """
+    inside = np.asarray(mask, dtype=bool)
+    found = ndimage.find_objects(inside.view(np.uint8))
+    box = found[0] if found else (slice(0, 0),) * inside.ndim
+    return Segment(name, colour, box, inside[box].copy())
+
+
+def same_voxels(one: Segment, other: Segment) -> bool:
+    """Tell whether two segments cover the same, whatever their names and colours.
+
+    >>> mask = np.eye(3, dtype=bool)[None]
+    >>> same_voxels(segment(mask, "a", (0, 0, 0)), segment(mask, "b", (1, 1, 1)))
+    True
+    """
+    return one.box == other.box and np.array_equal(one.inside, other.inside)
+
+
+def segment_id(number: int) -> str:
+    """Return what Slicer calls a segment, by its place in the list, from 0."""
+    return f"Segment_{number + 1}"
+
+
+def write_segments(
+    path: str | os.PathLike[str],
+    segments: Sequence[Segment],
+    shape: Sequence[int],
+    affine: npt.ArrayLike,
+) -> Path:
+    """Write masks that may overlap as one segmentation of 3D Slicer, `.seg.nrrd`.
+
+    Masks that do not overlap share a layer, as different labels of one volume.
+
+    - `segments`: in the order of Slicer's list; empty ones are listed too.
+    - `shape`, `affine`: of the grid that the masks lie on.
+
+    Raises `OutputError`: another suffix or affine, no segment, a place that cannot be written.
+
+    >>> import tempfile
+    >>> one, other = np.array([[[1, 1, 0]]], bool), np.array([[[0, 1, 0]]], bool)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     both = [segment(one, "prediction", (0, 1, 1)), segment(other, "truth", (0, 1, 0))]
+    ...     path = write_segments(f"{folder}/masks.seg.nrrd", both, one.shape, np.eye(4))
+    ...     b"sizes: 2 1 1 3" in path.read_bytes()
+    True
+    """
+    path = as_path(path)
+    _check_suffix(path, ".seg.nrrd")
+    if not segments:
+        raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")
+    layers = _layers(segments)
+    header = _header(tuple(shape), "uint8", checked_affine(affine, path), layers=len(layers))
+    return _write(path, header, _described(segments, layers), _painted(layers, shape))
+
+
+def _layers(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """Put every segment into the first layer where it overlaps no other; its label is its place.
+
+    >>> one, other = np.array([[[1, 1, 0]]], bool), np.array([[[0, 0, 1]]], bool)
+    >>> a, b, c = [segment(mask, "", (0, 0, 0)) for mask in (one, one, other)]
+    >>> _layers([a, b, c]) == [[a, c], [b]]
+    True
+    """
+    layers: list[list[Segment]] = []
+    for new in segments:
+        free = (
+            layer
+            for layer in layers
+            if len(layer) < _MOST_LABELS and not any(_overlap(new, other) for other in layer)
+        )
+        layer = next(free, None)
+        if layer is None:
+            layers.append([new])
+        else:
+            layer.append(new)
+    return layers
+
+
+def _overlap(one: Segment, other: Segment) -> bool:
+    common = [
+        slice(max(a.start, b.start), min(a.stop, b.stop))
+        for a, b in zip(one.box, other.box, strict=True)
+    ]
+    if any(part.start >= part.stop for part in common):
+        return False
+    return bool((_part(one, common) & _part(other, common)).any())
+
+
+def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
+    """What a segment has in a box within its own."""
+    moved = (
+        slice(part.start - own.start, part.stop - own.start)
+        for part, own in zip(box, of.box, strict=True)
+    )
+    return of.inside[tuple(moved)]
+
+
+def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]]) -> dict[str, str]:
+    """Slicer's own fields: what the labels of every layer are."""
+    place = {
+        id(one): (number, label)
+        for number, layer in enumerate(layers)
+        for label, one in enumerate(layer, 1)
+    }
+    fields = {
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    for number, one in enumerate(segments):
+        layer, label = place[id(one)]
+        extent = " ".join(f"{part.start} {part.stop - 1}" for part in one.box)
+        fields |= {
+            f"Segment{number}_ID": segment_id(number),
+            f"Segment{number}_Name": one.name,
+            f"Segment{number}_NameAutoGenerated": "0",
+            f"Segment{number}_Color": " ".join(f"{part:.6g}" for part in one.colour),
+            f"Segment{number}_ColorAutoGenerated": "0",
+            f"Segment{number}_LabelValue": str(label),
+            f"Segment{number}_Layer": str(layer),
+            f"Segment{number}_Extent": extent,
+        }
+    return fields
+
+
+def _painted(
+    layers: Sequence[Sequence[Segment]], shape: Sequence[int]
+) -> Iterator[bytes | memoryview]:
+    """All layers as they lie in the file, slab by slab: layer runs fastest, then x, y, z."""
+    x, y, z = shape
+    depth = max(1, _SLAB_VOXELS // (x * y * len(layers)))
+    for start in range(0, z, depth):
+        stop = min(z, start + depth)
+        slab = np.zeros((stop - start, y, x, len(layers)), dtype=np.uint8)
+        for number, layer in enumerate(layers):
+            for label, one in enumerate(layer, 1):
+                low, high = max(start, one.box[2].start), min(stop, one.box[2].stop)
+                if low < high:
+                    box = (*one.box[:2], slice(low, high))
+                    where = (*one.box[:2], slice(low - start, high - start))
+                    slab[..., number].T[where][_part(one, box)] = label
+        yield slab.data
+
+
+# ------------------------------------------------------------------------------------------- file
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    if not path.name.lower().endswith(suffix):
+        raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NRRD here: {suffix}.")
+
+
+def _header(
+    shape: tuple[int, ...], kind: str, affine: npt.NDArray[np.float64], *, layers: int = 1
+) -> dict[str, Any]:
+    lps = LPS_TO_RAS @ affine
+    several = layers > 1
+    return {
+        "type": kind,
+        "dimension": len(shape) + several,
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, (layers, *shape) if several else shape)),
+        "space directions": "none " * several + " ".join(map(_vector, lps[:3, :3].T)),
+        "kinds": "list " * several + "domain domain domain",
+        "endian": "little",
+        "encoding": "gzip",
+        "space origin": _vector(lps[:3, 3]),
+    }
+
+
+def _vector(numbers: Iterable[float]) -> str:
+    """Write a vector so that the same numbers are read again.
+
+    >>> _vector(np.array([0.1, -2.0, 0.0]))
+    '(0.1,-2.0,0.0)'
+    """
+    return f"({','.join(repr(float(number)) for number in numbers)})"
+
+
+def _write(
+    path: Path,
+    header: Mapping[str, Any],
+    fields: Mapping[str, str],
+    voxels: Iterable[bytes | memoryview],
+) -> Path:
+    """Write NRRD's own header, fields of the format's user, and the voxels."""
+    lines = [f"{key}: {value}" for key, value in header.items()]
+    lines += [f"{key}:={_escaped(value)}" for key, value in fields.items()]
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write("\n".join(["NRRD0005", *lines, "", ""]).encode())
+        with gzipped(file) as stream:
+            for piece in voxels:
+                stream.write(piece)
+    return path
+
+
+def _escaped(text: str) -> str:
+    return printable(text).replace("\\", "\\\\")

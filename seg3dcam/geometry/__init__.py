@@ -1,0 +1,37 @@
+"""Where things are: voxel grids, affines, and moving values between grids."""
+
+from seg3dcam.geometry.affines import (
+    LPS_TO_RAS,
+    SAME_GRID_MM,
+    Axis,
+    anatomical_axis,
+    check_affine,
+    checked_affine,
+    corner_gap,
+    ras_affine,
+    spacing_of,
+    to_world,
+)
+from seg3dcam.geometry.grids import FeatureGrid, cropped, interpolate
+from seg3dcam.geometry.peaks import peak_voxel, plateau_middle
+from seg3dcam.geometry.resampling import resample, resample_labels
+
+__all__ = [
+    "LPS_TO_RAS",
+    "SAME_GRID_MM",
+    "Axis",
+    "FeatureGrid",
+    "anatomical_axis",
+    "check_affine",
+    "checked_affine",
+    "corner_gap",
+    "cropped",
+    "interpolate",
+    "peak_voxel",
+    "plateau_middle",
+    "ras_affine",
+    "resample",
+    "resample_labels",
+    "spacing_of",
+    "to_world",
+]

@@ -1,0 +1,132 @@
+"""Affines: from voxels to RAS mm, checked, compared, and read in words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from seg3dcam.errors import InputError, nearest
+
+#: No voxel of a patient lies farther away.
+_FARTHEST_MM = 1e9
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
+    """Return the voxel size in mm along each axis.
+
+    >>> spacing_of(np.diag([0.8, 0.8, 5.0, 1.0]))
+    (0.8, 0.8, 5.0)
+    """
+    columns = np.asarray(affine, dtype=np.float64)[:3, :3]
+    return tuple(float(size) for size in np.linalg.norm(columns, axis=0))
+
+
+def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
+    """Largest distance in mm between where two affines put the same voxel of a grid.
+
+    It is reached at one of the corners, since the difference of two affines is affine.
+
+    >>> corner_gap(np.diag([1, 1, 1, 1]), np.diag([1, 1, 1.5, 1]), (10, 10, 5))
+    2.0
+    """
+    ends = [(0, size - 1) for size in shape]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
+    moved = corners @ (np.asarray(one, np.float64) - np.asarray(other, np.float64)).T
+    return float(np.linalg.norm(moved[:, :3], axis=1).max())
+
+
+def to_world(affine: np.ndarray, voxel: Sequence[float]) -> tuple[float, ...]:
+    """Return the RAS position in mm of a voxel index.
+
+    >>> to_world(np.diag([2.0, 2.0, 2.0, 1.0]), (1, 0, 3))
+    (2.0, 0.0, 6.0)
+    """
+    return tuple(float(x) for x in (np.asarray(affine) @ [*voxel, 1.0])[:3])
+
+
+def ras_affine(affine: np.ndarray, space: str | Sequence[str] | None) -> np.ndarray:
+    """Return (4, 4) or (B, 4, 4) affines in RAS.
+
+    Args:
+        space: the space that they are written in, "RAS", "LPS" or None for RAS; a list of them,
+            one for each item, as a collated batch has.
+    """
+    affine = np.asarray(affine, dtype=np.float64)
+    if isinstance(space, list | tuple):
+        return np.stack([ras_affine(a, s) for a, s in zip(affine, space, strict=True)])
+    written = "RAS" if space is None else str(getattr(space, "value", space)).upper()
+    if written not in ("RAS", "LPS"):
+        raise InputError(
+            f"the MetaTensor's meta['space'] is {space!r}. Legal: 'RAS', 'LPS', or none (RAS). "
+            "Set it to the space that the affine maps to."
+        )
+    return LPS_TO_RAS @ affine if written == "LPS" else affine
+
+
+def check_affine(affine: np.ndarray, what: str) -> None:
+    """Raise InputError unless `affine` is a finite, invertible (4, 4) matrix."""
+    affine = np.asarray(affine)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise InputError(f"{what} must be a finite 4x4 matrix, voxel -> mm; got\n{affine}")
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise InputError(f"{what} cannot be inverted (two axes coincide or one is zero):\n{affine}")
+
+
+def checked_affine(
+    affine: npt.ArrayLike, name: str, error_class: type[InputError] = InputError
+) -> npt.NDArray[np.float64]:
+    """Return a (4, 4) float64 affine; an error that names its owner unless it can be inverted."""
+    advice = "Legal: a (4, 4) invertible matrix from voxel index to RAS mm, last row (0, 0, 0, 1)."
+    try:
+        matrix = np.array(affine, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise error_class(f"{name}: the affine is not a matrix of numbers. {advice}") from error
+    repair = f"{advice} Correct the sform or qform of the file, or the affine that you pass."
+    if matrix.shape != (4, 4):
+        raise error_class(f"{name}: the affine has shape {matrix.shape}. {repair}")
+    if not np.isfinite(matrix).all():
+        raise error_class(f"{name}: the affine holds NaN or infinite values. {repair}")
+    if not np.array_equal(matrix[3], [0, 0, 0, 1]):
+        raise error_class(f"{name}: the affine's last row is {matrix[3].tolist()}. {repair}")
+    if np.abs(matrix).max() > _FARTHEST_MM:
+        raise error_class(f"{name}: the affine holds {np.abs(matrix).max():.3g} mm. {repair}")
+    steps = np.array(spacing_of(matrix))
+    if not steps.any():
+        raise error_class(f"{name}: the affine is all zero. {repair}")
+    if not steps.all() or abs(np.linalg.det(matrix[:3, :3] / steps)) < 1e-6:
+        raise error_class(
+            f"{name}: the affine is singular, it flattens the volume "
+            f"(spacing ({', '.join(f'{step:.6g}' for step in steps)}) mm). {repair}"
+        )
+    return matrix
+
+
+def _scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+    matrix = np.diag([*scale, 1.0]).astype(np.float64)
+    matrix[:3, 3] = shift
+    return matrix
+
+
+SAME_GRID_MM = 1e-3
+
+
+Axis = Literal["axial", "coronal", "sagittal"]
+
+
+def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
+    """Return the array axis nearest to the one that a plane cuts: axial cuts along S.
+
+    >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
+    2
+    """
+    world = {"sagittal": 0, "coronal": 1, "axial": 2}
+    if axis not in world:
+        raise InputError(f"axis {axis!r}: {nearest(axis, world)}")
+    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == world[axis])[0])

@@ -1,0 +1,105 @@
+"""Volumes and label maps moved to another grid in patient space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+
+from seg3dcam.geometry.affines import (
+    _scale_and_shift,
+    check_affine,
+)
+
+#: Voxels resampled at a time: bounds the memory of a resampling beyond its output.
+SLAB_VOXELS = 4_000_000
+
+
+def resample(
+    volume: torch.Tensor,
+    affine: np.ndarray,
+    to_affine: np.ndarray,
+    to_shape: Sequence[int],
+    *,
+    seen_affine: np.ndarray | None = None,
+    seen_shape: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Interpolate a 3-D volume linearly onto another grid in patient space.
+
+    The work is done in slabs, so memory stays near that of the result.
+
+    Args:
+        volume: (X, Y, Z) on the grid of `affine`.
+        affine: (4, 4) voxel -> mm of `volume`.
+        to_affine, to_shape: the grid of the result.
+        seen_affine, seen_shape: the grid that the network saw. Inside its outermost voxels' faces
+            the nearest value is held where `volume`, being coarser, ends earlier; outside the
+            result is 0. Default: the grid of `volume` itself.
+
+    Returns:
+        (X', Y', Z') on the CPU, in the dtype of `volume`.
+    """
+    check_affine(affine, "the affine of the map")
+    check_affine(to_affine, "the affine to resample to")
+    seen_affine = affine if seen_affine is None else seen_affine
+    seen_shape = volume.shape if seen_shape is None else seen_shape
+    to_shape = tuple(int(n) for n in to_shape)
+    same = np.array_equal(affine, to_affine) and np.array_equal(affine, seen_affine)
+    if same and to_shape == tuple(volume.shape) == tuple(seen_shape):
+        return volume.detach().cpu().clone()
+    result = torch.empty(to_shape, dtype=volume.dtype, device="cpu")
+    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=volume.dtype)
+    thickness = max(1, SLAB_VOXELS // max(1, to_shape[1] * to_shape[2]))
+    with torch.device("cpu"):  # MONAI works on the default device
+        source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
+        for start in range(0, to_shape[0], thickness):
+            slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
+            slab_affine = to_affine @ _scale_and_shift((1, 1, 1), (start, 0, 0))
+            moved = resampler(source, dst_affine=torch.as_tensor(slab_affine), spatial_size=slab)
+            moved = moved.as_tensor()[0].to(volume.dtype)
+            seen = _inside(slab_affine, slab, seen_affine, seen_shape)
+            result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
+    return result
+
+
+def resample_labels(
+    labels: torch.Tensor, affine: np.ndarray, to_affine: np.ndarray, to_shape: Sequence[int]
+) -> torch.Tensor:
+    """Return each voxel's nearest label on another grid in patient space, 0 outside.
+
+    Args:
+        labels: (X, Y, Z) on the grid of `affine`, whole numbers, bool, or a mask's values: they
+            are moved as they are, without a rounding.
+        to_affine, to_shape: the grid of the result.
+    """
+    check_affine(affine, "the affine of the labels")
+    check_affine(to_affine, "the affine to resample to")
+    resampler = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float64)
+    with torch.device("cpu"):
+        moved = resampler(
+            MetaTensor(labels.detach().cpu()[None].double(), affine=torch.as_tensor(affine)),
+            dst_affine=torch.as_tensor(to_affine),
+            spatial_size=tuple(to_shape),
+        )
+    return moved.as_tensor()[0].to(labels.dtype)
+
+
+def _inside(
+    affine: np.ndarray, shape: Sequence[int], seen_affine: np.ndarray, seen_shape: Sequence[int]
+) -> torch.Tensor:
+    """Tell which voxels of one grid have their centre inside the box of another grid."""
+    to_seen = torch.as_tensor(np.linalg.inv(seen_affine) @ affine)
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    tolerance = 1e-6
+    for row, size in zip(to_seen[:3], seen_shape, strict=True):
+        where = row[3] + (
+            (row[0] * axes[0])[:, None, None]
+            + (row[1] * axes[1])[None, :, None]
+            + (row[2] * axes[2])[None, None, :]
+        )
+        inside &= (where >= -0.5 - tolerance) & (where <= size - 0.5 + tolerance)
+    return inside

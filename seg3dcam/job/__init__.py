@@ -1,0 +1,1 @@
+"""One case as a job: what is asked for, what is written, and by what it is known again."""

@@ -1,0 +1,144 @@
+"""What a caller gives, made plain: the input of a network, and masks on its grid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from seg3dcam.errors import InputError, LayerError, ModelError, TargetError
+from seg3dcam.geometry import ras_affine
+from seg3dcam.network.ensemble import Member
+
+
+def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Return a plain tensor and, of a MetaTensor, its affine or the items' affines in RAS."""
+    if not isinstance(x, torch.Tensor):
+        raise InputError(
+            f"the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96); got "
+            f"{_described(x)}"
+        )
+    if x.ndim < 3:
+        raise InputError(
+            "the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96), with a batch and a "
+            f"channel axis; got the shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise InputError(f"the input must be floating point, as the network is; got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        found = (
+            "nested: give items of one shape" if x.is_nested else f"{x.layout}: give x.to_dense()"
+        )
+        raise InputError(f"the input must be a dense tensor; got one that is {found}")
+    if x.is_floating_point() and torch.finfo(x.dtype).bits < 16:
+        raise InputError(f"the input is {x.dtype}, which nothing is computed in: give x.float()")
+    if x.device.type == "meta" or isinstance(x, FakeTensor):
+        raise InputError(
+            "the input is a FakeTensor or on the meta device: it has a shape but no values. Give a "
+            "tensor on a real device, outside of FakeTensorMode"
+        )
+    if 0 in x.shape:
+        raise InputError(f"the input is empty: shape {tuple(x.shape)}")
+    affine = None
+    if isinstance(x, MetaTensor):
+        affine = ras_affine(x.affine.cpu().numpy(), x.meta.get("space"))
+        if affine.ndim == 3 and (affine == affine[0]).all():  # a batch from one grid
+            affine = affine[0]
+        x = x.as_tensor()
+    # A tensor made in inference mode cannot enter a graph; its clone, made outside of it, can.
+    with torch.inference_mode(False):
+        x = x.clone() if x.is_inference() else x.detach()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in half precision overflow
+    if not torch.isfinite(x).all():
+        raise InputError(
+            f"the input has {int((~torch.isfinite(x)).sum())} voxels that are NaN or infinite"
+        )
+    return x, affine
+
+
+def _described(x: Any) -> str:
+    """Say what was given in place of a tensor, and how a tensor is made of it."""
+    if isinstance(x, np.ndarray):
+        return f"a numpy array {x.shape} of {x.dtype}: give torch.from_numpy(x)"
+    if isinstance(x, str | os.PathLike) or hasattr(x, "spacing"):
+        return f"a {type(x).__name__}: scans are explained by explain(scan, SegModel(network), ...)"
+    if isinstance(x, list | tuple):
+        return f"a {type(x).__name__} of {len(x)}: give torch.stack(x) for items of one shape"
+    if isinstance(x, Mapping):
+        return f"a {type(x).__name__} with the keys {', '.join(map(repr, x))}: give one of them"
+    return f"a {type(x).__name__}"
+
+
+#: Axes of space -> modules that work along so many.
+_CONVOLUTIONS: Mapping[int, tuple[type[nn.Module], ...]] = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
+
+
+@contextmanager
+def telling_axes(member: Member, x: torch.Tensor) -> Iterator[None]:
+    """Say where a network fails since its input lacks an axis, or is a volume for a 2D network.
+
+    PyTorch takes an item without its batch axis for a batch, and the error that comes of it is
+    about something else. What a network takes is not known before: it may add axes itself.
+
+    Raises:
+        InputError: in place of the network's own error.
+    """
+    try:
+        yield
+    except (LayerError, ModelError) as error:
+        if advice := _axes_advice(member, tuple(x.shape)):
+            raise InputError(advice) from error
+        raise
+
+
+def _axes_advice(member: Member, shape: tuple[int, ...]) -> str:
+    """Say which axes an input (*shape) lacks for its network's convolutions; else nothing."""
+    found = [
+        (axes, getattr(module, "in_channels", None))
+        for module in member.network.modules()
+        for axes, kinds in _CONVOLUTIONS.items()
+        if isinstance(module, kinds)
+    ]
+    if member.slices or len({axes for axes, _ in found}) != 1:
+        return ""
+    axes, channels = found[0]
+    wanted = ", ".join(["B", "C", *"DHW"[-axes:]])
+    said = f"the network is {axes}D and takes ({wanted}); the input {shape}"
+    lacking = axes + 2 - len(shape)
+    if lacking == 2:
+        return f"{said} has neither a batch nor a channel axis: give x[None, None]"
+    if lacking == 1 and shape[0] == channels:
+        return f"{said} has no batch axis: give x[None]"
+    if lacking == 1:
+        return f"{said} lacks one axis: give x[None] without a batch, x[:, None] without channels"
+    if lacking < 0 and axes == 2:
+        return (
+            f"{said} is a volume: give its slices as a batch, x[0].movedim(1, 0), or explain the "
+            "network slice by slice: Ensemble([network], slices=True)"
+        )
+    return f"{said} has {-lacking} too many" if lacking < 0 else ""
+
+
+def on_grid_of(mask: Any, affine: np.ndarray | None, shape: Sequence[int]) -> torch.Tensor:
+    """Return the labels of a mask that knows where it lies, if that is where the input lies."""
+    plain = mask.as_tensor() if isinstance(mask, MetaTensor) else mask.data
+    data = torch.as_tensor(plain, device="cpu")
+    if affine is not None:
+        own = ras_affine(np.asarray(mask.affine), getattr(mask, "meta", {}).get("space"))
+        if not np.allclose(own, affine, atol=1e-4):  # those of all items
+            raise TargetError(
+                f"the mask lies on another grid than the input: its affine is\n{own}\nand the "
+                f"input's\n{affine}\nResample it, or use explain(), which does"
+            )
+    return data[0] if data.ndim == len(shape) + 1 and len(data) == 1 else data

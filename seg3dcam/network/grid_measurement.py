@@ -1,0 +1,291 @@
+"""Where a layer's feature voxels lie in the input, measured on the network itself, twice.
+
+A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling on `2u + 0.5`;
+through several levels the difference reaches several voxels, and interpolation that assumes one
+of them shifts the map. So it is measured: with every kernel reduced to its central taps and
+normalisation switched off, the network passes a linear ramp on, and what a feature voxel shows of
+it is the input position that it looks at. The ramp runs both ways, since max pooling picks the
+larger end of each. A token stands for its patch, whatever attention adds to it from elsewhere.
+
+That is exact where all that moves things is known. Whether it is, a second measurement tells, on
+the network as it is (`grid_centroids`): where they do not agree, nothing counts as measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.network.capture import Capture, capturing
+from seg3dcam.network.ensemble import unwrap
+from seg3dcam.network.grid_centroids import agreeing
+from seg3dcam.network.kinds import takes_hooks
+from seg3dcam.network.known import key_of, opened
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.operations import PlainOperations
+from seg3dcam.network.untouched import check_explainable
+
+# Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
+_LOW, _HIGH = 1e4, 2e4
+
+# Nothing but the second measurement tells the stride of a layer that passes no ramp on.
+_PULLED = 0.2
+
+# Positions that are less than this many input voxels off a line lie on it. If they are further off
+# than the other part of a layer's and an input voxel, it is a curve: behind a logarithm, say.
+_ON_A_LINE, _NO_CURVE = 0.02, 0.1
+
+
+def measure_grids(
+    model: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
+
+    Costs three small forward passes per axis, up to the layers, and eight or more to check them;
+    what was measured is remembered with the network. A layer whose grid is no regular image of the
+    input (attention over all tokens, say), or where two measurements do not agree, gets the usual
+    convention, `measured=False`.
+
+    Args:
+        x: (B, C, *S); its shape, dtype and device count, its values do not.
+        shapes: layer -> its spatial shape for this input.
+    """
+    model = unwrap(model)
+    check_explainable(model)
+    keys = {la: _key(la, x, shape) for la, shape in shapes.items()}
+    with opened(model) as known:
+        grids = {la: known.grids[key] for la, key in keys.items() if key in known.grids}
+        new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
+        if new:
+            # No layer may be dropped: at another size than the input's, tokens may have no grid.
+            with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
+                grids |= _measured_twice(capture, x, new)
+            # Only now: a measurement that fails leaves nothing behind.
+            for layer in new:
+                if (key := keys[layer]) is not None:
+                    known.keep_grid(key, grids[layer])
+    return {layer: grids[layer] for layer in shapes}
+
+
+def _key(layer: LayerRef, x: torch.Tensor, shape: tuple[int, ...]) -> tuple | None:
+    """Return under what a grid is remembered, None for one that must not be."""
+    of_layer = key_of(layer)
+    return None if of_layer is None else (of_layer, tuple(x.shape[1:]), tuple(shape))
+
+
+def _measured_twice(
+    capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure the grids by a ramp, and keep those that the network as it is agrees with."""
+    with _any_size(capture.model):
+        with _plain_levels(capture.model, x.ndim), PlainOperations(_LOW):
+            by_axis = [_measure_axis(capture, x, axis, shapes) for axis in range(x.ndim - 2)]
+        grids, guessed = {}, {}
+        for layer, shape in shapes.items():
+            found = [fits[layer] for fits in by_axis]
+            if all(found):
+                strides, offsets = zip(*found, strict=True)
+                grids[layer] = FeatureGrid(shape, strides, offsets)
+            elif tuple(shape) == tuple(x.shape[2:]):
+                # A sigmoid passes no ramp on. Most likely each voxel is its own: look whether.
+                guessed[layer] = FeatureGrid(shape, (1.0,) * len(shape), (0.0,) * len(shape))
+        sure = agreeing(capture, x, grids) | agreeing(capture, x, guessed, pulled=_PULLED)
+    return {
+        layer: (grids | guessed)[layer] if layer in sure else _convention(shape, x.shape[2:])
+        for layer, shape in shapes.items()
+    }
+
+
+def measured_in_window(
+    capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Measure the grids of a captured network's layers in the volume's window.
+
+    Args:
+        x: a window (B, C, *S), see `measure_grids`.
+        shapes: `capture.shapes`.
+    """
+    member = capture.member
+    grids = measure_grids(member.network, member.into(x), shapes)
+    return {layer: member.grid(grid, x.shape[2:]) for layer, grid in grids.items()}
+
+
+def _measure_axis(
+    capture: Capture,
+    x: torch.Tensor,
+    axis: int,
+    shapes: Mapping[LayerRef, tuple[int, ...]],
+) -> dict[LayerRef, tuple[float, float] | None]:
+    """Return (stride, offset) of each layer along one axis, None where the ramp is not passed on.
+
+    A handy input is tried first; networks of fixed input size get their own.
+    """
+    full = tuple(x.shape[2:])
+    fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
+    # More exact than half precision, if the network's other operations take that.
+    dtypes = dict.fromkeys((torch.promote_types(x.dtype, torch.float32), x.dtype))
+    for shape, dtype in itertools.product(dict.fromkeys((_handy(full, axis), full)), dtypes):
+        try:
+            # Not all at once: a layer of many channels at full resolution takes much memory.
+            low, *others = _ramps(x.to(dtype), shape, axis)
+            pairs = [torch.stack([low, other]) for other in others]
+            shown = [_means(capture.observe_layers(pair)) for pair in pairs]
+        except (ModelError, LayerError):
+            continue
+        for layer, means in shown[0].items():
+            ramps = (*means, *(other[layer][1] for other in shown[1:]))
+            fit = _fit(ramps, axis, shape[axis], shapes[layer][axis], full[axis])
+            fits[layer] = fits[layer] or fit
+        if all(fits.values()):
+            break
+    return fits
+
+
+def _means(activations: Mapping[LayerRef, torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
+    """Return each layer's mean over channels, (B, *s)."""
+    return {
+        layer: torch.cat([item.cpu().double().mean(1) for item in a.split(1)])
+        for layer, a in activations.items()
+    }
+
+
+def _handy(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Change an input shape by multiples of 32, to 64-95 voxels along `axis`, at most 63 elsewhere.
+
+    Enough voxels to fit a line to, and no more than needed.
+    """
+    return tuple(64 + n % 32 if a == axis else min(n, 32 + n % 32) for a, n in enumerate(shape))
+
+
+def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
+    """Return a batch of four inputs: low and high throughout, rising and falling along `axis`."""
+    rising = torch.linspace(_LOW, _HIGH, shape[axis], dtype=x.dtype, device=x.device)
+    low, high = (torch.full_like(rising, value) for value in (_LOW, _HIGH))
+    lines = torch.stack([low, high, rising, rising.flip(0)])
+    view = [1] * (2 + len(shape))
+    view[0], view[2 + axis] = 4, -1
+    return lines.view(view).expand(4, x.shape[1], *shape).contiguous()
+
+
+def _fit(
+    shown: Sequence[torch.Tensor], axis: int, length: int, full_size: int, full_length: int
+) -> tuple[float, float] | None:
+    """Fit position = stride * u + offset to what a layer showed of the four ramps, (*s) each.
+
+    Between what it shows of the lowest and of the highest value; so it does not matter whether the
+    network scales its input, or adds to it.
+    """
+    low, high, rising, falling = shown
+    others = [a for a in range(low.ndim) if a != axis]
+    lit = high != low  # what sees nothing but padding shows nothing
+    line = (rising - falling) / (high - low)  # -1 ... 1 along the ramp
+    line = torch.where(lit, line, 0)
+    if not torch.isfinite(line).all():
+        return None
+    count = lit.sum(others) if others else lit
+    position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
+    size = len(position)
+    trim = size // 4  # padding and transposed convolutions show at the ends
+    index = torch.arange(trim, size - trim, device="cpu")
+    index = index[count[index] > 0]
+    if len(index) < min(2, size):
+        return None
+    position = position[index]
+    stride = _stride(index.double(), position, full_size, full_length)
+    if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
+        return None  # the handy input has another grid than the full-sized one
+    if not float(stride).is_integer() and length != full_length:
+        return None  # so has a resampled one: its stride depends on the size of the input
+    offset = round(float((position - stride * index).mean()), 3) + 0.0
+    centre = offset + stride * (size - 1) / 2
+    return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
+
+
+def _stride(
+    index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
+) -> float | None:
+    """Return the whole stride that the layer's size says, if the positions lie on it; else theirs.
+
+    Resampling gives other strides: lengths divided, or with corners aligned lengths less one.
+    """
+    exact = full_length / full_size
+    if len(position) == 1:
+        return exact
+    centred = index - index.mean()
+    fitted = float((centred * position).sum() / (centred * centred).sum())
+    whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
+    corners = (full_length - 1) / max(1, full_size - 1)
+    # The fit is rough on few voxels and on the staircase of a transposed convolution, which no
+    # line fits well: then a whole stride does not fit worse.
+    limit = max(1.25 * _rest(fitted, centred, position), _ON_A_LINE)
+    for choices in (whole, [exact, corners]):
+        near = [r for r in choices if abs(fitted - r) < 0.4 * r]
+        fitting = [r for r in near if _rest(r, centred, position) <= limit]
+        if fitting:
+            return min(fitting, key=lambda r: abs(fitted - r))
+    covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
+    straight = _rest(fitted, centred, position) <= _NO_CURVE * (1 + fitted)
+    return fitted if fitted > 0 and covers and straight else None
+
+
+def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
+    """Return by how much positions lie off a line of a stride, root mean square."""
+    return float((position - stride * centred).std(correction=0))
+
+
+def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
+    strides = tuple(float(length / size) for size, length in zip(shape, input_shape, strict=True))
+    offsets = tuple((stride - 1) / 2 for stride in strides)
+    return FeatureGrid(tuple(shape), strides, offsets, measured=False)
+
+
+@contextmanager
+def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
+    """Switch off modules that normalise, or mix tokens, by operations that are not known."""
+    thread = threading.get_ident()  # others may predict with the network at the same time
+
+    def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        same = isinstance(output, torch.Tensor) and args and args[0].shape == output.shape
+        return args[0] if same else None
+
+    def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        tokens = isinstance(output, torch.Tensor) and output.ndim == 3 < ndim
+        return torch.zeros_like(output) if tokens else None
+
+    with ExitStack() as stack:
+        for module in filter(takes_hooks, model.modules()):
+            if re.search("attention|sablock", type(module).__name__, re.IGNORECASE):
+                stack.callback(module.register_forward_hook(add_nothing).remove)
+            is_norm = re.search("norm", type(module).__name__, re.IGNORECASE)
+            if is_norm and not any(module.children()):
+                stack.callback(module.register_forward_hook(pass_on).remove)
+        yield
+
+
+@contextmanager
+def _any_size(model: nn.Module) -> Iterator[None]:
+    """Let an exported program take inputs of other sizes than it was exported with."""
+    if not isinstance(model, torch.export.UnflattenedModule):
+        yield
+        return
+    checked = model.check_input_constraints
+    model.check_input_constraints = False
+    try:
+        yield
+    finally:
+        model.check_input_constraints = checked

@@ -1,0 +1,205 @@
+"""Random numbers that a network draws while it predicts: the same in every pass, and given back.
+
+A network with dropout that stays on (Monte Carlo dropout) draws anew in every forward pass, so a
+prediction and a gradient of two passes would belong to two networks. Each pass is therefore started
+from the same random state, the caller's, and the state is put back after it. So are the states of
+generators that the network owns (see `seg3dcam.network.attributes`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seg3dcam.network.attributes import GENERATORS, belongings, memory_of
+
+
+class RandomState(NamedTuple):
+    """The state of every generator that a network may use.
+
+    Attributes:
+        torch: of the CPU.
+        devices: of each GPU in use, by its index.
+        numpy, python: of the libraries' own generators.
+        owned: (generator, its state) of those that the network owns.
+    """
+
+    torch: torch.Tensor
+    devices: tuple[tuple[int, torch.Tensor], ...]
+    numpy: Any
+    python: Any
+    owned: tuple[tuple[Any, Any], ...] = ()
+
+    def equals(self, other: RandomState) -> bool:
+        """Tell whether nothing was drawn between the two."""
+        tensors = [(self.torch, other.torch)]
+        tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=False)]
+        same = all(torch.equal(a, b) for a, b in tensors)
+        return same and self.equals_in_libraries(other) and self.owned_equals(other)
+
+    def equals_in_libraries(self, other: RandomState) -> bool:
+        """Tell whether nothing was drawn from NumPy's and Python's generators in between."""
+        same = all(map(np.array_equal, self.numpy, other.numpy))
+        return same and self.python == other.python
+
+    def seeded(self, seed: int) -> RandomState:
+        """Return this state, with NumPy's and Python's generators as a seed makes them."""
+        numpy, python = np.random.RandomState(seed).get_state(), random.Random(seed).getstate()
+        return self._replace(numpy=numpy, python=python)
+
+    def owned_equals(self, other: RandomState) -> bool:
+        """Tell whether the network's own generators drew nothing between the two."""
+        pairs = zip(self.owned, other.owned, strict=True)
+        return all(_same(one, two) for (_, one), (_, two) in pairs)
+
+
+#: Generators belong to the whole process: networks that draw go one after the other.
+_generators = threading.RLock()
+
+
+def owned_generators(model: nn.Module) -> list[Any]:
+    """Return the random generators that the modules of a network keep in attributes.
+
+    Not those of the operating system's random numbers, which have no state.
+    """
+    return [
+        thing
+        for thing in belongings(model)
+        if isinstance(thing, GENERATORS) and not isinstance(thing, random.SystemRandom)
+    ]
+
+
+def random_state(owned: Sequence[Any] = ()) -> RandomState:
+    """Return the present state, also of generators that a network owns."""
+    with _generators:  # never in the middle of another network's draws
+        return RandomState(
+            torch.get_rng_state(),
+            tuple((index, torch.cuda.get_rng_state(index)) for index in gpus()),
+            np.random.get_state(),
+            random.getstate(),
+            tuple((generator, _state_of(generator)) for generator in owned),
+        )
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put a state back."""
+    torch.set_rng_state(state.torch)
+    for index, of_device in state.devices:
+        torch.cuda.set_rng_state(of_device, index)
+    np.random.set_state(state.numpy)
+    random.setstate(state.python)
+    for generator, own in state.owned:
+        _set_state_of(generator, own)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate()
+
+
+def _set_state_of(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two states of one generator are the same."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
+
+
+@contextlib.contextmanager
+def drawing_from(state: RandomState) -> Iterator[None]:
+    """Start from a random state; afterwards the process's is as it was."""
+    with _generators:
+        before = random_state([generator for generator, _ in state.owned])
+        set_random_state(state)
+        try:
+            yield
+        finally:
+            set_random_state(before)
+
+
+def gpus() -> list[int]:
+    """Return the indices of all GPUs in use: a network may draw where its input lies."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def parameters_by_memory(model: nn.Module) -> dict[int, list[tuple[str, nn.Parameter]]]:
+    """Return memory -> the parameters that lie in it, with their names."""
+    found: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(memory_of(parameter), []).append((name, parameter))
+    return found
+
+
+class Drawn(TorchDispatchMode):
+    """Notes the first operation that draws random numbers, in this thread alone.
+
+    It also keeps what parameters were before something is written to them: of what is written by
+    way of their `.data` nothing else tells.
+
+    Args:
+        parameters: see `parameters_by_memory`.
+        overwritten: name of a parameter -> its values before; filled.
+
+    Attributes:
+        operation: its name, "" while there is none.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[int, Sequence[tuple[str, nn.Parameter]]],
+        overwritten: dict[str, torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.operation = ""
+        self._parameters, self._overwritten = parameters, overwritten
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        draws, written_to = _effects(func)
+        if draws and not self.operation:
+            self.operation = func.overloadpacket.__name__
+        for index, key in written_to:
+            value = args[index] if index < len(args) else kwargs.get(key)
+            if isinstance(value, torch.Tensor):
+                for name, parameter in self._parameters.get(memory_of(value), ()):
+                    if name not in self._overwritten:
+                        self._overwritten[name] = parameter.detach().clone()
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    """Return whether an operation draws; place and name of each argument that it writes to."""
+    arguments = enumerate(func._schema.arguments)
+    written_to = ((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)
+    return torch.Tag.nondeterministic_seeded in func.tags, tuple(written_to)

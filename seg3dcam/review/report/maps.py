@@ -1,0 +1,244 @@
+"""A map made small: on the coarsest grid from which a page can draw it well enough, in 8 bits."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch.nn.functional import avg_pool3d, max_pool3d
+
+from seg3dcam.geometry import FeatureGrid, interpolate
+from seg3dcam.review.report.data import Frame
+
+#: A map may be drawn this far from its value; a finer grid is taken where it is further off.
+MAP_ERROR = 0.02
+#: Grids that are tried for a map: voxels of the page to one of the layer, along each axis.
+MAP_PARTS = (1, 2, 4)
+#: Blocks that are averaged to make a map small are at most this large.
+MAX_BLOCK_MM = 20.0
+#: The code of 0 in a map. What is below is never drawn, but it says where the map crosses 0.
+ZERO_CODE = 55
+#: In a signed map, where what is below 0 is drawn as well as what is above.
+SIGNED_ZERO_CODE = 127
+#: Planes along each axis where the error is measured, besides the one through the peak.
+ERROR_PLANES = 4
+
+
+class PackedMap(NamedTuple):
+    """A map in 8 bits on a grid that may be coarser than the scan's.
+
+    The map is interpolated first and then cut at zero, as `Explanation.volume` was; that is why
+    values below zero are kept. `data` unpacks to differences along x of the codes, (Z, Y, X).
+    With the code `zero` of 0, code c is the value `ends[1] * (c - zero) / (255 - zero)`, and below
+    zero `ends[0] * (zero - c) / zero`.
+
+    `shape`, `start` and `step` are (x, y, z): voxel k lies at the scan's display index
+    start + step * k; beyond the outermost voxels their value is held. `error` is how far the page
+    is off where it was measured.
+    """
+
+    data: bytes
+    ends: list[float]
+    shape: list[int]
+    start: list[float]
+    step: list[float]
+    error: float
+
+
+class Lattice(NamedTuple):
+    """Where a layer's voxels lie along each of the scan's axes: at offset + stride * k."""
+
+    stride: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
+def pack_map(
+    values: torch.Tensor,
+    frame: Frame,
+    lattice: Lattice | None,
+    cells: Sequence[float],
+    limit: float,
+    signed: bool = False,
+) -> PackedMap:
+    """Pack a map, (X, Y, Z), whose largest value is 1, on the coarsest grid that is good enough.
+
+    Args:
+        lattice: the layer's voxels in the scan, between which the map was interpolated, so that
+            nothing is lost on them. None: not known, or not parallel to the scan's axes.
+        cells: scan voxels to one voxel of the layer's own grid, for each axis.
+        limit: bytes. Where no grid needs less, blocks of voxels are averaged.
+        signed: what is below 0 is drawn too; 1 is then the largest absolute value.
+    """
+    ways = _ways_to_read(values, lattice, cells, signed)
+    candidates = (_packed(*read, values, frame, signed) for read in ways)
+    best: PackedMap | None = None
+    for packed in candidates:
+        if len(packed.data) <= limit and (best is None or packed.error < best.error):
+            best = packed
+        if len(packed.data) > limit or packed.error <= MAP_ERROR:
+            break
+    return best or _packed_blocks(values, frame, limit, signed)
+
+
+def zero_code(signed: bool) -> int:
+    """Return the code of 0 in the maps of a page."""
+    return SIGNED_ZERO_CODE if signed else ZERO_CODE
+
+
+def lattice_of(
+    layer: Mapping[str, Any], prepared_affine: ArrayLike, affine: NDArray[np.float64]
+) -> Lattice | None:
+    """Return where a layer's voxels lie in the scan, from what `explain` keeps as provenance.
+
+    None where its axes are not those of the scan, which may have been turned for the network.
+    """
+    window = FeatureGrid(tuple(layer["shape"]), tuple(layer["stride"]), tuple(layer["offset"]))
+    matrix = np.linalg.inv(affine) @ window.affine(np.asarray(prepared_affine))
+    steps = np.abs(matrix[:3, :3])
+    stride = steps.max(1)
+    one_to_one = len(set(steps.argmax(1).tolist())) == 3
+    if not one_to_one or (steps.sum(1) - stride).max() > 1e-6 * stride.min():
+        return None
+    return Lattice(tuple(stride.tolist()), tuple(matrix[:3, 3].tolist()))
+
+
+def _ways_to_read(
+    values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float], signed: bool
+) -> Iterator[tuple[torch.Tensor, FeatureGrid]]:
+    """Yield a map on coarse grids first, on the scan's own at last."""
+    own = FeatureGrid.of_voxels(values.shape)
+    for parts in MAP_PARTS:
+        if lattice is None:
+            grid = _even_grid(values.shape, [cell / parts for cell in cells])
+            yield interpolate(values, own, grid), grid
+        else:
+            # Sliding windows may have put layer grids side by side: then halves or quarters fit.
+            stride = tuple(step / parts for step in lattice.stride)
+            grid = _nodes_or_voxels(Lattice(stride, lattice.offset), values.shape)
+            yield _at_nodes(values, grid), grid
+    # Each voxel alone: what is below zero, and is not drawn, tells nothing.
+    yield values if signed else values.clamp(min=0), own
+
+
+def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float, signed: bool) -> PackedMap:
+    """Average blocks of voxels, the larger the smaller `limit` is."""
+    side = min(frame.spacing)
+    while True:
+        side *= 1.5
+        block = [
+            min(size, max(1, round(side / mm)))
+            for mm, size in zip(frame.spacing, values.shape, strict=True)
+        ]
+        means = avg_pool3d(values[None], block, ceil_mode=True)[0]
+        offset = tuple((by - 1) / 2 for by in block)
+        grid = FeatureGrid(tuple(means.shape), tuple(map(float, block)), offset)
+        packed = _packed(means, grid, values, frame, signed)
+        if len(packed.data) <= limit or side > MAX_BLOCK_MM:
+            return packed
+
+
+def _nodes_or_voxels(lattice: Lattice, shape: Sequence[int]) -> FeatureGrid:
+    """Take the nodes that two of the scan's voxels tell of; where they are dense, its voxels."""
+    lines = []
+    for size, stride, offset in zip(shape, *lattice, strict=True):
+        first = math.ceil((1 - offset) / stride) - 1
+        last = math.floor((size - 2 - offset) / stride) + 1
+        if stride >= 2 and last > first:
+            lines.append((last - first + 1, stride, offset + stride * first))
+        else:
+            lines.append((size, 1.0, 0.0))
+    sizes, strides, offsets = zip(*lines, strict=True)
+    return FeatureGrid(sizes, strides, offsets)
+
+
+def _at_nodes(values: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
+    """Read a map at the nodes of its layer.
+
+    Between two nodes it is straight along each axis, so two voxels there tell the value of either
+    node exactly; voxels on both sides of a node do not.
+    """
+    for axis, size in enumerate(values.shape):
+        if grid.stride[axis] == 1:
+            continue
+        at = grid.positions(axis)
+        above = at.ceil()
+        low = torch.where(above + 1 > size - 1, at.floor() - 1, above).clamp(0, size - 2).long()
+        weight = (at - low).to(values.dtype).view(-1, *[1] * (values.ndim - axis - 1))
+        values = values.index_select(axis, low).lerp_(values.index_select(axis, low + 1), weight)
+    return values
+
+
+def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
+    """Return a grid from the first to the last voxel with at most `factors` voxels a step."""
+    sizes, steps = [], []
+    for n, by in zip(shape, factors, strict=True):
+        sizes.append(math.ceil((n - 1) / max(1, by)) + 1)
+        steps.append((n - 1) / (sizes[-1] - 1) if n > 1 else 1.0)
+    return FeatureGrid(tuple(sizes), tuple(steps), (0.0,) * len(sizes))
+
+
+def _packed(
+    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame, signed: bool
+) -> PackedMap:
+    if not signed:
+        # What is below zero, and has no neighbour above, is never seen: zeros need no room.
+        seen = max_pool3d(coarse[None], 3, stride=1, padding=1)[0] > 0
+        coarse = torch.where(seen, coarse, 0)
+    zero = zero_code(signed)
+    ends = [min(-1e-6, float(coarse.min())), max(1e-6 if signed else 1.0, float(coarse.max()))]
+    above, below = (255 - zero) / ends[1], zero / -ends[0]
+    codes = (torch.where(coarse < 0, coarse * below, coarse * above) + zero).round_().byte()
+    arranged = frame.arrange(codes.numpy())
+    data = zlib.compress(np.diff(arranged, axis=2, prepend=np.uint8(0)).tobytes(), 3)
+    levels = codes.float() - zero
+    drawn = torch.where(levels < 0, levels / below, levels / above)
+    first = [
+        size - 1 - offset - step * (count - 1) if flip else offset
+        for size, offset, step, count, flip in zip(
+            values.shape, grid.offset, grid.stride, grid.shape, frame.flipped, strict=True
+        )
+    ]
+    return PackedMap(
+        data,
+        ends,
+        frame.by_axis(grid.shape),
+        frame.by_axis(first),
+        frame.by_axis(grid.stride),
+        _largest_error(values, drawn, grid, signed),
+    )
+
+
+def _largest_error(
+    values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid, signed: bool
+) -> float:
+    """Compare planes through the peak, and some others, with what the page will draw."""
+    strongest = values.abs() if signed else values
+    peak = np.unravel_index(int(strongest.argmax()), values.shape)
+    largest = 0.0
+    for axis, size in enumerate(values.shape):
+        others = np.linspace(0, size - 1, min(size, ERROR_PLANES)).astype(int)
+        for index in {int(peak[axis]), *others.tolist()}:
+            wanted = values.narrow(axis, index, 1).movedim(axis, 0)
+            # The plane's own axis first: what is left is small.
+            drawn = interpolate(
+                coarse.movedim(axis, 0),
+                _axis_first(grid, axis),
+                FeatureGrid(tuple(wanted.shape), (1.0, 1.0, 1.0), (float(index), 0.0, 0.0)),
+            )
+            gap = drawn - wanted if signed else drawn.clamp_(min=0) - wanted.clamp(min=0)
+            largest = max(largest, float(gap.abs().max()))
+    return largest
+
+
+def _axis_first(grid: FeatureGrid, axis: int) -> FeatureGrid:
+    order = [axis, *(other for other in range(3) if other != axis)]
+    return FeatureGrid(
+        tuple(grid.shape[n] for n in order),
+        tuple(grid.stride[n] for n in order),
+        tuple(grid.offset[n] for n in order),
+    )

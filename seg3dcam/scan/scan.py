@@ -1,0 +1,95 @@
+"""A scan: voxels, where they lie in the patient, and a name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from seg3dcam.files.readers import Frame
+from seg3dcam.geometry import spacing_of
+
+#: What a NIfTI header says of the place and the kind of its voxels.
+_PLACE_FIELDS = (
+    *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "datatype"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("scl_slope", "scl_inter", "intent_code"),
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scan:
+    """A scan on its own grid.
+
+    - `data`: (C, X, Y, Z) float32, one entry of C per channel (modality).
+    - `affine`: (4, 4) float64, voxel index -> mm in RAS (x to the right, y forward, z up).
+    - `name`: the file name without folder and suffix, "scan" for a DICOM series; a folder may name
+      a patient.
+    - `header`: a NIfTI file's header as it is (of the first file, if there were several), which a
+      writer copies the geometry from. None for a scan of another format, or made in memory.
+    - `series`: the slices' DICOM headers without voxels, one for each index of the last axis. None
+      for a scan that was no DICOM series.
+    - `frame`: "sform" or "qform" where the user chose between a NIfTI header's two forms.
+
+    >>> scan = Scan(torch.zeros(1, 4, 5, 6), np.diag([0.5, 0.5, 2, 1]), "case")
+    >>> scan.shape, scan.spacing
+    ((4, 5, 6), (0.5, 0.5, 2.0))
+    """
+
+    data: torch.Tensor
+    affine: npt.NDArray[np.float64]
+    name: str
+    header: nib.Nifti1Header | None = None
+    series: Sequence[Any] | None = None
+    frame: Frame | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels per spatial axis."""
+        return tuple(self.data.shape[1:])
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Distance between voxel centres along each spatial axis, in mm."""
+        return spacing_of(self.affine)
+
+    @property
+    def title(self) -> str:
+        """The scan in a sentence: "scan case_7", and "the scan" where it has no name of its own."""
+        return "the scan" if self.name == "scan" else f"scan {self.name}"
+
+    def __repr__(self) -> str:
+        spacing = " x ".join(f"{step:.4g}" for step in self.spacing)
+        shape = " x ".join(map(str, self.shape))
+        return f"Scan({self.name!r}, {len(self.data)} channel(s), {shape} voxels of {spacing} mm)"
+
+
+def place_code(scan: Scan) -> str:
+    """Return a hash of all that a scan says beside its voxels: its place, and its headers.
+
+    Whatever a result is written with is part of it: both forms of a NIfTI header and their codes,
+    spacing, units and type, the frame that was chosen, and a series' DICOM headers.
+    """
+    said: list[str] = [np.ascontiguousarray(scan.affine).tobytes().hex(), str(scan.frame)]
+    if scan.header is not None:
+        said += [f"{key} {scan.header[key].tolist()}" for key in _PLACE_FIELDS]
+    for header in scan.series or ():
+        said += [_element_code(header, tag) for tag in sorted(header.keys())]
+    return hashlib.sha256("\n".join(said).encode(errors="backslashreplace")).hexdigest()
+
+
+def _element_code(header: Any, tag: Any) -> str:
+    try:
+        return repr((tag, header[tag].VR, header[tag].value))
+    except Exception:  # of pydicom, for a value that nobody can decode: as the file has it
+        return repr((tag, header.get_item(tag)))
+
+
+def _mm(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
