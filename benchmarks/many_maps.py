@@ -20,7 +20,7 @@ from measure import growth, machine, summary, take_turns
 from monai.networks.nets import UNet
 
 from seg3dcam import METHODS, EigenCAM, GradCAM, WindowPlan, targets
-from seg3dcam.cams.base import each_by
+from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import CAMS
 
 BOTTLENECK = "model.1.submodule.1.submodule.1.submodule.1.submodule"

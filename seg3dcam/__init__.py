@@ -5,6 +5,7 @@ from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.catalogue import (
     FEM,
     KPCACAM,
+    METHODS,
     AblationCAM,
     EigenCAM,
     EigenGradCAM,
@@ -26,7 +27,6 @@ from seg3dcam.cams.result import CamResult
 from seg3dcam.explaining.explain import explain, explain_each
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.job.record import load_explanation
-from seg3dcam.methods import METHODS
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.network.suggest import suggest_layers

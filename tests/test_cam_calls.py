@@ -8,7 +8,7 @@ import toy
 
 from seg3dcam import FullGrad, GradCAM, HiResCAM, WindowPlan, XResCAM, targets
 from seg3dcam.cams.attributions import Gradient
-from seg3dcam.cams.base import each_by
+from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, Seg3dcamWarning, TargetError
 

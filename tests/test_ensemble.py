@@ -11,11 +11,10 @@ from torch import nn
 from toy import plain, random_input, seeded
 
 from seg3dcam import EigenCAM, GradCAM, HiResCAM, WindowPlan
-from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.catalogue import CAMS, METHODS
 from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import ConfigError, InputError, ModelError
 from seg3dcam.geometry import FeatureGrid, interpolate
-from seg3dcam.methods import METHODS
 from seg3dcam.network.ensemble import Ensemble, Member
 from seg3dcam.network.suggest import suggest_layers
 from seg3dcam.targets import ClassLogit, ClassLogOdds

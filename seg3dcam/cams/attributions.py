@@ -1,39 +1,26 @@
 """Attributions of the input's voxels, computed by captum, behind the same call as a CAM.
 
 They are what CAMs are compared with. The map has the name "input" and the input's resolution.
-Through windows it explains the slope of the score at the prediction, sum of dS/dL . L: exact for
-gradients, and for all where the score is linear in the logits. Needs `seg3dcam[captum]`.
+Through windows it explains the slope of the score at the prediction, the sum of dS/dL . L. That is
+exact for gradients, and for every attribution where the score is linear in the logits.
+
+Captum is needed: pip install 'seg3dcam[captum]'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from seg3dcam.cams.base import BaseCAM, check_settings
-from seg3dcam.engine.input_attributions import Comparator
-
-
-class InputAttribution(BaseCAM):
-    """Base of the attributions.
-
-    Args:
-        settings: those of `seg3dcam.engine.input_attributions.Comparator` that the method looks at.
-    """
-
-    method = "gradient"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method's settings, for provenance."""
-        return {name: getattr(self._function, name) for name in self.own_settings}
-
-    def _configured(self, settings: Mapping[str, Any]) -> Comparator:
-        check_settings(self, settings, self.own_settings)
-        return Comparator(self.method, **settings)  # type: ignore[arg-type]
+from seg3dcam.cams.base import BaseCAM, methods_by_key
+from seg3dcam.methods.input_attributions import (
+    GradientTimesInput,
+    GuidedGradient,
+    HiddenBlocks,
+    NoisyGradients,
+    PathGradients,
+    PlainGradient,
+)
 
 
-class Gradient(InputAttribution):
+class Gradient(BaseCAM):
     """Gradient: how fast the score changes with each voxel.
 
     Formula: map (B, *S) = sum over channels of |dS/dx|.
@@ -43,10 +30,10 @@ class Gradient(InputAttribution):
     Undefined: never; noisy in deep networks.
     """
 
-    method = "gradient"
+    method, formula = "gradient", PlainGradient()
 
 
-class GradientXInput(InputAttribution):
+class GradientXInput(BaseCAM):
     """Gradient x input: what each voxel contributes if the score were linear.
 
     Formula: map (B, *S) = sum over channels of x dS/dx.
@@ -56,10 +43,10 @@ class GradientXInput(InputAttribution):
     Undefined: never; voxels of value 0 get nothing.
     """
 
-    method = "gradient_x_input"
+    method, formula = "gradient_x_input", GradientTimesInput()
 
 
-class SmoothGrad(InputAttribution):
+class SmoothGrad(BaseCAM):
     """SmoothGrad: the gradient averaged over noisy copies of the input.
 
     Formula: map (B, *S) = sum over channels of |mean over samples of dS/dx at x + noise|.
@@ -67,13 +54,17 @@ class SmoothGrad(InputAttribution):
     Cost: 1 forward for the prediction, then `samples` forward and backward.
     Class-specific: yes, with a target that is.
     Undefined: never; depends on the noise, a fraction of the input's range.
+
+    Args:
+        samples: how many noisy copies.
+        noise: the standard deviation of the noise, as a fraction of the input's range.
+        batch: how many copies go through the network at once.
     """
 
-    method = "smooth_grad"
-    own_settings = ("samples", "noise", "batch")
+    method, formula = "smooth_grad", NoisyGradients()
 
 
-class IntegratedGradients(InputAttribution):
+class IntegratedGradients(BaseCAM):
     """Integrated gradients: the gradient along the way from a baseline to the input.
 
     Formula: map (B, *S) = sum over channels of (x - x0) mean over the way of dS/dx.
@@ -81,13 +72,17 @@ class IntegratedGradients(InputAttribution):
     Cost: 1 forward for the prediction, then `steps` forward and backward.
     Class-specific: yes, with a target that is.
     Undefined: never; sums to S(x) - S(x0), and means nothing without its baseline.
+
+    Args:
+        baseline: the value of a voxel that says nothing.
+        steps: how many points there are on the way.
+        batch: how many points go through the network at once.
     """
 
-    method = "integrated_gradients"
-    own_settings = ("baseline", "steps", "batch")
+    method, formula = "integrated_gradients", PathGradients()
 
 
-class GuidedBackprop(InputAttribution):
+class GuidedBackprop(BaseCAM):
     """Guided backpropagation: the gradient with negative parts cut at every ReLU.
 
     Formula: as the gradient, its backward pass through nn.ReLU cut at 0; summed over channels.
@@ -98,10 +93,10 @@ class GuidedBackprop(InputAttribution):
         activations; functional ones, as F.relu, cannot be seen.
     """
 
-    method = "guided_backprop"
+    method, formula = "guided_backprop", GuidedGradient()
 
 
-class Occlusion(InputAttribution):
+class Occlusion(BaseCAM):
     """Occlusion: what the score loses when a block of voxels is hidden.
 
     Formula: map (u) = mean over blocks that hold u of S(x) - S(x with the block at the baseline).
@@ -110,21 +105,16 @@ class Occlusion(InputAttribution):
         overlap by half.
     Class-specific: yes, with a target that is.
     Undefined: never; a block smaller than what the network looks for shows nothing.
+
+    Args:
+        baseline: the value of a voxel that says nothing.
+        block: input voxels that are hidden together, one number or one for each axis. A block must
+            be larger than what the network looks for.
+        batch: how many changed inputs go through the network at once.
     """
 
-    method = "occlusion"
-    own_settings = ("baseline", "block", "batch")
+    method, formula = "occlusion", HiddenBlocks()
 
 
-#: Key -> class.
-ATTRIBUTIONS: dict[str, type[BaseCAM]] = {
-    cam.method: cam
-    for cam in (
-        Gradient,
-        GradientXInput,
-        SmoothGrad,
-        IntegratedGradients,
-        GuidedBackprop,
-        Occlusion,
-    )
-}
+#: Method key -> class, of all methods in this file.
+ATTRIBUTIONS: dict[str, type[BaseCAM]] = methods_by_key(vars())

@@ -1,4 +1,7 @@
-"""The CAM methods by name: thin classes that say what a method is; the work is in `methods/`.
+"""The CAM methods by name: what each is, and its formula.
+
+A method is one class here, with a key, a formula of `seg3dcam.methods` and a docstring; the tables
+at the end of the file are made of the classes. The fields of the formula are the method's settings.
 
 Every docstring states formula, paper, cost, whether the map depends on the class, and where it is
 undefined; `card` reads them, and `seg3dcam methods` prints them. A (B, C, *S) are activations,
@@ -9,14 +12,27 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from seg3dcam.cams.base import BaseCAM, check_settings
-from seg3dcam.methods.pooled import Block, Mode, PooledGradient
-from seg3dcam.network.layers import LayerSpec
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.base import BaseCAM, methods_by_key
+from seg3dcam.methods.eigen import (
+    KernelComponent,
+    PrincipalComponent,
+    ProductComponent,
+    SizedComponent,
+)
+from seg3dcam.methods.full_grad import FullGradient
+from seg3dcam.methods.perturbation import AblatedChannels, MaskedInputs
+from seg3dcam.methods.pointwise import PositiveGradients, PositiveProducts
+from seg3dcam.methods.pooled import BlockGradient, CorrectedGradient, PooledGradient
+from seg3dcam.methods.statistics import (
+    ActivationWeightedGradient,
+    AlphaWeights,
+    FarAboveMean,
+    RandomWeights,
+)
 
 CARD = ("Formula", "Paper", "Cost", "Class-specific", "Undefined")
 
@@ -45,7 +61,7 @@ class GradCAM(BaseCAM):
     Undefined: never; zero where the gradients of a channel cancel.
     """
 
-    method = "grad_cam"
+    method, formula = "grad_cam", PooledGradient(block=None)
 
 
 class SliceGradCAM(BaseCAM):
@@ -61,7 +77,7 @@ class SliceGradCAM(BaseCAM):
     A slice is one of the layer's grid, not of the scan.
     """
 
-    method = "slice_grad_cam"
+    method, formula = "slice_grad_cam", PooledGradient(block="slice")
 
 
 class HiResCAM(BaseCAM):
@@ -74,7 +90,7 @@ class HiResCAM(BaseCAM):
     Undefined: never. For a linear head the map sums to the score without its bias.
     """
 
-    method = "hires_cam"
+    method, formula = "hires_cam", PooledGradient(block=1)
 
 
 class XResCAM(BaseCAM):
@@ -92,23 +108,7 @@ class XResCAM(BaseCAM):
         mode: "mean" or "max" over a block.
     """
 
-    method = "xres_cam"
-    own_settings = ("window", "mode")
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layers: LayerSpec = "auto",
-        *,
-        window: Block = 2,
-        mode: Mode = "mean",
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, target_layers, window=window, mode=mode, **settings)
-
-    def _configured(self, settings: Mapping[str, Any]) -> PooledGradient:
-        check_settings(self, settings, self.own_settings)
-        return PooledGradient(settings["window"], settings["mode"])
+    method, formula = "xres_cam", BlockGradient()
 
 
 class GradCAMPlusPlus(BaseCAM):
@@ -121,7 +121,7 @@ class GradCAMPlusPlus(BaseCAM):
     Undefined: for activations < 0 (a warning); the score's scale changes the map's shape.
     """
 
-    method = "grad_cam_plus_plus"
+    method, formula = "grad_cam_plus_plus", AlphaWeights()
 
 
 class XGradCAM(BaseCAM):
@@ -134,7 +134,7 @@ class XGradCAM(BaseCAM):
     Undefined: where S_k is 0, as after InstanceNorm: weight 0 and status "degenerate".
     """
 
-    method = "xgrad_cam"
+    method, formula = "xgrad_cam", ActivationWeightedGradient()
 
 
 class LayerCAM(BaseCAM):
@@ -147,7 +147,7 @@ class LayerCAM(BaseCAM):
     Undefined: never.
     """
 
-    method = "layer_cam"
+    method, formula = "layer_cam", PositiveGradients()
 
 
 class GradCAMElementWise(BaseCAM):
@@ -160,7 +160,7 @@ class GradCAMElementWise(BaseCAM):
     Undefined: never.
     """
 
-    method = "grad_cam_elementwise"
+    method, formula = "grad_cam_elementwise", PositiveProducts()
 
 
 class EigenCAM(BaseCAM):
@@ -174,7 +174,7 @@ class EigenCAM(BaseCAM):
     Undefined: the sign is a convention (the larger side is positive); constant activations.
     """
 
-    method = "eigen_cam"
+    method, formula = "eigen_cam", PrincipalComponent()
 
 
 class EigenGradCAM(BaseCAM):
@@ -187,7 +187,7 @@ class EigenGradCAM(BaseCAM):
     Undefined: the sign is chosen to agree with HiResCAM.
     """
 
-    method = "eigen_grad_cam"
+    method, formula = "eigen_grad_cam", ProductComponent()
 
 
 class SegEigenCAM(BaseCAM):
@@ -200,7 +200,7 @@ class SegEigenCAM(BaseCAM):
     Undefined: the sign is a convention (the larger side is positive).
     """
 
-    method = "seg_eigen_cam"
+    method, formula = "seg_eigen_cam", SizedComponent()
 
 
 class KPCACAM(BaseCAM):
@@ -218,8 +218,7 @@ class KPCACAM(BaseCAM):
         gamma: default 1 / C.
     """
 
-    method = "kpca_cam"
-    own_settings = ("kernel", "gamma")
+    method, formula = "kpca_cam", KernelComponent()
 
 
 class FEM(BaseCAM):
@@ -232,7 +231,7 @@ class FEM(BaseCAM):
     Undefined: never; zero where no voxel stands out.
     """
 
-    method = "fem"
+    method, formula = "fem", FarAboveMean()
 
 
 class ScoreCAM(BaseCAM):
@@ -248,11 +247,11 @@ class ScoreCAM(BaseCAM):
     Undefined: never; weights are positive, so evidence against the class is not seen.
 
     Args:
-        memory_gb: what a batch of masked inputs, with all that the network makes of it, may take.
+        memory_gb: memory that a batch of masked inputs may take, with all that the network makes
+            of it.
     """
 
-    method = "score_cam"
-    own_settings = ("memory_gb",)
+    method, formula = "score_cam", MaskedInputs()
 
 
 class AblationCAM(BaseCAM):
@@ -265,11 +264,10 @@ class AblationCAM(BaseCAM):
     Undefined: for a score of 0 the weights are not divided.
 
     Args:
-        memory_gb: what a batch of ablated passes may take.
+        memory_gb: memory that a batch of ablated passes may take.
     """
 
-    method = "ablation_cam"
-    own_settings = ("memory_gb",)
+    method, formula = "ablation_cam", AblatedChannels()
 
 
 class ShapleyCAM(BaseCAM):
@@ -283,7 +281,7 @@ class ShapleyCAM(BaseCAM):
         is piecewise linear, as a logit of a ReLU network is.
     """
 
-    method = "shapley_cam"
+    method, formula = "shapley_cam", CorrectedGradient(block=None)
 
 
 class FullGrad(BaseCAM):
@@ -304,8 +302,7 @@ class FullGrad(BaseCAM):
         psi: "signed" keeps signs and sums, "paper" takes absolute values and scales every channel.
     """
 
-    method = "full_grad"
-    own_settings = ("psi",)
+    method, formula = "full_grad", FullGradient()
 
 
 class RandomCAM(BaseCAM):
@@ -321,31 +318,14 @@ class RandomCAM(BaseCAM):
         seed: of the drawing.
     """
 
-    method = "random"
-    own_settings = ("seed",)
+    method, formula = "random", RandomWeights()
 
 
-#: Method key -> class.
-CAMS: dict[str, type[BaseCAM]] = {
-    cam.method: cam
-    for cam in (
-        GradCAM,
-        SliceGradCAM,
-        HiResCAM,
-        XResCAM,
-        GradCAMPlusPlus,
-        XGradCAM,
-        LayerCAM,
-        GradCAMElementWise,
-        EigenCAM,
-        EigenGradCAM,
-        SegEigenCAM,
-        KPCACAM,
-        FEM,
-        ScoreCAM,
-        AblationCAM,
-        ShapleyCAM,
-        FullGrad,
-        RandomCAM,
-    )
-}
+#: Method key -> class, of all methods in this file.
+CAMS: dict[str, type[BaseCAM]] = methods_by_key(vars())
+
+#: Method key -> formula, for activations and gradients of your own.
+METHODS: dict[str, Callable[..., Any]] = {key: cam.formula for key, cam in CAMS.items()}  # type: ignore[misc]
+
+#: Every method by its key, attributions of the input included.
+ALL_METHODS: dict[str, type[BaseCAM]] = CAMS | ATTRIBUTIONS

@@ -20,17 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import (
-    FirstPass,
-    Progress,
-    Seed,
-    activation_pass,
-    gradient_pass,
-    predict,
-    silent,
-    wide,
-)
+from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, predict, silent, wide
+from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import InputError, LayerError
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate, spacing_of
 from seg3dcam.methods.base import weighted_sum
@@ -212,10 +205,7 @@ def _first_pass(
     if with_logits:
         return predict(capture, x, windows, graph=True, keep=True, progress=progress)
     at_once = AtOnce(windows.plan.sw_batch_size)
-    first = FirstPass(capture, windows, x, x.new_empty(0), {}, at_once=at_once)
-    first.kept[0, 0] = capture.observe_layers(first.cut([0], [0]))
-    first.shapes = capture.shapes
-    return first
+    return FirstPass.of_first_window(capture, windows, x, at_once)
 
 
 def _checked_cut(layer: LayerRef, grid: FeatureGrid, axis: int, index: int | None) -> int | None:
@@ -249,13 +239,13 @@ def _channel_weights(
 ) -> torch.Tensor:
     """Return Grad-CAM's weights, (C,): the mean gradient over the volume's layer."""
     _, seed = score_and_seed(target, first.logits)
-    method = PooledGradient()
+    method = PooledGradient(block=None)
     sums = None
     for found in gradient_pass(first, [0], [Seed.of(seed)], progress):
         for _, a, g in found.each(layer):
             more = method.weigh(a, wide(g), {})
             sums = more if sums is None else method.join(sums, more)
-    first.graph = None
+    first.release_graph()
     if sums is None:  # the score's gradient is zero everywhere
         _, found_once = next(activation_pass(first, [0], [0]))
         return wide(found_once[layer]).new_zeros(found_once[layer].shape[1])

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seg3dcam.cams.base import BaseCAM
-from seg3dcam.cams.catalogue import card
+from seg3dcam.cams.catalogue import ALL_METHODS, card
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -37,7 +37,7 @@ from seg3dcam.errors import (
     TargetError,
     nearest,
 )
-from seg3dcam.explaining.explain import ALL_METHODS, explain_each
+from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.features import features_of_scan
 from seg3dcam.files import check_writable, resolved, shortened, unique_names, visible

@@ -1,10 +1,14 @@
-"""How maps come about: from an input, targets and methods to the raw maps of layers.
+"""How maps come about: from an input, targets and formulas to the raw maps of layers.
 
-run             which method goes which way, and in what order
-passes          windows through the network: predict, take gradients, look at activations
-mapping         methods of activations and gradients, step by step over windows
-curvature       gradients corrected by the Hessian (ShapleyCAM)
-rescoring       Score-CAM and Ablation-CAM
-full_gradients  FullGrad
-comparators     captum's attributions of the input
+run                 which formula goes which way, and in what order
+passes              windows through the network: the prediction, and activations again
+gradients, seed     gradients of scores at the layers
+maps                formulas of activations and gradients, step by step over windows
+curvature           gradients corrected by the Hessian (ShapleyCAM)
+rescoring           Score-CAM and Ablation-CAM
+full_gradients      FullGrad
+input_attributions  captum's attributions of the input
+layer_map           what comes out: a raw, signed map, its status and its scaling
+gradient_check      whether the gradient follows the score
+memory              what happens where memory does not suffice
 """

@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, Seed, gradient_pass, wide
+from seg3dcam.engine.passes import FirstPass, Progress, wide
+from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
-from seg3dcam.methods import FullGradient
 from seg3dcam.methods.base import for_each_item
+from seg3dcam.methods.full_grad import FullGradient
 from seg3dcam.network.capture import Capture, capturing
 from seg3dcam.network.grid_measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from seg3dcam.engine.gradients import Gradients
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Gradients, Progress, Seed, activation_pass, wide
+from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, wide
+from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid, cropped
-from seg3dcam.methods import Method
-from seg3dcam.methods.base import Sums
+from seg3dcam.methods.base import StepwiseFormula, Sums
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.windows import Blend, GroupBlend
 
@@ -28,7 +29,7 @@ Maps = dict[LayerRef, LayerMap]
 def attribute(
     first: FirstPass,
     seeds: Sequence[Seed],
-    methods: Sequence[Method],
+    methods: Sequence[StepwiseFormula],
     grids: dict[LayerRef, FeatureGrid],
     passes: Callable[..., Iterator[Gradients]],
     progress: Progress,
@@ -53,7 +54,7 @@ def attribute(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Task:
     """One map to be made; a map that is the same for every target is made once (target None)."""
 
     target: int | None
@@ -66,27 +67,27 @@ def _attribute(
     first: FirstPass,
     items: Sequence[int],
     seeds: Sequence[Seed],
-    methods: Sequence[Method],
+    methods: Sequence[StepwiseFormula],
     grids: dict[LayerRef, FeatureGrid],
     passes: Callable[..., Iterator[Gradients]],
     progress: Progress,
 ) -> list[list[Maps]]:
     """Lead the makers of all maps of some items through their steps."""
-    jobs = [
-        _Job(target, number, layer, MapMaker(first, len(items), method, grid))
+    tasks = [
+        _Task(target, number, layer, MapMaker(first, len(items), method, grid))
         for number, method in enumerate(methods)
         for target in ([None] if method.agnostic else range(len(seeds)))
         for layer, grid in grids.items()
     ]
-    _over_activations(first, items, [job for job in jobs if job.maker.surveys], progress)
-    _over_gradients(passes(first, items, seeds, progress), jobs)
-    for job in jobs:
-        job.maker.conclude()
-    again = [job for job in jobs if job.maker.waits_for_gradients]
+    _over_activations(first, items, [task for task in tasks if task.maker.surveys], progress)
+    _over_gradients(passes(first, items, seeds, progress), tasks)
+    for task in tasks:
+        task.maker.conclude()
+    again = [task for task in tasks if task.maker.waits_for_gradients]
     _over_gradients(passes(first, items, seeds, progress), again)
-    _over_activations(first, items, [job for job in jobs if job.maker.waits], progress)
+    _over_activations(first, items, [task for task in tasks if task.maker.waits], progress)
 
-    found = {(job.target, job.method, job.layer): job.maker.result() for job in jobs}
+    found = {(task.target, task.method, task.layer): task.maker.result() for task in tasks}
     return [
         [
             {layer: found[None if m.agnostic else target, number, layer] for layer in grids}
@@ -96,25 +97,25 @@ def _attribute(
     ]
 
 
-def _over_gradients(gradients: Iterator[Gradients], jobs: Sequence[_Job]) -> None:
-    if all(job.target is None for job in jobs):
+def _over_gradients(gradients: Iterator[Gradients], tasks: Sequence[_Task]) -> None:
+    if all(task.target is None for task in tasks):
         return
     for found in gradients:
-        for job in jobs:
-            if job.target == found.target:
-                for window, a, g in found.each(job.layer):
-                    job.maker.take(window, a, g)
+        for task in tasks:
+            if task.target == found.target:
+                for window, a, g in found.each(task.layer):
+                    task.maker.take(window, a, g)
         del found  # with its graph, before the next one is made
 
 
 def _over_activations(
-    first: FirstPass, items: Sequence[int], jobs: Sequence[_Job], progress: Progress
+    first: FirstPass, items: Sequence[int], tasks: Sequence[_Task], progress: Progress
 ) -> None:
-    which = sorted({window for job in jobs for window in job.maker.wanted})
+    which = sorted({window for task in tasks for window in task.maker.wanted})
     for done, (window, activations) in enumerate(activation_pass(first, items, which), 1):
-        for job in jobs:
-            if window in job.maker.wanted:
-                job.maker.look(window, activations[job.layer])
+        for task in tasks:
+            if window in task.maker.wanted:
+                task.maker.look(window, activations[task.layer])
         progress("mapping", done, len(which))
 
 
@@ -133,7 +134,7 @@ class MapMaker:
         self,
         first: FirstPass,
         batch: int,
-        method: Method,
+        method: StepwiseFormula,
         grid: FeatureGrid,
     ) -> None:
         like = first.x.new_zeros(batch)

@@ -65,7 +65,8 @@ class AtOnce:
 
 
 class _HasPlan(Protocol):
-    sliding_window: WindowPlan | None
+    @property
+    def sliding_window(self) -> WindowPlan | None: ...
 
 
 Explains = TypeVar("Explains", bound=_HasPlan)
@@ -74,7 +75,7 @@ Explains = TypeVar("Explains", bound=_HasPlan)
 def advising(
     run: Callable[Concatenate[Explains, Rest], Result],
 ) -> Callable[Concatenate[Explains, Rest], Result]:
-    """Let a function of a CAM say what to do where memory does not suffice for it."""
+    """Let a function of something with a window plan say what to do when memory runs out."""
 
     @functools.wraps(run)
     def advised(cam: Explains, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:

@@ -1,14 +1,11 @@
-"""Passes over a volume, window by window: predict it, take gradients, look at activations again.
+"""Passes over a volume, window by window: predict it, and look at its activations again.
 
-For logits stitched from windows, L(v) = sum_w share_w(v) l_w(v), and any score S(L), the gradient
-of S with respect to the activations of window w is that window's own backward pass, started with
-`share_w * dS/dL`. So the whole volume is explained exactly, one batch of windows at a time, and a
-window where `dS/dL` vanishes needs no backward pass at all. Several scores share the forward pass.
+`FirstPass` is what the prediction leaves for all that follows; `gradients` has the backward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,9 +14,12 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.seed import index_of
 from seg3dcam.errors import ModelError
 from seg3dcam.network.capture import Capture
+from seg3dcam.network.kinds import takes_hooks
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.outputs import tensors_in
 from seg3dcam.windows import Windows, stitched
 
 #: Called with (step, windows done, windows in all).
@@ -32,6 +32,46 @@ def silent(step: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
+class ActivationCache:
+    """Activations of windows that later passes need again, kept while they fit.
+
+    They lie on the scan's device, which is the CPU for a scan that is larger than the GPU.
+
+    Args:
+        room: bytes that they may take in all.
+        device: where they are kept.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        self._room, self._device = room, device
+        self._kept: dict[tuple[int, int], Activations] = {}
+        self._homes: dict[LayerRef, torch.device] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return self._room > 0
+
+    def offer(self, item: int, window: int, activations: Activations) -> None:
+        """Keep a copy of the activations of an item's window, if there is room for it."""
+        self._room -= sum(a.numel() * a.element_size() for a in activations.values())
+        if self.has_room:
+            copies = {la: a.to(self._device, copy=True) for la, a in activations.items()}
+            self._homes.update({layer: a.device for layer, a in activations.items()})
+            self._kept[item, window] = copies
+
+    def keep(self, item: int, window: int, activations: Activations) -> None:
+        """Keep the activations themselves, whatever they take."""
+        self._homes.update({layer: a.device for layer, a in activations.items()})
+        self._kept[item, window] = activations
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        return place in self._kept
+
+    def __getitem__(self, place: tuple[int, int]) -> Activations:
+        """Return the activations of (item, window), each on the device of its layer."""
+        return {layer: a.to(self._homes[layer]) for layer, a in self._kept[place].items()}
+
+
 @dataclass
 class FirstPass:
     """What the first pass leaves behind.
@@ -39,13 +79,11 @@ class FirstPass:
     Attributes:
         x: the input (B, C, *S).
         logits: (B, K, *S), detached, on the device of `x`.
+        shapes: layer -> spatial shape of its activations in one window.
         graph: with one window, the padded logits with their graph; else None.
         activations: with one window, those of the whole batch.
-        shapes: layer -> spatial shape of its activations in one window.
-        kept: (item, window) -> activations, as far as they fit the plan's memory limit.
-        footprint: bytes that one input takes in a forward pass, once measured.
+        cache: of several windows, the activations that were kept.
         own: of a member of an ensemble, its own logits; `logits` are then the ensemble's.
-        devices: layer -> where its activations were before they were kept.
         at_once: how many windows go through the network at once.
     """
 
@@ -56,15 +94,26 @@ class FirstPass:
     shapes: dict[LayerRef, tuple[int, ...]]
     graph: torch.Tensor | None = None
     activations: Activations = field(default_factory=dict)
-    kept: dict[tuple[int, int], Activations] = field(default_factory=dict)
-    footprint: int = 0
+    cache: ActivationCache | None = None
     own: torch.Tensor | None = None
-    devices: dict[LayerRef, torch.device] = field(default_factory=dict)
     at_once: AtOnce = field(default_factory=lambda: AtOnce(1))
+
+    @classmethod
+    def of_first_window(
+        cls, capture: Capture, windows: Windows, x: torch.Tensor, at_once: AtOnce
+    ) -> FirstPass:
+        """Run the first item's first window as far as the layers, and nothing else.
+
+        Its activations are kept. There are no logits.
+        """
+        first = cls(capture, windows, x, x.new_empty(0), {}, at_once=at_once)
+        cache = ActivationCache(0, x.device)
+        cache.keep(0, 0, capture.observe_layers(first.cut([0], [0])))
+        return replace(first, shapes=capture.shapes, cache=cache)
 
     @property
     def items(self) -> list[list[int]]:
-        """The items that are worked on together: all in one window, else one by one."""
+        """The items that are worked on together: all of them in one window, else one by one."""
         batch = list(range(len(self.x)))
         return [batch] if len(self.windows) == 1 else [[item] for item in batch]
 
@@ -76,87 +125,46 @@ class FirstPass:
     def total_importance(self) -> torch.Tensor:
         return self.windows.total_importance(self.x)
 
+    @cached_property
+    def footprint(self) -> int:
+        """Bytes that one input takes in a forward pass in which no output is let go of."""
+        taken = 0
+
+        def count(module: torch.nn.Module, args: object, output: object) -> None:
+            nonlocal taken
+            taken += sum(t.numel() * t.element_size() for _, t in tensors_in(output))
+
+        x = self.cut([0], [0])
+        hooks = [
+            module.register_forward_hook(count)
+            for module in self.capture.model.modules()
+            if not any(module.children()) and takes_hooks(module)
+        ]
+        try:
+            self.capture.observe(x, copy=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stitched_logits = self.logits[:1].numel() * self.logits.element_size()
+        return taken + 2 * x.numel() * x.element_size() + 2 * stitched_logits
+
     def cut(self, items: Sequence[int], which: Sequence[int]) -> torch.Tensor:
         """Return windows of the input as the network takes them: (items x windows, C, *roi)."""
         # A copy, as whatever is cut: a network may work in place on its input.
         return self.capture.to_model(self.windows.cut(self.padded[list(items)], which))
 
+    def place(self, window: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Return where a window's logits lie in those of the volume: start and size."""
+        windows = self.windows
+        if len(windows) == 1 and windows.padded_shape == windows.shape:
+            size = self.logits.shape[2:]  # of any resolution; a classifier's have no place at all
+            return (0,) * len(size), size
+        starts = zip(windows.starts[window], windows.before, strict=True)
+        return [start - before for start, before in starts], windows.roi
 
-@dataclass(frozen=True)
-class Seed:
-    """dS/dlogits of one target, kept as the smallest box of channels and voxels that is not zero.
-
-    Attributes:
-        start: first index of the box in (B, K, *S).
-        values: the box.
-        shape: (B, K, *S).
-    """
-
-    start: tuple[int, ...]
-    values: torch.Tensor
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, dense: torch.Tensor) -> Seed:
-        """Return the seed with the values of a (B, K, *S) tensor.
-
-        >>> seed = Seed.of(torch.tensor([[[0.0, 2.0, 0.0]]]))
-        >>> seed.start, seed.values.tolist()
-        ((0, 0, 1), [[[2.0]]])
-        """
-        start, box = [0], dense  # of all items
-        for axis in range(1, dense.ndim):
-            first, end = _used(box, axis)
-            start.append(first)
-            box = box.narrow(axis, first, end - first)
-        whole = box.shape == dense.shape
-        return cls(tuple(start), box if whole else box.clone(), tuple(dense.shape))
-
-    def touches(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> bool:
-        """Tell whether anything in a box in space is not zero; for the arguments see `cut`."""
-        low, high = self._overlap(items, start, size)
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return False
-        inner = self.values[_between(low, high, self.start)]
-        return inner.shape == self.values.shape or bool((inner != 0).any())
-
-    def cut(self, items: Sequence[int], start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """Return a box in space, (len(items), K, *size).
-
-        Args:
-            items: consecutive ones.
-            start: of the box in voxels of the volume; it may reach beyond the volume.
-        """
-        low, high = self._overlap(items, start, size)
-        first = [items[0], 0, *start]
-        if self.values.shape == (len(items), self.shape[1], *size) and first == [*self.start]:
-            return self.values.clone()
-        result = self.values.new_zeros(len(items), self.shape[1], *size)
-        if all(a < b for a, b in zip(low, high, strict=True)):
-            result[_between(low, high, first)] = self.values[_between(low, high, self.start)]
-        return result
-
-    def _overlap(
-        self, items: Sequence[int], start: Sequence[int], size: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
-        """Return where a box in space and this one overlap: first and past-the-last index."""
-        first = [items[0], 0, *start]
-        lengths = [len(items), self.shape[1], *size]
-        low = list(map(max, first, self.start))
-        ends = [f + n for f, n in zip(first, lengths, strict=True)]
-        own = [s + n for s, n in zip(self.start, self.values.shape, strict=True)]
-        return low, list(map(min, ends, own))
-
-
-def _used(values: torch.Tensor, axis: int) -> tuple[int, int]:
-    """Return first and past-the-last index along an axis of what is not zero; NaN is not."""
-    size = values.shape[axis]
-    if not size:
-        return 0, 0
-    if all((values.select(axis, rim) != 0).any() for rim in (0, size - 1)):
-        return 0, size  # most often, and seen at a glance
-    used = (values != 0).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
-    return (used[0], used[-1] + 1) if used else (0, 0)
+    def release_graph(self) -> None:
+        """Let go of the graph, which takes memory, once no gradient of it is needed any more."""
+        self.graph = None
 
 
 def predict(
@@ -175,48 +183,63 @@ def predict(
         keep: whether later passes will need the activations of every window.
     """
     if len(windows) == 1:
-        progress("predicting", 0, 1)
-        # Cloned: a network may work in place on its input, and that is the caller's.
-        padded = capture.to_model(windows.pad(x).clone())
-        output = capture.forward(padded) if graph else capture.observe(padded, copy=keep)
-        if windows.padded_shape != windows.shape:
-            check_resolution(output, windows.roi)
-        logits = windows.crop(output.detach()).to(x)
-        first = FirstPass(capture, windows, x, logits, capture.shapes)
-        first.graph, first.activations = output if graph else None, capture.activations
-        return first
-
-    kept: dict[tuple[int, int], Activations] = {}
-    devices: dict[LayerRef, torch.device] = {}
-    room = int(windows.plan.cache_gb * 1e9) if keep else 0
+        return _predict_in_one(capture, x, windows, graph, keep, progress)
+    cache = ActivationCache(int(windows.plan.cache_gb * 1e9) if keep else 0, x.device)
+    at_once = AtOnce(windows.plan.sw_batch_size)
     done = 0
 
     def predicted(batch: torch.Tensor) -> torch.Tensor:
-        nonlocal done, room
-        logits = capture.observe(capture.to_model(batch.clone()), copy=room > 0)
+        nonlocal done
+        logits = capture.observe(capture.to_model(batch.clone()), copy=cache.has_room)
         check_resolution(logits, windows.roi)
-        if room > 0:
-            devices.update({layer: a.device for layer, a in capture.activations.items()})
-            for offset, activations in enumerate(_split(capture.activations, len(batch))):
-                room -= sum(a.numel() * a.element_size() for a in activations.values())
-                if room > 0:
-                    kept[divmod(done + offset, len(windows))] = _to(activations, x.device)
+        if cache.has_room:
+            for number, activations in enumerate(_split(capture.activations, len(batch)), done):
+                cache.offer(*divmod(number, len(windows)), activations)
         done += len(batch)
         progress("predicting", done, len(windows) * len(x))
         return logits.to(batch)
-
-    plan = windows.plan
-    at_once = AtOnce(plan.sw_batch_size)
 
     def predictor(batch: torch.Tensor) -> torch.Tensor:
         parts = list(at_once.each(len(batch), lambda part: predicted(batch[part])))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    logits = _stitched_logits(capture, x, windows, predictor)
+    return FirstPass(capture, windows, x, logits, capture.shapes, cache=cache, at_once=at_once)
+
+
+def _predict_in_one(
+    capture: Capture, x: torch.Tensor, windows: Windows, graph: bool, keep: bool, progress: Progress
+) -> FirstPass:
+    """Run the first pass of one window, which is the whole volume."""
+    progress("predicting", 0, 1)
+    # Cloned: a network may work in place on its input, and that is the caller's.
+    padded = capture.to_model(windows.pad(x).clone())
+    output = capture.forward(padded) if graph else capture.observe(padded, copy=keep)
+    if windows.padded_shape != windows.shape:
+        check_resolution(output, windows.roi)
+    logits = windows.crop(output.detach()).to(x)
+    return FirstPass(
+        capture,
+        windows,
+        x,
+        logits,
+        capture.shapes,
+        graph=output if graph else None,
+        activations=capture.activations,
+    )
+
+
+def _stitched_logits(
+    capture: Capture,
+    x: torch.Tensor,
+    windows: Windows,
+    predictor: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return the logits (B, K, *S) as nnU-Net or MONAI stitch them."""
+    plan = windows.plan
     if plan.convention != "monai":
-        logits = stitched(windows, x, predictor)
-        first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
-        return replace(first, devices=devices, at_once=at_once)
-    logits = sliding_window_inference(
+        return stitched(windows, x, predictor)
+    return sliding_window_inference(
         x,
         windows.roi,
         plan.sw_batch_size,
@@ -229,8 +252,6 @@ def predict(
         sw_device=capture.device,
         device=x.device,
     )
-    first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
-    return replace(first, devices=devices, at_once=at_once)
 
 
 def predict_member(
@@ -262,130 +283,12 @@ def predict_member(
     return replace(first, shapes=capture.shapes)
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of one target in some windows.
-
-    Attributes:
-        target: its number.
-        batch: the windows that went through the network together.
-        seeded: those of them that have a seed.
-        logits: (n, K, *roi) with their graph, n = windows x items.
-        upstream: dS/d(logits), (n, K, *roi).
-        activations, gradients: layer -> (n, C, *s).
-    """
-
-    target: int
-    batch: list[int]
-    seeded: list[int]
-    logits: torch.Tensor
-    upstream: torch.Tensor
-    activations: Activations
-    gradients: Activations
-
-    def each(self, layer: LayerRef) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (window, activations, gradients) of a layer."""
-        if layer not in self.gradients:  # the score does not depend on it
-            return
-        count = len(self.batch)
-        parts = (self.activations[layer].chunk(count), self.gradients[layer].chunk(count))
-        for window, a, g in zip(self.batch, *parts, strict=True):
-            if window in self.seeded:
-                yield window, a, g
-
-
-def gradient_pass(
-    first: FirstPass,
-    items: Sequence[int],
-    seeds: Sequence[Seed],
-    progress: Progress,
-    *,
-    keep_graph: bool = False,
-    create_graph: bool = False,
-) -> Iterator[Gradients]:
-    """Yield the gradients of every target in every window that has a seed of it.
-
-    All targets share one forward pass per window.
-
-    Args:
-        seeds: one for each target.
-        keep_graph: whether the first pass's graph (one window) will be needed again.
-        create_graph: make gradients that can be differentiated again.
-    """
-    touched: dict[int, list[int]] = {}
-    for number, seed in enumerate(seeds):
-        for window in seeded_windows(first, items, seed):
-            touched.setdefault(window, []).append(number)
-    every = sorted(touched)
-    # Windows, and the targets that are still wanted in them; the next ones are last.
-    waiting = [(every, list(range(len(seeds))))] if every else []
-    done = 0
-    while waiting:
-        which, wanted = waiting.pop()
-        if len(which) > first.at_once.count:
-            which, later = which[: first.at_once.count], which[first.at_once.count :]
-            waiting.append((later, [*wanted]))
-        wanted = [n for n in wanted if any(n in touched[window] for window in which)]
-        try:
-            for found in _gradients_of(
-                first, items, seeds, touched, which, wanted, keep_graph, create_graph
-            ):
-                yield found
-                wanted = [n for n in wanted if n != found.target]
-                del found  # whoever took it may be done with it
-        except torch.OutOfMemoryError as error:
-            first.at_once.halve(len(which), error)
-            first.capture.clear()
-            waiting.append((which, wanted))
-            continue
-        done += len(which)
-        progress("explaining", done, len(touched))
-
-
-def _gradients_of(
-    first: FirstPass,
-    items: Sequence[int],
-    seeds: Sequence[Seed],
-    touched: Mapping[int, Sequence[int]],
-    which: list[int],
-    targets: Sequence[int],
-    keep_graph: bool,
-    create_graph: bool,
-) -> Iterator[Gradients]:
-    """Yield the gradients of some targets in one batch of windows."""
-    if not targets:  # all were found before memory ran out
-        return
-    capture = first.capture
-    if first.graph is not None:
-        logits, keep = first.graph, keep_graph
-    else:
-        logits, keep = capture.forward(first.cut(items, which)), False
-    for target in targets:
-        last = target == targets[-1]
-        upstream = upstream_of(first, seeds[target], items, which).to(logits)
-        upstream.requires_grad_(create_graph)
-        gradients = capture.gradients(
-            logits,
-            upstream,
-            keep_graph=keep or not last or create_graph,
-            create_graph=create_graph,
-        )
-        seeded = [window for window in which if target in touched[window]]
-        yield Gradients(target, which, seeded, logits, upstream, capture.activations, gradients)
-
-
-def seeded_windows(first: FirstPass, items: Sequence[int], seed: Seed) -> list[int]:
-    """Return the windows where a seed is not zero everywhere."""
-    every = range(len(first.windows))
-    return [window for window in every if seed.touches(items, *_place(first, window))]
-
-
 def scored_alone(
     target: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, item: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a target as a function of one item's logits (1, K, *S) -> (1,).
 
-    The others keep theirs: a target may hold a mask for every item.
+    The other items keep their logits, since a target may hold a mask for every item.
 
     Args:
         target: one that is fixed.
@@ -393,8 +296,8 @@ def scored_alone(
     """
 
     def score(own: torch.Tensor) -> torch.Tensor:
-        together = torch.cat([logits[:item], own, logits[item + 1 :]])
-        return target(together)[item : item + 1]
+        batch = torch.cat([logits[:item], own, logits[item + 1 :]])
+        return target(batch)[item : item + 1]
 
     return target if len(logits) == 1 else score
 
@@ -413,7 +316,7 @@ def stitch(
     """
     windows = first.windows
     for window, part in zip(which, values.detach().to(total).chunk(len(which)), strict=True):
-        start, size = _place(first, window)
+        start, size = first.place(window)
         if len(windows) > 1:
             part = part * windows.importance.to(part)
             part /= windows.cut(first.total_importance, [window])
@@ -421,7 +324,7 @@ def stitch(
         high = [min(s + n, end) for s, n, end in zip(start, size, total.shape[2:], strict=True)]
         inside = total[slice(items[0], items[-1] + 1)]
         outer: Any = (..., *map(slice, low, high))
-        inside[outer] += part[(..., *_between(low, high, start))]
+        inside[outer] += part[(..., *index_of(low, high, start))]
 
 
 def activation_pass(
@@ -435,15 +338,13 @@ def activation_pass(
         yield from ((window, first.activations) for window in which)
         return
     (item,) = items
-    again = [window for window in which if (item, window) not in first.kept]
-    recomputed = _computed_again(first, items, again)
+    kept = [window for window in which if first.cache is not None and (item, window) in first.cache]
+    computed = _computed_again(first, items, [window for window in which if window not in kept])
     for window in which:
-        kept = first.kept.get((item, window))
-        if kept is None:
-            yield next(recomputed)
+        if first.cache is not None and window in kept:
+            yield window, first.cache[item, window]
         else:
-            home = first.capture.device
-            yield window, {k: a.to(first.devices.get(k, home)) for k, a in kept.items()}
+            yield next(computed)
 
 
 def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
@@ -456,7 +357,7 @@ def check_resolution(logits: torch.Tensor, shape: Sequence[int]) -> None:
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
-    """Return at least float32: half precision is for networks, not for sums."""
+    """Return the values in float32 at least: half precision is for networks, not for sums."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -470,39 +371,7 @@ def _computed_again(
         yield from zip(batch, _split(found, len(batch)), strict=True)
 
 
-def _between(low: Sequence[int], high: Sequence[int], start: Sequence[int]) -> Any:
-    """Return the index of low ... high - 1 in a tensor whose first voxel is `start`."""
-    return tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-
-
-def _place(first: FirstPass, window: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Return where a window's logits lie in those of the volume: start and size."""
-    windows = first.windows
-    if len(windows) == 1 and windows.padded_shape == windows.shape:
-        size = first.logits.shape[2:]  # of any resolution; a classifier's have no place at all
-        return (0,) * len(size), size
-    starts = zip(windows.starts[window], windows.before, strict=True)
-    return [start - before for start, before in starts], windows.roi
-
-
-def upstream_of(
-    first: FirstPass, seed: Seed, items: Sequence[int], which: Sequence[int]
-) -> torch.Tensor:
-    """Return a batch of windows' parts of a seed, each weighted with the window's share."""
-    windows = first.windows
-    parts = [seed.cut(items, *_place(first, window)) for window in which]
-    if len(windows) > 1:
-        for window, part in zip(which, parts, strict=True):
-            part *= windows.importance.to(part)
-            part /= windows.cut(first.total_importance, [window])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _split(activations: Activations, count: int) -> Iterator[Activations]:
     """Split a batch of windows into its windows."""
     for window in range(count):
         yield {layer: a[window : window + 1] for layer, a in activations.items()}
-
-
-def _to(activations: Activations, device: torch.device) -> Activations:
-    return {layer: a.to(device, copy=True) for layer, a in activations.items()}

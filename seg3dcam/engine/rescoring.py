@@ -1,12 +1,14 @@
-"""Maps by rescoring: what becomes of the score when the network sees less.
+"""Maps by rescoring: how the score changes when the network sees less.
 
-Score-CAM multiplies the input with each channel's map, Ablation-CAM sets each channel to zero; the
+Score-CAM multiplies the input with each channel's map, Ablation-CAM sets each channel to zero. The
 network runs once per channel, through all windows that the target's region lies in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,9 +20,7 @@ from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, scored_
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
-from seg3dcam.network.kinds import takes_hooks
 from seg3dcam.network.layers import LayerRef
-from seg3dcam.network.outputs import tensors_in
 from seg3dcam.windows import Blend
 
 Target = Callable[[torch.Tensor], torch.Tensor]
@@ -29,7 +29,7 @@ Target = Callable[[torch.Tensor], torch.Tensor]
 def rescore_maps(
     first: FirstPass,
     target: Target,
-    method: Perturbation,
+    formula: Perturbation,
     grids: dict[LayerRef, FeatureGrid],
     progress: Progress,
 ) -> Maps:
@@ -38,69 +38,72 @@ def rescore_maps(
     Args:
         grids: layer -> its grid in one window.
     """
-    at_once = _at_once(first, method.memory_gb)
+    at_once = _at_once(first, formula.memory_gb)
     summed = _is_sum(target)
     target = score.fixed(target, first.logits)
     regions = score.region_of(target, first.logits)
+    items = [
+        _Item(
+            first,
+            item,
+            scored_alone(target, first.logits, item),
+            None if regions is None else regions[item : item + 1],
+            summed,
+        )
+        for item in range(len(first.x))
+    ]
     return {
         layer: joined(
-            [
-                _map(first, item, target, regions, summed, method, layer, grid, at_once, progress)
-                for item in range(len(first.x))
-            ]
+            [_map(_ItemAtLayer(item, layer, grid), formula, at_once, progress) for item in items]
         )
         for layer, grid in grids.items()
     }
 
 
-def _map(
-    first: FirstPass,
-    item: int,
-    target: Target,
-    regions: torch.Tensor | None,
-    summed: bool,
-    method: Perturbation,
-    layer: LayerRef,
-    grid: FeatureGrid,
-    at_once: AtOnce,
-    progress: Progress,
-) -> LayerMap:
-    region = None if regions is None else regions[item : item + 1]
-    target = scored_alone(target, first.logits, item)
-    seen = _Seen(first, item, layer, grid, _windows_of(first, region))
-    perturbed = {"masking": seen.through_channels, "ablation": seen.without_channels}[method.by]
-    # The softmax of Score-CAM over a sum of a thousand voxels would be one for one channel.
-    voxels = float(region.sum()) if method.by == "masking" and region is not None and summed else 1
+@dataclass(frozen=True)
+class _Item:
+    """One item of the batch, and the score of its logits.
 
-    scores: list[torch.Tensor] = []
-    channels = list(range(seen.channels))
-    for rescored in at_once.each(len(channels), lambda part: perturbed(channels[part])):
-        scores += [target(one[None]).detach() / voxels for one in rescored]
-        progress("rescoring", len(scores), len(channels))
-    score_of_all = target(first.logits[item : item + 1]).detach()
-    weights = method.weights(torch.stack(scores, dim=1), score_of_all)
+    Attributes:
+        number: which item of the first pass.
+        target: a function of this item's logits (1, K, *S) -> (1,).
+        region: (1, *S), the voxels that the target looks at; None is everywhere.
+        summed: whether the target is a sum over the voxels of its region.
+    """
 
-    def weighted(a: torch.Tensor) -> torch.Tensor:
-        return torch.cat([weighted_sum(a, weights), weighted_sum(a.abs(), weights.abs())])
+    first: FirstPass
+    number: int
+    target: Target
+    region: torch.Tensor | None
+    summed: bool
 
-    values, grid_of_map = cropped(*seen.blended(weighted, 2), first.windows.shape)
-    ceiling = values[1].amax().reshape(1)
-    return LayerMap(values[:1], grid_of_map, grid, ceiling, seen.precision)
+    @property
+    def image(self) -> torch.Tensor:
+        """The input (1, C, *S)."""
+        return self.first.x[self.number : self.number + 1]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The logits (1, K, *S) of the untouched network."""
+        return self.first.logits[self.number : self.number + 1]
+
+    @cached_property
+    def windows(self) -> list[int]:
+        """The windows that the region lies in."""
+        windows = self.first.windows
+        every = list(range(len(windows)))
+        if self.region is None or len(every) == 1:
+            return every
+        padded = windows.pad_with_zeros(self.region[:, None].to(torch.uint8))
+        return [window for window in every if windows.cut(padded, [window]).any()]
 
 
-class _Seen:
-    """One item of the first pass, and what its logits become when channels are used or lost."""
+class _ItemAtLayer:
+    """One item at one layer, and the logits of the network when channels are used or lost."""
 
-    def __init__(
-        self,
-        first: FirstPass,
-        item: int,
-        layer: LayerRef,
-        grid: FeatureGrid,
-        which: Sequence[int],
-    ) -> None:
-        self._first, self._item, self._layer, self._grid = first, item, layer, grid
-        self._which = which
+    def __init__(self, item: _Item, layer: LayerRef, grid: FeatureGrid) -> None:
+        self.item, self.layer, self.grid = item, layer, grid
+        self._first = item.first
         example = next(self._activations())[1]
         self.channels, self.precision = example.shape[1], example.dtype
 
@@ -109,8 +112,7 @@ class _Seen:
         windows = self._first.windows
         maps, grid = self.blended(lambda a: a[0, channels], len(channels))
         maps = _zero_to_one(interpolate(maps, grid, FeatureGrid.of_voxels(windows.shape)))
-        image = self._first.x[self._item : self._item + 1] * maps[:, None]
-        padded = windows.pad(image)
+        padded = windows.pad(self.item.image * maps[:, None])
 
         def predicted(window: int) -> torch.Tensor:
             batch = self._first.capture.to_model(windows.cut(padded, [window]))
@@ -124,17 +126,21 @@ class _Seen:
         scale[range(len(channels)), channels] = 0
 
         def predicted(window: int) -> torch.Tensor:
-            x = self._first.cut([self._item], [window])
+            x = self._first.cut([self.item.number], [window])
             batch = x.expand(len(channels), *x.shape[1:]).contiguous()
-            return self._first.capture.scaled(batch, self._layer, scale.to(batch))
+            return self._first.capture.scaled(batch, self.layer, scale.to(batch))
 
         return self._stitched(predicted, len(channels))
 
     def blended(
         self, pick: Callable[[torch.Tensor], torch.Tensor], count: int
     ) -> tuple[torch.Tensor, FeatureGrid]:
-        """Return what is picked from activations (1, C, *s), as (count, *s) of the volume."""
-        blend = Blend(self._first.windows, self._grid, self._first.x.new_zeros(count))
+        """Blend what `pick` takes from the activations (1, C, *s) of each window.
+
+        Returns:
+            (count, *s) on the grid of the volume, and that grid.
+        """
+        blend = Blend(self._first.windows, self.grid, self._first.x.new_zeros(count))
         group = blend.group()
         for window, a in self._activations():
             group.add(window, pick(wide(a)))
@@ -142,34 +148,57 @@ class _Seen:
         return blend.total, blend.grid
 
     def _activations(self) -> Iterator[tuple[int, torch.Tensor]]:
-        first, one = self._first, slice(self._item, self._item + 1)
-        every = range(len(first.windows))
-        for window, activations in activation_pass(first, [self._item], every):
-            a = activations[self._layer]
-            yield window, a if len(every) > 1 else a[one]
+        number = self.item.number
+        every = range(len(self._first.windows))
+        for window, activations in activation_pass(self._first, [number], every):
+            a = activations[self.layer]
+            yield window, a if len(every) > 1 else a[number : number + 1]
 
     def _stitched(self, predicted: Callable[[int], torch.Tensor], count: int) -> torch.Tensor:
         logits = self._first.logits
         total = logits.new_zeros(count, *logits.shape[1:])
-        for window in self._which:
+        for window in self.item.windows:
             stitch(self._first, total, range(count), [window], predicted(window))
         return total
 
 
+#: What is done for a channel -> the logits that follow for some channels.
+PERTURBED = {
+    "masking": _ItemAtLayer.through_channels,
+    "ablation": _ItemAtLayer.without_channels,
+}
+
+
+def _map(
+    here: _ItemAtLayer, formula: Perturbation, at_once: AtOnce, progress: Progress
+) -> LayerMap:
+    """Return the map of one item at one layer."""
+    item, perturbed = here.item, PERTURBED[formula.by]
+    # A softmax over sums of a thousand voxels would give all its weight to one channel.
+    voxels = 1.0
+    if formula.by == "masking" and item.summed and item.region is not None:
+        voxels = float(item.region.sum())
+
+    scores: list[torch.Tensor] = []
+    channels = list(range(here.channels))
+    for logits in at_once.each(len(channels), lambda part: perturbed(here, channels[part])):
+        scores += [item.target(one[None]).detach() / voxels for one in logits]
+        progress("rescoring", len(scores), len(channels))
+    weights = formula.weights(torch.stack(scores, dim=1), item.target(item.logits).detach())
+
+    def weighted(a: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weighted_sum(a, weights), weighted_sum(a.abs(), weights.abs())])
+
+    values, grid = cropped(*here.blended(weighted, 2), item.first.windows.shape)
+    ceiling = values[1].amax().reshape(1)
+    return LayerMap(values[:1], grid, here.grid, ceiling, here.precision)
+
+
 def _is_sum(target: Target) -> bool:
-    """Tell a score that is a sum over the voxels of its region from one that is not, as a Dice."""
+    """Tell a score that is a sum over the voxels of its region from others, such as a Dice."""
     if isinstance(target, score.WeightedSum):
         return all(_is_sum(part) for _, part in target.parts)
     return isinstance(target, score.SumOverRegion)
-
-
-def _windows_of(first: FirstPass, region: torch.Tensor | None) -> list[int]:
-    """Return the windows that a region (1, *S) lies in; None is everywhere."""
-    every = list(range(len(first.windows)))
-    if region is None or len(every) == 1:
-        return every
-    padded = first.windows.pad_with_zeros(region[:, None].to(torch.uint8))
-    return [window for window in every if first.windows.cut(padded, [window]).any()]
 
 
 def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
@@ -180,34 +209,8 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _at_once(first: FirstPass, memory_gb: float) -> AtOnce:
-    """Return how many perturbed inputs fit in memory."""
-    if first.capture.known.draws:  # those of a batch are others than those of its items
+    """Return how many changed inputs fit in memory."""
+    if first.capture.known.draws:  # a batch draws other random numbers than its items do
         return AtOnce(1, "changed inputs", "memory_gb")
-    if not first.footprint:
-        first.footprint = _footprint(first)
-    return AtOnce(
-        max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9))), "changed inputs", "memory_gb"
-    )
-
-
-def _footprint(first: FirstPass) -> int:
-    """Return what one input takes, in bytes, as if no layer's output were let go of."""
-    taken = 0
-
-    def count(module: torch.nn.Module, args: object, output: object) -> None:
-        nonlocal taken
-        taken += sum(t.numel() * t.element_size() for _, t in tensors_in(output))
-
-    x = first.cut([0], [0])
-    hooks = [
-        module.register_forward_hook(count)
-        for module in first.capture.model.modules()
-        if not any(module.children()) and takes_hooks(module)
-    ]
-    try:
-        first.capture.observe(x, copy=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    stitched = first.logits[:1].numel() * first.logits.element_size()
-    return taken + 2 * x.numel() * x.element_size() + 2 * stitched
+    count = max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))
+    return AtOnce(count, "changed inputs", "memory_gb")

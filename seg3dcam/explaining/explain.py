@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from seg3dcam.cams.attributions import ATTRIBUTIONS
-from seg3dcam.cams.base import BaseCAM, each_by
-from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.base import BaseCAM
+from seg3dcam.cams.calls import each_by
+from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.passes import Progress, check_resolution, silent
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
@@ -53,9 +53,6 @@ from seg3dcam.targets.use import region_of
 #: What may be given as a target: a class name or index, a target, or a family of targets.
 Target = Callable[[torch.Tensor], torch.Tensor]
 TargetSpec = str | int | Target | TargetFamily
-
-#: Every method by its key.
-ALL_METHODS = {**CAMS, **ATTRIBUTIONS}
 
 
 def explain(

@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
+from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -20,7 +21,7 @@ from seg3dcam.errors import (
     ScanError,
     Seg3dcamWarning,
 )
-from seg3dcam.explaining.explain import ALL_METHODS, explain_each
+from seg3dcam.explaining.explain import explain_each
 from seg3dcam.files import check_writable, unique_names
 from seg3dcam.models.base import SegModel
 from seg3dcam.network.layers import LayerSpec

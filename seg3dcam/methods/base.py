@@ -1,22 +1,30 @@
-"""A CAM method, in steps that work on one window as on a volume of a thousand.
+"""What every formula says of itself, and the formulas that work window by window.
 
-    survey    sums over the activations of all windows            (many methods: none)
-    weigh     sums over the gradients of the windows that have one (many methods: none)
-    weights   what both come to: channel weights
-    map       one window's map, with these weights
+A formula of activations and gradients is written in steps, which are the same for one window as
+for a volume of a thousand:
+
+    survey    sums over the activations of all windows            (many formulas: none)
+    weigh     sums over the gradients of the windows that have one (many formulas: none)
+    weights   the channel weights that follow from both
+    map       the map of one window, with these weights
     finish    what is done to the complete map
 
-A window's gradient carries the window's share in the volume, so whatever contains it is summed
-over windows; a map of activations alone is blended by the shares.
+The gradient of a window carries the window's share in the volume. So whatever contains a gradient
+is summed over windows, and a map of activations alone is blended by the shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+
+Own = TypeVar("Own", bound="Formula")
+
+#: The way of a formula through the engine, see `seg3dcam.engine.run`.
+Route = Literal["gradients", "curvature", "rescoring", "full_gradients", "input"]
 
 #: Numbers in a block of voxels that is copied in double precision: 16 MB.
 BLOCK = 1 << 21
@@ -31,7 +39,7 @@ class Weights:
 
     Attributes:
         values: (B, C), or (B, C, *S') with S' being 1 or S along each axis.
-        ceiling: what they would be if nothing cancelled, as `values`.
+        ceiling: the weights if no contributions cancelled each other; shaped as `values`.
         degenerate: (B,) bool, True where the method is undefined.
     """
 
@@ -40,21 +48,71 @@ class Weights:
     degenerate: torch.Tensor | None = None
 
 
-class Method:
-    """Base of the methods: activations and gradients (B, C, *S) in, a raw map (B, *S) out.
+@dataclass(frozen=True)
+class Formula:
+    """Base of all formulas. A formula's fields are its settings.
+
+    Attributes:
+        route: the way that it goes through the engine.
+        explains: whether its maps lie on the target layers, or on the input.
+        gradients_at: where the gradients are taken that the map is made of.
+        own_logits: True where, for one member of an ensemble, it needs the logits of that member,
+            and not those of the ensemble alone.
+    """
+
+    route: ClassVar[Route]
+    explains: ClassVar[Literal["layers", "input"]] = "layers"
+    own_logits: ClassVar[bool] = False
+
+    @property
+    def gradients_at(self) -> Literal["layers", "input", "nothing"]:
+        return "nothing"
+
+    @property
+    def own_settings(self) -> dict[str, str]:
+        """The settings that a caller may give: the name of each and the field that holds it."""
+        return {field.name: field.name for field in fields(self)}
+
+    def with_settings(self: Own, settings: Mapping[str, Any]) -> Own:
+        """Return this formula with some settings changed; `own_settings` lists the legal names."""
+        return replace(self, **{self.own_settings[name]: v for name, v in settings.items()})
+
+    def needs_activations(self, weights_are_shared: bool) -> bool:
+        """Tell whether activations are needed apart from gradients.
+
+        Args:
+            weights_are_shared: True where several windows have their channel weights in common.
+        """
+        return False
+
+    def whole_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the spatial axes, of `ndim`, along which all windows share their weights."""
+        return ()
+
+
+class StepwiseFormula(Formula):
+    """Base of the formulas of activations and gradients (B, C, *S); a raw map (B, *S) comes out.
 
     Attributes:
         order: derivatives of the score that are needed: 0, 1 or 2.
-        nonnegative: True where the method is meant for activations that are not negative.
+        nonnegative: True where the formula is meant for activations that are not negative.
         agnostic: True where the map is the same for every target.
     """
 
+    route: ClassVar[Route] = "gradients"
     order: ClassVar[int] = 1
     nonnegative: ClassVar[bool] = False
 
     @property
     def agnostic(self) -> bool:
         return self.order == 0
+
+    @property
+    def gradients_at(self) -> Literal["layers", "input", "nothing"]:
+        return "layers" if self.order else "nothing"
+
+    def needs_activations(self, weights_are_shared: bool) -> bool:
+        return weights_are_shared or not self.order
 
     def __call__(
         self, activations: torch.Tensor, gradients: torch.Tensor | None = None
@@ -66,7 +124,7 @@ class Method:
         return self.finish(self.map(activations, gradients, weights), weights)
 
     def weights_of_all(self, activations: torch.Tensor, gradients: torch.Tensor | None) -> Any:
-        """Return the weights where all voxels are at hand."""
+        """Return the weights, given all voxels of the layer."""
         shape = activations.shape[2:]
         survey = self.survey(activations, activations.new_ones(shape))
         weighed = {} if gradients is None else self.weigh(activations, gradients, survey)
@@ -74,18 +132,17 @@ class Method:
         return self.weights(survey, weighed, voxels, missing=False)
 
     def whole_axes(self, ndim: int) -> tuple[int, ...]:
-        """Return the spatial axes, of `ndim`, along which all windows share their weights."""
         return tuple(range(ndim))
 
     @property
     def surveys(self) -> bool:
-        """Whether there is anything to survey."""
-        return type(self).survey is not Method.survey
+        """Whether the activations of all windows are needed before any map can be made."""
+        return type(self).survey is not StepwiseFormula.survey
 
     @property
     def finishes(self) -> bool:
-        """Whether the complete map needs finishing."""
-        return type(self).finish is not Method.finish
+        """Whether something is done to the complete map."""
+        return type(self).finish is not StepwiseFormula.finish
 
     def maps_gradients(self, ndim: int) -> bool:
         """Whether a window's map contains the window's own gradient."""
@@ -100,14 +157,14 @@ class Method:
         return {}
 
     def join(self, sums: Sums, more: Sums) -> Sums:
-        """Return the sums of two windows together."""
+        """Return the sums of two windows, or groups of windows, taken together."""
         return {name: sums[name] + more[name] for name in sums}
 
     def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Any:
         """Return the weights of all windows that share them.
 
         Args:
-            voxels: of the volume's feature grid along the axes that are pooled whole.
+            voxels: how many the volume's feature grid has along the axes that are pooled whole.
             missing: True where some of these windows have no gradient.
         """
         return None
@@ -121,7 +178,10 @@ class Method:
         return weighted_sum(self.features(a, g), weights.values)
 
     def ceiling(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        """Return what the map would be if nothing cancelled: it tells small from noise."""
+        """Return the map if no contributions cancelled each other.
+
+        A map far below it is rounding noise.
+        """
         return weighted_size(self.features(a, g), weights.ceiling)
 
     def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
@@ -140,7 +200,11 @@ def weighted_sum(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tens
 
 
 def weighted_size(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the same with the sizes of the activations; channel weights take little memory."""
+    """Return `weighted_sum` of the absolute activations.
+
+    With one weight per channel it goes block by block, so that no second copy of the activations
+    is held in memory.
+    """
     if weights.ndim > 2:
         return weighted_sum(activations.abs(), weights)
     parts = [weighted_sum(block.abs(), weights) for (block,) in in_blocks([activations.flatten(2)])]
@@ -148,7 +212,7 @@ def weighted_size(activations: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def positive_part(values: torch.Tensor) -> torch.Tensor:
-    """Return ReLU of the values, NaN where they are minus infinity: that is no small number.
+    """Return ReLU of the values, with NaN where they are minus infinity, which 0 would hide.
 
     >>> positive_part(torch.tensor([2.0, -3.0, float("-inf")])).tolist()
     [2.0, 0.0, nan]
@@ -176,7 +240,7 @@ def for_each_item(numbers: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def exact_dtype(values: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which long sums are taken: float64 where the device knows it."""
+    """Return the dtype in which long sums are taken: float64, except on MPS, which has none."""
     return values.dtype if values.device.type == "mps" else torch.float64
 
 

@@ -1,8 +1,8 @@
 """Principal components over channels: EigenCAM and its relatives, and the kernel version.
 
-The N voxels are points in channel space, X (N, C); the map is their projection on the first
-principal component. It comes from the C x C matrix of second moments, summed in blocks and over
-windows, so nothing of size N x N is ever made. The sign of a component is a convention.
+The N voxels are points in channel space, X (N, C). The map is their projection on the first
+principal component, which is computed from the C x C matrix of second moments, summed in blocks and
+over windows, so that nothing of size N x N is ever made. The sign of a component is a convention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from seg3dcam.checks import check_number
 from seg3dcam.errors import ConfigError
 from seg3dcam.methods.base import (
-    Method,
+    StepwiseFormula,
     Sums,
     Weights,
     exact_dtype,
@@ -36,11 +36,11 @@ class _Component(Weights):
     mean: torch.Tensor | None = None
 
 
-class EigenCAM(Method):
-    """The first principal component of the activations: what varies most, for no class.
+class PrincipalComponent(StepwiseFormula):
+    """The first principal component of the activations: what varies most, whatever the class.
 
     >>> A = torch.tensor([[[0.0, 0.0, 3.0], [1.0, 1.0, 1.0]]])
-    >>> EigenCAM()(A).tolist()
+    >>> PrincipalComponent()(A).tolist()
     [[-1.0, -1.0, 2.0]]
     """
 
@@ -53,7 +53,7 @@ class EigenCAM(Method):
         return self._component(survey, voxels)
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        """Centre, then project, in double precision: the mean may be large beside what varies."""
+        """Centre and project in double precision: the mean may be much larger than what varies."""
         mean, first = weights.mean[..., None], weights.values[:, None]
         points = self.features(a, g).flatten(2)
         parts = [first @ (block.to(mean) - mean) for (block,) in in_blocks([points])]
@@ -85,8 +85,8 @@ class EigenCAM(Method):
         return torch.ones_like(first[:, 0])
 
 
-class SegEigenCAM(EigenCAM):
-    """The first principal component of the activations weighted by how much they matter, |G| A."""
+class SizedComponent(PrincipalComponent):
+    """The first principal component of |G| A, the activations weighted by how much they matter."""
 
     order = 1
 
@@ -110,13 +110,15 @@ class SegEigenCAM(EigenCAM):
         return True
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
-        return Method.map(self, a, g, weights)  # summed over windows: centred when complete
+        return StepwiseFormula.map(
+            self, a, g, weights
+        )  # summed over windows: centred when complete
 
     def finish(self, values: torch.Tensor, weights: Any) -> torch.Tensor:
         return positive_side_up(centred(values, weights))
 
 
-class EigenGradCAM(SegEigenCAM):
+class ProductComponent(SizedComponent):
     """The first principal component of the products G A, signed to agree with HiResCAM."""
 
     def features(self, a: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
@@ -127,13 +129,13 @@ class EigenGradCAM(SegEigenCAM):
 
     def _sign(self, first: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
         """Return the sign with which the component correlates with the sum over channels."""
-        together = (first * covariance.sum(2)).sum(1)
-        return torch.where(together < 0, -1, 1).to(first)
+        correlation = (first * covariance.sum(2)).sum(1)
+        return torch.where(correlation < 0, -1, 1).to(first)
 
 
 @dataclass(frozen=True)
-class KPCACAM(Method):
-    """The first kernel principal component of the centred activations, for no class.
+class KernelComponent(StepwiseFormula):
+    """The first kernel principal component of the centred activations, whatever the class.
 
     Attributes:
         kernel: "sigmoid", tanh(gamma x.y + 1), or "rbf", exp(-gamma |x - y|^2).
@@ -167,7 +169,7 @@ class KPCACAM(Method):
         values, vectors = _eigen(_doubly_centred(kernel, kernel))
         largest = values[:, -1].clamp(min=0)
         scale = torch.where(largest > 1e-12 * points.shape[1], largest, torch.inf).rsqrt()
-        return _KernelComponent(points, mean, kernel, vectors[..., -1] * scale[:, None])
+        return _KernelWeights(points, mean, kernel, vectors[..., -1] * scale[:, None])
 
     def map(self, a: torch.Tensor, g: torch.Tensor | None, weights: Any) -> torch.Tensor:
         here = a.flatten(2).mT.to(weights.points) - weights.mean
@@ -196,7 +198,9 @@ class KPCACAM(Method):
 
 
 @dataclass(frozen=True)
-class _KernelComponent:
+class _KernelWeights:
+    """The centred points that make the component, their mean, their kernel, and the component."""
+
     points: torch.Tensor
     mean: torch.Tensor
     kernel: torch.Tensor
@@ -213,7 +217,7 @@ def centred(values: torch.Tensor, weights: Any) -> torch.Tensor:
 def _eigen(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return eigenvalues and eigenvectors of (B, n, n), NaN for an item that is not finite.
 
-    torch refuses the whole batch, or gives numbers that mean nothing.
+    For such an item, torch refuses the whole batch or gives numbers that mean nothing.
     """
     broken = ~matrices.isfinite().flatten(1).all(1)
     values, vectors = torch.linalg.eigh(matrices.masked_fill(broken[:, None, None], 0))

@@ -1,4 +1,4 @@
-"""FullGrad: the whole score, taken apart into what input and biases contribute, and where."""
+"""The formula of FullGrad: the score, taken apart into what the input and the biases contribute."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 
 from seg3dcam.errors import ConfigError
+from seg3dcam.methods.base import Formula
 
 
 @dataclass(frozen=True)
-class FullGradient:
+class FullGradient(Formula):
     """sum_c x_c dS/dx_c + sum over layers of sum_k b_k dS/dz_k, brought to the input's grid.
 
-    b are the biases of convolutions and of normalisation in eval mode, z what they are added to.
+    b are the biases of convolutions and of normalisation layers in eval mode; z is what they are
+    added to.
 
     Attributes:
         psi: "signed" spreads each contribution evenly over the input voxels of its feature voxel,
@@ -24,6 +26,13 @@ class FullGradient:
     """
 
     psi: Literal["signed", "paper"] = "signed"
+    route = "full_gradients"
+    explains = "input"
+    own_logits = True
+
+    @property
+    def gradients_at(self) -> Literal["layers", "input", "nothing"]:
+        return "input"
 
     def __post_init__(self) -> None:
         if self.psi not in ("signed", "paper"):

@@ -1,4 +1,4 @@
-"""Methods that look at one voxel at a time: LayerCAM and element-wise Grad-CAM."""
+"""Formulas that look at one voxel at a time: those of LayerCAM and element-wise Grad-CAM."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from seg3dcam.methods.base import Method, positive_part, weighted_sum
+from seg3dcam.methods.base import StepwiseFormula, positive_part, weighted_sum
 
 
-class LayerCAM(Method):
-    """Only gradients that speak for the score: sum_k ReLU(G_k) A_k.
+class PositiveGradients(StepwiseFormula):
+    """sum_k ReLU(G_k) A_k: only gradients that speak for the score count.
 
     >>> A, G = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -4.0]]])
-    >>> LayerCAM()(A, G).tolist()
+    >>> PositiveGradients()(A, G).tolist()
     [[3.0, 0.0]]
     """
 
@@ -30,11 +30,11 @@ class LayerCAM(Method):
         return weighted_sum(a.abs(), positive_part(g))  # type: ignore[arg-type]
 
 
-class ElementWise(LayerCAM):
-    """Only products that speak for the score: sum_k ReLU(G_k A_k).
+class PositiveProducts(PositiveGradients):
+    """sum_k ReLU(G_k A_k): only products that speak for the score count.
 
     >>> A, G = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[3.0, -4.0]]])
-    >>> ElementWise()(A, G).tolist()
+    >>> PositiveProducts()(A, G).tolist()
     [[3.0, 8.0]]
     """
 

@@ -1,4 +1,4 @@
-"""The pooled-gradient family: Grad-CAM, the per-slice recipe, HiResCAM and XRes-CAM in one.
+"""The pooled gradient: Grad-CAM, the per-slice recipe, HiResCAM, XRes-CAM and ShapleyCAM.
 
 The gradient is pooled over blocks of the feature grid, multiplied with the activations, and summed
 over channels. Only the block differs: the whole grid is Grad-CAM (Selvaraju et al. 2017), a slice
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.methods.base import Method, Sums, Weights
+from seg3dcam.methods.base import StepwiseFormula, Sums, Weights
 
 #: Feature voxels of a block along each axis; None is the whole axis. An int serves all axes,
 #: "slice" is one index of the first axes and the whole of the last two.
@@ -42,8 +42,11 @@ def pool(gradients: torch.Tensor, block: Block, mode: Mode = "mean") -> torch.Te
 
 
 @dataclass(frozen=True)
-class PooledGradient(Method):
-    """A member of the family: call it with activations and gradients (B, C, *S), get (B, *S).
+class PooledGradient(StepwiseFormula):
+    """The gradient pooled over blocks, times the activations, summed over channels.
+
+    The block makes the method what it is, so that a caller has no setting to give; `BlockGradient`
+    lets the caller choose.
 
     Attributes:
         block: see `Block`.
@@ -72,6 +75,10 @@ class PooledGradient(Method):
                 "up, or None for the whole axis"
             )
 
+    @property
+    def own_settings(self) -> dict[str, str]:
+        return {}
+
     def whole_axes(self, ndim: int) -> tuple[int, ...]:
         return tuple(a for a, size in enumerate(as_block(self.block, ndim)) if size is None)
 
@@ -79,7 +86,10 @@ class PooledGradient(Method):
         return not self.whole_axes(ndim)
 
     def weigh(self, a: torch.Tensor, g: torch.Tensor, survey: Sums) -> Sums:
-        """Pool the gradient; over the axes pooled whole the mean is a sum, until all is known."""
+        """Pool the gradient.
+
+        Along the axes that are pooled whole, a mean stays a sum until all windows have come.
+        """
         axes = self.whole_axes(g.ndim - 2)
         voxels = float(np.prod([g.shape[2 + axis] for axis in axes]))
         scale = voxels if self.mode == "mean" else 1.0
@@ -97,17 +107,29 @@ class PooledGradient(Method):
         if self.mode == "mean":
             return Weights(weighed["signed"] / voxels, weighed["absolute"] / voxels)
         signed = weighed["signed"].clamp(min=0) if missing else weighed["signed"]
-        # The largest of a block would hide a gradient of minus infinity.
+        # The largest value of a block would hide a gradient of minus infinity.
         signed = signed.masked_fill(weighed["absolute"].isinf(), float("nan"))
         return Weights(signed, weighed["absolute"])
 
 
-class ShapleyCAM(PooledGradient):
-    """Grad-CAM with the gradient corrected for curvature: w_k = mean over u of G - HA / 2.
+@dataclass(frozen=True)
+class BlockGradient(PooledGradient):
+    """The pooled gradient whose block the caller chooses, under the name "window"."""
+
+    block: Block = 2
+
+    @property
+    def own_settings(self) -> dict[str, str]:
+        return {"window": "block", "mode": "mode"}
+
+
+class CorrectedGradient(PooledGradient):
+    """The gradient corrected for curvature, pooled over the whole grid: mean over u of G - HA / 2.
 
     H is the Hessian of the score with respect to the activations, HA its product with them.
     """
 
+    route = "curvature"
     order = 2
 
     def __call__(  # type: ignore[override]
@@ -118,7 +140,7 @@ class ShapleyCAM(PooledGradient):
 
 
 def corrected(gradients: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
-    """Return the gradient in the middle between no activation and all of them: G - HA / 2."""
+    """Return G - HA / 2, the gradient halfway between no activations and all of them."""
     return gradients - curvature / 2
 
 

@@ -1,4 +1,4 @@
-"""Methods whose channel weights are sums over the volume: Grad-CAM++, XGrad-CAM, FEM, random."""
+"""Formulas with one number per channel: those of Grad-CAM++, XGrad-CAM, FEM and random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from seg3dcam.checks import is_whole
 from seg3dcam.errors import ConfigError
 from seg3dcam.methods.base import (
-    Method,
+    StepwiseFormula,
     Sums,
     Weights,
     exact_dtype,
@@ -19,7 +19,7 @@ from seg3dcam.methods.base import (
     positive_part,
 )
 
-#: Below this fraction of the sum of |A|, the sum of A is rounding noise and nothing to divide by.
+#: A sum of A below this fraction of the sum of |A| is rounding noise, and no divisor.
 CANCELLED = 1e-5
 
 
@@ -36,13 +36,14 @@ def summed(
     return total
 
 
-class GradCAMPlusPlus(Method):
+class AlphaWeights(StepwiseFormula):
     """w_k = sum_u g / (2 + S_k g), with g = ReLU(G_k) and S_k = sum_u A_k.
 
-    The paper's alpha = G^2 / (2 G^2 + S_k G^3) times ReLU(G), with G^2 cancelled: no epsilon.
+    This is alpha of the paper on Grad-CAM++, G^2 / (2 G^2 + S_k G^3), times ReLU(G). G^2 is
+    cancelled, so that the division needs no epsilon.
 
     >>> A, G = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0, -1.0]]])
-    >>> GradCAMPlusPlus()(A, G).tolist()  # S = 3, w = 1 / (2 + 3)
+    >>> AlphaWeights()(A, G).tolist()  # S = 3, w = 1 / (2 + 3)
     [[0.20000000298023224, 0.4000000059604645]]
     """
 
@@ -60,10 +61,11 @@ class GradCAMPlusPlus(Method):
         return Weights(weighed["weight"], weighed["weight"])
 
 
-class XGradCAM(Method):
+class ActivationWeightedGradient(StepwiseFormula):
     """w_k = sum_u G_k A_k / S_k, with S_k = sum_u A_k.
 
-    After InstanceNorm S_k is 0: such channels weigh nothing, and the map is "degenerate".
+    After InstanceNorm S_k is 0. Such channels get the weight 0, and the map's status is
+    "degenerate".
     """
 
     def survey(self, a: torch.Tensor, shares: torch.Tensor) -> Sums:
@@ -88,7 +90,7 @@ class _Thresholds(Weights):
     threshold: torch.Tensor | None = None
 
 
-class FEM(Method):
+class FarAboveMean(StepwiseFormula):
     """sum_k mean(A_k) [A_k > mu_k + 2 sigma_k]: where channels are far above their mean."""
 
     order = 0
@@ -100,7 +102,7 @@ class FEM(Method):
     def weights(self, survey: Sums, weighed: Sums, voxels: float, *, missing: bool) -> Weights:
         mean = survey["sum"] / survey["count"]
         deviation = (survey["squares"] / survey["count"] - mean * mean).clamp(min=0).sqrt()
-        # Nothing stands out of a constant channel, whose mean is rounded.
+        # The mean of a constant channel is rounded, and no voxel may stand out by that.
         rounding = 1e4 * torch.finfo(mean.dtype).eps * mean.abs()
         return _Thresholds(mean, mean.abs(), None, mean + 2 * deviation + rounding)
 
@@ -113,11 +115,11 @@ class FEM(Method):
 
 
 @dataclass(frozen=True)
-class RandomWeights(Method):
+class RandomWeights(StepwiseFormula):
     """Channel weights drawn evenly from -1 to 1: the control that every method must beat.
 
     Attributes:
-        seed: of the drawing; the same weights for every item and window.
+        seed: of the drawing; every item and every window gets the same weights.
     """
 
     seed: int = 0

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seg3dcam.engine.passes import Seed
+from seg3dcam.engine.seed import Seed
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 

@@ -11,15 +11,15 @@ from helpers_engine import EXACT, Counting, curved, deviation, in_a_corner, sign
 
 from seg3dcam import WindowPlan, targets
 from seg3dcam.cams.attributions import ATTRIBUTIONS
-from seg3dcam.cams.base import each_by
-from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.methods import METHODS, Method
+from seg3dcam.cams.calls import each_by
+from seg3dcam.cams.catalogue import CAMS, METHODS
+from seg3dcam.methods.base import StepwiseFormula
 from seg3dcam.network.capture import Capture
 
 LAYERS = ["network.1", "network.3"]
 TARGETS = [targets.ClassLogit(1, "volume"), curved, in_a_corner, targets.ClassLogit(2, "volume")]
 AGNOSTIC = [key for key, m in METHODS.items() if getattr(m, "agnostic", False)]
-FIRST_ORDER = [key for key, m in METHODS.items() if isinstance(m, Method) and m.order < 2]
+FIRST_ORDER = [key for key, m in METHODS.items() if isinstance(m, StepwiseFormula) and m.order < 2]
 #: Methods whose map contains the gradient and whose weights need all gradients: two passes.
 TWICE = ["eigen_grad_cam", "seg_eigen_cam"]
 ONCE = [key for key in FIRST_ORDER if key not in TWICE]

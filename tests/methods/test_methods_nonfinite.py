@@ -10,7 +10,7 @@ from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
 from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.methods.perturbation import ScoreCAM
+from seg3dcam.methods.perturbation import MaskedInputs
 from seg3dcam.methods.pooled import PooledGradient
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -57,7 +57,7 @@ def test_the_largest_gradient_of_a_block_hides_no_infinity(bad):
 @pytest.mark.parametrize("bad", BAD)
 def test_a_score_that_is_not_finite_is_no_channel_that_counts_for_nothing(bad):
     scores = torch.tensor([[1.0, 2.0], [3.0, bad]])
-    found = ScoreCAM()(torch.rand(2, 2, 3, 3), lambda channels: scores[:, channels])
+    found = MaskedInputs()(torch.rand(2, 2, 3, 3), lambda channels: scores[:, channels])
     assert found[0].isfinite().all()
     assert found[1].isnan().all()
 

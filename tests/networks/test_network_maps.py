@@ -23,7 +23,7 @@ from test_untouched import untouched
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
-from seg3dcam.cams.base import each_by
+from seg3dcam.cams.calls import each_by
 from seg3dcam.errors import LayerError, ModelError
 
 METHODS = {"HiResCAM": (HiResCAM, hires_cam), "GradCAM": (GradCAM, grad_cam)}

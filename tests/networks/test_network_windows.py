@@ -19,7 +19,7 @@ from monai.inferers import sliding_window_inference
 from test_untouched import untouched
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
-from seg3dcam.cams.base import each_by
+from seg3dcam.cams.calls import each_by
 from seg3dcam.errors import ModelError
 
 TARGET = targets.ClassLogOdds(1, region="volume")
