@@ -67,7 +67,7 @@ def build(spec: Spec, path: Path, trust: bool) -> SegModel:
     # The windows are checked below. The program's own check of shapes is switched off, since the
     # positions of its layers are measured with inputs of other sizes.
     module.check_input_constraints = False
-    plan = spec.plan
+    plan = spec.window_plan()
     _check_window(plan, shape, file)
     return SegModel(
         module=module,

@@ -55,7 +55,7 @@ def build(spec: Spec, path: Path, trust: bool) -> SegModel:
         class_names=tuple(spec.classes),
         activation=spec.activation,
         prepare=build_preparation(spec.prepare),
-        window=spec.plan,
+        window=spec.window_plan(),
         output=spec.output,
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",

@@ -1,6 +1,6 @@
 """Settings that several kinds of model have in common, as a model's YAML gives them.
 
-The settings of one kind alone are the class `Spec` in that kind's own module; `load` lists them.
+Each kind's own settings are the class `Spec` in its module; `load` lists the modules.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Window(Settings):
 
 
 class NetworkUse(Settings):
-    """How a network is used whose own files do not say it: the user's YAML does."""
+    """How a network is used. A YAML says it where the network's own files do not."""
 
     classes: list[str] = Field(min_length=1, description="one name per output channel")
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -114,7 +114,6 @@ class NetworkUse(Settings):
     window: Window | None = None
     output: int | str | None = None
 
-    @property
-    def plan(self) -> WindowPlan | None:
-        """The window plan, or None where the network takes the whole scan at once."""
+    def window_plan(self) -> WindowPlan | None:
+        """Return the window plan, or None where the network takes the whole scan at once."""
         return self.window.plan() if self.window else None

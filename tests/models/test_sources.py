@@ -1,4 +1,4 @@
-"""The table of model sources: what every source has, and that a further one is a file and a line."""
+"""The table of model sources: what each of them has, and that one more is a file and a line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the evaluator of a MONAI bundle and its dataset use: inferer, transforms and data loader.
 
-The evaluator's own arguments count. An entry of the config that is merely named `inferer` or
-`preprocessing` may be another one.
+What counts are the entries to which the evaluator's arguments refer. An entry that merely has the
+name `inferer` or `preprocessing` may be another one.
 """
 
 from __future__ import annotations

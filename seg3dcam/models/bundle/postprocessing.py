@@ -38,9 +38,9 @@ _SAME_MM = 0.01
 def restorer(
     bundle: Bundle, postprocessing: Sequence[Any], activation: Activation
 ) -> Callable[[torch.Tensor, Scan, MetaTensor], torch.Tensor | None] | None:
-    """Return the function that makes masks on the scan of logits, by the bundle's postprocessing.
+    """Return the function that turns logits into masks on the scan by the bundle's postprocessing.
 
-    None is returned where the postprocessing does not lead back to the scan.
+    The result is None where the postprocessing does not lead back to the scan.
     """
     savers = [t for t in postprocessing if isinstance(t, SaveImaged) and "pred" in keys_of(t)]
     resamples = any(t.saver.meta_kwargs["resample"] for t in savers)
