@@ -72,17 +72,17 @@ def _content(file: Path, trust: bool) -> Any:
     check_file(file, "weights file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a kind of tensor or file is old or in beta state
+            warnings.simplefilter("ignore")  # PyTorch's, about old or experimental kinds of file
             return _read(file, trust)
     except ModelError:
         raise
-    except Exception as error:  # the readers raise whatever a damaged file leads them to
+    except Exception as error:  # the readers raise anything for a damaged file
         more = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(
             error
         )
         reason = "it holds more than tensors, and reading that could run code" if more else error
         first_line = (str(reason).strip().splitlines() or [""])[0]
-        if " " not in first_line:  # no sentence, such as the key of a KeyError
+        if " " not in first_line:  # not a sentence, but such as the key of a KeyError
             first_line = f"it is damaged or no such file: {error!r}"
         raise ModelError(
             f"{file.name}: cannot be read as weights ({first_line}). Legal are "

@@ -139,7 +139,7 @@ def load_network(
             _check_patch(empty.eval(), channels, parts)
     try:
         built = _built(parts, channels)
-    except Exception as error:  # whatever a network's code raises
+    except Exception as error:  # a network's code may raise anything
         raise ModelError(
             f"plans.json: {parts.configuration.network_arch_class_name} cannot be built as "
             f"{checkpoint.trainer_name} does it: {error!r}. Was the model trained with another "
@@ -165,7 +165,7 @@ def _check_patch(empty: nn.Module, channels: int, parts: Parts) -> None:
             made = empty(torch.empty(1, channels, *patch, device="meta"))
     except NotImplementedError:  # some step needs values, which the meta device does not have
         return
-    except Exception as error:  # whatever a network's code raises
+    except Exception as error:  # a network's code may raise anything
         raise ModelError(
             f"plans.json: the network cannot take a patch of {patch} voxels (patch_size): {error}. "
             "Do strides, kernel_sizes and patch_size fit each other?"
@@ -217,7 +217,7 @@ def _by_name(name: str, package: str) -> Any:
 def _found(find: Callable[[], Any], what: str) -> Any:
     try:
         found = find()
-    except Exception as error:  # nnU-Net imports every module on its way
+    except Exception as error:  # nnU-Net imports every module that it searches
         raise ModelError(f"{what}: nnU-Net does not find it: {error!r}") from error
     if found is None:
         raise ModelError(f"{what}: there is none in the installed nnU-Net")
@@ -258,7 +258,7 @@ def _trainer(name: str, trust: bool) -> Any:
             found = recursive_find_trainer_class_by_name(name)
     except RuntimeError:  # what nnU-Net raises where it finds nothing
         found = None
-    except Exception as error:  # it imports every module on its way
+    except Exception as error:  # it imports every module that it searches
         raise ModelError(f"trainer {name!r}: nnU-Net fails to look for it: {error!r}") from error
     if not (inspect.isclass(found) and issubclass(found, nnUNetTrainer)):
         raise ModelError(
