@@ -21,6 +21,17 @@ INSTANCE_NORM = {
     "norm_op_kwargs": {"eps": 1e-05, "affine": True},
 }
 
+#: How plans described the U-Net of `write_folder` before nnU-Net 2.5, apart from its class.
+OLD_UNET = {
+    "UNet_base_num_features": 4,
+    "unet_max_num_features": 320,
+    "n_conv_per_stage_encoder": [1, 1],
+    "n_conv_per_stage_decoder": [1],
+    "num_pool_per_axis": [1, 1, 1],
+    "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
+    "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+}
+
 #: Changes of a configuration: nnU-Net's faster resampling.
 TORCH_RESAMPLING = {
     f"resampling_fn_{what}{end}": value

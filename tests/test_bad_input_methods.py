@@ -42,7 +42,7 @@ from seg3dcam.errors import (
     TargetError,
 )
 from seg3dcam.geometry import resample_labels
-from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.preparation import build_preparation
 from seg3dcam.models.specs import Prepare
 from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDice, WeightedSum
 from seg3dcam.targets.use import as_target, as_targets

@@ -15,15 +15,11 @@ from pydantic import BaseModel
 from seg3dcam import METHODS
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.settings import Job
-from seg3dcam.models.specs import (
-    BundleSpec,
-    ExportedSpec,
-    Intensity,
-    ModelSpec,
-    NnunetSpec,
-    Prepare,
-    Window,
-)
+from seg3dcam.models import exported
+from seg3dcam.models.bundle import load as bundle
+from seg3dcam.models.factory import Spec as FactorySpec
+from seg3dcam.models.nnunet import load as nnunet
+from seg3dcam.models.specs import Intensity, Prepare, Window
 from seg3dcam.network.layers import resolve_layers
 from seg3dcam.settings import read_json, read_yaml, validate
 from seg3dcam.windows import WindowPlan
@@ -32,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "seg3dcam" / "demo" / "model.yaml"
 JOBS = sorted((ROOT / "configs").glob("*_job.yaml"))
 MODELS = [*sorted((ROOT / "configs").glob("*_model.yaml")), DEMO]
-OTHERS = {"bundle": BundleSpec, "nnunet": NnunetSpec, "exported": ExportedSpec}
+OTHERS = {"bundle": bundle.Spec, "nnunet": nnunet.Spec, "exported": exported.Spec}
 NETWORKS = {"UNet": UNet, "SegResNet": SegResNet}
 
 
@@ -66,7 +62,7 @@ def test_every_example_is_a_job_or_a_model():
 def test_example_job(path):
     job = validate(read_yaml(path), Job, path.name)
     spec_file = path.parent / job.model
-    spec = validate(read_yaml(spec_file), ModelSpec, spec_file.name)
+    spec = validate(read_yaml(spec_file), FactorySpec, spec_file.name)
     assert set(job.target) <= set(spec.classes)
     assert job.method in METHODS
     if job.layer != "auto":
@@ -75,7 +71,7 @@ def test_example_job(path):
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 def test_example_model_takes_its_window_and_gives_its_classes(path):
-    spec = validate(read_yaml(path), ModelSpec, path.name)
+    spec = validate(read_yaml(path), FactorySpec, path.name)
     roi = spec.window.plan().roi_size
     with torch.no_grad():
         logits = network(spec)(torch.empty(1, spec.arguments["in_channels"], *roi, device="meta"))
@@ -86,14 +82,16 @@ def test_examples_hold_every_setting():
     examples = [*JOBS, *MODELS]
     shown = set().union(*(keys(yaml.safe_load(path.read_text())) for path in examples))
     legal = {
-        name for kind in (Intensity, Prepare, Window, ModelSpec, Job) for name in kind.model_fields
+        name
+        for kind in (Intensity, Prepare, Window, FactorySpec, Job)
+        for name in kind.model_fields
     }
     assert shown == legal
 
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("ct_job.yaml", [Job]), ("ct_model.yaml", [ModelSpec, Prepare, Intensity, Window])],
+    [("ct_job.yaml", [Job]), ("ct_model.yaml", [FactorySpec, Prepare, Intensity, Window])],
 )
 def test_every_key_is_explained(name, kinds):
     """By a comment above it, or as an alternative in a comment."""
@@ -214,8 +212,12 @@ def is_tuple(settings: BaseModel, key: str) -> bool:
             r"sign: unknown key, did you mean 'signed",
         ),
         (Job, {"scan": "a", "model": "b", "slice": 3, "axis": ["axial", "coronal"]}, "one axis"),
-        (ModelSpec, {"factory": "os.system", "weights": "w", "classes": ["a"]}, r"factory: .*os"),
-        (ModelSpec, {"nets": 1}, r"nets: unknown key, .*\n  weights: missing"),
+        (
+            FactorySpec,
+            {"factory": "os.system", "weights": "w", "classes": ["a"]},
+            r"factory: .*os",
+        ),
+        (FactorySpec, {"nets": 1}, r"nets: unknown key, .*\n  weights: missing"),
     ],
     ids=str,
 )

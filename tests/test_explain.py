@@ -15,7 +15,7 @@ from torch import nn
 from seg3dcam import HiResCAM, SegModel, WindowPlan, explain, explain_each, load_scan, targets
 from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, ModelError, TargetError
 from seg3dcam.explaining.findings import findings
-from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.preparation import build_preparation
 from seg3dcam.models.specs import Prepare
 from tests.test_geometry import OBLIQUE_LAS, rotation, world_field
 

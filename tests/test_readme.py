@@ -14,7 +14,7 @@ from helpers_cases import seg3dcam
 
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.job.settings import Format
-from seg3dcam.models.specs import ModelSpec
+from seg3dcam.models import factory
 from seg3dcam.settings import validate
 
 README = Path(__file__).parents[1] / "README.md"
@@ -37,7 +37,7 @@ def test_the_python_examples_run(
 
 def test_the_model_spec_is_legal() -> None:
     (spec,) = blocks("yaml")
-    validate(yaml.safe_load(spec), ModelSpec, "README.md")
+    validate(yaml.safe_load(spec), factory.Spec, "README.md")
 
 
 def test_every_method_and_every_format_is_in_a_table() -> None:

@@ -28,7 +28,7 @@ from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.placement import on_network_grid
 from seg3dcam.geometry import resample, resample_labels, spacing_of
-from seg3dcam.models.base import SegModel
+from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import (

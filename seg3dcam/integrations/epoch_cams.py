@@ -23,7 +23,7 @@ from seg3dcam.errors import (
 )
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.files import check_writable, unique_names
-from seg3dcam.models.base import SegModel
+from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.review import review_explanation, save_montage

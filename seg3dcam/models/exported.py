@@ -1,7 +1,9 @@
-"""Networks exported by `torch.export`, unflattened: their submodules take hooks again.
+"""A model from a file of `torch.export`.
 
-Where a program was exported for one shape of input alone, it takes no other: windows must have that
-shape. A TorchScript file takes no hooks at all; its weights go into the network of a factory.
+The exported program is unflattened, which gives it submodules again, to which hooks can be
+attached. A program that was exported for one shape of input takes no other shape, so the windows
+must have it. A TorchScript file takes no hooks at all; its weights can be loaded into the network
+of a factory.
 """
 
 from __future__ import annotations
@@ -14,34 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from seg3dcam.errors import ModelError
 from seg3dcam.files import digest_of
-from seg3dcam.models.base import SegModel
-from seg3dcam.models.prepare import build_preparation
-from seg3dcam.models.specs import ExportedSpec
-from seg3dcam.models.state import check_file, check_finite
+from seg3dcam.models.preparation import build_preparation
+from seg3dcam.models.seg_model import SegModel
+from seg3dcam.models.specs import NetworkUse
 from seg3dcam.models.torchscript import is_torchscript
+from seg3dcam.models.weights import check_file, check_finite
 
-#: How a file of another kind can be used.
+#: What to do with a file of another kind, ready to end a message.
 _BY_FACTORY = (
     "build the network in Python and load its weights: give factory, arguments and weights: {} in "
     "the model's YAML in place of exported"
 )
 
-#: Operations that only a network in train mode has, or whose result depends on the mode.
+#: Operations that only a network in train mode has, or that act differently in train mode.
 _OF_TRAINING = ("dropout", "native_dropout", "_native_batch_norm_legit_functional")
 
 
-def build(spec: ExportedSpec, path: Path, trust: bool) -> SegModel:
+class Spec(NetworkUse):
+    """A network exported by `torch.export`, and how it is used."""
+
+    exported: str = Field(min_length=1, description="the .pt2 file")
+
+
+def build(spec: Spec, path: Path, trust: bool) -> SegModel:
     """Load an exported program.
 
     Args:
-        path: the program's file is relative to this one.
-        trust: `torch.export.load` unpickles, which can run code.
+        path: the file that holds the spec; the program's path is relative to it.
+        trust: needed, since `torch.export.load` unpickles the file, which can run code.
 
     Raises:
-        ModelError: no such file, another kind of file, or a program exported in train mode.
+        ModelError: the file does not exist, is of another kind, or holds a program that was
+            exported in train mode.
     """
     file = path.parent / spec.exported
     program = load_program(file, trust)
@@ -52,11 +62,12 @@ def build(spec: ExportedSpec, path: Path, trust: bool) -> SegModel:
         check_finite(dict(module.state_dict()), file.name)
     except ModelError:
         raise
-    except Exception as error:  # of a graph that torch.export would not make
+    except Exception as error:  # such as a graph that torch.export itself would never write
         raise ModelError(f"{file.name}: this exported program cannot be used: {error}") from error
-    # Windows are checked below; where its layers lie is measured with inputs of other sizes.
+    # The windows are checked below. The program's own check of shapes is switched off, since the
+    # positions of its layers are measured with inputs of other sizes.
     module.check_input_constraints = False
-    plan = spec.window.plan() if spec.window else None
+    plan = spec.window_plan()
     _check_window(plan, shape, file)
     return SegModel(
         module=module,
@@ -78,7 +89,7 @@ def load_program(file: Path, trust: bool) -> Any:
     """Return the exported program in a file.
 
     Raises:
-        ModelError: no such file, another kind of file, or no trust.
+        ModelError: the file does not exist, is of another kind, or is not trusted.
     """
     check_file(file, "file")
     if is_torchscript(file):
@@ -109,7 +120,7 @@ def load_program(file: Path, trust: bool) -> Any:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep the traceback to itself that PyTorch logs of a damaged file; the error says it, too."""
+    """Silence PyTorch's log of a damaged file's traceback; the error that follows says the same."""
     log = logging.getLogger("torch.export")
     before, log.disabled = log.disabled, True
     try:
@@ -119,7 +130,7 @@ def _without_log() -> Iterator[None]:
 
 
 def _input_shape(program: Any) -> tuple[int | None, ...]:
-    """Return the shape of the program's input; None where it may be any."""
+    """Return the shape of the program's input, with None where any size is allowed."""
     inputs = program.graph_signature.user_inputs
     nodes = {node.name: node for node in program.graph.nodes}
     if len(inputs) != 1 or inputs[0] not in nodes:
@@ -131,7 +142,7 @@ def _input_shape(program: Any) -> tuple[int | None, ...]:
 
 
 def _check_mode(program: Any, file: Path) -> None:
-    """Raise ModelError where a program would go on as in a training."""
+    """Raise ModelError where a program would act as it does in training."""
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
@@ -145,7 +156,7 @@ def _check_mode(program: Any, file: Path) -> None:
 
 
 def _check_window(plan: Any, shape: tuple[int | None, ...], file: Path) -> None:
-    """Raise ModelError where windows do not have the one shape that the program takes."""
+    """Raise ModelError where the program takes one shape and the windows have another."""
     wanted = shape[2:]
     if plan is None or not any(isinstance(n, int) for n in wanted):
         return

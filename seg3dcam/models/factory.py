@@ -1,4 +1,4 @@
-"""Models from a Python factory, its weights, and how it is used."""
+"""A model from a Python factory, that is a class or function that returns the network."""
 
 from __future__ import annotations
 
@@ -7,26 +7,43 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import ModelError, Seg3dcamWarning, nearest
 from seg3dcam.files import digest_of_all
-from seg3dcam.models.base import SegModel
-from seg3dcam.models.beside import modules_beside
+from seg3dcam.models.local_modules import local_modules
 from seg3dcam.models.networks import check_arguments, imported, network_class
-from seg3dcam.models.prepare import build_preparation
-from seg3dcam.models.specs import ModelSpec
-from seg3dcam.models.state import check_finite, check_fit, read_state, without_prefix
+from seg3dcam.models.preparation import build_preparation
+from seg3dcam.models.seg_model import SegModel, channels_taken
+from seg3dcam.models.specs import NetworkUse
+from seg3dcam.models.weights import check_finite, check_fit, read_state, without_prefix
 
 
-def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
-    """Build the network of a spec and load its weights.
+class Spec(NetworkUse):
+    """A network made by a Python factory, with its weights and how it is used."""
+
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$", description="package.module:Class")
+    arguments: dict[str, Any] = Field({})
+    weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
+
+    @field_validator("classes")
+    @classmethod
+    def _different(cls, classes: list[str]) -> list[str]:
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        if twice:
+            raise ValueError(f"every class needs a name of its own; {twice} is there twice")
+        return classes
+
+
+def build(spec: Spec, path: Path, trust: bool) -> SegModel:
+    """Build the network and load its weights.
 
     Args:
-        path: the file that holds the spec; weights are relative to it.
-        trust: allow any factory, also from a module beside the file, with any arguments: importing
-            and calling it runs its code. Without it, `networks` tells what may be built.
+        path: the file that holds the spec; the weights' path is relative to it.
+        trust: allow any factory with any arguments, also one from a module beside the file.
+            Importing and calling it runs its code. Without trust only the networks listed in
+            `seg3dcam.models.networks` are built.
 
     Raises:
         ModelError: the factory or the weights cannot be used.
@@ -38,7 +55,7 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
         class_names=tuple(spec.classes),
         activation=spec.activation,
         prepare=build_preparation(spec.prepare),
-        window=spec.window.plan() if spec.window else None,
+        window=spec.window_plan(),
         output=spec.output,
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",
@@ -49,21 +66,21 @@ def build(spec: ModelSpec, path: Path, trust: bool) -> SegModel:
     )
 
 
-def _build(spec: ModelSpec, path: Path, trust: bool) -> tuple[nn.Module, list[Path]]:
-    """Return the network, and the files of the user's own code that made it."""
+def _build(spec: Spec, path: Path, trust: bool) -> tuple[nn.Module, list[Path]]:
+    """Return the network, and the files of the user's own code that took part in making it."""
     if not trust:
         network = network_class(spec.factory, path.name)
         check_arguments(network, spec.arguments, path.name)
         return _called(network, spec, path), []
-    with modules_beside(path.parent) as code:
+    with local_modules(path.parent) as code:
         factory = _factory(spec, path)
         module = _called(factory, spec, path)
         own = getattr(sys.modules.get(spec.factory.split(":")[0]), "__file__", None)
     return module, sorted({*code, *([Path(own)] if own else [])})
 
 
-def _factory(spec: ModelSpec, path: Path) -> Any:
-    """Return whatever a trusted spec names, from beside its file or from what is installed."""
+def _factory(spec: Spec, path: Path) -> Any:
+    """Return what a trusted spec names; it lies beside the file or in an installed package."""
     place, name = spec.factory.split(":")
     factory = imported(place, f"{path.name}: factory {spec.factory}")
     for part in name.split("."):
@@ -74,7 +91,7 @@ def _factory(spec: ModelSpec, path: Path) -> Any:
     return factory
 
 
-def _called(factory: Any, spec: ModelSpec, path: Path) -> nn.Module:
+def _called(factory: Any, spec: Spec, path: Path) -> nn.Module:
     try:
         module = factory(**spec.arguments)
     except Exception as error:
@@ -88,7 +105,7 @@ def _called(factory: Any, spec: ModelSpec, path: Path) -> nn.Module:
     return module
 
 
-def _load_weights(module: nn.Module, spec: ModelSpec, path: Path, trust: bool) -> None:
+def _load_weights(module: nn.Module, spec: Spec, path: Path, trust: bool) -> None:
     if spec.weights == "random":
         warnings.warn(
             f"{path.name}: the network has random weights, as asked; its maps mean nothing",
@@ -103,8 +120,8 @@ def _load_weights(module: nn.Module, spec: ModelSpec, path: Path, trust: bool) -
     module.load_state_dict(state)
 
 
-def _in_channels(module: nn.Module, spec: ModelSpec) -> int | None:
+def _in_channels(module: nn.Module, spec: Spec) -> int | None:
     given = spec.arguments.get("in_channels")
     if isinstance(given, int):
         return given
-    return next((m.in_channels for m in module.modules() if isinstance(m, _ConvNd)), None)
+    return channels_taken(module)

@@ -1,30 +1,41 @@
-"""What a user has becomes a `SegModel`: a model's YAML, a MONAI bundle, a nnU-Net folder."""
+"""The table of model sources, and `load_model`, which turns any of them into a `SegModel`."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.models.base import SegModel
-from seg3dcam.models.specs import BundleSpec, ExportedSpec, ModelSpec, NnunetSpec
 from seg3dcam.settings import read_yaml, validate
 
-#: The key that tells the kind of a spec -> its settings, and the module whose `build` makes the
-#: model of them.
-SOURCES: dict[str, tuple[type[Any], str]] = {
-    "factory": (ModelSpec, "seg3dcam.models.factory"),
-    "bundle": (BundleSpec, "seg3dcam.models.bundle.load"),
-    "nnunet": (NnunetSpec, "seg3dcam.models.nnunet.load"),
-    "exported": (ExportedSpec, "seg3dcam.models.exported"),
-}
+if TYPE_CHECKING:
+    from seg3dcam.models.seg_model import SegModel
 
-#: Kinds that need no more settings than a path: `bundle:DIR`, `nnunet:FOLDER`.
-SHORT = ("bundle", "nnunet")
+
+class Source(NamedTuple):
+    """One kind of model.
+
+    Attributes:
+        module: the module that reads this kind. It is imported when a model of this kind is loaded,
+            and holds two names: `Spec`, the settings that a YAML may give, and
+            `build(spec, path, trust)`, which makes the `SegModel`.
+        path_is_enough: whether `KIND:PATH` says all that has to be said, so that a user needs no
+            YAML file.
+    """
+
+    module: str
+    path_is_enough: bool = False
+
+
+#: The key in a model's YAML that tells its kind -> where that kind is read.
+SOURCES = {
+    "factory": Source("seg3dcam.models.factory"),
+    "bundle": Source("seg3dcam.models.bundle.load", path_is_enough=True),
+    "nnunet": Source("seg3dcam.models.nnunet.load", path_is_enough=True),
+    "exported": Source("seg3dcam.models.exported"),
+}
 
 
 def load_model(
@@ -39,14 +50,15 @@ def load_model(
     Args:
         source: a model's YAML file, `bundle:DIR` for a MONAI bundle, or `nnunet:FOLDER` for a
             trained nnU-Net v2 folder.
-        trust: allow the model's own code to run: a factory that is not in the table of networks, or
-            lies beside the YAML, arguments that fetch or read, a bundle's config, an exported
-            program, a TorchScript archive that puts its weights together itself, or a nnU-Net
-            checkpoint that holds more than tensors.
-        overrides: values of a MONAI bundle's config by their ids, as MONAI's own, such as
-            `{"inferer#roi_size": [64, 64, 64]}`; they come on top of those of the file (`set`).
-        settings: more settings of the source, such as `folds=[0]` of a nnU-Net folder; they
-            replace those of the file.
+        trust: allow the model's own code to run. That is needed for a factory that is not in the
+            table of networks or lies beside the YAML, for arguments that download or read files,
+            for a bundle's config, for an exported program, for a TorchScript archive whose weights
+            only its own code can put together, and for an nnU-Net checkpoint that holds more than
+            tensors.
+        overrides: values for a MONAI bundle's config by their ids, as in MONAI itself, such as
+            `{"inferer#roi_size": [64, 64, 64]}`. They win over those in the file (`set`).
+        settings: more settings of the source, such as `folds=[0]` of an nnU-Net folder. They
+            replace those in the file.
 
     Raises:
         ConfigError: the settings themselves are wrong.
@@ -60,12 +72,9 @@ def load_model(
         seg3dcam.errors.ConfigError: nnunet:no_such_folder:
           mirroring: Input should be a valid boolean, unable to interpret input, got 'sometimes'
     """
-    kind, _, place = str(source).partition(":")
-    if kind in SHORT and place:
-        path, content = Path("model"), {kind: place}
-    else:
-        path = Path(source)
-        content = read_yaml(path)
+    import torch
+
+    content, path = _content(source)
     given = {**content, **settings}
     kind = _kind(given, path)
     if "inputs" in settings and kind != "bundle":
@@ -73,18 +82,43 @@ def load_model(
             f"{source}: image keys (inputs, --input key=path) are those of a MONAI bundle; give "
             "the scan's files in the order of its channels"
         )
-    settings_class, module = SOURCES[kind]
     if overrides:
         _check_overrides(source, kind, overrides)
         given["set"] = {**(given.get("set") or {}), **overrides}
-    spec = validate(given, settings_class, Path(source).name)
-    build: Callable[[Any, Path, bool], SegModel] = importlib.import_module(module).build
-    with torch.device("cpu"):  # whatever the default device: weights and checks are on the CPU
-        return build(spec, path, trust)
+    module = importlib.import_module(SOURCES[kind].module)
+    spec = validate(given, module.Spec, Path(source).name)
+    with torch.device("cpu"):  # weights and checks are on the CPU, whatever the default device is
+        return module.build(spec, path, trust)
+
+
+def relative_to(folder: Path, source: str) -> str:
+    """Return a source whose path is relative to a folder, such as the folder of a job file.
+
+    >>> relative_to(Path("jobs"), "nnunet:model"), relative_to(Path("jobs"), "model.yaml")
+    ('nnunet:jobs/model', 'jobs/model.yaml')
+    """
+    kind, place = _kind_and_place(source)
+    return f"{kind}:{folder / place}" if kind else str(folder / source)
+
+
+def _kind_and_place(source: str) -> tuple[str | None, str]:
+    """Split `KIND:PATH`; the kind is None where the source is the path of a YAML file."""
+    kind, _, place = source.partition(":")
+    if kind in SOURCES and SOURCES[kind].path_is_enough and place:
+        return kind, place
+    return None, source
+
+
+def _content(source: str | Path) -> tuple[dict[str, Any], Path]:
+    """Return a source's settings, and the file to which paths in them are relative."""
+    kind, place = _kind_and_place(str(source))
+    if kind:
+        return {kind: place}, Path("model")
+    return read_yaml(source), Path(source)
 
 
 def _check_overrides(source: str | Path, kind: str, overrides: Mapping[str, Any]) -> None:
-    """Raise ConfigError for overrides of what is no bundle, or that are no mapping."""
+    """Raise ConfigError unless overrides are a mapping and the model is a bundle."""
     if kind != "bundle":
         raise ConfigError(
             f"{source}: values by ids (overrides, --set id=value) are those of a MONAI bundle's "
@@ -97,23 +131,11 @@ def _check_overrides(source: str | Path, kind: str, overrides: Mapping[str, Any]
         )
 
 
-def relative_to(folder: Path, source: str) -> str:
-    """Return a source with its path relative to a folder, as in a job file.
-
-    >>> relative_to(Path("jobs"), "nnunet:model"), relative_to(Path("jobs"), "model.yaml")
-    ('nnunet:jobs/model', 'jobs/model.yaml')
-    """
-    kind, _, place = source.partition(":")
-    if kind in SHORT and place:
-        return f"{kind}:{folder / place}"
-    return str(folder / source)
-
-
-def _kind(given: dict[str, Any], path: Path) -> str:
-    """Return the kind of a spec; ConfigError unless exactly one key tells it."""
+def _kind(given: Mapping[str, Any], path: Path) -> str:
+    """Return the kind of a model; ConfigError unless exactly one key tells it."""
     kinds = [kind for kind in SOURCES if kind in given]
     if not kinds and "weights" in given:
-        return "factory"  # which is then named as missing
+        return "factory"  # so that the next error names the factory as missing
     if len(kinds) != 1:
         found = f"it has {' and '.join(kinds)}" if kinds else "it has none"
         raise ConfigError(

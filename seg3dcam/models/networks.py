@@ -1,7 +1,8 @@
 """The networks that a model's YAML may build without trust, and the arguments that it may give.
 
-A YAML may come from anybody. It chooses from a table of networks, and hands them plain values that
-neither send a request nor read a file. Everything else runs code that somebody has to know.
+A YAML may come from anybody. Without trust it can only choose a network from a table and give it
+plain values, which neither read a file nor send a request. Everything else would run code that the
+user has to know first.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import nn
 
 from seg3dcam.errors import ModelError, nearest
 
-#: Packages -> their networks. A class counts that is defined in the package itself; what a module
-#: has only imported, and parts of networks, do not. Not here, since building them can fetch or read
-#: a file whatever the arguments, or needs more than plain values: TorchVisionFCModel, MILModel,
-#: Transchex and its parts, NetAdapter, CellSamWrapper, DiNTS, VISTA3D.
+#: Packages -> their networks. The classes are defined in the package itself; a class that a module
+#: has only imported is not accepted, nor is a part of a network. Some networks are left out, since
+#: building them can download or read a file whatever the arguments are, or needs more than plain
+#: values: TorchVisionFCModel, MILModel, Transchex and its parts, NetAdapter, CellSamWrapper, DiNTS,
+#: VISTA3D.
 NETWORKS: dict[str, tuple[str, ...]] = {
     "monai.networks.nets": (
         *("AHNet", "AttentionUnet", "AutoEncoder", "BasicUNet", "BasicUNetPlusPlus"),
@@ -46,18 +48,18 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-#: Arguments whose name has one of these words send a request, whatever they are set to.
+#: An argument with one of these words in its name sends a request, whatever its value is.
 _REQUESTS = {"pretrained", "download"}
 
-#: Arguments whose name has one of these words name a file or an address. Numbers and true or false
-#: are none: use_checkpoint, dropout_path_rate.
+#: An argument with one of these words in its name names a file or an address, if its value is text.
+#: Numbers and true or false do not, as in use_checkpoint or dropout_path_rate.
 _PLACES = {
     *("cache", "checkpoint", "checkpoints", "ckpt", "dir", "directory", "file", "filename"),
     *("filepath", "folder", "hub", "load", "path", "paths", "repo", "repository", "resource"),
     *("uri", "url", "urls", "weight", "weights"),
 }
 
-#: What is in the name of a file or an address, and in no name of an activation or a norm.
+#: Characters that occur in paths and addresses, but not in the name of an activation or a norm.
 _PLACE = re.compile(r"[/\\:~%\x00-\x1f]|^\.|\.[A-Za-z]\w*$")
 
 _TRUST = "allow it with --trust (trust=True)"
@@ -71,7 +73,7 @@ def network_class(factory: str, where: str) -> type[nn.Module]:
         where: the YAML's name, for messages.
 
     Raises:
-        ModelError: it is none of the table, or cannot be imported.
+        ModelError: it is not in the table, or cannot be imported.
 
     >>> network_class("monai.networks.nets:UNet", "model.yaml").__name__
     'UNet'
@@ -105,7 +107,7 @@ def imported(place: str, what: str) -> Any:
     """Import a module.
 
     Raises:
-        ModelError: it is not installed, or does not work where it is.
+        ModelError: it is not installed, or its installation is damaged.
     """
     try:
         return importlib.import_module(place)
@@ -114,9 +116,10 @@ def imported(place: str, what: str) -> Any:
 
 
 def check_arguments(network: type[nn.Module], arguments: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError unless the arguments of a network are plain, and none reads or fetches.
+    """Raise ModelError unless a network's arguments are plain values and name no file or address.
 
-    What an argument is where it is left out counts, too: some networks fetch weights by default.
+    The defaults of the other arguments are checked too, since some networks download weights by
+    default.
 
     Args:
         where: the YAML's name, for messages.
@@ -144,10 +147,10 @@ def check_arguments(network: type[nn.Module], arguments: Mapping[str, Any], wher
 def _each(
     value: Any, place: str, names: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """Yield every value and key at any depth: its place, the names that lead to it, and itself.
+    """Yield every value and key at any depth as (its place, the names that lead to it, itself).
 
-    A list or mapping counts itself where its name is one of a file or request: whoever asks whether
-    it is given finds that it is, whatever it holds.
+    A list or mapping whose name stands for a file or a request is yielded as a whole: a network may
+    only ask whether the argument is given, whatever it holds.
     """
     if isinstance(value, Mapping | list | tuple) and any(_names_a_place(n, True) for n in names):
         yield place, names, str(value)
@@ -163,7 +166,7 @@ def _each(
 
 
 def _names_a_place(name: str, value: Any) -> bool:
-    """Tell whether an argument, by its name and value, stands for a file or a request."""
+    """Tell by its name and value whether an argument stands for a file or a request."""
     if value is inspect.Parameter.empty or not value:
         return False
     words = {word for word in re.split(r"[\W_]+", name.lower()) if word}

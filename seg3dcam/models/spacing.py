@@ -1,8 +1,8 @@
-"""How other programs' readers take a scan's voxel size and place from its NIfTI header.
+"""The voxel size and affine that other programs read from a scan's NIfTI header.
 
-A NIfTI header says the voxel size twice: in pixdim, and as the length of the sform's columns. Both
-should agree, and in many public files they do not. The scan's own affine follows the sform; a model
-that was trained on what another reader made of such files must see them in the same way.
+A NIfTI header gives the voxel size twice: in pixdim, and as the length of the sform's columns. The
+two should agree, but in many public files they do not. The scan's own affine follows the sform. A
+model that was trained with another reader must see such files as that reader gives them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seg3dcam.scan import Scan
 
 Reader = Literal["itk", "nibabel"]
 
-#: What a reader's geometry is made of.
+#: The fields of a header that say where voxels lie.
 _GEOMETRY = (
     "pixdim",
     "xyzt_units",
@@ -31,7 +31,7 @@ _GEOMETRY = (
     *("srow_x", "srow_y", "srow_z"),
 )
 
-#: Two voxel sizes that differ by less than this part say the same: headers hold float32.
+#: Voxel sizes whose relative difference is below this are equal, since headers hold float32.
 SAME_SIZE = 1e-3
 
 
@@ -39,10 +39,10 @@ def spacing_as_read_by(scan: Scan, reader: Reader) -> tuple[float, ...]:
     """Return the voxel size along the scan's axes, in mm, as a reader gives it.
 
     Args:
-        reader: "itk" (SimpleITK, ITKReader) takes it from pixdim and heeds the header's unit;
-            "nibabel" takes `header.get_zooms()`, which is pixdim in whatever unit.
+        reader: "itk" (SimpleITK, ITKReader) takes the size from pixdim and converts the header's
+            unit to mm; "nibabel" takes `header.get_zooms()`, which is pixdim whatever the unit is.
 
-    A scan that did not come from NIfTI has one voxel size only, its affine's.
+    A scan that did not come from a NIfTI file has only one voxel size, that of its affine.
 
     Raises:
         ScanError: ITK refuses the header.
@@ -63,8 +63,8 @@ def spacing_as_read_by(scan: Scan, reader: Reader) -> tuple[float, ...]:
 def affine_as_read_by(scan: Scan, reader: Reader) -> np.ndarray:
     """Return the affine, (4, 4) voxel -> RAS mm, as a reader gives it.
 
-    ITK takes directions from the sform or the qform, and the voxel size from pixdim. Arguments and
-    errors are those of `spacing_as_read_by`.
+    ITK takes the directions from the sform or the qform, and the voxel size from pixdim. The
+    arguments and errors are those of `spacing_as_read_by`.
     """
     return _as_read(scan, reader)[1]
 
@@ -79,15 +79,24 @@ def tell_difference(scan: Scan, read: Sequence[float], reader: str) -> None:
     if not np.allclose(read, scan.spacing, rtol=SAME_SIZE, atol=0):
         tell(
             f"{scan.name}: {reader}, by which the model reads its scans, takes the voxel size from "
-            f"the header's pixdim, {_mm(read)}; by the affine it is {_mm(scan.spacing)}. The "
+            f"the header's pixdim, {in_mm(read)}; by the affine it is {in_mm(scan.spacing)}. The "
             "prediction is the model's own, made with the former; maps, volumes and distances are "
             "by the affine. One of the two is wrong: repair the header"
         )
 
 
+def in_mm(spacing: Sequence[float]) -> str:
+    """Return a voxel size as text, for a message.
+
+    >>> in_mm([0.5, 0.5, 2])
+    '0.5 x 0.5 x 2 mm'
+    """
+    return " x ".join(f"{mm:.4g}" for mm in spacing) + " mm"
+
+
 def _as_read(scan: Scan, reader: Reader) -> tuple[tuple[float, ...], np.ndarray]:
     if not isinstance(scan.header, nib.Nifti1Header):
-        # Twelve digits: what ITK read, without the rounding of the way through an affine.
+        # ITK's own value has twelve digits; further ones are rounding errors of the affine.
         return tuple(float(f"{mm:.12g}") for mm in scan.spacing), scan.affine
     return _READERS[reader](scan, scan.header)
 
@@ -97,7 +106,7 @@ def _by_nibabel(scan: Scan, header: nib.Nifti1Header) -> tuple[tuple[float, ...]
 
 
 def _by_itk(scan: Scan, header: nib.Nifti1Header) -> tuple[tuple[float, ...], np.ndarray]:
-    """Let ITK read the geometry itself: which form it follows depends on much, and its version."""
+    """Let ITK itself read the geometry: which form it follows depends on its version too."""
     try:
         import SimpleITK as sitk  # noqa: N813 (its usual name)
     except ImportError as error:
@@ -105,7 +114,7 @@ def _by_itk(scan: Scan, header: nib.Nifti1Header) -> tuple[tuple[float, ...], np
             "a model that reads its scans by ITK needs SimpleITK: pip install SimpleITK"
         ) from error
     wordy = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what it says of the header is said by us
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # its errors are given as ours below
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "geometry.nii"
@@ -129,7 +138,7 @@ def _by_itk(scan: Scan, header: nib.Nifti1Header) -> tuple[tuple[float, ...], np
 
 
 def _geometry(scan: Scan, header: nib.Nifti1Header) -> bytes:
-    """Return the start of a NIfTI file with a header's geometry, and nothing else of it."""
+    """Return the start of a NIfTI file that has a header's geometry and nothing else from it."""
     bare = nib.Nifti1Header()
     bare.set_data_shape(scan.shape)
     bare.set_data_dtype(np.uint8)
@@ -137,10 +146,6 @@ def _geometry(scan: Scan, header: nib.Nifti1Header) -> bytes:
         bare[name] = header[name]
     bare["magic"], bare["vox_offset"] = b"n+1", 352
     return bare.binaryblock + bytes(4)
-
-
-def _mm(spacing: Sequence[float]) -> str:
-    return " x ".join(f"{mm:.4g}" for mm in spacing) + " mm"
 
 
 _READERS: dict[str, Callable[[Scan, Any], tuple[tuple[float, ...], np.ndarray]]] = {

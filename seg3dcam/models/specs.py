@@ -1,8 +1,11 @@
-"""What a model's YAML may say."""
+"""Settings that several kinds of model have in common, as a model's YAML gives them.
+
+Each kind's own settings are the class `Spec` in its module; `load` lists the modules.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     Field,
@@ -14,13 +17,22 @@ from pydantic import (
 )
 
 from seg3dcam.settings import Settings
-from seg3dcam.settings import read_json as read_json
-from seg3dcam.settings import read_yaml as read_yaml
-from seg3dcam.windows import WindowPlan
+
+if TYPE_CHECKING:
+    from seg3dcam.windows import WindowPlan
+
+#: Most voxels that an axis can have: as many as a NIfTI-1 header can count.
+MOST_VOXELS = 32767
+
+#: A class, given by its name or its index. The types are strict so that `true` is not taken for 1.
+ClassName = StrictStr | StrictInt
+
+#: A voxel's size along one axis, in mm.
+Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 
 
 class Intensity(Settings):
-    """How intensities are brought to the network's range; exactly one key."""
+    """How intensities are brought to the range of the network. Exactly one key is given."""
 
     range: tuple[FiniteFloat, FiniteFloat] | None = Field(
         None, description="these two values become 0 and 1, clipped (CT: Hounsfield units)"
@@ -45,15 +57,6 @@ class Intensity(Settings):
         return self
 
 
-Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
-
-#: Voxels along an axis, at most: as many as a NIfTI-1 header can count.
-MOST_VOXELS = 32767
-
-#: A class by its name or index; nothing else is taken for one, such as true for 1.
-ClassName = StrictStr | StrictInt
-
-
 class Prepare(Settings):
     """What is done to a scan before the network sees it, in this order."""
 
@@ -75,7 +78,7 @@ class Prepare(Settings):
 
 
 class Window(Settings):
-    """The sliding window; see `WindowPlan`."""
+    """The sliding window; `WindowPlan` explains each setting."""
 
     roi_size: int | tuple[int, ...]
     overlap: float = Field(0.25, ge=0, lt=1)
@@ -97,66 +100,20 @@ class Window(Settings):
 
     def plan(self) -> WindowPlan:
         """Return the window plan."""
+        from seg3dcam.windows import WindowPlan  # which needs PyTorch and MONAI
+
         return WindowPlan(**self.model_dump())
 
 
-class ModelSpec(Settings):
-    """A network made by a Python factory, with its weights and how it is used."""
+class NetworkUse(Settings):
+    """How a network is used. A YAML says it where the network's own files do not."""
 
-    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$", description="package.module:Class")
-    arguments: dict[str, Any] = Field({})
-    weights: str = Field(description=".safetensors, a PyTorch state dict, or 'random'")
     classes: list[str] = Field(min_length=1, description="one name per output channel")
     activation: Literal["softmax", "sigmoid"] = "softmax"
     prepare: Prepare = Field(default_factory=Prepare)
     window: Window | None = None
     output: int | str | None = None
 
-    @field_validator("classes")
-    @classmethod
-    def _different(cls, classes: list[str]) -> list[str]:
-        twice = sorted({name for name in classes if classes.count(name) > 1})
-        if twice:
-            raise ValueError(f"every class needs a name of its own; {twice} is there twice")
-        return classes
-
-
-class BundleSpec(Settings):
-    """A MONAI bundle; everything is read from its own config and metadata."""
-
-    bundle: str = Field(min_length=1, description="the bundle's folder")
-    config: str | None = Field(
-        None, description="inference config in the folder; none: configs/inference.json or .yaml"
-    )
-    inputs: list[str] | None = Field(
-        None, description="image keys in the order of the scan's channels; none: the only one"
-    )
-    classes: list[str] | None = Field(
-        None, description="one name per output channel; none: the metadata's"
-    )
-    set: dict[str, Any] = Field(
-        {}, description="values of the config by their ids, such as inferer#roi_size: [64, 64, 64]"
-    )
-
-
-class NnunetSpec(Settings):
-    """A trained nnU-Net v2 model folder; everything is read from its plans and dataset.json."""
-
-    nnunet: str = Field(min_length=1, description="the folder <trainer>__<plans>__<configuration>")
-    folds: list[int | Literal["all"]] | None = Field(
-        None, min_length=1, description="none: every fold that has the checkpoint"
-    )
-    checkpoint: str = "checkpoint_final.pth"
-    tile_step_size: float = Field(0.5, gt=0, le=1, description="nnU-Net's own name and default")
-    mirroring: bool = Field(True, description="average over the flips of the training, if any")
-
-
-class ExportedSpec(Settings):
-    """A network exported by `torch.export`, and how it is used."""
-
-    exported: str = Field(min_length=1, description="the .pt2 file")
-    classes: list[str] = Field(min_length=1, description="one name per output channel")
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-    prepare: Prepare = Field(default_factory=Prepare)
-    window: Window | None = None
-    output: int | str | None = None
+    def window_plan(self) -> WindowPlan | None:
+        """Return the window plan, or None where the network takes the whole scan at once."""
+        return self.window.plan() if self.window else None

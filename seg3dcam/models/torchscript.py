@@ -1,9 +1,10 @@
-"""The weights of a TorchScript archive, read without running it.
+"""Reading the weights of a TorchScript archive without running its code.
 
-`torch.jit.load` runs code of the archive: a module's `__setstate__` may do whatever TorchScript
-can, such as writing a file. Here the archive is unpacked instead: its pickle by an unpickler that
-makes nothing but tensors and modules without code, its tensors from their bytes. Which tensors are
-parameters and buffers is written in the archive's source text, which is only looked at.
+`torch.jit.load` runs code from the archive: the `__setstate__` of a module may do whatever
+TorchScript can, such as writing a file. Here the archive is only unpacked. Its pickle is read by an
+unpickler that makes nothing but tensors and modules without code, and the tensors are made from
+their bytes. The archive's source text says which tensors are parameters and buffers; it is searched
+as text and never run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-#: How an archive calls the storages of numbers -> their type.
+#: An archive's name for a storage of numbers -> their type.
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -33,13 +34,13 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 
-#: Modules in each other, at most; one that is shared counts in each of its places.
+#: Most modules in an archive. A module that several others share counts in each place.
 _MOST_MODULES = 100_000
 
-#: Levels of modules in each other, at most; one that holds itself has no end.
+#: Most levels at which modules may hold other modules; one that holds itself would never end.
 _DEEPEST = 100
 
-#: The lines of a class in the archive's source that say which of its tensors are weights.
+#: The lines in the source of a class that say which of its tensors are weights.
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = (\[.*\])\n  __buffers__ = (\[.*\])$", re.MULTILINE
 )
@@ -55,10 +56,10 @@ def is_torchscript(file: Path) -> bool:
 
 
 def torchscript_state(file: Path) -> dict[str, torch.Tensor]:
-    """Return the state dict of a TorchScript archive, and run nothing of it.
+    """Return the state dict of a TorchScript archive without running its code.
 
     Raises:
-        ValueError: it has a form whose weights only its own code knows, or is damaged.
+        ValueError: the archive is damaged, or only its own code can put its weights together.
     """
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
@@ -74,7 +75,7 @@ def torchscript_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 class _Module:
-    """A module of the archive: where its class is defined, and its attributes."""
+    """A module in the archive: the full name of its class, and its attributes."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -85,10 +86,10 @@ class _Module:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes plain values, tensors and `_Module`s.
+    """An unpickler that makes only plain values, tensors and `_Module`s.
 
-    Python's unpickler in Python, since it holds its memo in a dict: that of C makes room for
-    whatever number a file says.
+    It derives from the unpickler that is written in Python, which keeps its memo in a dict. The one
+    written in C reserves memory for whatever number of entries a file names.
     """
 
     stack: list[Any]
@@ -111,7 +112,7 @@ class _Unpickler(pickle._Unpickler):
         return known
 
     def load_build(self) -> None:
-        if type(self.stack[-2]) is not _Module:  # anything else would have attributes set
+        if type(self.stack[-2]) is not _Module:  # a file may set no attributes of other objects
             raise pickle.UnpicklingError(f"{type(self.stack[-2]).__name__} with a state of its own")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
@@ -135,14 +136,14 @@ def _new(place: str) -> _Module:
 
 
 def _tensor(storage: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-    return storage.as_strided(size, stride, offset)  # which refuses to leave the storage
+    return storage.as_strided(size, stride, offset)  # which refuses to go beyond the storage
 
 
 def _same(values: Any, *_: Any) -> Any:
     return values
 
 
-#: What an archive's pickle may call, and what is called in its place.
+#: The functions that an archive's pickle may call -> what is called instead.
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -155,7 +156,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 
 def _weights_of_classes(archive: zipfile.ZipFile, root: str) -> dict[str, list[str]]:
-    """Return the names of parameters and buffers of every class in the archive's source."""
+    """Return the parameters and buffers that the archive's source names for every class."""
     found = {}
     for name in archive.namelist():
         if name.startswith(root) and name.endswith(".py"):
@@ -168,7 +169,7 @@ def _weights_of_classes(archive: zipfile.ZipFile, root: str) -> dict[str, list[s
 
 
 def _state(module: _Module, weights: dict[str, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of a module and of those in it, as `state_dict` names them."""
+    """Yield the weights of a module and of all modules in it, named as in a `state_dict`."""
     left = [("", module)]
     for _ in range(_MOST_MODULES):
         if not left:

@@ -18,6 +18,7 @@ import torch
 from helpers_cases import seg3dcam, write_yaml
 from helpers_nnunet import (
     INSTANCE_NORM,
+    OLD_UNET,
     TORCH_RESAMPLING,
     bright,
     predicted,
@@ -284,16 +285,7 @@ def test_plans_of_older_versions_are_read(tmp_path):
     def outdate(plans):
         configuration = plans["configurations"]["3d_fullres"]
         del configuration["architecture"]
-        configuration |= {
-            "UNet_class_name": "PlainConvUNet",
-            "UNet_base_num_features": 4,
-            "unet_max_num_features": 320,
-            "n_conv_per_stage_encoder": [1, 1],
-            "n_conv_per_stage_decoder": [1],
-            "num_pool_per_axis": [1, 1, 1],
-            "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
-            "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
-        }
+        configuration |= {"UNet_class_name": "PlainConvUNet", **OLD_UNET}
 
     damaged(folder, "plans.json", outdate)
     old = load_model(f"nnunet:{folder}")

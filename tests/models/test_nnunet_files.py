@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_nnunet import INSTANCE_NORM, random, write_folder
+from helpers_nnunet import INSTANCE_NORM, OLD_UNET, random, write_folder
 from torch import nn
 
 from seg3dcam import load_model
@@ -284,16 +284,7 @@ def test_residual_networks_of_older_plans_are_found(tmp_path):
     content = json.loads((folder / "plans.json").read_text())
     configuration = content["configurations"][NAME]
     del configuration["architecture"]
-    configuration |= {
-        "UNet_class_name": "ResidualEncoderUNet",
-        "UNet_base_num_features": 4,
-        "unet_max_num_features": 320,
-        "n_conv_per_stage_encoder": [1, 1],
-        "n_conv_per_stage_decoder": [1],
-        "num_pool_per_axis": [1, 1, 1],
-        "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
-        "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
-    }
+    configuration |= {"UNet_class_name": "ResidualEncoderUNet", **OLD_UNET}
     (folder / "plans.json").write_text(json.dumps(content))
     assert load_model(f"nnunet:{folder}").fingerprint() == new.fingerprint()
     changed(folder, "plans.json", **{f"configurations.{NAME}.UNet_class_name": "MyUNet"})

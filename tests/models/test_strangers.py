@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from seg3dcam import load_model
 from seg3dcam.errors import ConfigError, ModelError
 from seg3dcam.models.networks import NETWORKS, check_arguments, network_class
-from seg3dcam.models.state import read_state
 from seg3dcam.models.torchscript import torchscript_state
+from seg3dcam.models.weights import read_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # TorchScript is old

@@ -1,7 +1,7 @@
-"""A MONAI bundle's config: read as plain data first, then, with trust, built.
+"""A MONAI bundle's config: first read as plain data, then, if it is trusted, built.
 
-`read` turns a folder into a `Bundle` without running anything. What lies outside of the schema is
-said there, with file and key. Only `Bundle.parse` and what follows it run the config's own code.
+`read` turns a folder into a `Bundle` without running anything, and says with file and key what does
+not fit the schema. Only `Bundle.parse` and the methods that come after it run the config's code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from monai.transforms import Compose
 from torch import nn
 
 from seg3dcam.errors import ModelError, Seg3dcamError, Seg3dcamWarning, nearest, tell
-from seg3dcam.models.bundle.engine import stand_in
 from seg3dcam.models.bundle.files import (
     Metadata,
     check_size,
@@ -37,32 +36,40 @@ from seg3dcam.models.bundle.files import (
     overridden,
     read_file,
 )
-from seg3dcam.models.specs import BundleSpec
+from seg3dcam.models.bundle.stand_ins import stand_in
 from seg3dcam.settings import validate
 
-#: Arguments of readers and writers. They may want packages that nothing here needs: scans are
-#: read by `load_scan`, and no transform writes.
+#: How to explain the network of a bundle that cannot be read, ready for the end of a message.
+IN_PYTHON = "in Python: SegModel(network, prepare=..., window=...)"
+
+#: Arguments that name readers and writers. They are left out, since these may need packages that
+#: are not used here: scans are read by `load_scan`, and no transform writes.
 _UNUSED = {"LoadImage": ("reader",), "SaveImage": ("writer", "output_ext", "output_format")}
 
-#: Arguments that networks once took and that never changed what they compute.
+#: Arguments that networks once accepted and that never changed their result.
 _RETIRED = {"SwinUNETR": ("img_size",)}
 
-#: Names of numpy before and after version 2, as they are written in checkpoints.
+#: Names of a module of numpy in checkpoints, before and since version 2.
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
-#: An entry of a config that is what another one is.
+#: An entry of a config that only refers to another entry.
 _REFERENCE = re.compile(r"@\w+((::|#)\w+)*")
 
 
-def read(root: Path, spec: BundleSpec) -> Bundle:
-    """Read a bundle's files as plain data; nothing of it runs.
+def read(root: Path, name: str | None, values: Mapping[str, Any]) -> Bundle:
+    """Read a bundle's files as plain data. None of their code runs.
+
+    Args:
+        root: the bundle's folder.
+        name: the config's path in the folder, or None for the usual one.
+        values: the user's own values for the config, by their ids.
 
     Raises:
-        ModelError: no bundle, or no config in it.
-        ConfigError: a file that is no JSON or YAML, or a key outside of the schema.
+        ModelError: the folder is no bundle, or has no such config.
+        ConfigError: a file is neither JSON nor YAML, or does not fit the schema.
     """
-    config = config_file(root, spec)
-    content = overridden(read_file(config), spec.set, config.name)
+    config = config_file(root, name)
+    content = overridden(read_file(config), values, config.name)
     about = root / "configs" / "metadata.json"
     metadata = read_file(about) if about.is_file() else {}
     return Bundle(
@@ -79,15 +86,15 @@ def read(root: Path, spec: BundleSpec) -> Bundle:
 
 @dataclass
 class Bundle:
-    """A bundle's config and, once it is trusted and parsed, what it stands for.
+    """A bundle's config and, once it is trusted and parsed, the objects that it describes.
 
     Attributes:
         content: the config as plain data, with the user's own values.
-        resolved: the same after MONAI has put in what macros (`%`) and relative ids stand for.
+        resolved: the same after MONAI has replaced macros (`%`) and relative ids.
         itk: whether the config reads images with ITK.
-        readers: the readers of images that the config names, as it says them.
-        modules: the bundle's own Python modules, kept apart from those of other bundles, which
-            mostly have the same names.
+        readers: the image readers that the config names, as they are written in it.
+        modules: the bundle's own Python modules. They are kept apart from those of other bundles,
+            which often have the same names.
     """
 
     root: Path
@@ -103,15 +110,16 @@ class Bundle:
 
     @property
     def name(self) -> str:
+        """The name of the bundle's folder."""
         return self.root.name
 
     @property
     def place(self) -> str:
-        """The bundle and its config, as messages begin."""
+        """The names of the bundle and its config, for the beginning of a message."""
         return f"bundle {self.name}: {self.config.name}"
 
     def download(self) -> str:
-        """Return how to get the large files that are missing, ready to end a message."""
+        """Return how to download large files that are missing, ready to end a message."""
         absent = [name for name in large_files(self.root) if not (self.root / name).is_file()]
         if not absent:
             return ""
@@ -122,7 +130,7 @@ class Bundle:
 
     @contextmanager
     def own_code(self) -> Iterator[None]:
-        """Let the bundle's own packages be imported; afterwards nothing of them is to be seen."""
+        """Let the bundle's own packages be imported; `sys.modules` is afterwards as it was."""
         names = {p.stem for p in self.root.iterdir() if p.is_dir() or p.suffix == ".py"}
 
         def taken() -> dict[str, ModuleType]:
@@ -141,7 +149,7 @@ class Bundle:
             sys.path.remove(str(self.root))
 
     def parse(self) -> None:
-        """Resolve the config as MONAI does; only what is asked for later is built."""
+        """Resolve the config as MONAI does. Objects are built later, when they are asked for."""
         try:
             with _quiet():
                 self._parser.set({**copy.deepcopy(self.content), "_meta_": self.raw_metadata})
@@ -157,7 +165,7 @@ class Bundle:
         return ConfigParser(self._to_build(copy.deepcopy(self.resolved)))
 
     def _to_build(self, value: Any) -> Any:
-        """Return a config that builds here: on the CPU, without readers, writers and engines."""
+        """Return a config that can be built here: on the CPU, without readers and writers."""
         if isinstance(value, list):
             return [self._to_build(entry) for entry in value]
         if isinstance(value, str):
@@ -187,7 +195,7 @@ class Bundle:
         self.itk |= "itk" in str(reader).lower()
 
     def get(self, identity: str) -> Any:
-        """Return what the resolved config says at an id, None where nothing is there."""
+        """Return the entry of the resolved config at an id, or None if there is none."""
         value: Any = self.resolved
         for part in ReferenceResolver.split_id(identity):
             if isinstance(value, dict):
@@ -199,7 +207,7 @@ class Bundle:
         return value
 
     def followed(self, identity: str) -> str:
-        """Return the id that a plain reference (`@id`) leads to in the end, or the id itself."""
+        """Return the id to which a chain of plain references (`@id`) leads in the end."""
         seen: set[str] = set()
         while identity not in seen:
             seen.add(identity)
@@ -210,7 +218,7 @@ class Bundle:
         return identity
 
     def evaluator(self) -> dict[str, Any] | None:
-        """Return what the config says of the evaluator that it runs; None: it has none."""
+        """Return the config's entry for the evaluator that it runs, or None if it has none."""
         found = self.get(self.followed("evaluator"))
         if isinstance(found, str) and found.startswith("$"):
             raise ModelError(
@@ -220,10 +228,10 @@ class Bundle:
         return found if isinstance(found, dict) and "_target_" in found else None
 
     def used(self, argument: str, name: str | None = None) -> str | None:
-        """Return the id of what the evaluator has as an argument; None: it has none.
+        """Return the id of the entry that the evaluator has as an argument, or None.
 
         Args:
-            name: the id of what it is where there is no evaluator; default: the argument.
+            name: the id to take where the config has no evaluator; by default the argument's name.
         """
         evaluator = self.evaluator()
         if evaluator is None:
@@ -233,15 +241,15 @@ class Bundle:
         return self.followed(f"{self.followed('evaluator')}::{argument}")
 
     def again(self) -> Bundle:
-        """Return the same bundle, of which nothing is built yet."""
+        """Return the same bundle with none of its objects built yet."""
         return replace(self, _parser=self._new_parser())
 
     def check_network(self) -> None:
-        """Raise ModelError where the network cannot be built."""
+        """Raise ModelError if the network cannot be built."""
         self._module(self._own_network())
 
     def network(self) -> nn.Module:
-        """Return the network that the evaluator runs, as it is at the moment."""
+        """Return the network that the evaluator runs, with the weights that it has now."""
         network = self._module(self.used("network") or self._own_network())
         return unwrapped(network)
 
@@ -258,13 +266,14 @@ class Bundle:
         return network
 
     def transforms(self, key: str) -> list[Any]:
-        """Return the transforms of a key, one after the other; none where the key is missing."""
+        """Return the transforms under a key in their order; none if the key is missing."""
         return self._flat(self.parsed(key)) if self.get(key) is not None else []
 
     def _flat(self, transform: Any) -> list[Any]:
-        """Return the transforms of a Compose, of one in it, or of a list.
+        """Return the transforms in a Compose or a list, also in those inside it, as one list.
 
-        Only of MONAI's own Compose: its subclasses choose among theirs, or change their order.
+        Only MONAI's own Compose is taken apart: its subclasses choose some of their transforms, or
+        change their order.
         """
         self._check_eager(transform)
         if type(transform) is Compose:
@@ -274,7 +283,7 @@ class Bundle:
         return [inner for outer in transform for inner in self._flat(outer)]
 
     def _check_eager(self, transform: Any) -> None:
-        """Raise ModelError where resampling waits, and several steps become one."""
+        """Raise ModelError for lazy resampling, which joins several steps into one."""
         if getattr(transform, "lazy", False):
             raise ModelError(
                 f"{self.place}: {type(transform).__name__} resamples lazily (lazy: true), which "
@@ -284,12 +293,12 @@ class Bundle:
             )
 
     def parsed(self, key: str) -> Any:
-        """Return what a key of the config stands for."""
+        """Return the object that the entry under a key of the config describes."""
         if self.get(key) is None:
             known = [str(k) for k in self.resolved if not str(k).startswith("_")]
             raise ModelError(f"{self.place} has no {key}: {nearest(key, known)}")
         try:
-            # The random numbers of a network's first weights are nobody else's.
+            # Building a network draws random weights; the caller's random numbers must not change.
             with torch.random.fork_rng(devices=[]), _quiet(), _arrays_from_files():
                 return self._parser.get_parsed_content(key)
         except (Exception, SystemExit) as error:
@@ -309,27 +318,27 @@ class Bundle:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return a network without what spreads it over several devices."""
+    """Return a network without the wrapper that spreads it over several devices."""
     while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module
     return network
 
 
 def _on_cpu(text: str) -> str:
-    """Return an entry that builds on the CPU, also where it names a GPU."""
+    """Return a text of the config with the CPU in place of any GPU."""
     text = re.sub(r"^cuda(:\d+)?$|(?<=['\"])cuda(:\d+)?(?=['\"])", "cpu", text)
     return re.sub(r"\.cuda\([^()]*\)", ".cpu()", text) if text.startswith("$") else text
 
 
 def _accepted(network: str) -> list[str]:
-    """Return the arguments of a network of MONAI."""
+    """Return the arguments that a network of MONAI accepts."""
     kind = getattr(nets, network, None)
     return list(inspect.signature(kind).parameters) if isinstance(kind, type) else []
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence MONAI's warnings, which are of what is not used here; ours are still given."""
+    """Silence MONAI's warnings, which concern parts that are not used here, but not our own."""
     caught: list[warnings.WarningMessage] = []
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -343,7 +352,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _arrays_from_files() -> Iterator[None]:
-    """Let a config's `torch.load` read numpy arrays too; what would run code is still refused."""
+    """Let a config's `torch.load` read numpy arrays too. A pickle's code is still refused."""
     rebuild, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     safe: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     for module in _NUMPY:
@@ -353,7 +362,7 @@ def _arrays_from_files() -> Iterator[None]:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Return the error that MONAI wraps into others, which say only where it happened."""
+    """Return the error inside MONAI's own errors, which say only where it happened."""
     wrappers = ("Failed to ", "applying transform")
     while error.__cause__ is not None and str(error).startswith(wrappers):
         error = error.__cause__
@@ -361,7 +370,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _mend(cause: BaseException) -> str:
-    """Return what to do about a known cause, ready to end a message."""
+    """Return what to do about an error that is well known, ready to end a message."""
     text = str(cause)
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown:

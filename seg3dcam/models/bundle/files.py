@@ -1,6 +1,6 @@
-"""The files of a MONAI bundle as plain data: nothing of them runs.
+"""The files of a MONAI bundle, read as plain data without running any of their code.
 
-What lies outside of the schema is said here, with file and key.
+Content that does not fit the schema is an error that names the file and the key.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from monai.bundle import ConfigParser, ReferenceResolver
 from pydantic import BaseModel, ConfigDict, Field
 
 from seg3dcam.errors import ConfigError, ModelError, nearest
-from seg3dcam.models.specs import BundleSpec
 from seg3dcam.settings import validate
 
-#: Where a bundle keeps its config for inference.
+#: The places where a bundle may keep its config for inference.
 CONFIGS = ("configs/inference.json", "configs/inference.yaml", "configs/inference.yml")
 
-#: Keys that are set here: what the bundle says of its place and device is of another machine.
+#: Keys that a user cannot set, since they are set here: the bundle's values come from another
+#: machine.
 _OWN_KEYS = {"bundle_root": "the bundle's own folder", "device": "an option of its own, --device"}
 
-#: Levels and entries of a config, at most. A file can name one list in many places, so that a few
-#: lines stand for billions of entries, or for one that holds itself.
+#: Most levels and entries in a config. A YAML file can use one list in many places, so that a few
+#: lines stand for billions of entries, or for a list that holds itself.
 _LEVELS, _ENTRIES = 64, 1_000_000
 
-#: How the code that a config names is shown, at most: lines, and characters of each.
+#: Most lines that are shown of the code in a config, and most characters in each of them.
 _LINES, _WIDTH = 12, 200
 
 
@@ -37,7 +37,7 @@ class _Schema(BaseModel):
 
 
 class Data(_Schema):
-    """What the metadata say of one input or output."""
+    """What the metadata say about one input or output."""
 
     num_channels: int | None = Field(None, ge=1)
     channel_def: dict[str, str] | None = None
@@ -45,7 +45,7 @@ class Data(_Schema):
 
     @property
     def names(self) -> dict[str, str]:
-        """The channels' names by their numbers."""
+        """Channel number -> name of the channel."""
         return self.channel_def or self.label_def or {}
 
 
@@ -57,7 +57,7 @@ class DataFormat(_Schema):
 
 
 class Metadata(_Schema):
-    """What is needed of `configs/metadata.json`."""
+    """The part of `configs/metadata.json` that is needed here."""
 
     version: str | None = None
     monai_version: str | None = None
@@ -65,12 +65,12 @@ class Metadata(_Schema):
 
     @property
     def inputs(self) -> Mapping[str, Data]:
-        """What goes into the network."""
+        """The network's inputs by their names."""
         return (self.network_data_format and self.network_data_format.inputs) or {}
 
     @property
     def prediction(self) -> Data:
-        """What comes out of the network."""
+        """The network's output `pred`."""
         outputs = (self.network_data_format and self.network_data_format.outputs) or {}
         return outputs.get("pred", Data())
 
@@ -83,10 +83,18 @@ class _LargeFiles(_Schema):
     large_files: list[_LargeFile] | None = None
 
 
-def config_file(root: Path, spec: BundleSpec) -> Path:
+def config_file(root: Path, given: str | None) -> Path:
+    """Return the bundle's config for inference.
+
+    Args:
+        given: its path in the bundle's folder, or None for one of the usual places.
+
+    Raises:
+        ModelError: there is no such folder, or no such file in it.
+    """
     if not root.is_dir():
         raise ModelError(f"{root}: no such folder")
-    wanted = [spec.config] if spec.config else CONFIGS
+    wanted = [given] if given else CONFIGS
     found = next((root / name for name in wanted if (root / name).is_file()), None)
     if found is None:
         present = sorted(str(file.relative_to(root)) for file in root.glob("configs/*"))
@@ -98,13 +106,13 @@ def config_file(root: Path, spec: BundleSpec) -> Path:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Read a file as MONAI reads it: as plain data, and no key twice."""
+    """Read a file by MONAI's own parser: it returns plain data and refuses a key given twice."""
     kind = "JSON" if file.suffix == ".json" else "YAML"
     try:
         content = ConfigParser.load_config_file(file)
     except RecursionError as error:
         raise ConfigError(f"{file}: cannot be read as {kind}: it is nested too deep") from error
-    except Exception as error:  # whatever the two parsers make of a damaged file
+    except Exception as error:  # the parsers raise anything for a damaged file
         raise ConfigError(f"{file}: cannot be read as {kind}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(
@@ -115,7 +123,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def check_size(content: Any, source: str) -> None:
-    """Raise ConfigError for a config that is nested too deep or too large to be a bundle's."""
+    """Raise ConfigError for a config that is too large or too deeply nested to be a bundle's."""
     waiting, entries = [(content, 0)], 0
     while waiting:
         value, level = waiting.pop()
@@ -131,7 +139,7 @@ def check_size(content: Any, source: str) -> None:
 
 
 def large_files(root: Path) -> list[str]:
-    """Return the files that a bundle lists to be downloaded."""
+    """Return the paths of the files that a bundle lists for download."""
     for name in ("large_files.yml", "large_files.yaml", "large_files.json"):
         if (root / name).is_file():
             listed = validate(read_file(root / name), _LargeFiles, str(root / name))
@@ -140,7 +148,7 @@ def large_files(root: Path) -> list[str]:
 
 
 def overridden(content: dict[str, Any], values: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Return a config with the user's own values, each at its id, such as `inferer#roi_size`."""
+    """Return a config with the user's values at their ids, such as `inferer#roi_size`."""
     content = copy.deepcopy(content)
     for identity, value in values.items():
         *path, last = ReferenceResolver.split_id(identity)
@@ -157,7 +165,7 @@ def overridden(content: dict[str, Any], values: Mapping[str, Any], file: str) ->
 def _position(
     parent: Any, part: str, identity: str, path: Sequence[str], file: str, *, new: bool = False
 ) -> str | int:
-    """Return the key or position that a part of an id names; `new`: it may be a new key."""
+    """Return the key or position that a part of an id names; with `new`, it may be a new key."""
     place = f"{file}: {'#'.join(path)}" if path else file
     if isinstance(parent, dict):
         if part in parent or (new and part):
@@ -176,7 +184,7 @@ def _position(
 
 
 def code_in(content: Any) -> list[str]:
-    """List the code that a config would run, what comes from elsewhere first."""
+    """Return the code that a config would run, beginning with code that is not a library's."""
     expressions: list[str] = []
     foreign: list[str] = []
     known: list[str] = []

@@ -1,15 +1,18 @@
-"""A MONAI bundle as a model: network, preparation, inferer and names from its own config.
+"""A MONAI bundle as a model: its own config gives the network, preparation, windows and names.
 
-Only what is needed is built of a bundle's config: neither its dataset nor its engine. A config may
-run any code, so nothing of it is evaluated, and nothing of the bundle imported, without trust.
+Only the parts that are needed are built from a bundle's config: neither its dataset nor its engine.
+A config may run any code. Without trust nothing in it is evaluated, and nothing of the bundle is
+imported.
 
-bundle_files     its files, as plain data
-bundle_config    what its config stands for, built
-bundle_engine    what stands for its engines and their handlers, which are not built
-bundle_uses      what its evaluator and dataset use
-bundle_readers   how it reads images
-bundle_weights   what it does to the network before it predicts
-bundle_scan      a scan through its preprocessing, and back through its postprocessing
+files            the bundle's files, read as plain data
+config           the config, and the objects that it describes
+stand_ins        what is built in place of engines and their handlers
+evaluator        what the evaluator and its dataset use
+readers          how images are read
+transforms       which transforms there are, and for which keys
+preprocessing    a scan on its way to the network
+postprocessing   a prediction on its way back to the scan
+weights          the network with the weights that it has when the evaluator predicts
 """
 
 from __future__ import annotations
@@ -23,44 +26,58 @@ from typing import Any
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.inferers.inferer import SlidingWindowInfererAdapt
 from monai.transforms import Activationsd, AsDiscreted, LoadImaged
-from torch.nn.modules.conv import _ConvNd
+from pydantic import Field
 
 from seg3dcam.checks import is_number
 from seg3dcam.errors import ConfigError, ModelError, tell
 from seg3dcam.files import digest_of_all, resolved
-from seg3dcam.models.base import SegModel
-from seg3dcam.models.bundle import uses as bundle_uses
-from seg3dcam.models.bundle.config import Bundle, read
+from seg3dcam.models.bundle import evaluator
+from seg3dcam.models.bundle.config import IN_PYTHON, Bundle, read
 from seg3dcam.models.bundle.files import Metadata, code_in
+from seg3dcam.models.bundle.postprocessing import restorer
+from seg3dcam.models.bundle.preprocessing import prepare
 from seg3dcam.models.bundle.readers import check_readers
-from seg3dcam.models.bundle.scan import (
-    check_not_random,
-    loaded_keys,
-    prepare,
-    restorer,
-    without_truths,
-)
+from seg3dcam.models.bundle.transforms import check_not_random, loaded_keys, without_truths
 from seg3dcam.models.bundle.weights import loaded_network
-from seg3dcam.models.specs import BundleSpec
+from seg3dcam.models.seg_model import SegModel, channels_taken
+from seg3dcam.settings import Settings
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
 
 
-def build(spec: BundleSpec, path: Path, trust: bool) -> SegModel:
+class Spec(Settings):
+    """A MONAI bundle; everything is read from its own config and metadata."""
+
+    bundle: str = Field(min_length=1, description="the bundle's folder")
+    config: str | None = Field(
+        None, description="inference config in the folder; none: configs/inference.json or .yaml"
+    )
+    inputs: list[str] | None = Field(
+        None, description="image keys in the order of the scan's channels; none: the only one"
+    )
+    classes: list[str] | None = Field(
+        None, description="one name per output channel; none: the metadata's"
+    )
+    set: dict[str, Any] = Field(
+        {}, description="values of the config by their ids, such as inferer#roi_size: [64, 64, 64]"
+    )
+
+
+def build(spec: Spec, path: Path, trust: bool) -> SegModel:
     """Read a bundle.
 
     Args:
-        path: the folder of the spec is relative to this file.
+        path: the file that holds the spec; the bundle's path is relative to it.
         trust: allow the bundle's config and its `scripts` to run code.
 
     Raises:
-        ModelError: a file or key is missing, damaged or of a kind that cannot be explained.
-        ConfigError: a file that is no JSON or YAML, a key outside of its schema, image keys that
-            the bundle does not read, a value for an id that the config does not have.
+        ModelError: a file or key is missing, damaged, or of a kind that cannot be explained.
+        ConfigError: a file is neither JSON nor YAML or does not fit its schema, image keys are
+            given that the bundle does not read, or a value for an id that the config does not have.
     """
     if "\0" in spec.bundle + (spec.config or ""):
         raise ModelError(f"bundle {spec.bundle!r}: no path holds a NUL character")
-    bundle = read(resolved(path.parent / spec.bundle), spec)
+    bundle = read(resolved(path.parent / spec.bundle), spec.config, spec.set)
     if not trust:
         raise ModelError(
             f"{bundle.place} runs code when it is read. It would run\n  "
@@ -72,14 +89,14 @@ def build(spec: BundleSpec, path: Path, trust: bool) -> SegModel:
         return _model(bundle, spec)
 
 
-def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
-    window = _window(bundle)  # first: it is small, and tells what cannot be explained
-    bundle_uses.check_evaluator(bundle)
+def _model(bundle: Bundle, spec: Spec) -> SegModel:
+    window = _window(bundle)  # first, since it is quickly built and refuses many bundles
+    evaluator.check_evaluator(bundle)
     bundle.check_network()
-    preprocessing = bundle_uses.preprocessing(bundle)
+    preprocessing = evaluator.preprocessing(bundle)
     keys, truths = _image_keys(bundle, preprocessing, spec.inputs)
     check_readers(bundle, preprocessing)
-    postprocessing = bundle_uses.postprocessing(bundle)
+    postprocessing = evaluator.postprocessing(bundle)
     activation = _activation(bundle, postprocessing)
     for name, transforms in (("preprocessing", preprocessing), ("postprocessing", postprocessing)):
         check_not_random(bundle, name, transforms)
@@ -90,7 +107,6 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
     if scan_channels:
         tell(f"{bundle.place}: its network can be given clicks; it is explained without any")
     image = bundle.metadata.inputs.get("image")
-    first = next((m.in_channels for m in network.modules() if isinstance(m, _ConvNd)), None)
     version = bundle.metadata.version
     return SegModel(
         module=network.float().eval(),
@@ -99,7 +115,7 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
         prepare=partial(prepare, bundle, preprocessing, keys),
         restore=restorer(bundle, postprocessing, activation),
         window=window,
-        in_channels=(image and image.num_channels) or first,
+        in_channels=(image and image.num_channels) or channels_taken(network),
         scan_channels=scan_channels,
         name=f"bundle {bundle.name} {version or ''}".strip(),
         spec={
@@ -116,7 +132,7 @@ def _model(bundle: Bundle, spec: BundleSpec) -> SegModel:
 
 
 def _described_by(bundle: Bundle) -> list[Path]:
-    """Return the files, beside the weights, that say what a bundle does."""
+    """Return the files other than weights that determine what a bundle does."""
     return [
         *(file for file in (bundle.root / "configs").glob("*") if file.is_file()),
         *(file for file in bundle.root.rglob("*.py") if file.is_file()),
@@ -125,20 +141,19 @@ def _described_by(bundle: Bundle) -> list[Path]:
 
 
 def _window(bundle: Bundle) -> WindowPlan | None:
-    inferer = bundle_uses.inferer(bundle)
+    inferer = evaluator.inferer(bundle)
     if type(inferer) is SimpleInferer:
         return None
-    wrap = "in Python: SegModel(network, prepare=..., window=...)"
     if isinstance(inferer, SliceInferer):
         raise ModelError(
             f"bundle {bundle.name}: its 2D network sees a volume slice by slice (SliceInferer), "
-            f"which is not read from a bundle. Explain it {wrap} with "
+            f"which is not read from a bundle. Explain it {IN_PYTHON} with "
             "seg3dcam.network.ensemble.Ensemble([network], slices=True)"
         )
     if type(inferer) not in (SlidingWindowInferer, SlidingWindowInfererAdapt):
         raise ModelError(
             f"bundle {bundle.name}: inferer {type(inferer).__name__} is one of its own; legal are "
-            f"SimpleInferer and SlidingWindowInferer. Explain the network {wrap}"
+            f"SimpleInferer and SlidingWindowInferer. Explain the network {IN_PYTHON}"
         )
     if inferer.with_coord:
         raise ModelError(f"bundle {bundle.name}: inferer with_coord gives the network more inputs")
@@ -162,11 +177,11 @@ def _window(bundle: Bundle) -> WindowPlan | None:
 
 
 def _voxels(size: Any) -> Any:
-    """Return a size as a WindowPlan takes it: MONAI's None and 0 are a whole axis."""
+    """Return a size as a WindowPlan takes it. MONAI's None and 0 mean the whole axis."""
     if size is None:
         return -1
     if not is_number(size) or not math.isfinite(size) or size != int(size):
-        return size  # which the plan refuses
+        return size  # the plan refuses it
     return int(size) if size > 0 else -1
 
 
@@ -175,7 +190,7 @@ def _word(value: Any) -> str:
 
 
 def _activation(bundle: Bundle, postprocessing: Sequence[Any]) -> Activation:
-    """Return what the postprocessing does with the logits."""
+    """Return the activation that the postprocessing applies to the logits."""
     for transform in postprocessing:
         if isinstance(transform, Activationsd):
             if any(transform.sigmoid):
@@ -207,7 +222,7 @@ def _class_names(metadata: Metadata) -> tuple[str, ...]:
 def _image_keys(
     bundle: Bundle, preprocessing: Sequence[Any], given: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Return the keys of the network's images, in the order of the channels, and of truths."""
+    """Return the keys of the network's images in the channels' order, and the keys of truths."""
     every = [str(k) for t in preprocessing if isinstance(t, LoadImaged) for k in t.keys]
     loaded, truths = loaded_keys(preprocessing)
     if not loaded:
@@ -240,7 +255,7 @@ def _image_keys(
 
 
 def _scan_channels(preprocessing: Sequence[Any]) -> int | None:
-    """Return the channels of a scan where clicks, which may be none, come as channels beside it."""
+    """Return the channels of a scan if the preprocessing adds channels for clicks, else None."""
     for transform in preprocessing:
         if type(transform).__name__.startswith("AddGuidanceSignalDeepEdit"):
             return int(transform.number_intensity_ch)

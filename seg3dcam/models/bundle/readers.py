@@ -1,6 +1,7 @@
-"""How a MONAI bundle reads its images. Here scans are read by `load_scan`, whichever reader it has.
+"""Checks of how a MONAI bundle reads its images.
 
-What a reader's arguments would change of voxels or places is refused, since nothing here does it.
+Scans are always read by `load_scan`, whichever reader the bundle names. Arguments by which a reader
+would change voxels or their places are refused, since `load_scan` does not do the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from monai.utils import get_equivalent_dtype
 from seg3dcam.errors import ModelError
 from seg3dcam.models.bundle.config import Bundle
 
-#: Arguments that change voxels or places, and what of them changes nothing.
+#: Arguments that may change voxels or places -> the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "as_closest_canonical": (False,),
     "reverse_indexing": (False,),
@@ -27,12 +28,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "series_name": ("",),
 }
 
-#: What of a reader's config says nothing of how it reads.
+#: Keys in a reader's config that do not affect how it reads.
 _SILENT = ("_target_", "_desc_", "_disabled_", "_requires_", "_mode_", "series_meta")
 
 
 def check_readers(bundle: Bundle, preprocessing: Sequence[Any]) -> None:
-    """Raise ModelError where images are read in another way than `load_scan` reads them."""
+    """Raise ModelError where the bundle reads images differently from `load_scan`."""
     for reader in bundle.readers:
         _check_written(bundle, reader)
     for transform in preprocessing:
@@ -50,13 +51,13 @@ def check_readers(bundle: Bundle, preprocessing: Sequence[Any]) -> None:
 
 
 def read_as(transform: LoadImaged) -> torch.dtype:
-    """Return the type of numbers that a LoadImaged gives."""
+    """Return the type of the numbers that a LoadImaged returns."""
     kind = get_equivalent_dtype(transform._loader.dtype, torch.Tensor)
     return kind if isinstance(kind, torch.dtype) else torch.float32
 
 
 def _check_written(bundle: Bundle, reader: Any) -> None:
-    """Raise ModelError for a reader, as the config says it, that does more than to read."""
+    """Raise ModelError for a reader, as written in the config, that does more than read."""
     if isinstance(reader, list):
         for entry in reader:
             _check_written(bundle, entry)

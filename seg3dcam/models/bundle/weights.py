@@ -1,8 +1,9 @@
-"""The network of a MONAI bundle as its evaluator finds it: with the weights that its config loads.
+"""The network of a MONAI bundle with the weights that it has when its evaluator predicts.
 
-MONAI runs the expressions of `initialize`, then those of `run` up to the evaluator, which starts
-with its handlers. The same is done here with what refers to the network, in the same order: code of
-the bundle's own runs, and CheckpointLoaders, wherever they are made, load at their moment.
+MONAI runs the expressions under `initialize`, then those under `run` up to the evaluator, which
+starts by calling its handlers. Here the same is done in the same order with every expression that
+concerns the network. The bundle's own code runs, and each CheckpointLoader loads when its turn
+comes, wherever in the config it is made.
 """
 
 from __future__ import annotations
@@ -20,23 +21,28 @@ from monai.handlers import CheckpointLoader
 from torch import nn
 
 from seg3dcam.errors import ModelError, tell
-from seg3dcam.models.bundle.config import Bundle, unwrapped
-from seg3dcam.models.bundle.engine import Engine, Predicts, is_engine
-from seg3dcam.models.state import State, check_finite, check_fit, read_state, some, without_prefix
+from seg3dcam.models.bundle.config import IN_PYTHON, Bundle, unwrapped
+from seg3dcam.models.bundle.stand_ins import Engine, Predicts, is_engine
+from seg3dcam.models.weights import State, check_finite, check_fit, read_state, some, without_prefix
 
-#: Where a bundle keeps its weights, where its config does not say.
+#: Where bundles usually keep their weights, for a config that does not say it.
 WEIGHTS = ("models/model.pt", "models/model.safetensors", "models/model.ts")
 
-#: What bundles call the list that is run, where it is not `run`.
+#: Other names that bundles give to the list `run`.
 _RUN = ("inference", "infer", "evaluating", "evaluate")
 
-#: Words of a config that loads weights.
+#: Words in the entries of a config that load weights.
 _LOADS = ("CheckpointLoader", "load_state_dict")
 
 
 @dataclass
 class _Load:
-    """What a CheckpointLoader loaded: the file, into which module, and the weights after it."""
+    """One load by a CheckpointLoader.
+
+    Attributes:
+        after: the module's weights after the load.
+        changed: whether the load changed any of them.
+    """
 
     file: Path
     module: nn.Module
@@ -48,7 +54,8 @@ def loaded_network(bundle: Bundle) -> tuple[nn.Module, str]:
     """Return the network that the evaluator runs, and where its weights come from.
 
     Raises:
-        ModelError: no weights, or such that do not fit; a random network is never returned.
+        ModelError: there are no weights, or they do not fit. A network with random weights is never
+            returned.
     """
     loads = _run_up_to_prediction(bundle)
     network = bundle.network()
@@ -66,12 +73,12 @@ def loaded_network(bundle: Bundle) -> tuple[nn.Module, str]:
 
 
 def _tensors(network: nn.Module) -> set[int]:
-    """Return what tells the tensors of a network apart from those of others."""
+    """Return the identities of a network's parameters and buffers."""
     return {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
 
 
 def _shown(bundle: Bundle, file: Path) -> str:
-    """Return a file as provenance names it."""
+    """Return the name of a file in the provenance."""
     return str(file.relative_to(bundle.root)) if file.is_relative_to(bundle.root) else file.name
 
 
@@ -88,13 +95,13 @@ def _run_up_to_prediction(bundle: Bundle) -> list[_Load]:
             evaluator = bundle.evaluator() and bundle.parsed("evaluator")
             if isinstance(evaluator, Engine):
                 evaluator.run()
-        except Predicts:  # which is as far as the weights go
+        except Predicts:  # from here on the weights stay as they are
             return loads
     return loads
 
 
 def _expressions(bundle: Bundle) -> list[str]:
-    """Return the ids of the expressions that MONAI runs and that can reach the network."""
+    """Return the ids of the expressions that MONAI runs and that refer to the network."""
     first, then = _entries(bundle, "initialize"), _entries(bundle, _list_to_run(bundle))
     reaching = {entry: _reached(bundle, entry) for entry in [*first, *then]}
     of_network = [entry for entry, ids in reaching.items() if ids & {"network_def", "network"}]
@@ -108,14 +115,14 @@ def _expressions(bundle: Bundle) -> list[str]:
     if alone and not engines:
         raise ModelError(
             f"{bundle.place}: {alone[0].replace('::', '#')} runs the network without an evaluator, "
-            f"by {bundle.get(alone[0])!r}; what it does is not followed. Explain the network in "
-            "Python: SegModel(network, prepare=..., window=...)"
+            f"by {bundle.get(alone[0])!r}; what it does is not followed. Explain the network "
+            + IN_PYTHON
         )
     return of_network
 
 
 def _list_to_run(bundle: Bundle) -> str:
-    """Return the key of the one list that is run."""
+    """Return the key of the list that is run."""
     if bundle.get("run") is not None:
         return "run"
     found = [key for key in _RUN if bundle.get(key) is not None]
@@ -128,7 +135,7 @@ def _list_to_run(bundle: Bundle) -> str:
 
 
 def _entries(bundle: Bundle, key: str) -> list[str]:
-    """Return the ids of what a key lists to be run."""
+    """Return the ids of the entries that are listed under a key to be run."""
     value = bundle.get(key)
     if isinstance(value, list):
         return [f"{key}::{number}" for number, entry in enumerate(value) if entry is not None]
@@ -136,7 +143,7 @@ def _entries(bundle: Bundle, key: str) -> list[str]:
 
 
 def _reached(bundle: Bundle, identity: str) -> set[str]:
-    """Return every id that an entry of a config leads to."""
+    """Return the ids of all entries to which an entry refers, directly or through others."""
     waiting, seen = [identity], set()
     while waiting:
         key = waiting.pop()
@@ -151,7 +158,7 @@ def _reached(bundle: Bundle, identity: str) -> set[str]:
 
 @contextmanager
 def _loading_by(bundle: Bundle, loads: list[_Load]) -> Iterator[None]:
-    """Let every CheckpointLoader, also of a class of its own, load as is checked here."""
+    """Let every CheckpointLoader, also a subclass, load by `_load`, which checks the file."""
 
     def load(loader: CheckpointLoader, engine: Any = None) -> None:
         for key, module in loader.load_dict.items():
@@ -167,7 +174,7 @@ def _loading_by(bundle: Bundle, loads: list[_Load]) -> Iterator[None]:
 
 
 def _load(bundle: Bundle, loader: CheckpointLoader, key: str, module: nn.Module) -> _Load:
-    """Load weights into a module as MONAI's loader does, or refuse them."""
+    """Load weights into a module as MONAI's CheckpointLoader does, or refuse them."""
     if not loader.strict_shape:
         raise ModelError(
             f"{bundle.place}: a CheckpointLoader with strict_shape false leaves weights out, and a "
@@ -208,11 +215,11 @@ def _load_checked(bundle: Bundle, module: nn.Module, state: State, name: str) ->
     module.load_state_dict(state)
 
 
-# ---------------------------------------------------------------- what it does not say
+# ---------------------------------------------------------------- what the config does not say
 
 
 def _load_unsaid(bundle: Bundle, network: nn.Module, loads: list[_Load]) -> str:
-    """Load a file that the config does not name, and say so; ModelError if it cannot be told."""
+    """Load weights that the config itself does not load, and warn; ModelError if in doubt."""
     if loads:
         raise ModelError(
             f"{bundle.place}: {loads[-1].file.name} holds a part of the network's weights only; "
@@ -247,11 +254,11 @@ def _load_unsaid(bundle: Bundle, network: nn.Module, loads: list[_Load]) -> str:
 
 
 def _load_uncalled(bundle: Bundle, network: nn.Module, said: list[str]) -> Path | None:
-    """Load by the one loader of the network that nothing calls, and say so; None without one.
+    """Load by the only loader of the network, though nothing calls it; None if there is none.
 
-    Configs are handed over without their evaluator, or with a loader that a script of their own
-    calls: whose weights are meant is still said. Not where what is run refers to the loader and
-    does not call it, as where a switch is off.
+    Some configs come without their evaluator, or with a loader that a script of theirs calls. The
+    loader still says which weights are meant. That is not so where an expression that runs refers
+    to the loader without calling it, as behind a switch that is off.
     """
     run = [*_entries(bundle, "initialize"), *_entries(bundle, _list_to_run(bundle))]
     if any(identity in _reached(bundle, entry) for entry in run for identity in said):
@@ -285,7 +292,7 @@ def _is_made(bundle: Bundle, identity: str) -> bool:
 
 
 def _loading(value: Any, identity: str = "") -> Iterator[str]:
-    """Give the ids of everything in a config that loads weights when it is called."""
+    """Yield the ids of all entries in a config that load weights when they are called."""
     text = str(value.get("_target_")) if isinstance(value, dict) else value
     if isinstance(text, str) and any(word in text for word in _LOADS):
         yield identity
@@ -295,14 +302,14 @@ def _loading(value: Any, identity: str = "") -> Iterator[str]:
 
 
 def _always_the_same(bundle: Bundle) -> bool:
-    """Tell whether a network has the same weights whatever the random numbers are."""
+    """Tell whether the network has the same weights whatever the random numbers are."""
     one, other = (_state_by_seed(bundle, seed) for seed in (1, 2))
     return all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def _state_by_seed(bundle: Bundle, seed: int) -> State:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say was said the first time
+        warnings.simplefilter("ignore")  # the same warnings were given the first time
         torch.manual_seed(seed)
         again = bundle.again()
         _run_up_to_prediction(again)
@@ -323,11 +330,11 @@ def _state(bundle: Bundle, place: Path, key: str | None = None) -> State:
     with place.open("rb") as stream:
         if stream.read(40).startswith(b"version https://git-lfs"):
             raise ModelError(f"{name} is a pointer of Git LFS, not the weights: run git lfs pull")
-    return read_state(place, key, trust=True)  # a bundle is not read without
+    return read_state(place, key, trust=True)  # without trust no bundle is read
 
 
 def _known(state: State, network: nn.Module, name: str) -> State:
-    """Return the weights that the network has, as a loader that is not strict; say what is left."""
+    """Return the weights that the network has, for a loader that is not strict; name the others."""
     own = network.state_dict()
     extra = [key for key in state if key not in own]
     if extra:

@@ -1,7 +1,7 @@
 """nnU-Net's own classes that plans and checkpoints name: found, checked, and put together.
 
-nnU-Net takes whatever has the name in one of its modules, imports what the plans tell it to, and
-calls it. Here a name must lead to a class of the right kind, from the right package.
+nnU-Net itself takes anything that has the name in one of its modules, imports what the plans tell
+it to import, and calls it. Here a name must lead to a class of the right kind in the right package.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import pydoc
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +23,10 @@ import torch
 from torch import nn
 
 from seg3dcam.errors import MissingExtraError, ModelError
-from seg3dcam.models.nnunet.files import Checkpoint, Configuration, Dataset, Plans
-from seg3dcam.models.state import check_finite, check_fit, without_prefix
+from seg3dcam.models.nnunet.schemas import Checkpoint, Configuration, Dataset, Plans
+from seg3dcam.models.weights import check_finite, check_fit, without_prefix
 
-#: Where a plan's network and its parts may come from without being asked for trust.
+#: The packages from which a network and its parts may come without trust.
 TRUSTED = ("dynamic_network_architectures.", "torch.nn.")
 
 _TRUST = "If you know it, allow it with --trust (trust=True)"
@@ -32,7 +34,14 @@ _TRUST = "If you know it, allow it with --trust (trust=True)"
 
 @dataclass(frozen=True)
 class Parts:
-    """nnU-Net's own objects for one folder."""
+    """nnU-Net's own objects for one folder.
+
+    Attributes:
+        manager: the PlansManager.
+        configuration: the ConfigurationManager of the configuration that was trained.
+        labels: the LabelManager.
+        trainer: the trainer's class.
+    """
 
     manager: Any
     configuration: Any
@@ -48,13 +57,13 @@ def assemble(
     checkpoint: Checkpoint,
     trust: bool,
 ) -> Parts:
-    """Return nnU-Net's own objects, made of what has been checked.
+    """Return nnU-Net's own objects, made of files that have been checked.
 
     Args:
-        file: plans.json, for messages.
+        file: the path of plans.json, for messages.
 
     Raises:
-        ModelError: a name leads to nothing, or to what it should not.
+        ModelError: a name leads to nothing, or to something of the wrong kind.
         MissingExtraError: nnU-Net is not installed.
     """
     try:
@@ -105,17 +114,17 @@ def assemble(
     )
 
 
-def network(
+def load_network(
     parts: Parts, checkpoint: Checkpoint, channels: int, place: str, trust: bool
 ) -> nn.Module:
-    """Return the network of a checkpoint, with its weights.
+    """Build the network of a checkpoint and load its weights.
 
     Args:
-        channels: of its input.
+        channels: how many the network's input has.
         place: the checkpoint's name, for messages.
 
     Raises:
-        ModelError: it cannot be built, or the weights do not fit.
+        ModelError: the network cannot be built, or the weights do not fit it.
     """
     if not trust:
         _check_classes(parts.configuration)
@@ -124,13 +133,13 @@ def network(
     empty = None
     with contextlib.suppress(Exception), torch.device("meta"):
         empty = _built(parts, channels)
-    if empty is not None:  # it takes no memory, whatever the plans ask for
+    if empty is not None:  # checked first, as it takes no memory whatever the plans ask for
         check_fit(empty, state, place, "the network of plans.json")
         if not trust:
             _check_patch(empty.eval(), channels, parts)
     try:
         built = _built(parts, channels)
-    except Exception as error:  # whatever a network's code raises
+    except Exception as error:  # a network's code may raise anything
         raise ModelError(
             f"plans.json: {parts.configuration.network_arch_class_name} cannot be built as "
             f"{checkpoint.trainer_name} does it: {error!r}. Was the model trained with another "
@@ -148,15 +157,15 @@ def network(
 
 
 def _check_patch(empty: nn.Module, channels: int, parts: Parts) -> None:
-    """Raise ModelError unless a network without memory makes logits of a patch of the plans."""
+    """Raise ModelError unless a network on the meta device makes logits of the plans' patch."""
     patch = tuple(parts.configuration.patch_size)
     wanted = (1, parts.labels.num_segmentation_heads, *patch)
     try:
         with torch.no_grad():
             made = empty(torch.empty(1, channels, *patch, device="meta"))
-    except NotImplementedError:  # it does something that needs values
+    except NotImplementedError:  # some step needs values, which the meta device does not have
         return
-    except Exception as error:  # whatever a network's code raises
+    except Exception as error:  # a network's code may raise anything
         raise ModelError(
             f"plans.json: the network cannot take a patch of {patch} voxels (patch_size): {error}. "
             "Do strides, kernel_sizes and patch_size fit each other?"
@@ -185,6 +194,15 @@ def _built(parts: Parts, channels: int) -> nn.Module:
     return build_network(*given, channels, heads, enable_deep_supervision=False)
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Hide what nnU-Net prints, which cannot be switched off."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
+        warnings.filterwarnings("ignore", "Network class .* not found. Attempting to locate")
+        yield
+
+
 # ---------------------------------------------------------------- what a name leads to
 
 
@@ -199,7 +217,7 @@ def _by_name(name: str, package: str) -> Any:
 def _found(find: Callable[[], Any], what: str) -> Any:
     try:
         found = find()
-    except Exception as error:  # nnU-Net imports every module on its way
+    except Exception as error:  # nnU-Net imports every module that it searches
         raise ModelError(f"{what}: nnU-Net does not find it: {error!r}") from error
     if found is None:
         raise ModelError(f"{what}: there is none in the installed nnU-Net")
@@ -207,7 +225,7 @@ def _found(find: Callable[[], Any], what: str) -> Any:
 
 
 def _check_kind(found: Any, base: type[Any], what: str, trust: bool) -> None:
-    """Raise ModelError unless something is nnU-Net's own class of a kind."""
+    """Raise ModelError unless an object is a class of a kind, and nnU-Net's own without trust."""
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise ModelError(f"{what}: this is no {base.__name__}")
     if not trust and not found.__module__.startswith("nnunetv2."):
@@ -215,7 +233,7 @@ def _check_kind(found: Any, base: type[Any], what: str, trust: bool) -> None:
 
 
 def _check_resampling(planned: Any, key: str, name: str, file: Path, trust: bool) -> None:
-    """Raise ModelError unless this is a resampling function that takes what it will be given."""
+    """Raise ModelError unless this is a resampling function that takes the planned arguments."""
     what = f"{file}: {key} {name!r}"
     bound = _found(lambda: getattr(planned, key), what)
     if not inspect.isfunction(bound.func) or not (
@@ -229,7 +247,7 @@ def _check_resampling(planned: Any, key: str, name: str, file: Path, trust: bool
 
 
 def _trainer(name: str, trust: bool) -> Any:
-    """Return the trainer's class, which says how its network is built."""
+    """Return the trainer's class, which builds the network."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     try:
@@ -240,7 +258,7 @@ def _trainer(name: str, trust: bool) -> Any:
             found = recursive_find_trainer_class_by_name(name)
     except RuntimeError:  # what nnU-Net raises where it finds nothing
         found = None
-    except Exception as error:  # it imports every module on its way
+    except Exception as error:  # it imports every module that it searches
         raise ModelError(f"trainer {name!r}: nnU-Net fails to look for it: {error!r}") from error
     if not (inspect.isclass(found) and issubclass(found, nnUNetTrainer)):
         raise ModelError(
@@ -252,7 +270,7 @@ def _trainer(name: str, trust: bool) -> Any:
 
 
 def _check_classes(configuration: Any) -> None:
-    """Raise ModelError unless a plan's network and what it names are known classes of networks."""
+    """Raise ModelError unless the plans' network and its parts are classes of trusted packages."""
     arguments = configuration.network_arch_init_kwargs
     named = {
         "network_class_name": configuration.network_arch_class_name,
@@ -268,10 +286,10 @@ def _check_classes(configuration: Any) -> None:
 
 
 def _is_known(name: str) -> bool:
-    """Tell whether a full name is that of a trusted package's own class of networks.
+    """Tell whether a full name is that of a class of networks in a trusted package.
 
-    Only modules inside of the trusted packages are imported: a name that goes on through what one
-    of them has imported itself leads nowhere.
+    Only modules inside the trusted packages are imported. A name that leads through something that
+    such a module has imported from elsewhere is not accepted.
     """
     if not name.startswith(TRUSTED):
         return False
@@ -281,7 +299,7 @@ def _is_known(name: str) -> bool:
     except Exception:  # a module that is not there, or cannot be imported here
         part = None
     if part is None and name.startswith("dynamic_network_architectures."):
-        # Its classes have moved between modules; nnU-Net finds them again, as here.
+        # Classes of this package have moved between modules, so nnU-Net searches for them by name.
         part = _by_name(last, "dynamic_network_architectures.architectures")
     return (
         inspect.isclass(part)

@@ -1,4 +1,8 @@
-"""What a MONAI bundle's evaluator and its dataset use; an id that bears a name may be another."""
+"""What the evaluator of a MONAI bundle and its dataset use: inferer, transforms and data loader.
+
+What counts are the entries to which the evaluator's arguments refer. An entry that merely has the
+name `inferer` or `preprocessing` may be another one.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,19 @@ from monai.engines.utils import default_prepare_batch
 from monai.inferers import SimpleInferer
 
 from seg3dcam.errors import ModelError
-from seg3dcam.models.bundle.config import Bundle
+from seg3dcam.models.bundle.config import IN_PYTHON, Bundle
 
-#: Data loaders and datasets that give each scan as the transforms make it.
+#: Data loaders and datasets that pass each scan on as the transforms made it.
 _LOADERS = ("DataLoader", "ThreadDataLoader")
 _DATASETS = (
     *("Dataset", "CacheDataset", "PersistentDataset", "SmartCacheDataset", "LMDBDataset"),
     "CacheNTransDataset",
 )
 
-#: Functions that put scans together to a batch, one scan as it is.
+#: Functions that join scans into a batch and leave a single scan as it is.
 _COLLATE = ("list_data_collate", "pad_list_data_collate")
 
-#: Arguments of an evaluator that change its prediction, and what of them changes nothing.
+#: Arguments of an evaluator that may change its prediction -> the values that change nothing.
 _USUAL: dict[str, tuple[Any, ...]] = {
     "mode": (None, "eval"),
     "prepare_batch": (None, default_prepare_batch),
@@ -29,11 +33,9 @@ _USUAL: dict[str, tuple[Any, ...]] = {
     "to_kwargs": (None, {}),
 }
 
-_IN_PYTHON = "in Python: SegModel(network, prepare=..., window=...)"
-
 
 def check_evaluator(bundle: Bundle) -> None:
-    """Raise ModelError for an evaluator that does more than run the inferer with one network."""
+    """Raise ModelError for an evaluator that does more than run one network by its inferer."""
     evaluator = bundle.evaluator()
     if evaluator is None:
         return
@@ -41,7 +43,7 @@ def check_evaluator(bundle: Bundle) -> None:
     if target not in ("SupervisedEvaluator", "monai.engines.SupervisedEvaluator"):
         raise ModelError(
             f"{bundle.place}: evaluator is {target}; legal is SupervisedEvaluator, which runs one "
-            f"network. Explain the network {_IN_PYTHON}"
+            f"network. Explain the network {IN_PYTHON}"
         )
     for argument, usual in _USUAL.items():
         identity = bundle.used(argument)
@@ -52,7 +54,7 @@ def check_evaluator(bundle: Bundle) -> None:
             raise ModelError(
                 f"{bundle.place}: evaluator#{argument} is {bundle.get(identity)!r}, by which "
                 f"the evaluator predicts in another way than is explained. Set it to null (--set "
-                f"evaluator#{argument}=null), or explain the network {_IN_PYTHON}"
+                f"evaluator#{argument}=null), or explain the network {IN_PYTHON}"
             )
 
 
@@ -63,9 +65,9 @@ def inferer(bundle: Bundle) -> Any:
 
 
 def preprocessing(bundle: Bundle) -> list[Any]:
-    """Return the transforms that make the network's input of a file."""
+    """Return the transforms that turn a file into the network's input."""
     identity = _transform_of_dataset(bundle)
-    bundle.parsed(identity)  # which must be there
+    bundle.parsed(identity)  # raises ModelError if the config does not have it
     return bundle.transforms(identity)
 
 
@@ -76,7 +78,7 @@ def postprocessing(bundle: Bundle) -> list[Any]:
 
 
 def _transform_of_dataset(bundle: Bundle) -> str:
-    """Return the id of the transforms of the dataset that the evaluator reads."""
+    """Return the id of the transforms in the dataset that the evaluator reads."""
     loader = bundle.used("val_data_loader", "dataloader")
     if loader is None or bundle.get(loader) is None:
         return "preprocessing"
@@ -93,7 +95,7 @@ def _transform_of_dataset(bundle: Bundle) -> str:
 
 
 def _plain(bundle: Bundle, identity: str, legal: tuple[str, ...], argument: str) -> dict[str, Any]:
-    """Return a component that is one of some classes and has an argument."""
+    """Return an entry of the config; ModelError unless it has a legal class and an argument."""
     value = bundle.get(identity)
     target = str(value.get("_target_")) if isinstance(value, dict) else repr(value)
     if not isinstance(value, dict) or target.rpartition(".")[2] not in legal:
@@ -106,5 +108,5 @@ def _plain(bundle: Bundle, identity: str, legal: tuple[str, ...], argument: str)
         f"{bundle.place}: {identity.replace('::', '#')} is {found}, so which transforms make the "
         f"network's input is not seen; legal is {legal[0]} with {argument}, such as '@"
         f"{'dataset' if argument == 'dataset' else 'preprocessing'}'. Set it so with --set, or "
-        f"explain the network {_IN_PYTHON}"
+        f"explain the network {IN_PYTHON}"
     )

@@ -1,4 +1,4 @@
-"""Preparation of a scan, built from MONAI transforms."""
+"""How a scan is prepared for a network by the settings of a YAML, with MONAI's transforms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 
 from seg3dcam.errors import ScanError
-from seg3dcam.models.base import as_is
+from seg3dcam.models.seg_model import as_is
 from seg3dcam.models.specs import Intensity, Prepare
 from seg3dcam.scan import Scan
 
@@ -26,9 +26,9 @@ _RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 def build_preparation(spec: Prepare) -> Callable[[Scan], MetaTensor]:
-    """Return the function that brings a scan to the voxels that the network takes.
+    """Return the function that turns a scan into the network's input.
 
-    Its result is (C, *S) float32 with the affine of the prepared voxels.
+    The input is a float32 tensor (C, *S) with the affine of the prepared voxels.
     """
     steps: list[Transform] = []
     if spec.orientation:
@@ -45,7 +45,7 @@ def build_preparation(spec: Prepare) -> Callable[[Scan], MetaTensor]:
     normalises = spec.intensity is not None and spec.intensity.zscore is not None
 
     def prepare(scan: Scan) -> MetaTensor:
-        # MONAI normalises in place: the scan must stay as it was.
+        # MONAI normalises in place, and the scan itself must stay as it is.
         prepared = transform(as_is(scan).clone() if normalises else as_is(scan))
         if 0 in prepared.shape:
             raise ScanError(

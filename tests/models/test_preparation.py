@@ -8,7 +8,7 @@ import torch
 from helpers_cases import OBLIQUE, SHAPE
 
 from seg3dcam.errors import ScanError
-from seg3dcam.models.prepare import build_preparation
+from seg3dcam.models.preparation import build_preparation
 from seg3dcam.models.specs import Prepare
 from seg3dcam.scan import Scan
 

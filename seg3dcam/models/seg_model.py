@@ -1,15 +1,15 @@
-"""A segmentation network together with how it is used."""
+"""`SegModel`: a segmentation network together with how it is used."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.data import MetaTensor
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import ModelError, TargetError, nearest
 from seg3dcam.files import printable, shortened
@@ -18,14 +18,18 @@ from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
 
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
+
+#: Most characters in the name of a class: pictures and pages have no room for more.
+LONGEST_NAME = 200
+
 
 def as_is(scan: Scan) -> MetaTensor:
     """Return the scan's voxels with their affine, unchanged: (C, *S)."""
+    from monai.data import MetaTensor
+
     return MetaTensor(scan.data, affine=torch.as_tensor(scan.affine, device="cpu"))
-
-
-#: Characters of a class's name, at most: pictures and pages have no room for more.
-LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -33,21 +37,24 @@ class SegModel:
     """A network, how scans are prepared for it, and what its channels mean.
 
     Attributes:
-        module: channel-first input (B, C, *S), logits (B, K, *S).
-        class_names: one for each of the K channels; empty if unknown. Of characters that are not
-            printable, such as line breaks, spaces are made, and long names lose their middle; names
-            that are the same then, or nothing, get the number of their class.
+        module: takes an input (B, C, *S) and returns logits (B, K, *S).
+        class_names: one name for each of the K channels, or none if they are unknown. Characters
+            that cannot be printed, such as line breaks, become spaces; a long name loses its
+            middle; a name that is then empty, or the same as another, gets the number of its class.
         activation: "softmax", or "sigmoid" where classes may overlap or there is one channel.
-        prepare: scan -> (C, *S) MetaTensor; its affine says where the prepared voxels lie.
-        restore: (logits (K, *S) of a prepared scan, the scan, what `prepare` gave) -> masks
-            (K, X, Y, Z) bool on the scan's own grid, as the model's framework makes them. None,
-            or where it returns None: the logits are moved linearly, then compared.
-        window: the sliding window, None for the whole scan at once.
-        output: which of several outputs are the logits.
-        in_channels: channels that the network takes, None if unknown.
-        scan_channels: channels that a scan has, where `prepare` adds some. None: `in_channels`.
-        name: for provenance.
-        spec: the settings that all of this was made from, for provenance.
+        prepare: turns a scan into the network's input, a MetaTensor (C, *S) whose affine says where
+            the prepared voxels lie.
+        restore: turns (logits (K, *S) of a prepared scan, the scan, what `prepare` returned) into
+            boolean masks (K, X, Y, Z) on the scan's own grid, as the model's own framework makes
+            them. Where it is None or returns None, the logits are interpolated linearly on the
+            scan's grid and compared there.
+        window: the sliding window, or None where the network takes the whole scan at once.
+        output: says which of several outputs are the logits.
+        in_channels: how many channels the network takes, or None if that is unknown.
+        scan_channels: how many channels a scan has, where `prepare` adds others; None means as many
+            as `in_channels`.
+        name: the model's name in the provenance.
+        spec: the settings that the model was made from, for the provenance.
 
     >>> model = SegModel(nn.Conv3d(1, 2, 1), class_names=("background", "liver"))
     >>> model.class_index("liver")
@@ -67,7 +74,7 @@ class SegModel:
     spec: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Make the names fit for files, pages and headers, whoever gave them, and different."""
+        """Make the class names printable, short and different from each other."""
         names = [
             shortened(printable(name), LONGEST_NAME) or f"class {k}"
             for k, name in enumerate(self.class_names)
@@ -81,7 +88,7 @@ class SegModel:
         """Return the channel of a class given by name or index.
 
         Raises:
-            TargetError: no such class; the legal ones are named.
+            TargetError: there is no such class; the message lists those that there are.
         """
         if isinstance(name, int) or (name.isdecimal() and name not in self.class_names):
             index = int(name)
@@ -108,7 +115,7 @@ class SegModel:
             )
 
     def check_logits(self, logits: torch.Tensor) -> None:
-        """Raise ModelError unless there is one channel for each class name."""
+        """Raise ModelError unless the logits have one channel for each class name."""
         if self.class_names and logits.shape[1] != len(self.class_names):
             raise ModelError(
                 f"the network's output has {logits.shape[1]} channels, but "
@@ -116,7 +123,7 @@ class SegModel:
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights: the same weights, the same hash."""
+        """Return a hash of the weights. Equal weights have equal hashes."""
         digest = hashlib.sha256()
         for key, value in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
@@ -126,3 +133,8 @@ class SegModel:
                     value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
                 )
         return digest.hexdigest()[:16]
+
+
+def channels_taken(module: nn.Module) -> int | None:
+    """Return the input channels of a network's first convolution, or None if it has none."""
+    return next((part.in_channels for part in module.modules() if isinstance(part, _ConvNd)), None)

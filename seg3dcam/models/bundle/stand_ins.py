@@ -1,7 +1,8 @@
-"""What stands for the engines of a MONAI bundle's config and for their handlers.
+"""Stand-ins for the engines in a MONAI bundle's config (evaluator, trainer) and their handlers.
 
-They are not built, since they want data and write files. What counts is what happens to the
-network until the evaluator predicts: its handlers that load weights run as it starts.
+The engines themselves are not built, since they need data and write files. Only one thing about
+them matters here: what happens to the network before the evaluator predicts. Handlers that load
+weights do so when the evaluator starts.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ from monai.utils import ensure_tuple
 
 from seg3dcam.errors import ModelError
 
-#: What of an engine's arguments is built: what it does to a network and with it.
+#: The arguments of an engine that are built: those that concern the network and its output.
 _KEPT = (
     *("_requires_", "_disabled_", "network", "inferer", "postprocessing"),
     *("val_handlers", "train_handlers"),
     *("prepare_batch", "iteration_update", "mode", "decollate", "to_kwargs"),
 )
 
-#: Handlers of MONAI that change what an evaluator gives; the others report.
+#: MONAI's handlers that change the evaluator's output; its other handlers only report.
 _CHANGING = ("PostProcessing", "DecollateBatch")
 
 
 class Predicts(BaseException):
-    """Ends a bundle's run where its evaluator begins to predict.
+    """Ends a bundle's run at the moment when its evaluator begins to predict.
 
-    No Exception, so that neither MONAI nor the bundle's own code takes it for a failure.
+    It does not derive from Exception, so that neither MONAI nor the bundle's own code catches it.
     """
 
 
 class Handler:
-    """Stands for a handler of MONAI, which may write files as soon as it is built."""
+    """Stands for one of MONAI's handlers, which may write files as soon as they are built."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 class Engine:
-    """Stands for an evaluator: it attaches its handlers and calls them as it starts."""
+    """Stands for an evaluator: attaches the handlers, and calls them when it starts."""
 
     def __init__(
         self, place: str, network: Any = None, val_handlers: Any = None, **unused: Any
@@ -70,7 +71,7 @@ class Engine:
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Note what is to be called as the evaluator starts."""
+        """Note a function that is called when the evaluator starts."""
         event = str(getattr(event_name, "value", event_name))
         if event != "started":
             raise ModelError(
@@ -81,20 +82,20 @@ class Engine:
         self._at_start.append(lambda: handler(self, *args, **kwargs))
 
     def run(self) -> None:
-        """Do what an evaluator does before it predicts, and end there."""
+        """Do what an evaluator does before it predicts, and stop there by raising `Predicts`."""
         for call in self._at_start:
             call()
         raise Predicts
 
 
 class Trainer(Engine):
-    """Stands for a trainer, whose handlers run with it alone."""
+    """Stands for a trainer; its handlers are left out, as they run only in training."""
 
     def __init__(self, place: str, network: Any = None, **unused: Any) -> None:
         super().__init__(place, network)
 
     def run(self) -> None:
-        """Refuse: what training makes of a network is no file."""
+        """Raise ModelError: weights that come from training are in no file yet."""
         raise ModelError(
             f"{self.place}: a trainer runs before the evaluator; have the trained weights saved, "
             "and loaded by a CheckpointLoader"
@@ -102,15 +103,15 @@ class Trainer(Engine):
 
 
 def is_engine(value: Any) -> bool:
-    """Tell whether a config's value is an evaluator or a trainer."""
+    """Tell whether an entry of a config is an evaluator or a trainer."""
     return isinstance(value, dict) and str(value.get("_target_")).endswith(("Evaluator", "Trainer"))
 
 
 def stand_in(value: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a component of a config, or what stands for it.
+    """Return a component of a config, replaced by its stand-in where it has one.
 
     Args:
-        place: the bundle and its config, for messages.
+        place: names the bundle and its config, for messages.
     """
     target = str(value.get("_target_", ""))
     if is_engine(value):
@@ -128,13 +129,13 @@ def stand_in(value: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_monais_handler(target: str) -> bool:
-    """Tell whether a target is a handler of MONAI that loads no weights."""
+    """Tell whether a `_target_` is one of MONAI's handlers, but not CheckpointLoader."""
     module, _, name = target.rpartition(".")
     kind = getattr(monai_handlers, name, None) if module in ("", "monai.handlers") else None
     return isinstance(kind, type) and hasattr(kind, "attach") and kind is not CheckpointLoader
 
 
 def _transform_alone(loader: Any) -> Any:
-    """Return a data loader that is written inside of its engine, without classes and data."""
+    """Return a data loader that an engine contains, reduced to the transform of its dataset."""
     dataset = loader.get("dataset") if isinstance(loader, dict) else None
     return {"dataset": {"transform": dataset.get("transform")}} if isinstance(dataset, dict) else {}

@@ -1,4 +1,4 @@
-"""The Python modules that lie beside a model's YAML, imported with trust."""
+"""Importing Python modules that lie beside a model's YAML, which needs the user's trust."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-#: Modules that nothing beside a YAML replaces, since they run already and are shared.
+#: Modules that no file beside a YAML may replace, since everything else uses them too.
 _SHARED = {
     *sys.stdlib_module_names,
     *("dynamic_network_architectures", "monai", "numpy", "seg3dcam", "torch", "torchvision"),
@@ -17,18 +17,19 @@ _SHARED = {
 
 
 @contextmanager
-def modules_beside(folder: Path) -> Iterator[list[Path]]:
-    """Let the modules in a folder be imported, before others of their names.
+def local_modules(folder: Path) -> Iterator[list[Path]]:
+    """Let the modules in a folder be imported, in preference to others of the same names.
 
-    What is given lists, in the end, the files of those that were. Afterwards the caller's
-    `sys.path` and `sys.modules` are as they were, so that two models in two folders, each with a
-    `nets.py`, have their own. Nothing is written into the folder.
+    Yields a list that is empty at first. When the context ends, the files of the folder that were
+    imported have been added to it. The caller's `sys.path` and `sys.modules` are then as they were,
+    so that two models in two folders, each with a `nets.py`, get each its own. Nothing is written
+    into the folder.
     """
     folder = folder.resolve()
     names = _modules_in(folder) - _SHARED
 
     def taken() -> dict[str, ModuleType]:
-        """Take the loaded modules of these names away; those of this folder may stay."""
+        """Remove loaded modules with these names that come from elsewhere, and return them."""
         loaded = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in names}
         return {n: sys.modules.pop(n) for n in loaded if not _lies_in(n, folder)}
 
@@ -50,7 +51,7 @@ def modules_beside(folder: Path) -> Iterator[list[Path]]:
 
 
 def _files_of(names: set[str], folder: Path) -> list[Path]:
-    """Return the files of the loaded modules of these names that lie in a folder."""
+    """Return the files in a folder from which modules with these names were loaded."""
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in names]
     files = {getattr(module, "__file__", None) for module in modules}
     found = {Path(file).resolve() for file in files if file is not None}
@@ -58,16 +59,16 @@ def _files_of(names: set[str], folder: Path) -> list[Path]:
 
 
 def _modules_in(folder: Path) -> set[str]:
-    """Return the names of a folder's modules and packages, also of those without __init__.py."""
+    """Return the names of the modules and packages in a folder, also without an __init__.py."""
     names = {file.stem for file in folder.glob("*.py")}
     names |= {file.parent.name for file in folder.glob("*/__init__.py")}
     plain = {file.parent.name for file in folder.glob("*/*.py")} - names
-    # A plain folder gives way to any package of its name.
+    # A folder without __init__.py gives way to a package of the same name that is loaded.
     return names | {n for n in plain if getattr(sys.modules.get(n), "__file__", None) is None}
 
 
 def _lies_in(name: str, folder: Path) -> bool:
-    """Tell whether a loaded module, or the package that it is in, is the one in a folder."""
+    """Tell whether a loaded module, or the package that it belongs to, comes from a folder."""
     top = name.partition(".")[0]
     file = getattr(sys.modules.get(top), "__file__", None)
     own = (folder / f"{top}.py", folder / top / "__init__.py")

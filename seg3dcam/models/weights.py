@@ -1,4 +1,4 @@
-"""State dicts: read without running code, and whether they fit a network."""
+"""State dicts: reading them without running code, and checking that they fit a network."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from torch import nn
 from seg3dcam.errors import ModelError
 from seg3dcam.models.torchscript import is_torchscript, torchscript_state
 
-#: Where a checkpoint keeps its state dict.
+#: The keys under which a checkpoint may keep its state dict.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "network_weights", "net", "network")
 
-#: The types of numbers that a network's weights and buffers can have.
+#: The types that the numbers in weights and buffers can have.
 _NUMBERS = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 )
 
-#: What the archive of an exported program holds, of PyTorch 2.6 or later.
+#: Names in the archive of an exported program, for PyTorch 2.6 and later.
 _OF_PROGRAMS = ("serialized_exported_program.json", "/models/model.json", "archive_format")
 
 State = Mapping[str, torch.Tensor]
 
 
 def read_state(file: Path, key: str | None = None, *, trust: bool = False) -> State:
-    """Read a state dict of tensors, also inside of a checkpoint, without running code.
+    """Read a state dict of tensors without running code. It may lie inside a checkpoint.
 
-    What a file is, its content tells; its suffix may say anything.
+    The kind of file is told by its content alone; its suffix is not believed.
 
     Args:
-        key: where a checkpoint keeps it, if the file is no state dict itself; None looks at the
-            usual places.
+        key: the key under which a checkpoint keeps the state dict, where the file itself is none.
+            None looks under the usual keys.
         trust: allow the code of a TorchScript archive to run where its weights cannot be read
-            otherwise. A pickle is never run.
+            otherwise. The code in a pickle never runs.
 
     Raises:
-        ModelError: no such file, or it holds something else.
+        ModelError: the file does not exist, or holds something else.
     """
     content = _content(file, trust)
     places = CHECKPOINT_KEYS if key is None else (key,)
@@ -72,17 +72,17 @@ def _content(file: Path, trust: bool) -> Any:
     check_file(file, "weights file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a kind of tensor or file is old or in beta state
+            warnings.simplefilter("ignore")  # PyTorch's, about old or experimental kinds of file
             return _read(file, trust)
     except ModelError:
         raise
-    except Exception as error:  # the readers raise whatever a damaged file leads them to
+    except Exception as error:  # the readers raise anything for a damaged file
         more = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(
             error
         )
         reason = "it holds more than tensors, and reading that could run code" if more else error
         first_line = (str(reason).strip().splitlines() or [""])[0]
-        if " " not in first_line:  # no sentence, such as the key of a KeyError
+        if " " not in first_line:  # not a sentence, but such as the key of a KeyError
             first_line = f"it is damaged or no such file: {error!r}"
         raise ModelError(
             f"{file.name}: cannot be read as weights ({first_line}). Legal are "
@@ -92,7 +92,7 @@ def _content(file: Path, trust: bool) -> Any:
 
 
 def check_file(file: Path, what: str) -> None:
-    """Raise ModelError unless a path leads to a file, and to no folder, device or loop of links."""
+    """Raise ModelError unless a path leads to a regular file."""
     try:
         found = file.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -106,7 +106,7 @@ def _read(file: Path, trust: bool) -> Any:
         start = opened.read(9)
     if not start:
         raise ValueError("it is empty: 0 bytes")
-    if start[8:] == b"{":  # after the length of the header, of which no pickle has as many bytes
+    if start[8:] == b"{":  # the header of .safetensors, after its length in 8 bytes
         return load_file(file)
     names = _names_in_zip(file)
     if file.suffix == ".pt2" or any(name.endswith(_OF_PROGRAMS) for name in names):
@@ -118,17 +118,17 @@ def _read(file: Path, trust: bool) -> Any:
         return _torchscript(file, trust)
     if start.startswith(b"PK") and not names:
         raise ValueError("it is truncated or damaged: the end of its zip archive is missing")
-    with file.open("rb") as opened:  # of a path, torch.load would believe the suffix
+    with file.open("rb") as opened:  # given a path, torch.load would believe its suffix
         return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _names_in_zip(file: Path) -> list[str]:
-    """Return the names in a zip archive, none of another file; ValueError for a bomb."""
+    """Return the names in a zip archive, none for another file; ValueError for a zip bomb."""
     if not zipfile.is_zipfile(file):
         return []
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    # PyTorch stores tensors as they are; only source text is compressed.
+    # PyTorch compresses only source text, not tensors, so unpacking hardly makes a file larger.
     unpacked, packed = sum(entry.file_size for entry in entries), file.stat().st_size
     if unpacked > 10 * packed + 10_000_000:
         raise ValueError(f"its {packed} bytes unpack to {unpacked}, as no file of weights does")
@@ -136,7 +136,7 @@ def _names_in_zip(file: Path) -> list[str]:
 
 
 def _torchscript(file: Path, trust: bool) -> dict[str, torch.Tensor]:
-    """Return the weights of a TorchScript archive; its code runs with trust alone, if it must."""
+    """Return the weights of a TorchScript archive. Its code runs only if it must and is trusted."""
     try:
         state = torchscript_state(file)
     except Exception as error:
@@ -156,7 +156,7 @@ def _torchscript(file: Path, trust: bool) -> dict[str, torch.Tensor]:
 
 
 def _check_entry(name: Any, value: torch.Tensor, file: str) -> None:
-    """Raise ModelError for a key or a tensor that is no weight of a network."""
+    """Raise ModelError for a key or a tensor that cannot belong to a network's weights."""
     if not isinstance(name, str):
         raise ModelError(
             f"{file}: the key {name!r} is of type {type(name).__name__}; the keys of a state dict "
@@ -170,7 +170,7 @@ def _check_entry(name: Any, value: torch.Tensor, file: str) -> None:
 
 
 def tensor_fault(value: torch.Tensor) -> str:
-    """Say why a tensor is no weight of a network; nothing where it may be one.
+    """Return why a tensor cannot be a network's weight, or "" where it can.
 
     >>> tensor_fault(torch.eye(3).to_sparse()), tensor_fault(torch.eye(3))
     ('sparse (torch.sparse_coo)', '')
@@ -187,10 +187,11 @@ def tensor_fault(value: torch.Tensor) -> str:
 def check_fit(
     network: nn.Module, state: Mapping[str, torch.Tensor], file: str, network_name: str
 ) -> None:
-    """Raise ModelError unless a state dict has every key of a network, in its shape, and no other.
+    """Raise ModelError unless a state dict has exactly the keys of a network, in the same shapes.
 
     Args:
-        file, network_name: for messages.
+        file: the file's name, for messages.
+        network_name: how messages call the network.
     """
     own = network.state_dict()
     reshaped = [
@@ -226,7 +227,9 @@ def check_finite(state: Mapping[str, torch.Tensor], file: str) -> None:
 
 
 def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the prefixes that DataParallel and torch.compile put before every key, in any order.
+    """Drop the prefixes that DataParallel and torch.compile put before every key.
+
+    They may come in either order.
 
     >>> list(without_prefix({"module.weight": torch.zeros(1)}))
     ['weight']
@@ -238,7 +241,7 @@ def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def some(keys: Sequence[str]) -> str:
-    """Name a few keys.
+    """Return up to five keys and the number of the others, for a message.
 
     >>> some(["a", "b", "c", "d", "e", "f", "g"])
     'a, b, c, d, e and 2 more'
