@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai import transforms
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -97,12 +98,12 @@ def test_slabs_of_limited_size_give_what_one_piece_gives(
     assert whole[-1].any()
     sizes = []
 
-    class Watched(resampling.SpatialResample):
+    class Watched(transforms.SpatialResample):
         def __call__(self, *args, **settings):
             sizes.append(settings["spatial_size"])
             return super().__call__(*args, **settings)
 
-    monkeypatch.setattr(resampling, "SpatialResample", Watched)
+    monkeypatch.setattr(transforms, "SpatialResample", Watched)
     monkeypatch.setattr(resampling, "SLAB_VOXELS", voxels)
     sliced = resample(volume, np.eye(4), affine, (13, 11, 5))
     torch.testing.assert_close(sliced, whole)

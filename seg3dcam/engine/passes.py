@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from monai.inferers import sliding_window_inference
 
 from seg3dcam.engine.memory import AtOnce
 from seg3dcam.errors import ModelError
@@ -216,6 +215,8 @@ def predict(
         logits = stitched(windows, x, predictor)
         first = FirstPass(capture, windows, x, logits, capture.shapes, kept=kept)
         return replace(first, devices=devices, at_once=at_once)
+    from monai.inferers import sliding_window_inference
+
     logits = sliding_window_inference(
         x,
         windows.roi,

@@ -108,7 +108,7 @@ def checked_affine(
     return matrix
 
 
-def _scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+def scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
     matrix = np.diag([*scale, 1.0]).astype(np.float64)
     matrix[:3, 3] = shift
     return matrix

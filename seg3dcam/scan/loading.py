@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.errors import InputError, ScanError, tell
 from seg3dcam.files.readers import READABLE, Frame, Plan, plan_file, read_voxels, stem
 from seg3dcam.files.readers.plan import not_real, reading, refuse_empty_grid
@@ -73,7 +74,7 @@ def load_scan(
             f"{_described(source)} has one place alone. Leave frame out."
         )
     if isinstance(source, np.ndarray) or (
-        isinstance(source, torch.Tensor) and not _is_meta_tensor(source)
+        isinstance(source, torch.Tensor) and not is_meta_tensor(source)
     ):
         if affine is None:
             raise ScanError(
@@ -139,11 +140,6 @@ def load_labels(path: PathLike, *, frame: Frame | None = None) -> Scan:
 
 
 # ---------------------------------------------------------------------------------- from memory
-
-
-def _is_meta_tensor(tensor: torch.Tensor) -> bool:
-    # By what it carries: importing MONAI takes seconds, and a plain tensor has neither.
-    return hasattr(tensor, "affine") and hasattr(tensor, "meta")
 
 
 def _from_meta_tensor(tensor: torch.Tensor) -> Scan:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from scipy import ndimage
 
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.errors import TargetError, nearest
 
 
@@ -141,7 +141,7 @@ def _plain(mask: Mask, what: str) -> torch.Tensor:
             f"the {what} is a {type(mask).__name__} on a grid of its own. explain() brings it onto "
             "the network's grid; without explain(), give a tensor or array on that grid, (*S)"
         )
-    values = mask.as_tensor() if isinstance(mask, MetaTensor) else mask
+    values = mask.as_tensor() if is_meta_tensor(mask) else mask
     if values.is_complex():
         raise TargetError(f"the {what} is a tensor of {values.dtype}; legal are numbers or bool")
     wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
