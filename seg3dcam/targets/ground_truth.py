@@ -10,7 +10,7 @@ import torch
 from seg3dcam.errors import TargetError
 from seg3dcam.geometry import corner_gap
 from seg3dcam.scan import Scan
-from seg3dcam.targets.regions import check_labels
+from seg3dcam.targets.masks import check_labels
 
 #: Two grids are the same up to this part of a voxel: other programs round what they write.
 SAME_GRID_VOXELS = 0.1
