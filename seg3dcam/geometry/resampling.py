@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from seg3dcam.geometry.affines import check_affine, scale_and_shift
+from seg3dcam.geometry.affines import checked_affine, scale_and_shift
 
 #: Voxels resampled at a time: bounds the memory of a resampling beyond its output.
 SLAB_VOXELS = 4_000_000
@@ -37,8 +37,8 @@ def resample(
     Returns:
         (X', Y', Z') on the CPU, in the dtype of `volume`.
     """
-    check_affine(affine, "the affine of the map")
-    check_affine(to_affine, "the affine to resample to")
+    affine = checked_affine(affine, "the map")
+    to_affine = checked_affine(to_affine, "the grid to resample to")
     seen_affine = affine if seen_affine is None else seen_affine
     seen_shape = volume.shape if seen_shape is None else seen_shape
     to_shape = tuple(int(n) for n in to_shape)
@@ -53,7 +53,7 @@ def resample(
         slab_affine = to_affine @ scale_and_shift((1, 1, 1), (start, 0, 0))
         moved = _moved(source, affine, slab_affine, slab, mode="bilinear", padding_mode="border")
         seen = _inside(slab_affine, slab, seen_affine, seen_shape)
-        result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
+        result[start : start + slab[0]] = moved.masked_fill(~seen, 0)  # it may be the volume itself
     return result
 
 
@@ -67,8 +67,8 @@ def resample_labels(
             are moved as they are, without a rounding.
         to_affine, to_shape: the grid of the result.
     """
-    check_affine(affine, "the affine of the labels")
-    check_affine(to_affine, "the affine to resample to")
+    affine = checked_affine(affine, "the labels")
+    to_affine = checked_affine(to_affine, "the grid to resample to")
     source = labels.detach().cpu().double()
     moved = _moved(source, affine, to_affine, to_shape, mode="nearest", padding_mode="zeros")
     return moved.to(labels.dtype)
