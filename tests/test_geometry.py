@@ -118,6 +118,16 @@ def test_on_its_own_grid_a_volume_comes_back_as_it_is_and_as_a_copy() -> None:
     assert volume.any()
 
 
+def test_what_the_network_did_not_see_is_zero_in_the_result_alone() -> None:
+    volume = torch.rand(4, 5, 6)
+    given, seen = volume.clone(), np.eye(4)
+    seen[0, 3] = 2
+    found = resample(volume, np.eye(4), np.eye(4), (4, 5, 6), seen_affine=seen)
+    assert not found[:2].any()
+    assert torch.equal(found[2:], given[2:])
+    assert torch.equal(volume, given)
+
+
 def test_what_is_moved_carries_no_graph() -> None:
     values = torch.rand(4, 4, 4, requires_grad=True)
     for move in (resample, resample_labels):

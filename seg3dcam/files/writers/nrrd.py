@@ -63,9 +63,8 @@ def write_nrrd(
     if kind.name not in _TYPES:
         raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
     volume = checked_volume(volume, path)
-    header = _header(
-        tuple(volume.shape), _TYPES[kind.name], checked_affine(affine, str(path), OutputError)
-    )
+    matrix = checked_affine(affine, str(path), OutputError)
+    header = _header(tuple(volume.shape), _TYPES[kind.name], matrix)
     return _write(path, header, {}, (as_stored(slab, kind, path) for slab in slabs(volume)))
 
 
@@ -146,9 +145,8 @@ def write_segments(
     if not segments:
         raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")
     layers = _layers(segments)
-    header = _header(
-        tuple(shape), "uint8", checked_affine(affine, str(path), OutputError), layers=len(layers)
-    )
+    matrix = checked_affine(affine, str(path), OutputError)
+    header = _header(tuple(shape), "uint8", matrix, layers=len(layers))
     return _write(path, header, _described(segments, layers), _painted(layers, shape))
 
 
