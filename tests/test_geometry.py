@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai import transforms
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -97,12 +98,12 @@ def test_slabs_of_limited_size_give_what_one_piece_gives(
     assert whole[-1].any()
     sizes = []
 
-    class Watched(resampling.SpatialResample):
+    class Watched(transforms.SpatialResample):
         def __call__(self, *args, **settings):
             sizes.append(settings["spatial_size"])
             return super().__call__(*args, **settings)
 
-    monkeypatch.setattr(resampling, "SpatialResample", Watched)
+    monkeypatch.setattr(transforms, "SpatialResample", Watched)
     monkeypatch.setattr(resampling, "SLAB_VOXELS", voxels)
     sliced = resample(volume, np.eye(4), affine, (13, 11, 5))
     torch.testing.assert_close(sliced, whole)
@@ -115,6 +116,16 @@ def test_on_its_own_grid_a_volume_comes_back_as_it_is_and_as_a_copy() -> None:
     assert torch.equal(found, volume)
     found.zero_()
     assert volume.any()
+
+
+def test_what_the_network_did_not_see_is_zero_in_the_result_alone() -> None:
+    volume = torch.rand(4, 5, 6)
+    given, seen = volume.clone(), np.eye(4)
+    seen[0, 3] = 2
+    found = resample(volume, np.eye(4), np.eye(4), (4, 5, 6), seen_affine=seen)
+    assert not found[:2].any()
+    assert torch.equal(found[2:], given[2:])
+    assert torch.equal(volume, given)
 
 
 def test_what_is_moved_carries_no_graph() -> None:
@@ -160,10 +171,13 @@ def test_zero_outside_of_what_the_network_saw_and_held_at_its_rim() -> None:
 @pytest.mark.parametrize(
     ("affine", "message"),
     [
-        (np.full((4, 4), np.nan), "finite 4x4"),
-        (np.eye(3), "finite 4x4"),
-        (np.diag([1.0, 0.0, 1.0, 1.0]), "cannot be inverted"),
-        (np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "two axes coincide"),
+        (np.full((4, 4), np.nan), "the map: the affine holds NaN or infinite"),
+        (np.eye(3), r"the map: the affine has shape \(3, 3\)"),
+        (np.diag([1.0, 0.0, 1.0, 1.0]), "the affine is singular"),
+        (
+            np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+            "the affine is singular",
+        ),
     ],
 )
 def test_an_affine_that_is_none_is_refused(affine: np.ndarray, message: str) -> None:
@@ -178,7 +192,7 @@ def test_one_number_of_an_affine_that_is_not_finite_is_enough_to_refuse_it(move,
     for place in np.ndindex(4, 4):
         affines = [np.eye(4), np.eye(4)]
         affines[which][place] = value
-        with pytest.raises(InputError, match="finite 4x4"):
+        with pytest.raises(InputError, match="holds NaN or infinite values"):
             move(torch.ones(2, 2, 2), *affines, (2, 2, 2))
 
 

@@ -148,6 +148,15 @@ def test_the_core_imports_no_package_of_the_rims():
         assert not found & {*NEVER_LOADED, *NOT_OURS}, relative(path)
 
 
+def test_the_core_imports_monai_where_it_is_used():
+    """Importing MONAI takes seconds: whoever asks for help, or has no use for it, need not wait."""
+    core = [p for p in FILES if LEVEL.get(room(p), 99) <= LEVEL["cams"] and room(p) != "network"]
+    assert len(core) > 10
+    for path in core:
+        found = {name.partition(".")[0] for name in module_level_imports(path)}
+        assert "monai" not in found, relative(path)
+
+
 # ------------------------------------------------------------------------------ imports run one way
 
 

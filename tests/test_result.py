@@ -206,7 +206,12 @@ def test_what_misses_gradients_is_not_shown_signed_either():
     [
         (None, {}, OutputError, "None is no path: name a file, such as 'cam.nii.gz'"),
         ("a.nii", {"item": "a"}, InputError, "item 'a' of the batch: legal are 0 to 0"),
-        ("a.nii", {"affine": "a"}, OutputError, r"affine cannot be used: a. Legal: a \(4, 4\)"),
+        (
+            "a.nii",
+            {"affine": "a"},
+            OutputError,
+            r"a\.nii: the affine is not a matrix of numbers\. Legal: a \(4, 4\)",
+        ),
     ],
 )
 def test_what_cannot_be_saved_is_refused(path, settings, error, message):

@@ -27,7 +27,7 @@ from seg3dcam.targets import (
     components,
     score_and_seed,
 )
-from seg3dcam.targets.regions import Given, Predicted, Volume
+from seg3dcam.targets.regions import MaskRegion, Predicted, Volume
 
 SHAPES = [(12,), (5, 6), (3, 4, 5), (2, 3, 2, 3)]
 TRUTHS = [FalseNegatives, FalsePositives, TruePositives]
@@ -435,7 +435,7 @@ def test_truth_that_makes_no_sense(kind):
 REGIONS = {
     "predicted": Predicted(),
     "volume": Volume(),
-    "mask": Given(torch.arange(60).reshape(3, 4, 5) % 7),
+    "mask": MaskRegion(torch.arange(60).reshape(3, 4, 5) % 7),
     "box": Box((0, 1, 0), (2, 3, 5)),
     "component": Component(0),
     "no component": Component(99),

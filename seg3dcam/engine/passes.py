@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from monai.inferers import sliding_window_inference
 
 from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.seed import index_of
@@ -239,6 +238,8 @@ def _stitched_logits(
     plan = windows.plan
     if plan.convention != "monai":
         return stitched(windows, x, predictor)
+    from monai.inferers import sliding_window_inference
+
     return sliding_window_inference(
         x,
         windows.roi,

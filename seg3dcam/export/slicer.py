@@ -42,7 +42,7 @@ from seg3dcam.files.writers.nrrd import (
     write_nrrd,
     write_segments,
 )
-from seg3dcam.geometry import SAME_GRID_MM, corner_gap, peak_voxel, spacing_of, to_world
+from seg3dcam.geometry import peak_voxel, same_grid, spacing_of, to_world
 from seg3dcam.review.look import Look, choose_window, colours
 from seg3dcam.scan import Scan
 
@@ -245,8 +245,8 @@ class SlicerScene:
 
 
 def _check_same(scan: Scan, grid: Grid) -> None:
-    same = tuple(scan.shape) == grid.shape
-    if not same or corner_gap(scan.affine, grid.affine, grid.shape) > SAME_GRID_MM:
+    same_shape = tuple(scan.shape) == grid.shape
+    if not same_shape or not same_grid(scan.affine, grid.affine, grid.shape):
         raise InputError(
             f"a scan of {tuple(scan.shape)} voxels beside one of {grid.shape}, or elsewhere in the "
             "patient: a 3D Slicer scene shows one scan. Write a scene for each"

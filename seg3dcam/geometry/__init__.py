@@ -3,12 +3,14 @@
 from seg3dcam.geometry.affines import (
     LPS_TO_RAS,
     SAME_GRID_MM,
+    SAME_GRID_VOXELS,
     Axis,
     anatomical_axis,
-    check_affine,
     checked_affine,
     corner_gap,
     ras_affine,
+    same_grid,
+    size_text,
     spacing_of,
     to_world,
 )
@@ -19,10 +21,10 @@ from seg3dcam.geometry.resampling import resample, resample_labels
 __all__ = [
     "LPS_TO_RAS",
     "SAME_GRID_MM",
+    "SAME_GRID_VOXELS",
     "Axis",
     "FeatureGrid",
     "anatomical_axis",
-    "check_affine",
     "checked_affine",
     "corner_gap",
     "cropped",
@@ -32,6 +34,8 @@ __all__ = [
     "ras_affine",
     "resample",
     "resample_labels",
+    "same_grid",
+    "size_text",
     "spacing_of",
     "to_world",
 ]

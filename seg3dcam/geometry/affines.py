@@ -10,12 +10,27 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.errors import InputError, nearest
+from seg3dcam.errors import InputError, Seg3dcamError, nearest
+
+#: The planes in which a patient is looked at.
+Axis = Literal["axial", "coronal", "sagittal"]
+
+#: The planes by the axis of RAS that they cut across.
+_CUT_ACROSS: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+#: Multiplied from the left, it turns an affine to LPS mm (DICOM, ITK) into one to RAS mm, and back.
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+#: Two grids are the same where no voxel's centre lies farther apart than this: what is left when
+#: one affine is written to a file, in float32 or as text, and read again.
+SAME_GRID_MM = 1e-3
+
+#: The same for a mask that another program made for a scan, as a part of the scan's smallest
+#: spacing: such programs round what they write, and a tenth of a voxel moves no voxel of a mask.
+SAME_GRID_VOXELS = 0.1
 
 #: No voxel of a patient lies farther away.
 _FARTHEST_MM = 1e9
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
@@ -26,6 +41,15 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
     """
     columns = np.asarray(affine, dtype=np.float64)[:3, :3]
     return tuple(float(size) for size in np.linalg.norm(columns, axis=0))
+
+
+def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4) -> str:
+    """Write sizes along several axes in words.
+
+    >>> size_text((0.8, 0.8, 5.0))
+    '0.8 x 0.8 x 5'
+    """
+    return " x ".join(f"{size:.{digits}g}" for size in sizes)
 
 
 def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
@@ -40,6 +64,21 @@ def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -
     corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
     moved = corners @ (np.asarray(one, np.float64) - np.asarray(other, np.float64)).T
     return float(np.linalg.norm(moved[:, :3], axis=1).max())
+
+
+def same_grid(
+    one: npt.ArrayLike,
+    other: npt.ArrayLike,
+    shape: Sequence[int],
+    *,
+    within_mm: float = SAME_GRID_MM,
+) -> bool:
+    """Return whether two affines put every voxel of a grid in the same place, up to rounding.
+
+    >>> same_grid(np.eye(4), np.diag([1.00001, 1, 1, 1]), (64, 64, 64))
+    True
+    """
+    return corner_gap(one, other, shape) <= within_mm
 
 
 def to_world(affine: np.ndarray, voxel: Sequence[float]) -> tuple[float, ...]:
@@ -70,19 +109,21 @@ def ras_affine(affine: np.ndarray, space: str | Sequence[str] | None) -> np.ndar
     return LPS_TO_RAS @ affine if written == "LPS" else affine
 
 
-def check_affine(affine: np.ndarray, what: str) -> None:
-    """Raise InputError unless `affine` is a finite, invertible (4, 4) matrix."""
-    affine = np.asarray(affine)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise InputError(f"{what} must be a finite 4x4 matrix, voxel -> mm; got\n{affine}")
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise InputError(f"{what} cannot be inverted (two axes coincide or one is zero):\n{affine}")
-
-
 def checked_affine(
-    affine: npt.ArrayLike, name: str, error_class: type[InputError] = InputError
+    affine: npt.ArrayLike, name: str, error_class: type[Seg3dcamError] = InputError
 ) -> npt.NDArray[np.float64]:
-    """Return a (4, 4) float64 affine; an error that names its owner unless it can be inverted."""
+    """Return an affine as a (4, 4) float64 matrix that can be inverted.
+
+    Args:
+        affine: anything that numpy makes a matrix of.
+        name: whose affine it is, such as a file's path; the error begins with it.
+        error_class: what is raised for anything else.
+
+    >>> checked_affine(np.eye(3), "the map")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.InputError: the map: the affine has shape (3, 3). Legal: a (4, 4) invertible...
+    """
     advice = "Legal: a (4, 4) invertible matrix from voxel index to RAS mm, last row (0, 0, 0, 1)."
     try:
         matrix = np.array(affine, dtype=np.float64)
@@ -108,16 +149,15 @@ def checked_affine(
     return matrix
 
 
-def _scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+def scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+    """Return the (4, 4) affine that scales each axis, then shifts it.
+
+    >>> scale_and_shift((2, 2, 2), (0.5, 0, 0))[0].tolist()
+    [2.0, 0.0, 0.0, 0.5]
+    """
     matrix = np.diag([*scale, 1.0]).astype(np.float64)
     matrix[:3, 3] = shift
     return matrix
-
-
-SAME_GRID_MM = 1e-3
-
-
-Axis = Literal["axial", "coronal", "sagittal"]
 
 
 def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
@@ -126,7 +166,6 @@ def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
     >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
     2
     """
-    world = {"sagittal": 0, "coronal": 1, "axial": 2}
-    if axis not in world:
-        raise InputError(f"axis {axis!r}: {nearest(axis, world)}")
-    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == world[axis])[0])
+    if axis not in _CUT_ACROSS:
+        raise InputError(f"axis {axis!r}: {nearest(axis, _CUT_ACROSS)}")
+    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == _CUT_ACROSS[axis])[0])

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from seg3dcam.geometry.affines import (
-    _scale_and_shift,
-)
+from seg3dcam.geometry.affines import scale_and_shift
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class FeatureGrid:
 
     def affine(self, input_affine: np.ndarray) -> np.ndarray:
         """Return the affine of this grid, given the (4, 4) affine of the network's input."""
-        return np.asarray(input_affine, dtype=np.float64) @ _scale_and_shift(
+        return np.asarray(input_affine, dtype=np.float64) @ scale_and_shift(
             self.stride, self.offset
         )
 

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import SpatialResample
 
-from seg3dcam.geometry.affines import (
-    _scale_and_shift,
-    check_affine,
-)
+from seg3dcam.geometry.affines import checked_affine, scale_and_shift
 
 #: Voxels resampled at a time: bounds the memory of a resampling beyond its output.
 SLAB_VOXELS = 4_000_000
@@ -42,8 +37,8 @@ def resample(
     Returns:
         (X', Y', Z') on the CPU, in the dtype of `volume`.
     """
-    check_affine(affine, "the affine of the map")
-    check_affine(to_affine, "the affine to resample to")
+    affine = checked_affine(affine, "the map")
+    to_affine = checked_affine(to_affine, "the grid to resample to")
     seen_affine = affine if seen_affine is None else seen_affine
     seen_shape = volume.shape if seen_shape is None else seen_shape
     to_shape = tuple(int(n) for n in to_shape)
@@ -51,17 +46,14 @@ def resample(
     if same and to_shape == tuple(volume.shape) == tuple(seen_shape):
         return volume.detach().cpu().clone()
     result = torch.empty(to_shape, dtype=volume.dtype, device="cpu")
-    resampler = SpatialResample(mode="bilinear", padding_mode="border", dtype=volume.dtype)
+    source = volume.detach().cpu()
     thickness = max(1, SLAB_VOXELS // max(1, to_shape[1] * to_shape[2]))
-    with torch.device("cpu"):  # MONAI works on the default device
-        source = MetaTensor(volume.detach().cpu()[None], affine=torch.as_tensor(affine))
-        for start in range(0, to_shape[0], thickness):
-            slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
-            slab_affine = to_affine @ _scale_and_shift((1, 1, 1), (start, 0, 0))
-            moved = resampler(source, dst_affine=torch.as_tensor(slab_affine), spatial_size=slab)
-            moved = moved.as_tensor()[0].to(volume.dtype)
-            seen = _inside(slab_affine, slab, seen_affine, seen_shape)
-            result[start : start + slab[0]] = moved.masked_fill_(~seen, 0)
+    for start in range(0, to_shape[0], thickness):
+        slab = (min(thickness, to_shape[0] - start), *to_shape[1:])
+        slab_affine = to_affine @ scale_and_shift((1, 1, 1), (start, 0, 0))
+        moved = _moved(source, affine, slab_affine, slab, mode="bilinear", padding_mode="border")
+        seen = _inside(slab_affine, slab, seen_affine, seen_shape)
+        result[start : start + slab[0]] = moved.masked_fill(~seen, 0)  # it may be the volume itself
     return result
 
 
@@ -75,25 +67,43 @@ def resample_labels(
             are moved as they are, without a rounding.
         to_affine, to_shape: the grid of the result.
     """
-    check_affine(affine, "the affine of the labels")
-    check_affine(to_affine, "the affine to resample to")
-    resampler = SpatialResample(mode="nearest", padding_mode="zeros", dtype=torch.float64)
-    with torch.device("cpu"):
+    affine = checked_affine(affine, "the labels")
+    to_affine = checked_affine(to_affine, "the grid to resample to")
+    source = labels.detach().cpu().double()
+    moved = _moved(source, affine, to_affine, to_shape, mode="nearest", padding_mode="zeros")
+    return moved.to(labels.dtype)
+
+
+def _moved(
+    volume: torch.Tensor,
+    affine: np.ndarray,
+    to_affine: np.ndarray,
+    to_shape: Sequence[int],
+    *,
+    mode: str,
+    padding_mode: str,
+) -> torch.Tensor:
+    """Return a volume (X, Y, Z) on another grid, as MONAI moves it; both are on the CPU."""
+    from monai.data import MetaTensor
+    from monai.transforms import SpatialResample
+
+    resampler = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=volume.dtype)
+    with torch.device("cpu"):  # MONAI works on the default device
         moved = resampler(
-            MetaTensor(labels.detach().cpu()[None].double(), affine=torch.as_tensor(affine)),
+            MetaTensor(volume[None], affine=torch.as_tensor(affine)),
             dst_affine=torch.as_tensor(to_affine),
             spatial_size=tuple(to_shape),
         )
-    return moved.as_tensor()[0].to(labels.dtype)
+    return moved.as_tensor()[0].to(volume.dtype)
 
 
 def _inside(
     affine: np.ndarray, shape: Sequence[int], seen_affine: np.ndarray, seen_shape: Sequence[int]
 ) -> torch.Tensor:
     """Tell which voxels of one grid have their centre inside the box of another grid."""
-    to_seen = torch.as_tensor(np.linalg.inv(seen_affine) @ affine)
-    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
-    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    to_seen = torch.as_tensor(np.linalg.inv(seen_affine) @ affine, device="cpu")
+    axes = [torch.arange(n, dtype=torch.float64, device="cpu") for n in shape]
+    inside = torch.ones(tuple(shape), dtype=torch.bool, device="cpu")
     tolerance = 1e-6
     for row, size in zip(to_seen[:3], seen_shape, strict=True):
         where = row[3] + (

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import nn
 
 from seg3dcam.cams.catalogue import ALL_METHODS
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -121,9 +122,9 @@ class EpochCams:
                 f"got {tuple(image.shape)}" + (": give batch[0]" if image.ndim == 5 else "")
             )
         with torch.inference_mode(False):
-            with torch.device("cpu"):  # a MetaTensor is made on the default device
-                placed = image if isinstance(image, MetaTensor) else MetaTensor(image.detach())
-                scan = load_scan(placed.detach().clone().cpu().float())
+            with torch.device("cpu"):  # a MetaTensor's affine is made on the default device
+                voxels = image.detach().clone().cpu().float()
+                scan = load_scan(voxels, None if is_meta_tensor(voxels) else np.eye(4))
             model = SegModel(
                 network,
                 class_names=self.class_names,
@@ -163,7 +164,7 @@ def images_of(batch: Any) -> list[torch.Tensor]:
     [(1, 4, 4, 4), (1, 4, 4, 4)]
     """
     if isinstance(batch, torch.Tensor):
-        if isinstance(batch, MetaTensor):
+        if is_meta_tensor(batch):
             return [batch[number] for number in range(len(batch))]
         return list(batch)
     if isinstance(batch, Mapping) and "image" in batch:

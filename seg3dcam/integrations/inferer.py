@@ -12,6 +12,7 @@ from torch import nn
 
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.cams.result import CamResult
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import Scale
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.network.layers import LayerSpec
@@ -80,7 +81,7 @@ class CamInferer(Inferer):
 def as_map_of(inputs: torch.Tensor, result: CamResult, scale: Scale) -> torch.Tensor:
     """Return the volumes of a result, (B, 1, *S), on the grid that the inputs say."""
     volume = result.volume(scale=scale)[:, None]
-    return volume.to(inputs.device) if not isinstance(inputs, MetaTensor) else _like(inputs, volume)
+    return volume.to(inputs.device) if not is_meta_tensor(inputs) else _like(inputs, volume)
 
 
 def _like(inputs: MetaTensor, volume: torch.Tensor) -> MetaTensor:

@@ -14,6 +14,7 @@ from monai.utils import ensure_tuple_rep
 from torch import nn
 
 from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import Scale
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.network.layers import LayerSpec
@@ -73,7 +74,7 @@ class Camd(MapTransform):
         found = dict(data)
         for key, name in self.key_iterator(found, self.names):
             image = found[key]
-            if not isinstance(image, MetaTensor):
+            if not is_meta_tensor(image):
                 raise InputError(
                     f"{key!r} is a {type(image).__name__}: a map is placed where its image lies, "
                     "so it must be a MetaTensor, as LoadImaged gives it"

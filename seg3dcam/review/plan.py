@@ -10,19 +10,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.geometry import peak_voxel
+from seg3dcam.geometry import Axis, peak_voxel
 from seg3dcam.review.look import Look, Window, choose_window
 from seg3dcam.review.pictures import display, draw, frame
 from seg3dcam.review.pictures.text import clean_text
 
-Axis = Literal["axial", "coronal", "sagittal"]
 SliceSetting = str | int | Sequence[int]
 
 USUAL = Look()

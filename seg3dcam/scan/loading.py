@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,16 +14,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.errors import InputError, ScanError, tell
 from seg3dcam.files.readers import READABLE, Frame, Plan, plan_file, read_voxels, stem
 from seg3dcam.files.readers.plan import not_real, reading, refuse_empty_grid
 from seg3dcam.files.series import is_dicom, read_series
 from seg3dcam.files.torchio_images import images_of, is_torchio
-from seg3dcam.geometry import SAME_GRID_MM, checked_affine, corner_gap, ras_affine, spacing_of
-from seg3dcam.scan.scan import Scan, _mm, place_code
+from seg3dcam.geometry import (
+    SAME_GRID_MM,
+    checked_affine,
+    corner_gap,
+    ras_affine,
+    same_grid,
+    spacing_of,
+)
+from seg3dcam.scan.scan import Scan
 
-__all__ = ["SAME_GRID_MM", "Scan", "corner_gap", "load_labels", "load_scan", "place_code"]
-"""Two grids are the same if no voxel centre moves by more than this many mm."""
+__all__ = ["load_labels", "load_scan"]
 
 _NNUNET_CHANNEL = re.compile(r"(.+)_\d{4}")
 
@@ -73,7 +80,7 @@ def load_scan(
             f"{_described(source)} has one place alone. Leave frame out."
         )
     if isinstance(source, np.ndarray) or (
-        isinstance(source, torch.Tensor) and not _is_meta_tensor(source)
+        isinstance(source, torch.Tensor) and not is_meta_tensor(source)
     ):
         if affine is None:
             raise ScanError(
@@ -141,11 +148,6 @@ def load_labels(path: PathLike, *, frame: Frame | None = None) -> Scan:
 # ---------------------------------------------------------------------------------- from memory
 
 
-def _is_meta_tensor(tensor: torch.Tensor) -> bool:
-    # By what it carries: importing MONAI takes seconds, and a plain tensor has neither.
-    return hasattr(tensor, "affine") and hasattr(tensor, "meta")
-
-
 def _from_meta_tensor(tensor: torch.Tensor) -> Scan:
     meta: dict = tensor.meta  # type: ignore[attr-defined]
     files = meta.get("filename_or_obj") or "scan"
@@ -166,7 +168,7 @@ def _from_torchio(source: Any) -> Scan:
     scan = _from_memory(voxels, affine, "scan")
     for name, (more, other) in others:
         same_shape = more.shape[1:] == voxels.shape[1:]
-        if not same_shape or corner_gap(affine, other, scan.shape) > SAME_GRID_MM:
+        if not same_shape or not same_grid(affine, other, scan.shape):
             raise ScanError(
                 f"the subject's images {first} {tuple(voxels.shape[1:])} and {name} "
                 f"{tuple(more.shape[1:])} lie on different grids. Bring them to one, with "
@@ -289,6 +291,10 @@ def _check_same_grid(one: Plan, other: Plan) -> None:
             f"The channels of one scan must agree within {SAME_GRID_MM:g} mm: resample the second "
             "onto the first."
         )
+
+
+def _mm(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
 
 
 def _origin(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from seg3dcam.files.readers import Frame
-from seg3dcam.geometry import spacing_of
+from seg3dcam.geometry import size_text, spacing_of
 
 #: What a NIfTI header says of the place and the kind of its voxels.
 _PLACE_FIELDS = (
@@ -65,9 +65,11 @@ class Scan:
         return "the scan" if self.name == "scan" else f"scan {self.name}"
 
     def __repr__(self) -> str:
-        spacing = " x ".join(f"{step:.4g}" for step in self.spacing)
         shape = " x ".join(map(str, self.shape))
-        return f"Scan({self.name!r}, {len(self.data)} channel(s), {shape} voxels of {spacing} mm)"
+        return (
+            f"Scan({self.name!r}, {len(self.data)} channel(s), {shape} voxels of "
+            f"{size_text(self.spacing)} mm)"
+        )
 
 
 def place_code(scan: Scan) -> str:
@@ -89,7 +91,3 @@ def _element_code(header: Any, tag: Any) -> str:
         return repr((tag, header[tag].VR, header[tag].value))
     except Exception:  # of pydicom, for a value that nobody can decode: as the file has it
         return repr((tag, header.get_item(tag)))
-
-
-def _mm(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"

@@ -42,22 +42,14 @@ overlap (sigmoid) a target takes from the model, unless it is given; on its own 
 
 from __future__ import annotations
 
-from seg3dcam.targets.base import Activation, OwnTarget, Target, name_of
+from seg3dcam.targets.arguments import Activation
+from seg3dcam.targets.base import OwnTarget, Target, name_of
 from seg3dcam.targets.combined import AnyTarget, WeightedSum
+from seg3dcam.targets.components import components
 from seg3dcam.targets.detection import DetectionClass, detection_map
 from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
-from seg3dcam.targets.regions import (
-    Boundary,
-    Box,
-    Component,
-    FalseNegatives,
-    FalsePositives,
-    OnItsGrid,
-    Region,
-    TruePositives,
-    Voxel,
-    components,
-)
+from seg3dcam.targets.masks import OnItsGrid
+from seg3dcam.targets.regions import Boundary, Box, Component, Region, Voxel
 from seg3dcam.targets.scores import (
     ClassLogit,
     ClassLogOdds,
@@ -69,6 +61,7 @@ from seg3dcam.targets.scores import (
     SoftDice,
     SumOverRegion,
 )
+from seg3dcam.targets.truth_regions import FalseNegatives, FalsePositives, TruePositives
 from seg3dcam.targets.use import (
     as_target,
     as_targets,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
 from seg3dcam.errors import TargetError
-from seg3dcam.targets.regions import Move
-
-Activation = Literal["softmax", "sigmoid"]
+from seg3dcam.targets.arguments import Activation
+from seg3dcam.targets.masks import Move
 
 
 @runtime_checkable
@@ -85,9 +84,3 @@ def checked_score(target: Any, logits: torch.Tensor) -> torch.Tensor:
             "as its .real or .abs()"
         )
     return score
-
-
-def check_activation(activation: Activation | None) -> None:
-    """Refuse what is no activation."""
-    if activation not in ("softmax", "sigmoid", None):
-        raise TargetError(f"activation {activation!r}: legal are 'softmax' and 'sigmoid'")

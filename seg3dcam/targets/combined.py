@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from seg3dcam.errors import TargetError
-from seg3dcam.targets.base import Activation, OwnTarget, checked_score, name_of
-from seg3dcam.targets.regions import Move
-from seg3dcam.targets.scores import check_number
+from seg3dcam.targets.arguments import Activation, check_number
+from seg3dcam.targets.base import OwnTarget, checked_score, name_of
+from seg3dcam.targets.masks import Move
 
 AnyTarget = Callable[[torch.Tensor], torch.Tensor]
 

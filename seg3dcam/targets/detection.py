@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import TargetError, nearest
+from seg3dcam.targets.arguments import check_whole
 from seg3dcam.targets.base import OwnTarget
-from seg3dcam.targets.regions import check_whole
 
 #: Numbers of a prediction before those of the classes: the box's 4 and the objectness.
 BOX, BEFORE_CLASSES = 4, 5

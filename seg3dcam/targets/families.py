@@ -10,16 +10,12 @@ from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 import torch
 
 from seg3dcam.errors import EmptyRegionError, TargetError
-from seg3dcam.targets.base import Activation, changed, check_activation
+from seg3dcam.targets.arguments import Activation, check_activation, check_index, check_whole
+from seg3dcam.targets.base import changed
 from seg3dcam.targets.combined import AnyTarget
-from seg3dcam.targets.regions import (
-    Component,
-    FixedComponent,
-    check_whole,
-    components,
-    listed_sizes,
-)
-from seg3dcam.targets.scores import ClassLogit, ClassLogOdds, check_index, overlapping
+from seg3dcam.targets.components import components, listed_sizes
+from seg3dcam.targets.regions import Component, FixedComponent
+from seg3dcam.targets.scores import ClassLogit, ClassLogOdds, overlapping
 
 Family = TypeVar("Family", bound="OwnFamily")
 

@@ -8,12 +8,9 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import TargetError
-from seg3dcam.geometry import corner_gap
+from seg3dcam.geometry import SAME_GRID_VOXELS, same_grid
 from seg3dcam.scan import Scan
-from seg3dcam.targets.regions import check_labels
-
-#: Two grids are the same up to this part of a voxel: other programs round what they write.
-SAME_GRID_VOXELS = 0.1
+from seg3dcam.targets.masks import check_labels
 
 
 def check_on_grid(what: str, shape: Sequence[int], affine: np.ndarray, scan: Scan) -> None:
@@ -27,7 +24,8 @@ def check_on_grid(what: str, shape: Sequence[int], affine: np.ndarray, scan: Sca
             f"the {what} has {tuple(shape)} voxels, the scan {tuple(scan.shape)}: they must lie "
             f"on the same grid. Resample the {what} to the scan"
         )
-    if corner_gap(affine, scan.affine, scan.shape) > min(scan.spacing) * SAME_GRID_VOXELS:
+    within_mm = min(scan.spacing) * SAME_GRID_VOXELS
+    if not same_grid(affine, scan.affine, scan.shape, within_mm=within_mm):
         raise TargetError(
             f"the {what} has the scan's shape but lies elsewhere in the patient: its affine is\n"
             f"{affine}\nand the scan's\n{scan.affine}\nResample the {what} to the scan"

@@ -6,34 +6,17 @@ A region sees a `View`, the prediction of one class, and answers with a mask (B,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from scipy import ndimage
 
 from seg3dcam.errors import TargetError, nearest
-
-
-@runtime_checkable
-class OnItsGrid(Protocol):
-    """A mask that knows where it lies: a `Scan`, or a MONAI MetaTensor."""
-
-    @property
-    def data(self) -> torch.Tensor: ...
-    @property
-    def affine(self) -> Any: ...
-
-
-#: Zero and nonzero, or labels: (*S), (B, *S) or (B, 1, *S) on the network's grid, or a scan.
-Mask: TypeAlias = torch.Tensor | np.ndarray | OnItsGrid
-
-#: Brings a mask onto the network's grid: a plain tensor (*S) with the same labels.
-Move: TypeAlias = Callable[[Any], torch.Tensor]
-
+from seg3dcam.targets.arguments import check_whole
+from seg3dcam.targets.components import components, listed_sizes
+from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 
 # ------------------------------------------------------------------------------- the prediction
 
@@ -97,132 +80,6 @@ def _is_largest(logits: torch.Tensor, index: int) -> torch.Tensor:
     return largest
 
 
-# ---------------------------------------------------------------------------------- mask to tensor
-
-
-def nonzero(mask: Mask, view_grid: Sequence[int]) -> torch.Tensor:
-    """Return a given mask as (B, *S) bool."""
-    values = _plain(mask, "mask")
-    if values.is_floating_point() and not torch.isfinite(values).all():
-        raise TargetError("the mask holds values that are NaN or infinite; legal are numbers")
-    return _fitted(values != 0, view_grid, "mask")
-
-
-def labels(truth: Mask, view_grid: Sequence[int]) -> torch.Tensor:
-    """Return a label map as (B, *S): bool, or whole numbers."""
-    values = _plain(truth, "truth")
-    check_labels(values)
-    return _fitted(values, view_grid, "truth")
-
-
-def check_labels(values: torch.Tensor) -> None:
-    """Refuse a truth that holds anything but whole numbers."""
-    if not values.is_floating_point():
-        return
-    whole = (values == values.round()) & torch.isfinite(values)
-    if not whole.all():
-        raise TargetError(
-            f"the truth holds {int((~whole).sum())} values that are no whole numbers, such as "
-            f"{values[~whole].flatten()[0].item():g}; legal are labels or a boolean mask. Was a "
-            "label map interpolated? Resample it with the nearest neighbour"
-        )
-
-
-def _plain(mask: Mask, what: str) -> torch.Tensor:
-    if isinstance(mask, np.ndarray):
-        if mask.dtype.kind not in "biuf":
-            raise TargetError(f"the {what} is an array of {mask.dtype}; legal are numbers or bool")
-        # torch wants native byte order and cannot compare wide unsigned integers.
-        wide = mask.dtype.kind == "u" and mask.dtype.itemsize > 1
-        native = np.int64 if wide else mask.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(mask, dtype=native))
-    if not isinstance(mask, torch.Tensor):
-        raise TargetError(
-            f"the {what} is a {type(mask).__name__} on a grid of its own. explain() brings it onto "
-            "the network's grid; without explain(), give a tensor or array on that grid, (*S)"
-        )
-    values = mask.as_tensor() if isinstance(mask, MetaTensor) else mask
-    if values.is_complex():
-        raise TargetError(f"the {what} is a tensor of {values.dtype}; legal are numbers or bool")
-    wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
-    return values.detach().to(torch.int64) if wide else values.detach()
-
-
-def _fitted(values: torch.Tensor, view_grid: Sequence[int], what: str) -> torch.Tensor:
-    batch, *shape = view_grid
-    full = (batch, *shape)
-    fitted = values
-    if values.shape == (batch, 1, *shape):
-        fitted = values[:, 0]
-    elif values.shape == tuple(shape):
-        fitted = values.expand(full)
-    if fitted.shape != full:
-        raise TargetError(
-            f"the {what} has shape {tuple(values.shape)}; legal for these logits are "
-            f"{tuple(shape)}, {full} and {(batch, 1, *shape)}"
-        )
-    return fitted
-
-
-# --------------------------------------------------------------------------------- mask to mask
-
-
-def components(mask: torch.Tensor, connectivity: int = 1) -> tuple[torch.Tensor, list[int]]:
-    """Number the connected components of one mask by size.
-
-    Args:
-        mask: (*S) bool.
-        connectivity: along how many axes at once neighbours may differ; 1 joins across faces.
-
-    Returns:
-        Ranks (*S), int32 and on the CPU: 0 in the largest component, -1 outside of all; and the
-        components' sizes in voxels, largest first. Of two equal ones the first in memory leads.
-
-    Raises:
-        TargetError: there is no such connectivity in so many axes.
-
-    >>> components(torch.tensor([1, 0, 1, 1, 0, 1]).bool())
-    (tensor([ 1, -1,  0,  0, -1,  2], dtype=torch.int32), [2, 1, 1])
-    """
-    axes = max(mask.ndim, 1)  # a classifier's one place is labelled as a line of one voxel
-    if not 1 <= connectivity <= axes:
-        raise TargetError(f"connectivity {connectivity}: legal with {axes} axes are 1 to {axes}")
-    inside = np.atleast_1d(mask.cpu().numpy())
-    where = _extent(inside)  # a lesion is small: the rest of the volume is not searched
-    found, count = ndimage.label(
-        inside[where], structure=ndimage.generate_binary_structure(axes, connectivity)
-    )
-    sizes = np.bincount(found.ravel(), minlength=count + 1)[1:]
-    order = np.argsort(-sizes, kind="stable")
-    rank_of = np.full(count + 1, -1, dtype=np.int32)
-    rank_of[order + 1] = np.arange(count, dtype=np.int32)
-    ranks = np.full(inside.shape, -1, dtype=np.int32)
-    ranks[where] = rank_of[found]
-    return torch.from_numpy(ranks.reshape(mask.shape)), sizes[order].tolist()
-
-
-def _extent(mask: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box around what is true in a mask."""
-    where = []
-    for axis in range(mask.ndim):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        filled = np.flatnonzero(mask.any(axis=others))
-        where.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
-    return tuple(where)
-
-
-def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return what lies within some steps across faces of a mask (B, *S)."""
-    for _ in range(steps):
-        grown = mask.clone()
-        for axis in range(1, mask.ndim):
-            last = mask.shape[axis] - 1
-            grown.narrow(axis, 1, last).logical_or_(mask.narrow(axis, 0, last))
-            grown.narrow(axis, 0, last).logical_or_(mask.narrow(axis, 1, last))
-        mask = grown
-    return mask
-
-
 # ----------------------------------------------------------------------------------------- regions
 
 
@@ -240,6 +97,10 @@ class RegionKind:
     def masks(self, view: View) -> torch.Tensor:
         """Return the voxels, (B, *S) bool; an item's may be empty."""
         raise NotImplementedError
+
+    def placed(self, move: Move) -> RegionKind:
+        """Return the region with its mask or truth brought onto the network's grid."""
+        return self
 
     def instead(self, view: View, item: int) -> str:
         """Say what is there, where an item's mask is empty, and what to do."""
@@ -276,7 +137,7 @@ class Volume(RegionKind):
 
 
 @dataclass(frozen=True, eq=False)
-class Given(RegionKind):
+class MaskRegion(RegionKind):
     """Where a mask of the caller's is nonzero."""
 
     mask: Mask
@@ -401,16 +262,6 @@ class Component(RegionKind):
         return f"the component{joined} of the predicted mask at voxel {list(self.voxel)}"
 
 
-def listed_sizes(sizes: Sequence[int]) -> str:
-    """Say how many components there are, and how large.
-
-    >>> listed_sizes([7, 2])
-    '2 components of 7, 2 voxels'
-    """
-    shown = ", ".join(map(str, sizes[:10])) + (", ..." if len(sizes) > 10 else "")
-    return f"{len(sizes)} component{'s' * (len(sizes) != 1)} of {shown} voxels"
-
-
 @dataclass(frozen=True)
 class Boundary(RegionKind):
     """The shell of the predicted mask: voxels within `thickness` steps on either side of its edge.
@@ -448,139 +299,16 @@ class Boundary(RegionKind):
         return f"boundary (thickness {self.thickness}) of the predicted mask"
 
 
-@dataclass(frozen=True, eq=False)
-class AgainstTruth(RegionKind):
-    """The prediction compared with ground truth.
-
-    Args:
-        truth: whole numbers, where a voxel of the class holds the class's index; or a boolean
-            mask of the class. (*S), (B, *S) or (B, 1, *S) on the network's grid, or a `Scan` on
-            its own, which `explain` brings there.
-        label: the number of the class in `truth`, where it is not the class's index. A sigmoid
-            output has no background channel, so its indices are not labels, and `label` is needed;
-            except for one channel and a truth of 0 and 1.
-
-    Labels leak into a map over such a region (`uses_truth`): it cannot serve as evidence that the
-    model looks in the right place.
-    """
-
-    truth: Mask
-    label: int | None = None
-
-    uses_truth = True
-    follows_prediction = True
-    title: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.truth, torch.Tensor | np.ndarray | OnItsGrid):
-            raise TargetError(
-                f"truth {self.truth!r}: legal are a label map or boolean mask as tensor or array, "
-                "or a Scan"
-            )
-        if self.label is not None:
-            check_whole("label", self.label)
-
-    def compared(self, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-        """Return the region of two boolean masks."""
-        raise NotImplementedError
-
-    def masks(self, view: View) -> torch.Tensor:
-        predicted = view.predicted()
-        return self.compared(self._is_class(view).to(predicted.device), predicted)
-
-    def _is_class(self, view: View) -> torch.Tensor:
-        """Return where the truth is the target's class, (B, *S) bool."""
-        truth = labels(self.truth, view.grid)
-        if truth.dtype == torch.bool:
-            if self.label is not None:
-                raise TargetError(
-                    f"label {self.label} of a truth that is a boolean mask: a mask has no labels. "
-                    "Leave label out, or give a label map"
-                )
-            return truth
-        if self.label is None and view.index is None:
-            return truth != 0  # any foreground
-        return truth.eq(self._label(truth, view))
-
-    def _label(self, truth: torch.Tensor, view: View) -> int:
-        if self.label is not None:
-            return self.label
-        if view.index is not None and not view.overlapping:
-            return view.index
-        if view.logits.shape[1] == 1 and ((truth == 0) | (truth == 1)).all():
-            return 1
-        raise TargetError(
-            f"channel {view.index} of a sigmoid output need not be label {view.index} of the "
-            f"truth, which holds {_listed_labels(truth)}. Name the label, as in label=1, or give "
-            "a boolean mask of the class"
-        )
-
-    def instead(self, view: View, item: int) -> str:
-        truth, predicted = self._is_class(view)[item].cpu(), view.predicted()[item].cpu()
-        what = "foreground" if view.index is None else f"class {view.index}"
-        return (
-            f"The truth has {what} in {int(truth.sum())} voxels and the network predicts it in "
-            f"{int(predicted.sum())}, {int((truth & predicted).sum())} of them in common. The "
-            f"truth holds {_listed_labels(labels(self.truth, view.grid)[item])}. "
-            f"{view.described(item)}. If the file has another number for the class, give label="
-        )
-
-    def __str__(self) -> str:
-        return self.title + ("" if self.label is None else f" (label {self.label} of the truth)")
-
-
-def _listed_labels(truth: torch.Tensor) -> str:
-    values, counts = (part.tolist() for part in truth.unique(return_counts=True))
-    if truth.dtype == torch.bool:
-        return "a boolean mask"
-    shown = [f"label {int(v)} in {n} voxels" for v, n in zip(values, counts, strict=True)]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-
-
-class FalseNegatives(AgainstTruth):
-    """Where the truth is the class and the prediction is not: why was it missed?
-
-    >>> from seg3dcam.targets import ClassLogit
-    >>> logits = torch.tensor([[[-1.0, -1.0, 1.0, 1.0]]])
-    >>> missed = FalseNegatives(torch.tensor([0, 1, 1, 0]))
-    >>> ClassLogit(0, missed).regions(logits)
-    tensor([[False,  True, False, False]])
-    """
-
-    title = "false negatives"
-
-    def compared(self, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-        return truth & ~predicted
-
-
-class FalsePositives(AgainstTruth):
-    """Where the prediction is the class and the truth is not: why was it invented?
-
-    >>> from seg3dcam.targets import ClassLogit
-    >>> logits = torch.tensor([[[-1.0, -1.0, 1.0, 1.0]]])
-    >>> ClassLogit(0, FalsePositives(torch.tensor([0, 1, 1, 0]))).regions(logits)
-    tensor([[False, False, False,  True]])
-    """
-
-    title = "false positives"
-
-    def compared(self, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-        return predicted & ~truth
-
-
-class TruePositives(AgainstTruth):
-    """Where both the truth and the prediction are the class.
-
-    >>> from seg3dcam.targets import ClassLogit
-    >>> logits = torch.tensor([[[-1.0, -1.0, 1.0, 1.0]]])
-    >>> ClassLogit(0, TruePositives(torch.tensor([0, 1, 1, 0]))).regions(logits)
-    tensor([[False, False,  True, False]])
-    """
-
-    title = "true positives"
-
-    def compared(self, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-        return truth & predicted
+def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return what lies within some steps across faces of a mask (B, *S)."""
+    for _ in range(steps):
+        grown = mask.clone()
+        for axis in range(1, mask.ndim):
+            last = mask.shape[axis] - 1
+            grown.narrow(axis, 1, last).logical_or_(mask.narrow(axis, 0, last))
+            grown.narrow(axis, 0, last).logical_or_(mask.narrow(axis, 1, last))
+        mask = grown
+    return mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -639,7 +367,7 @@ def as_region(given: Region) -> RegionKind:
             )
         return _WORDS[given]
     if isinstance(given, torch.Tensor | np.ndarray | OnItsGrid):
-        return Given(given)
+        return MaskRegion(given)
     raise TargetError(
         f"region {given!r}: legal are 'predicted', 'volume', a mask as tensor, array or Scan, Box, "
         "Voxel, Component, Boundary, FalseNegatives, FalsePositives and TruePositives"
@@ -648,21 +376,6 @@ def as_region(given: Region) -> RegionKind:
 
 def placed_region(region: Region, move: Move) -> Region:
     """Return the region with its mask or truth brought onto the network's grid."""
-    if isinstance(region, AgainstTruth):
-        if isinstance(region.truth, OnItsGrid):  # here, since a coarser grid may miss a fraction
-            check_labels(torch.as_tensor(region.truth.data, device="cpu"))
-        return replace(region, truth=placed_mask(region.truth, move))
-    return region if isinstance(region, str | RegionKind) else placed_mask(region, move)
-
-
-def placed_mask(mask: Mask, move: Move) -> Mask:
-    """Return a mask brought onto the network's grid, if it knows where it lies."""
-    return move(mask) if isinstance(mask, OnItsGrid) else mask
-
-
-def check_whole(what: str, value: Any, least: int | None = None) -> None:
-    """Refuse what is not a whole number, or smaller than `least`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or (least is not None and value < least):
-        legal = "a whole number" + ("" if least is None else f" from {least}")
-        raise TargetError(f"{what} is {legal}; got {value!r}")
+    if isinstance(region, RegionKind):
+        return region.placed(move)
+    return region if isinstance(region, str) else placed_mask(region, move)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -10,36 +9,24 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import EmptyRegionError, TargetError
-from seg3dcam.targets.base import Activation, OwnTarget, changed, check_activation
+from seg3dcam.targets.arguments import (
+    Activation,
+    check_activation,
+    check_exists,
+    check_has_others,
+    check_index,
+    check_number,
+)
+from seg3dcam.targets.base import OwnTarget, changed
+from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 from seg3dcam.targets.regions import (
     FixedRegion,
-    Mask,
-    Move,
-    OnItsGrid,
     Region,
     View,
     Volume,
     as_region,
-    nonzero,
-    placed_mask,
     placed_region,
 )
-
-
-def check_index(index: Any) -> None:
-    """Refuse what is not a class index."""
-    if isinstance(index, bool) or not isinstance(index, int | np.integer):
-        raise TargetError(f"a class is given by its index, a whole number; got {index!r}")
-
-
-def check_exists(index: int, logits: torch.Tensor) -> None:
-    """Refuse a class that logits (B, K, *S) do not have."""
-    classes = logits.shape[1]
-    if not 0 <= index < classes:
-        raise TargetError(
-            f"class {index} does not exist: the network's output has {classes} "
-            f"channel{'s' * (classes > 1)}, so classes 0 to {classes - 1} are legal"
-        )
 
 
 def overlapping(logits: torch.Tensor, activation: Activation | None) -> bool:
@@ -268,15 +255,6 @@ class Contrast(ClassTarget):
         return logits[self.index] - logits[self.against]
 
 
-def check_has_others(index: int, logits: torch.Tensor, what: str) -> None:
-    """Refuse logits (B, 1, *S): there is no class to compare with."""
-    if logits.shape[1] == 1:
-        raise TargetError(
-            f"{what} compares class {index} with another one, and the network's output has one "
-            "channel. Its logit is the log-odds against everything else: use ClassLogOdds(0)"
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class Finer(ClassTarget):
     """What sets a class apart from those it is mistaken for: Finer-CAM (Zhang et al. 2025).
@@ -337,13 +315,6 @@ class Finer(ClassTarget):
         target = super().fixed(logits)
         shares = tuple(self.shares(voxels) for _, voxels in target.voxels(logits))
         return replace(target, _shares=shares)
-
-
-def check_number(what: str, value: Any) -> None:
-    """Refuse what is not a finite number."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise TargetError(f"{what} is a finite number; got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)

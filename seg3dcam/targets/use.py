@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from seg3dcam.checks import is_whole
 from seg3dcam.errors import TargetError
-from seg3dcam.targets.base import Activation, OwnTarget, checked_score, name_of
+from seg3dcam.targets.arguments import Activation
+from seg3dcam.targets.base import OwnTarget, checked_score, name_of
 from seg3dcam.targets.combined import AnyTarget, WeightedSum
 from seg3dcam.targets.families import OwnFamily, is_family
-from seg3dcam.targets.regions import Move
+from seg3dcam.targets.masks import Move
 from seg3dcam.targets.scores import ClassLogOdds, MaskOutput
 
 _IN_PLACE = (
@@ -30,7 +31,7 @@ def as_target(given: Any, activation: Activation = "softmax") -> AnyTarget:
     _refuse_class(given)
     if given is None:
         return MaskOutput(activation=activation)
-    if isinstance(given, int | np.integer) and not isinstance(given, bool):
+    if is_whole(given):
         return ClassLogOdds(int(given), activation=activation)
     if isinstance(given, OwnTarget):
         return given.activated(activation)

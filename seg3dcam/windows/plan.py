@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.data.utils import compute_importance_map, dense_patch_slices
-from monai.utils import fall_back_tuple
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam.checks import check_number, check_whole_number, is_number
@@ -158,6 +156,8 @@ class Windows:
                 )
                 .float()
             )
+        from monai.data.utils import compute_importance_map
+
         return compute_importance_map(self.roi, mode, sigma_scale)
 
     def total_importance(self, like: torch.Tensor) -> torch.Tensor:
@@ -197,6 +197,8 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
     >>> plan_windows(WindowPlan(4, overlap=0.5), (7,)).starts
     ((0,), (2,), (3,))
     """
+    from monai.utils import fall_back_tuple
+
     plan = plan or WindowPlan(-1)
     shape = tuple(int(n) for n in shape)
     roi = fall_back_tuple(_for_each_axis(plan.roi_size, len(shape), "roi_size"), shape)
@@ -210,6 +212,8 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
 def _monai_starts(
     padded: Sequence[int], roi: Sequence[int], overlap: Sequence[float]
 ) -> tuple[tuple[int, ...], ...]:
+    from monai.data.utils import dense_patch_slices
+
     interval = [
         size if size == length else max(1, int(size * (1 - part)))
         for size, length, part in zip(roi, padded, overlap, strict=True)

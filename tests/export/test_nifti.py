@@ -341,10 +341,10 @@ def test_labels_that_do_not_fit(tmp_path, value):
         ({"dtype": bool}, r"dtype bool cannot be written. Legal: float32, float64, and for lab"),
         ({"dtype": np.float16}, r"dtype float16 cannot be written"),
         ({"dtype": np.complex64}, r"dtype complex64 cannot be written"),
-        ({"affine": np.eye(3)}, r"the affine cannot be used: .*Legal: a \(4, 4\) invertible"),
-        ({"affine": np.diag([1, 0, 1, 1])}, r"the affine cannot be used"),
-        ({"affine": np.diag([1, np.nan, 1, 1])}, r"the affine cannot be used"),
-        ({"affine": np.eye(4) * 2}, r"the affine cannot be used"),
+        ({"affine": np.eye(3)}, r"the affine has shape \(3, 3\). Legal: a \(4, 4\) invertible"),
+        ({"affine": np.diag([1, 0, 1, 1])}, r"the affine is singular.* Legal"),
+        ({"affine": np.diag([1, np.nan, 1, 1])}, r"the affine holds NaN.* Legal"),
+        ({"affine": np.eye(4) * 2}, r"the affine's last row is \[0.0, 0.0, 0.0, 2.0\]. Legal"),
     ],
 )
 def test_refused(tmp_path, volume, change, found):

@@ -99,7 +99,7 @@ def test_values_that_are_no_numbers_and_whole_numbers(tmp_path, volume):
     [
         ("a.nii", np.zeros((2, 2, 2)), np.eye(4), "f4", r"a\.nii ends with .* Legal .* \.nrrd"),
         ("a.nrrd", np.zeros((2, 2)), np.eye(4), "f4", r"shape \(2, 2\)"),
-        ("a.nrrd", np.zeros((2, 2, 2)), np.zeros((4, 4)), "f4", "the affine cannot be used"),
+        ("a.nrrd", np.zeros((2, 2, 2)), np.zeros((4, 4)), "f4", "affine's last row is"),
         ("a.nrrd", np.zeros((2, 2, 2)), np.eye(4), "c8", "complex64 cannot be written. Legal: flo"),
         ("a.nrrd", np.full((2, 2, 2), 0.5), np.eye(4), "u1", "0.5 does not fit"),
     ],

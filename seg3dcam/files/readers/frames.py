@@ -17,7 +17,7 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import InputError, ScanError, tell
-from seg3dcam.geometry import checked_affine, corner_gap, spacing_of
+from seg3dcam.geometry import checked_affine, corner_gap, size_text, spacing_of
 
 __all__ = ["FORMS_AGREE_MM", "FRAMES", "Frame", "agree", "best_affine", "form_of"]
 
@@ -154,9 +154,9 @@ def _tell_of_two_places(
     spacing = np.array(spacing_of(affine))
     if "qform" not in there and (np.abs(pixdim - spacing) > _AGREE_SPACING * spacing).any():
         tell(
-            f"{path}: the header says two voxel sizes: the sform {_times(spacing)} mm, pixdim "
-            f"{_times(pixdim)} mm. The sform is taken, as nibabel and MONAI do; ITK, 3D Slicer and "
-            "nnU-Net take pixdim. Repair the header: both must be the same."
+            f"{path}: the header says two voxel sizes: the sform {size_text(spacing, 6)} mm, "
+            f"pixdim {size_text(pixdim, 6)} mm. The sform is taken, as nibabel and MONAI do; ITK, "
+            "3D Slicer and nnU-Net take pixdim. Repair the header: both must be the same."
         )
 
 
@@ -164,7 +164,7 @@ def _differences(one: Affine, other: Affine) -> str:
     found = ""
     sizes = spacing_of(one), spacing_of(other)
     if not np.allclose(*sizes, rtol=_AGREE_SPACING, atol=0):
-        found += f", with voxels of {_times(sizes[0])} and {_times(sizes[1])} mm"
+        found += f", with voxels of {size_text(sizes[0], 6)} and {size_text(sizes[1], 6)} mm"
     if np.linalg.det(one[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
         found += ", and one is the other's mirror image"
     return found
@@ -181,7 +181,3 @@ def _found(header: nib.Nifti1Header, form: Frame) -> str:
         f"its quaternion {parts}, offset {place} and pixdim "
         f"{[float(x) for x in header['pixdim'][:4]]} are no rotation and place"
     )
-
-
-def _times(values: Sequence[float] | Affine) -> str:
-    return " x ".join(f"{value:.6g}" for value in values)

@@ -11,7 +11,7 @@ import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from seg3dcam.errors import ScanError, Seg3dcamWarning
 from seg3dcam.files.series.elements import in_words
 from seg3dcam.files.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
-from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.geometry import LPS_TO_RAS, size_text
 
 __all__ = ["Series", "read_series"]
 
@@ -168,7 +168,7 @@ def _check_alike(images: Sequence[Slice], found: str) -> None:
     extent = np.array(images[0].size, dtype=np.float64)
     steps = np.array([image.steps for image in images])
     if (np.ptp(steps, axis=0) * extent).max() > TOLERANCE_MM:
-        spacings = sorted({_times(step) for step in steps.tolist()})
+        spacings = sorted({size_text(step, 6) for step in steps.tolist()})
         raise ScanError(
             f"{found}. They have different pixel spacings: {_some(spacings)} mm. {_HOW_TO_CHOOSE}"
         )
@@ -185,9 +185,9 @@ def _check_alike(images: Sequence[Slice], found: str) -> None:
     lengths = np.linalg.norm(directions[0], axis=1)
     if np.abs(lengths - 1).max() > 1e-2 or abs(row @ column) > 1e-2 or steps.min() <= 0:
         raise ScanError(
-            f"{found}. ImageOrientationPatient {_times(directions[0].ravel())} or PixelSpacing "
-            f"{_times(steps[0])} is wrong: two unit vectors at a right angle, and spacings above 0 "
-            "are legal. Export the series again from the archive."
+            f"{found}. ImageOrientationPatient {size_text(directions[0].ravel(), 6)} or "
+            f"PixelSpacing {size_text(steps[0], 6)} is wrong: two unit vectors at a right angle, "
+            "and spacings above 0 are legal. Export the series again from the archive."
         )
 
 
@@ -329,7 +329,3 @@ def _read_voxels(images: Sequence[Slice]) -> npt.NDArray[np.float32]:
 def _some(values: Sequence[str], most: int = 4, link: str = ", ") -> str:
     rest = len(values) - most
     return link.join(values[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _times(values: Iterable[float]) -> str:
-    return " x ".join(f"{value:.6g}" for value in values)

@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from seg3dcam.errors import OutputError, Seg3dcamWarning
 from seg3dcam.files.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
 from seg3dcam.files.writing import as_path, atomic
-from seg3dcam.geometry import SAME_GRID_MM, corner_gap
+from seg3dcam.geometry import checked_affine, corner_gap, same_grid
 
 __all__ = ["write_nifti"]
 
@@ -102,7 +102,7 @@ def placed_header(
     """Make the header of a volume that lies where `affine` and `reference` say."""
     _check_suffix(path)
     header = _header(path, tuple(shape), dtype)
-    _set_forms(header, checked_affine(affine, path), reference, path)
+    _set_forms(header, checked_affine(affine, str(path), OutputError), reference, path)
     return header
 
 
@@ -163,25 +163,6 @@ def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nif
 # ------------------------------------------------------------------------------------- geometry
 
 
-def checked_affine(affine: npt.ArrayLike, path: Path) -> npt.NDArray[np.float64]:
-    """Return an affine that can be inverted as (4, 4) float64; OutputError for another."""
-    try:
-        matrix = np.array(affine, dtype=np.float64)
-    except (TypeError, ValueError):
-        matrix = np.array(str(affine))
-    if (
-        matrix.shape != (4, 4)  # of a text: ()
-        or not np.isfinite(matrix).all()
-        or not np.array_equal(matrix[3], [0, 0, 0, 1])
-        or np.linalg.det(matrix) == 0
-    ):
-        raise OutputError(
-            f"{path}: the affine cannot be used: {matrix.tolist()}. Legal: a (4, 4) invertible "
-            "matrix from voxel index to RAS mm, last row (0, 0, 0, 1)."
-        )
-    return matrix
-
-
 def _set_forms(
     header: nib.Nifti1Header,
     affine: npt.NDArray[np.float64],
@@ -225,7 +206,7 @@ def _forms_to_keep(
     there = [form for form in FRAMES if int(reference[f"{form}_code"]) > 0]
     forms = {form: form_of(reference, form) for form in there}
     places = {form: place for form, place in forms.items() if place is not None}
-    if not any(corner_gap(place, affine, shape) <= SAME_GRID_MM for place in places.values()):
+    if not any(same_grid(place, affine, shape) for place in places.values()):
         return set()
     pairs = {form: (place, affine) for form, place in places.items()}
     if "qform" in places:

@@ -22,9 +22,9 @@ from scipy import ndimage
 
 from seg3dcam.errors import OutputError
 from seg3dcam.files.names import printable
-from seg3dcam.files.writers.nifti import as_stored, checked_affine, checked_volume, gzipped, slabs
+from seg3dcam.files.writers.nifti import as_stored, checked_volume, gzipped, slabs
 from seg3dcam.files.writing import as_path, atomic
-from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.geometry import LPS_TO_RAS, checked_affine
 
 __all__ = ["Segment", "segment", "write_nrrd", "write_segments"]
 
@@ -63,7 +63,8 @@ def write_nrrd(
     if kind.name not in _TYPES:
         raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
     volume = checked_volume(volume, path)
-    header = _header(tuple(volume.shape), _TYPES[kind.name], checked_affine(affine, path))
+    matrix = checked_affine(affine, str(path), OutputError)
+    header = _header(tuple(volume.shape), _TYPES[kind.name], matrix)
     return _write(path, header, {}, (as_stored(slab, kind, path) for slab in slabs(volume)))
 
 
@@ -144,7 +145,8 @@ def write_segments(
     if not segments:
         raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")
     layers = _layers(segments)
-    header = _header(tuple(shape), "uint8", checked_affine(affine, path), layers=len(layers))
+    matrix = checked_affine(affine, str(path), OutputError)
+    header = _header(tuple(shape), "uint8", matrix, layers=len(layers))
     return _write(path, header, _described(segments, layers), _painted(layers, shape))
 
 

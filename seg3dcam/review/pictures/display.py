@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seg3dcam.errors import ConfigError, InputError, nearest
-from seg3dcam.geometry import spacing_of
+from seg3dcam.geometry import checked_affine, spacing_of
 
 # "relevant" shows at most this many slices.
 MAX_RELEVANT = 20
@@ -110,7 +110,7 @@ def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
     """
     if axis not in PLANES:
         raise ConfigError(f"unknown axis {axis!r}; {nearest(str(axis), PLANES)}")
-    matrix = check_affine(affine)
+    matrix = checked_affine(affine, "the volume to be drawn")
     plane = PLANES[axis]
     codes = nibabel.aff2axcodes(matrix)
     slice_axis, _ = _find_axis(codes, plane.across)
@@ -127,21 +127,6 @@ def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
         flip_rows=flip_rows,
         flip_columns=flip_columns,
     )
-
-
-def check_affine(affine: ArrayLike) -> NDArray[np.float64]:
-    """Return the affine as a (4, 4) float64 array, or say why it is not one."""
-    matrix = np.asarray(affine, dtype=np.float64)
-    if matrix.shape != (4, 4):
-        raise InputError(f"the affine must have shape (4, 4), not {matrix.shape}")
-    if not np.isfinite(matrix).all():
-        raise InputError("the affine holds NaN or infinite numbers")
-    if not np.allclose(matrix[3], (0, 0, 0, 1)):
-        raise InputError(f"the affine's last row must be 0 0 0 1, not {matrix[3].tolist()}")
-    sizes = np.linalg.norm(matrix[:3, :3], axis=0)
-    if sizes.min() == 0 or abs(np.linalg.det(matrix[:3, :3] / sizes)) < 1e-6:
-        raise InputError("the affine cannot be inverted: two voxel axes have one direction")
-    return matrix
 
 
 def _find_axis(codes: Sequence[str], towards: str) -> tuple[int, bool]:

@@ -29,7 +29,7 @@ from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import find_signed_peaks, findings
 from seg3dcam.files import atomic
-from seg3dcam.geometry import SAME_GRID_MM, corner_gap, peak_voxel, spacing_of
+from seg3dcam.geometry import peak_voxel, same_grid, spacing_of
 from seg3dcam.review.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review.pictures.closeup import closeup_mm
 from seg3dcam.review.pictures.display import edge_letters, obliquity_degrees, plan_view
@@ -194,7 +194,7 @@ class _Page:
 
     def add(self, explanation: Explanation, name: str) -> None:
         shape, affine = explanation.scan.shape, explanation.affine
-        if shape != self.frame.shape or corner_gap(self.affine, affine, shape) > SAME_GRID_MM:
+        if shape != self.frame.shape or not same_grid(self.affine, affine, shape):
             raise InputError(
                 f"{explanation.label}: its scan lies on another grid ({shape} voxels) than that of "
                 f"the first explanation ({self.frame.shape}). A report is about one scan: write "
