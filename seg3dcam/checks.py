@@ -1,14 +1,18 @@
-"""Checks of the numbers that a user gives as settings."""
+"""Checks of what a user gives: numbers of settings, and tensors that know where they lie."""
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from seg3dcam.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
 
 
 def check_whole_number(what: str, value: Any, least: int = 1) -> None:
@@ -72,3 +76,18 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Return whether something is a number; True and False are none."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def is_meta_tensor(value: Any) -> TypeGuard[MetaTensor]:
+    """Return whether something is a MONAI MetaTensor.
+
+    It does not import MONAI, which takes seconds: nobody holds a MetaTensor who has not imported
+    `monai.data` before.
+
+    >>> import torch
+    >>> from monai.data import MetaTensor
+    >>> is_meta_tensor(MetaTensor(torch.zeros(1, 2, 2))), is_meta_tensor(torch.zeros(1, 2, 2))
+    (True, False)
+    """
+    kind = getattr(sys.modules.get("monai.data"), "MetaTensor", None)
+    return kind is not None and isinstance(value, kind)

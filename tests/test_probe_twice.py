@@ -18,8 +18,8 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import HiResCAM, targets
 from seg3dcam.errors import Seg3dcamWarning
-from seg3dcam.network import grid_measurement as probe_module
-from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.grids import measurement as probe_module
+from seg3dcam.network.grids.measurement import measure_grids
 from seg3dcam.network.layers import resolve_layers
 
 

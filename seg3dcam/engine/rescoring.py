@@ -18,8 +18,8 @@ from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, scored_
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
-from seg3dcam.network.kinds import takes_hooks
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.outputs import tensors_in
 from seg3dcam.windows import Blend
 

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError, ModelError, nearest
 from seg3dcam.network.ensemble import unwrap
-from seg3dcam.network.kinds import kind_of
+from seg3dcam.network.module_class import class_of
 from seg3dcam.network.outputs import item_of, tensors_in
 
 LayerSpec = str | nn.Module | Sequence[str | nn.Module]
@@ -170,7 +170,7 @@ def _matching(
         return [_of_module(model, modules, entry)]
     network = type(model).__name__
     if entry == "all" and "all" not in modules:
-        names = [name for name, m in modules.items() if issubclass(kind_of(m), _ConvNd)]
+        names = [name for name, m in modules.items() if issubclass(class_of(m), _ConvNd)]
         if not names:
             raise LayerError(f"{network} has no convolution, so 'all' is no target layer: name one")
         return [LayerRef(name, (), modules[name], required=False) for name in names]

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError
-from seg3dcam.network.kinds import kind_of
 from seg3dcam.network.layers import LayerRef, Layout
+from seg3dcam.network.module_class import class_of
 
 Shape = Sequence[int]
 
@@ -132,7 +132,7 @@ def keeps_layout(module: nn.Module) -> bool:
     >>> keeps_layout(nn.LeakyReLU()), keeps_layout(nn.MultiheadAttention(4, 1))
     (True, False)
     """
-    kind = kind_of(module)
+    kind = class_of(module)
     elementwise = _is_elementwise(module) and not issubclass(kind, nn.MultiheadAttention)
     # Not a type derived from one, which may do anything.
     return elementwise and kind.__module__.startswith("torch.nn.modules.")
@@ -226,14 +226,14 @@ def _is_exported_convolution(module: nn.Module) -> bool:
 
 def _is_first_kind(module: nn.Module) -> bool:
     kinds = (_ConvNd, _NormBase, nn.GroupNorm, nn.Upsample)
-    kind = kind_of(module)
+    kind = class_of(module)
     return issubclass(kind, kinds) or kind.__module__ == "torch.nn.modules.pooling"
 
 
 def _is_last(module: nn.Module) -> bool:
     module = _last_part(module)
     norm = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
-    return norm or issubclass(kind_of(module), nn.Linear)
+    return norm or issubclass(class_of(module), nn.Linear)
 
 
 def _last_part(module: nn.Module) -> nn.Module:
@@ -249,7 +249,7 @@ def _last_part(module: nn.Module) -> nn.Module:
 
 def _is_elementwise(module: nn.Module) -> bool:
     names = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-    kind = kind_of(module)
+    kind = class_of(module)
     return kind.__module__ in names or issubclass(kind, nn.Identity)
 
 

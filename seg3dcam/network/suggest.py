@@ -27,9 +27,9 @@ from seg3dcam.errors import InputError, LayerError
 from seg3dcam.network.capture import Capture, begun_again, capturing
 from seg3dcam.network.ensemble import members_of, unwrap
 from seg3dcam.network.graph import Paths, edge_of
-from seg3dcam.network.kinds import kind_of, takes_hooks
 from seg3dcam.network.layers import LayerRef, Layout, resolve_layers
 from seg3dcam.network.layouts import stride_of
+from seg3dcam.network.module_class import class_of, takes_hooks
 from seg3dcam.network.outputs import OutputSelection, tensors_in
 
 Role = Literal["bottleneck", "middle", "decoder"]
@@ -241,7 +241,7 @@ def _probe(capture: Capture, x: torch.Tensor) -> tuple[list[_Given], torch.Tenso
         if threading.get_ident() != me:  # somebody else predicts with the network meanwhile
             return
         runs[name] += 1
-        read = args[0] if args and issubclass(kind_of(module), nn.LayerNorm) else None
+        read = args[0] if args and issubclass(class_of(module), nn.LayerNorm) else None
         for path, tensor in tensors_in(output):
             if tensor.requires_grad:
                 layer = LayerRef(name, path, module)
@@ -525,7 +525,7 @@ def _is_pointwise(module: nn.Module) -> bool:
     """Tell norms, activations, dropout and the like: the layer before them is the better choice."""
     if any(module.children()):
         return False
-    kind = kind_of(module)
+    kind = class_of(module)
     return (
         kind.__module__.startswith(("torch.nn.modules.activation", "torch.nn.modules.dropout"))
         or issubclass(kind, nn.Identity)
