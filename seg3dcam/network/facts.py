@@ -32,12 +32,12 @@ class NetworkFacts:
 
     Attributes:
         structure: the structure of the network when all this was found out.
-        restless: the parts of the structure that the network's own forward pass changes, such as a
+        volatile: the parts of the structure that the network's own forward pass changes, such as a
             counter. A change there does not make the facts outdated.
-        doubted: numbers that changed since the previous facts, such as a training step. They may
-            be restless or not.
-        former: the grids of the previous facts. If the new ones are the same, the doubted numbers
-            are restless too.
+        perhaps_volatile: numbers that changed since the previous facts, such as a training step or
+            a counter of passes.
+        former_grids: the grids of the previous facts. If a new one is the same, those numbers are
+            volatile indeed.
         layouts: layer -> its layout, for layers whose layout needed evidence.
         grids: (shape of the input, layer, its spatial shape, its layout) -> its grid.
         gaps: (layer, its layout) -> the part of a change of the score that its gradient misses.
@@ -48,9 +48,9 @@ class NetworkFacts:
     """
 
     structure: Structure = field(default_factory=dict)
-    restless: set[tuple[str, str]] = field(default_factory=set)
-    doubted: set[tuple[str, str]] = field(default_factory=set)
-    former: dict[tuple, FeatureGrid] = field(default_factory=dict)
+    volatile: set[tuple[str, str]] = field(default_factory=set)
+    perhaps_volatile: set[tuple[str, str]] = field(default_factory=set)
+    former_grids: dict[tuple, FeatureGrid] = field(default_factory=dict)
     layouts: dict[LayerRef, Layout] = field(default_factory=dict)
     grids: dict[tuple, FeatureGrid] = field(default_factory=dict)
     gaps: dict[tuple, float] = field(default_factory=dict)
@@ -61,9 +61,9 @@ class NetworkFacts:
     def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
         """Store a grid; if it is the same as before, the numbers that changed do not count."""
         self.grids[key] = grid
-        if self.former.get(key) == grid:
-            self.restless |= self.doubted
-            self.doubted = set()
+        if self.former_grids.get(key) == grid:
+            self.volatile |= self.perhaps_volatile
+            self.perhaps_volatile = set()
 
 
 _facts: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()
@@ -84,10 +84,10 @@ def _facts_of(network: nn.Module, structure: Structure) -> NetworkFacts:
         known = _facts.get(network)
         if known is None:
             known = _facts[network] = NetworkFacts(structure)
-        elif changed := differences(known.structure, structure) - known.restless:
-            new = NetworkFacts(structure, restless=known.restless)
+        elif changed := differences(known.structure, structure) - known.volatile:
+            new = NetworkFacts(structure, volatile=known.volatile)
             if all(is_number(structure.get(name, {}).get(key)) for name, key in changed):
-                new.doubted, new.former = changed, known.grids
+                new.perhaps_volatile, new.former_grids = changed, known.grids
             known = _facts[network] = new
         return known
 
@@ -141,7 +141,7 @@ def watched(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         _watched.remove(network)
-        known.restless |= differences(before, structure_of(network))
+        known.volatile |= differences(before, structure_of(network))
 
 
 def _parts(network: nn.Module) -> Iterator[Any]:

@@ -25,11 +25,11 @@ from seg3dcam.network.layouts import (
     channels_first,
     channels_last,
     keeps_layout,
-    readings,
+    layout_by_change,
+    possible_layouts,
     spatial_shape,
     takes_first,
     tells_layout,
-    told_apart,
 )
 
 _Shapes = Mapping[LayerRef, Sequence[int]]
@@ -120,7 +120,7 @@ def settle_layouts(
     open_: dict[LayerRef, list[Layout]] = {}
     for layer, shape in shapes.items():
         try:
-            choices = readings(layer, shape, x.shape)
+            choices = possible_layouts(layer, shape, x.shape)
         except LayerError as error:
             refused[layer] = error
             continue
@@ -173,7 +173,7 @@ def _seen_changing(
         except (ModelError, torch.OutOfMemoryError):
             continue  # some networks take one size only
         for layer in shapes:
-            layout = told_apart(first.get(layer, ()), second.get(layer, ()))
+            layout = layout_by_change(first.get(layer, ()), second.get(layer, ()))
             if layout is not None:
                 found.setdefault(layer, layout)
         if len(found) == len(shapes):

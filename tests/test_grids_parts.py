@@ -18,9 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.capture import capturing
-from seg3dcam.network.grids import agreement, by_noise
-from seg3dcam.network.grids import by_gradients as gradients_look
-from seg3dcam.network.grids import measurement as probe
+from seg3dcam.network.grids import agreement, by_gradients, by_noise, measurement
 from seg3dcam.network.grids.agreement import (
     AGREE,
     EITHER_SIDE,
@@ -54,7 +52,7 @@ def shown_by(stride, offset, size, length, around=((1,), (1,))):
     """Return what a layer of some grid shows of the four ramps, along its middle axis."""
     place = stride * torch.arange(size, dtype=torch.float64) + offset
     part = (place / (length - 1)).view(1, -1, 1).expand(len(around[0]), -1, len(around[1]))
-    low, high = probe._LOW, probe._HIGH
+    low, high = measurement._LOW, measurement._HIGH
     scale, more = 3.0, -1234.0  # of the layer, which may scale its input, and add to it
     shown = (low + 0 * part, high + 0 * part, low + (high - low) * part, high - (high - low) * part)
     return [scale * v + more for v in shown]
@@ -66,16 +64,16 @@ def shown_by(stride, offset, size, length, around=((1,), (1,))):
 )
 def test_a_ramp_tells_stride_and_offset(stride, offset, size, length):
     shown = shown_by(stride, offset, size, length, ((1, 2), (1, 2, 3)))
-    assert probe._fit(shown, 1, length, size, length) == pytest.approx((stride, offset))
+    assert measurement._fit(shown, 1, length, size, length) == pytest.approx((stride, offset))
     line = [values[0, :, 0] for values in shown]
-    assert probe._fit(line, 0, length, size, length) == pytest.approx((stride, offset))
+    assert measurement._fit(line, 0, length, size, length) == pytest.approx((stride, offset))
 
 
 def test_what_padding_does_to_the_ends_does_not_count():
     shown = shown_by(2, 0.5, 32, 64)
     for values in shown:
         values[:, :8] = values[:, -8:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
 
 
 def test_what_shows_nothing_does_not_count():
@@ -84,35 +82,35 @@ def test_what_shows_nothing_does_not_count():
     for values in shown:
         values[:, 10:12] = 7.0
         values[1, 14:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
     for values in shown:
         values[:, 9:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) is None
+    assert measurement._fit(shown, 1, 64, 32, 64) is None
 
 
 def test_another_size_must_have_the_same_grid():
     """Not two voxels more or less, nor a resampled one: its stride depends on the size."""
     shown = shown_by(2, 0.5, 32, 64)
-    assert probe._fit(shown, 1, 64, 96, 192) == pytest.approx((2, 0.5))
-    assert probe._fit(shown, 1, 64, 98, 192) is None
-    assert probe._fit(shown, 1, 64, 94, 192) is None
+    assert measurement._fit(shown, 1, 64, 96, 192) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 98, 192) is None
+    assert measurement._fit(shown, 1, 64, 94, 192) is None
     resampled = shown_by(1.5, 0.25, 43, 64)
-    assert probe._fit(resampled, 1, 64, 43, 64) is not None
-    assert probe._fit(resampled, 1, 64, 128, 192) is None
+    assert measurement._fit(resampled, 1, 64, 43, 64) is not None
+    assert measurement._fit(resampled, 1, 64, 128, 192) is None
 
 
 @pytest.mark.parametrize(
     ("shift", "believed"), [(16, True), (-16, True), (16.5, False), (-16.5, False)]
 )
 def test_a_layers_middle_is_about_that_of_the_input(shift, believed):
-    found = probe._fit(shown_by(2, 0.5 + shift, 32, 64), 1, 64, 32, 64)
+    found = measurement._fit(shown_by(2, 0.5 + shift, 32, 64), 1, 64, 32, 64)
     assert found == (pytest.approx((2, 0.5 + shift)) if believed else None)
 
 
 @pytest.mark.parametrize(("shift", "believed"), [(31, True), (33, False)])
 def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
     """Two voxels of stride 32 in 64: a quarter of the input is less than one of them."""
-    found = probe._fit(shown_by(32, 15.5 + shift, 2, 64), 1, 64, 2, 64)
+    found = measurement._fit(shown_by(32, 15.5 + shift, 2, 64), 1, 64, 2, 64)
     assert (found is not None) == believed
 
 
@@ -134,7 +132,7 @@ def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
 )
 def test_the_stride_is_a_whole_one_where_that_fits(true, size, length, expected):
     index = torch.arange(size // 4, size - size // 4).double()
-    found = probe._stride(index, true * index + 3.25, size, length)
+    found = measurement._stride(index, true * index + 3.25, size, length)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -142,8 +140,8 @@ def test_a_curve_has_no_stride():
     """As a logarithm of intensities makes of the ramp; a line of that stride would have one."""
     index = torch.arange(8, 24).double()
     line = 1.9 * index + 3.25
-    assert probe._stride(index, line, 32, 64) == pytest.approx(1.9)
-    assert probe._stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
+    assert measurement._stride(index, line, 32, 64) == pytest.approx(1.9)
+    assert measurement._stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
 
 
 def test_a_staircase_has_the_whole_stride_of_its_steps():
@@ -153,7 +151,7 @@ def test_a_staircase_has_the_whole_stride_of_its_steps():
     """
     for size in (30, 32, 34):
         index = torch.arange(size // 4, size - size // 4).double()
-        assert probe._stride(index, 4 * (index / 2).floor(), size, 64) == 2
+        assert measurement._stride(index, 4 * (index / 2).floor(), size, 64) == 2
 
 
 def test_the_handy_shape_is_the_input_modulo_32():
@@ -167,7 +165,7 @@ def test_of_two_whole_strides_the_nearer_one_is_taken(true, expected):
     """Places so rough that a line of either fits them; 15 voxels in 64 are 4.3 to one."""
     rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
     index = torch.arange(3, 11).double()
-    assert probe._stride(index, true * index + 2 * rough, 15, 64) == expected
+    assert measurement._stride(index, true * index + 2 * rough, 15, 64) == expected
 
 
 # ----------------------------------------------------------------------- the middle of the field
@@ -283,7 +281,7 @@ def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, mon
             raise RuntimeError("no gradient")
         return {(layer, axis): SURE for layer in grids for axis in range(3)}
 
-    monkeypatch.setattr(gradients_look, "_lines", lines)
+    monkeypatch.setattr(by_gradients, "_lines", lines)
     net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
     coarse, fine = resolve_layers(net, ["0", "1"])
     grids = {
@@ -292,7 +290,7 @@ def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, mon
     }
     x, own = torch.zeros(1, 1, 200, 33, 64), (200, 33, 64)
     with capturing(net, [coarse, fine]) as capture:
-        found = gradients_look.by_gradients(capture, x, grids, [(coarse, 0), (fine, 2)], 4)
+        found = by_gradients.by_gradients(capture, x, grids, [(coarse, 0), (fine, 2)], 4)
     handy = (length + 8, 33, 32)
     assert looked == [
         (handy, ["0"], 4 * times_drawn(handy)),
@@ -548,7 +546,7 @@ def test_mirrored_kernels_pull_back_as_much():
 def gradient_lines_of(net, shape, grid, seeds=range(4)):
     layers, x = resolve_layers(net, "body"), torch.zeros(1, 1, *shape)
     with capturing(net, [*layers, INPUT]) as traced:
-        found = gradients_look._lines(traced, x, shape, {layers[0]: grid}, seeds)
+        found = by_gradients._lines(traced, x, shape, {layers[0]: grid}, seeds)
         return {axis: line for (_, axis), line in found.items()}
 
 
@@ -620,7 +618,7 @@ class Taps(nn.Module):
 def test_how_much_is_seen_on_the_side_where_less_is(squares, offset, side, whole, monkeypatch):
     """Whatever is seen of the whole image."""
     kept = contextlib.nullcontext  # the kernels as they are
-    monkeypatch.setattr(gradients_look, "RandomOperations", kept)
+    monkeypatch.setattr(by_gradients, "RandomOperations", kept)
     grid = FeatureGrid((4, 4, 64), (1.0,) * 3, (0.0, 0.0, offset))
     line = gradient_lines_of(Net(Taps(squares, whole)), (4, 4, 64), grid)[2]
     assert line.side == pytest.approx(side, abs=0.03 if whole else 1e-6)
@@ -664,12 +662,12 @@ def test_voxels_behind_a_closed_gate_tell_nothing():
 )
 def test_two_voxels_lie_as_far_on_either_side_of_the_middle(stride, offset, size, voxels):
     grid = FeatureGrid((size, 1), (float(stride), 64.0), (float(offset), 31.5))
-    assert gradients_look._two_voxels(grid, (size, 1), (64, 64)) == [(u, 0) for u in voxels]
+    assert by_gradients._two_voxels(grid, (size, 1), (64, 64)) == [(u, 0) for u in voxels]
 
 
 def test_of_one_voxel_there_is_one():
     grid = FeatureGrid((1, 1), (64.0, 64.0), (31.5, 31.5))
-    assert gradients_look._two_voxels(grid, (1, 1), (64, 64)) == [(0, 0)]
+    assert by_gradients._two_voxels(grid, (1, 1), (64, 64)) == [(0, 0)]
 
 
 # -------------------------------------------------------------------------- changed operations
