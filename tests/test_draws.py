@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError, Seg3dcamWarning
-from seg3dcam.network.capture import AGAIN, MOST_TRIALS, FoundLateError, begun_again, capturing
-from seg3dcam.network.known import known_of
+from seg3dcam.network.capture import FoundLateError, begun_again, capturing
+from seg3dcam.network.capture.draws import MOST_TRIALS
+from seg3dcam.network.capture.retry import MOST_ATTEMPTS
+from seg3dcam.network.facts import facts_of
 from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.random_draws import random_state, set_random_state
 
@@ -129,7 +131,7 @@ def test_a_network_is_tried_a_few_times_in_its_life(beside):
     net = Drawing(lambda a: a)
     for _ in range(4):
         HiResCAM(net, "relu")(image(size=8), VOLUME)
-    assert known_of(net).trials <= MOST_TRIALS
+    assert facts_of(net).trials <= MOST_TRIALS
 
 
 @pytest.mark.parametrize("beside", [lambda: None], indirect=True)
@@ -366,4 +368,4 @@ def test_what_is_found_late_again_and_again_is_an_error():
 
     with pytest.raises(ModelError, match="it draws"):
         explain()
-    assert len(begun) == AGAIN
+    assert len(begun) == MOST_ATTEMPTS

@@ -21,11 +21,11 @@ from seg3dcam.network.layouts import (
     certain_layout,
     channels_first,
     channels_last,
+    layout_by_change,
+    possible_layouts,
     pulled_back,
-    readings,
     spatial_shape,
     stride_of,
-    told_apart,
 )
 from tests.toy import CONV, UP, random_input, seeded
 
@@ -236,8 +236,8 @@ def named(layouts):
         ((2, 65, 32), (2, 1, 512), ["channels_first", str(Tokens((64,), class_token=True))]),
     ],
 )
-def test_readings(shape, input_shape, expected):
-    assert named(readings(LayerRef("layer"), shape, input_shape)) == expected
+def test_possible_layouts(shape, input_shape, expected):
+    assert named(possible_layouts(LayerRef("layer"), shape, input_shape)) == expected
 
 
 @pytest.mark.parametrize(
@@ -264,14 +264,14 @@ def test_readings(shape, input_shape, expected):
 )
 def test_what_has_no_place_is_refused(shape, input_shape, message):
     with pytest.raises(LayerError, match=message):
-        readings(LayerRef("layer"), shape, input_shape)
+        possible_layouts(LayerRef("layer"), shape, input_shape)
 
 
 def test_tokens_of_a_convolution_are_in_the_wrong_order():
     """(B, C, N) of a Conv1d, where C happens to be the number of voxels of a grid."""
     layer = LayerRef("layer", (), nn.Conv1d(1, 64, 1))
     with pytest.raises(LayerError, match="or pass reshape_transform"):
-        readings(layer, (2, 64, 24), S3)
+        possible_layouts(layer, (2, 64, 24), S3)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_certain_layouts(module, shape, expected):
 
 
 def test_one_axis_tells():
-    assert told_apart((1, 8, 8, 8), (1, 8, 8, 12)) is channels_first
-    assert told_apart((1, 8, 8, 8), (1, 8, 12, 8)) is channels_last
-    assert told_apart((1, 8, 8), (1, 8, 12)) is channels_first
+    assert layout_by_change((1, 8, 8, 8), (1, 8, 8, 12)) is channels_first
+    assert layout_by_change((1, 8, 8, 8), (1, 8, 12, 8)) is channels_last
+    assert layout_by_change((1, 8, 8), (1, 8, 12)) is channels_first
     for other in [(1, 8, 8, 8), (1, 8, 12, 12), (1, 12, 8, 8), (1, 8, 12)]:
-        assert told_apart((1, 8, 8, 8), other) is None
+        assert layout_by_change((1, 8, 8, 8), other) is None
 
 
 @pytest.mark.parametrize(

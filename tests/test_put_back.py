@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
 from seg3dcam.errors import ModelError, Seg3dcamError, Seg3dcamWarning
-from seg3dcam.network.attributes import MOST, belongings
-from seg3dcam.network.untouched import _Switch
+from seg3dcam.network.attributes import MOST, attribute_values
+from seg3dcam.network.untouched.process import ProcessSwitch
 
 VOLUME = targets.ClassLogit(1, "volume")
 X = (1, 1, 8, 8, 8)
@@ -43,6 +43,10 @@ def blocks(*more, head=None):
         *more,
         head or nn.Conv3d(4, 2, 1),
     ).train()
+
+
+def values_in(model):
+    return [value for value, _ in attribute_values(model)]
 
 
 def with_buffer(make):
@@ -419,14 +423,14 @@ def test_what_belongs_to_others_is_not_gone_into():
         path=pathlib.Path(),
     )
     net.append(foreign)
-    found = belongings(net)
+    found = values_in(net)
     assert not any(thing is one for thing in found for one in never)
     assert [type(thing) for thing in found] == [list]
     HiResCAM(net, "2")(image(), VOLUME)
 
 
 def test_large_things_are_neither_copied_nor_gone_through(monkeypatch):
-    monkeypatch.setattr("seg3dcam.network.untouched.LARGEST", 100)
+    monkeypatch.setattr("seg3dcam.network.untouched.restoring.LARGEST", 100)
     large, small = np.zeros(101, np.uint8), np.zeros(100, np.uint8)
     tensors = [torch.zeros(101, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)]
     net = blocks(Foreign(kept=Trainer(items=[large, small, *tensors])))
@@ -445,7 +449,7 @@ def test_the_nearest_things_are_looked_at_first():
     many = [Trainer(number=n) for n in range(100_000)]
     near = np.zeros(2)
     net = blocks(Foreign(a_list=many), Foreign(near=near))
-    found = belongings(net)
+    found = values_in(net)
     assert any(thing is near for thing in found)
     assert any(thing is many[0] for thing in found)
     assert len(found) <= MOST
@@ -463,7 +467,7 @@ def test_how_deep_is_looked():
     deepest = inner = Trainer(level=0)
     for level in range(1, 9):
         inner = Trainer(inner=inner, level=level)
-    found = belongings(blocks(Foreign(outer=inner)))
+    found = values_in(blocks(Foreign(outer=inner)))
     assert [thing.level for thing in found] == [8, 7, 6, 5, 4, 3]
     assert deepest not in found
 
@@ -806,7 +810,7 @@ def switch():
         yield
         said.append("off")
 
-    return _Switch(turned), said
+    return ProcessSwitch(turned), said
 
 
 def test_a_switch_is_turned_back_by_its_last_user():
@@ -847,7 +851,7 @@ def test_what_could_not_be_turned_on_has_no_user():
             raise RuntimeError("not now")
         yield
 
-    turn = _Switch(turned)
+    turn = ProcessSwitch(turned)
     with pytest.raises(RuntimeError, match="not now"), turn():
         pass
     with turn(), turn():

@@ -22,7 +22,7 @@ from seg3dcam.cams.attributions import ATTRIBUTIONS
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError
 from seg3dcam.network.capture import capturing
-from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.grids.measurement import measure_grids
 from seg3dcam.network.layers import resolve_layers
 
 # The network draws random numbers, which is said; that is the subject of test_draws.py.

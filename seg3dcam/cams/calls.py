@@ -36,7 +36,7 @@ from seg3dcam.methods.base import Formula
 from seg3dcam.network.capture import Capture, begun_again, capturing
 from seg3dcam.network.checked_input import as_input, on_grid_of, telling_axes
 from seg3dcam.network.ensemble import Member
-from seg3dcam.network.grid_measurement import measured_in_window
+from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef, moved_to
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection

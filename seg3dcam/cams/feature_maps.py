@@ -31,7 +31,7 @@ from seg3dcam.methods.pooled import PooledGradient
 from seg3dcam.network.capture import Capture, begun_again, capturing
 from seg3dcam.network.checked_input import as_input, on_grid_of, telling_axes
 from seg3dcam.network.ensemble import members_of
-from seg3dcam.network.grid_measurement import measured_in_window
+from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer

@@ -20,7 +20,7 @@ from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item
 from seg3dcam.methods.full_grad import FullGradient
 from seg3dcam.network.capture import Capture, capturing
-from seg3dcam.network.grid_measurement import measured_in_window
+from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.network.capture import Capture, capturing
-from seg3dcam.network.known import key_of
+from seg3dcam.network.facts import key_of
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.outputs import OutputSelection
 

@@ -16,8 +16,8 @@ from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.seed import index_of
 from seg3dcam.errors import ModelError
 from seg3dcam.network.capture import Capture
-from seg3dcam.network.kinds import takes_hooks
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.outputs import tensors_in
 from seg3dcam.windows import Windows, stitched
 

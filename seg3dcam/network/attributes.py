@@ -1,8 +1,9 @@
-"""What the modules of a network keep in attributes of their own, beside weights and submodules.
+"""What modules of a network keep in attributes of their own, besides weights and submodules.
 
-Gone into are lists, tuples, dicts, sets and deques, and objects of a user's own classes. Not gone
-into are other networks, optimisers, data sets, files, locks, threads, whatever holds one of these
-(a trainer, a writer of logs), and what Python, PyTorch or NumPy made (functions, loggers).
+The search looks into lists, tuples, dicts, sets and deques, and into objects of a user's own
+classes. It does not look into other networks, optimisers, data sets, files, locks and threads, nor
+into objects that hold one of these (a trainer, a writer of logs), nor into objects of classes of
+Python, PyTorch or NumPy (functions, loggers).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-#: How many things are looked at, the nearest first, and how far inside each other.
+#: How many values are looked at, the nearest first, and how many levels deep.
 MOST, DEEPEST = 2_000, 5
 
 #: Random generators that a network may own.
@@ -35,10 +36,10 @@ GENERATORS = (
     random.Random,
 )
 
-#: Attributes of every module: hooks, submodules, parameters, buffers.
+#: Attributes that every module has: tables of hooks, submodules, parameters and buffers.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
-#: Kinds of containers: their own methods are used, whatever a subclass makes of these.
+#: Types of containers. Their own methods are called, whatever a subclass has overridden.
 CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 _SINGLE = (torch.Tensor, np.ndarray, *GENERATORS)
@@ -50,73 +51,78 @@ _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "seg3dcam"}
 _LIBRARIES |= {"lightning", "pytorch_lightning", "ignite"}
 
 
-class Kept(NamedTuple):
-    """A thing that a module keeps.
+class AttributeValue(NamedTuple):
+    """A value that a module keeps in an attribute, or somewhere inside of one.
 
     Attributes:
-        thing: a tensor, an array, a generator, a container or an object.
-        where: the module and its attribute, in words.
+        value: a tensor, an array, a generator, a container or an object.
+        place: the module and its attribute, in words.
     """
 
-    thing: Any
-    where: str
+    value: Any
+    place: str
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's own attributes; a script has none that can be read."""
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's own attributes; those of a TorchScript module cannot be read.
+
+    >>> module = nn.ReLU()
+    >>> module.note = "a"
+    >>> own_attributes(module)["note"]
+    'a'
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return {}
     own = vars(module)
     return {name: own[name] for name in own.keys() - OF_EVERY_MODULE}
 
 
-def called(name: str, module: nn.Module) -> str:
-    """Return what to call a module of a network."""
+def in_words(name: str, module: nn.Module) -> str:
+    """Return what messages call a module.
+
+    >>> in_words("2", nn.ReLU()), in_words("", nn.ReLU())
+    ("module '2' (ReLU)", 'the network itself')
+    """
     return f"module '{name}' ({type(module).__name__})" if name else "the network itself"
 
 
-def kept(model: nn.Module) -> list[Kept]:
+def attribute_values(model: nn.Module) -> list[AttributeValue]:
     """Return the tensors, arrays, generators, containers and objects that modules keep.
 
-    Each once, the nearest first.
+    Each is returned once, the nearest first.
     """
-    found: dict[int, Kept] = {}
+    found: dict[int, AttributeValue] = {}
     waiting: deque[tuple[Any, int, tuple[str, nn.Module, str]]] = deque()
     for name, module in model.named_modules():
-        own = attributes(module)
+        own = own_attributes(module)
         waiting.extend((v, 0, (name, module, key)) for key, v in own.items() if not _is_plain(v))
     for _ in range(MOST):
         if not waiting:
             break
         value, depth, place = waiting.popleft()
-        # By its type: a proxy's __class__ would run code of the user's.
+        # isinstance would ask for a proxy's __class__, which runs code of the user's.
         single = issubclass(type(value), _SINGLE)
         items = None if single else inside(value)
         if id(value) in found or (items is None and not single):
             continue
         if not isinstance(value, tuple):
             name, module, key = place
-            found[id(value)] = Kept(value, f"{called(name, module)}: its '{key}'")
+            found[id(value)] = AttributeValue(value, f"{in_words(name, module)}: its '{key}'")
         if items is not None and depth < DEEPEST and len(waiting) < MOST:
             more = islice(items, MOST)
             waiting.extend((i, depth + 1, place) for i in more if not _is_plain(i))
     return list(found.values())
 
 
-def belongings(model: nn.Module) -> list[Any]:
-    """Return the things of `kept`."""
-    return [thing for thing, _ in kept(model)]
-
-
 def _is_plain(value: Any) -> bool:
-    """Tell a number, a text, or a tuple of some: nothing can change inside of it."""
+    """Tell whether nothing can change inside a value: numbers, texts, and tuples of these."""
     if type(value) is tuple:
         return all(type(item) in _PLAIN for item in value)
     return type(value) in _PLAIN
 
 
 def inside(value: Any) -> Iterable[Any] | None:
-    """Return what a container or an object of a user's own class holds; None: not gone into."""
+    """Return what a container or an object of a user's own class holds, None for anything else."""
     kind = type(value)
     if issubclass(kind, tuple):
         return value
@@ -133,11 +139,14 @@ def inside(value: Any) -> Iterable[Any] | None:
 
 
 def container_kind(value: Any) -> Any:
-    """Return which of `CONTAINERS` something is, None for none."""
+    """Return the one of `CONTAINERS` that a value is an instance of, None if it is no container."""
     own = type(value)
     return own if own in CONTAINERS else next((k for k in CONTAINERS if issubclass(own, k)), None)
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Return what tensors in one memory have in common; one that is not strided has its own."""
+    """Return a number that tensors have in common if they share memory.
+
+    A tensor that is not strided, such as a sparse one, is taken to share its memory with no other.
+    """
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)

@@ -1,4 +1,4 @@
-"""What a caller gives, made plain: the input of a network, and masks on its grid."""
+"""Check and simplify what a caller gives: the input of a network, and masks on its grid."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.errors import InputError, LayerError, ModelError, TargetError
 from seg3dcam.geometry import ras_affine
 from seg3dcam.network.ensemble import Member
 
 
 def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
-    """Return a plain tensor and, of a MetaTensor, its affine or the items' affines in RAS."""
+    """Check the input of a network and return it as a plain tensor with its affine.
+
+    Args:
+        x: (B, C, *S), a tensor or a MONAI MetaTensor.
+
+    Returns:
+        The tensor in float32 or better, and the affine in RAS: (4, 4), or (B, 4, 4) if the items
+        lie differently; None if `x` is no MetaTensor.
+
+    Raises:
+        InputError: `x` is no dense floating point tensor of finite values on a real device.
+    """
     if not isinstance(x, torch.Tensor):
         raise InputError(
             f"the input must be a tensor (B, C, *S), such as (1, 1, 96, 96, 96); got "
@@ -47,7 +58,7 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
     if 0 in x.shape:
         raise InputError(f"the input is empty: shape {tuple(x.shape)}")
     affine = None
-    if isinstance(x, MetaTensor):
+    if is_meta_tensor(x):
         affine = ras_affine(x.affine.cpu().numpy(), x.meta.get("space"))
         if affine.ndim == 3 and (affine == affine[0]).all():  # a batch from one grid
             affine = affine[0]
@@ -64,7 +75,7 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
 
 
 def _described(x: Any) -> str:
-    """Say what was given in place of a tensor, and how a tensor is made of it."""
+    """Say what was given instead of a tensor, and how to make a tensor of it."""
     if isinstance(x, np.ndarray):
         return f"a numpy array {x.shape} of {x.dtype}: give torch.from_numpy(x)"
     if isinstance(x, str | os.PathLike) or hasattr(x, "spacing"):
@@ -76,7 +87,7 @@ def _described(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-#: Axes of space -> modules that work along so many.
+#: Number of spatial axes -> the convolutions that work along so many.
 _CONVOLUTIONS: Mapping[int, tuple[type[nn.Module], ...]] = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
     2: (nn.Conv2d, nn.ConvTranspose2d),
@@ -86,13 +97,13 @@ _CONVOLUTIONS: Mapping[int, tuple[type[nn.Module], ...]] = {
 
 @contextmanager
 def telling_axes(member: Member, x: torch.Tensor) -> Iterator[None]:
-    """Say where a network fails since its input lacks an axis, or is a volume for a 2D network.
+    """If a network fails, say whether its input lacks an axis, or is a volume for a 2D network.
 
-    PyTorch takes an item without its batch axis for a batch, and the error that comes of it is
-    about something else. What a network takes is not known before: it may add axes itself.
+    PyTorch takes an item without a batch axis for a batch, and the error that follows is about
+    something else. This cannot be checked beforehand: a network may add axes itself.
 
     Raises:
-        InputError: in place of the network's own error.
+        InputError: instead of the network's own error, if the axes explain it.
     """
     try:
         yield
@@ -103,7 +114,10 @@ def telling_axes(member: Member, x: torch.Tensor) -> Iterator[None]:
 
 
 def _axes_advice(member: Member, shape: tuple[int, ...]) -> str:
-    """Say which axes an input (*shape) lacks for its network's convolutions; else nothing."""
+    """Say which axes an input of a shape lacks, or has too many, for its network's convolutions.
+
+    "" if nothing is known to be wrong.
+    """
     found = [
         (axes, getattr(module, "in_channels", None))
         for module in member.network.modules()
@@ -131,12 +145,21 @@ def _axes_advice(member: Member, shape: tuple[int, ...]) -> str:
 
 
 def on_grid_of(mask: Any, affine: np.ndarray | None, shape: Sequence[int]) -> torch.Tensor:
-    """Return the labels of a mask that knows where it lies, if that is where the input lies."""
-    plain = mask.as_tensor() if isinstance(mask, MetaTensor) else mask.data
+    """Return the labels of a mask that has an affine, if it lies on the input's grid.
+
+    Args:
+        mask: a `Scan` or a MetaTensor.
+        affine: the input's affine in RAS, None if it is not known.
+        shape: spatial shape of the input.
+
+    Raises:
+        TargetError: the mask lies on another grid.
+    """
+    plain = mask.as_tensor() if is_meta_tensor(mask) else mask.data
     data = torch.as_tensor(plain, device="cpu")
     if affine is not None:
         own = ras_affine(np.asarray(mask.affine), getattr(mask, "meta", {}).get("space"))
-        if not np.allclose(own, affine, atol=1e-4):  # those of all items
+        if not np.allclose(own, affine, atol=1e-4):  # compared with the affines of all items
             raise TargetError(
                 f"the mask lies on another grid than the input: its affine is\n{own}\nand the "
                 f"input's\n{affine}\nResample it, or use explain(), which does"

@@ -1,4 +1,4 @@
-"""Networks whose logits are averaged: folds of a cross-validation, and test-time flips.
+"""Networks whose logits are averaged: folds of a cross-validation, and flips at test time.
 
 ensemble = Ensemble([fold_0, fold_1], mirror_axes=(0, 1, 2))
 GradCAM(ensemble, "decoder.2")(x, target=1)
@@ -22,9 +22,10 @@ class Member:
     """One network of an ensemble, seen through one flip.
 
     Attributes:
-        network: takes (B, C, *S); with `slices` (B, C, H, W).
-        flips: spatial axes along which the input is reversed, and the output back again.
-        slices: the network is 2D and takes the slices of a volume one by one: windows (1, H, W).
+        network: takes (B, C, *S); with `slices` it takes (B, C, H, W).
+        flips: spatial axes along which the input is reversed, and the output is reversed back.
+        slices: whether the network is 2D and takes the slices of a volume one by one, as windows
+            (1, H, W).
     """
 
     network: nn.Module
@@ -32,7 +33,11 @@ class Member:
     slices: bool = False
 
     def into(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a volume's window (B, C, *S) as the network takes it."""
+        """Return a window of a volume, (B, C, *S), as the network takes it.
+
+        Raises:
+            ModelError: a 2D network got a window of more than one slice.
+        """
         x = _flipped(x, self.flips)
         if not self.slices:
             return x
@@ -45,7 +50,7 @@ class Member:
 
     def back(self, values: torch.Tensor) -> torch.Tensor:
         """Return what the network gave, (B, C, *s), as it lies in the volume's window."""
-        if values.ndim == 2:  # a classifier's scores lie nowhere
+        if values.ndim == 2:  # a classifier's scores (B, K) have no place
             return values
         return _flipped(values.unsqueeze(2) if self.slices else values, self.flips)
 
@@ -54,7 +59,7 @@ class Member:
 
         Args:
             grid: where they lie in what the network takes.
-            roi: voxels of the window.
+            roi: size of the window in voxels.
         """
         shape, stride, offset = grid.shape, grid.stride, list(grid.offset)
         if self.slices:
@@ -72,13 +77,16 @@ class Member:
 class Ensemble(nn.Module):
     """Averages the logits of several networks of one architecture, each seen through flips.
 
-    A CAM of it explains the averaged prediction: every member gets the gradient of the ensemble's
-    score, and the members' maps, flipped back, are averaged.
+    A CAM of an ensemble explains the averaged prediction: every member gets the gradient of the
+    ensemble's score, and the members' maps are flipped back and averaged.
 
     Args:
-        networks: one or several, whose layers have the same names.
+        networks: one or several networks, whose layers have the same names.
         mirror_axes: spatial axes of the volume; all combinations of flips along them are averaged.
-        slices: the networks are 2D, and take a volume slice by slice along its first axis.
+        slices: whether the networks are 2D and take a volume slice by slice along its first axis.
+
+    Raises:
+        ModelError: there is no network, or an axis is not 0, 1 or 2.
 
     >>> ensemble = Ensemble([nn.Conv3d(1, 2, 3, padding=1)], mirror_axes=(0, 2))
     >>> [member.flips for member in ensemble.members]
@@ -111,13 +119,13 @@ class Ensemble(nn.Module):
         return [Member(n, flips, self.slices) for n in self.networks for flips in self.flips]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the mean logits of one window, (B, C, *S) -> (B, K, *S)."""
+        """Return the mean logits (B, K, *S) of a window (B, C, *S)."""
         members = self.members
         return torch.stack([m.back(m.network(m.into(x))) for m in members]).mean(0)
 
 
 def members_of(model: nn.Module) -> list[Member]:
-    """Return the members of an ensemble; any other network is one by itself."""
+    """Return the members of an ensemble; any other network is its own only member."""
     model = _without_wrappers(model)
     members = model.members if isinstance(model, Ensemble) else [Member(model)]
     return [replace(member, network=unwrap(member.network)) for member in members]
@@ -126,11 +134,11 @@ def members_of(model: nn.Module) -> list[Member]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside DataParallel, DistributedDataParallel and torch.compile.
 
-    Of an `Ensemble` it is the first: all have the same layers.
+    Of an `Ensemble` the first network is returned; all of them have the same layers.
 
     Raises:
-        ModelError: not an `nn.Module`, or one that takes no hooks: TorchScript, or an exported
-            program that is not unflattened.
+        ModelError: the model is no `nn.Module`, or one that takes no hooks: TorchScript, or an
+            exported program that was not unflattened.
     """
     model = _without_wrappers(model)
     return unwrap(model.networks[0]) if isinstance(model, Ensemble) else model

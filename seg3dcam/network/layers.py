@@ -1,8 +1,8 @@
-"""Target layers: names, and selections of an element.
+"""Target layers, and how they are named.
 
-A layer is written as its dotted name in the model; where it returns a tuple, list or dict, the
-wanted element follows in brackets: `encoder.layers.3[0]`, `backbone[out]`. In a name `*` stands
-for anything between two dots, `**` for anything at all.
+A layer is written as its dotted name in the model. If it returns a tuple, list or dict, the wanted
+element follows in brackets: `encoder.layers.3[0]`, `backbone[out]`. In a name, `*` stands for any
+text without a dot, and `**` for any text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError, ModelError, nearest
 from seg3dcam.network.ensemble import unwrap
-from seg3dcam.network.kinds import kind_of
+from seg3dcam.network.module_class import class_of
 from seg3dcam.network.outputs import item_of, tensors_in
 
 LayerSpec = str | nn.Module | Sequence[str | nn.Module]
 
-#: From what a layer gives to channel-first activations (B, C, *s), see `seg3dcam.network.layouts`.
+#: A function from the tensor that a layer gives to channel-first activations (B, C, *s), see
+#: `seg3dcam.network.layouts`.
 Layout = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,8 +38,9 @@ class LayerRef:
         name: dotted name of the module.
         element: keys to the wanted tensor among several.
         module: the module itself.
-        layout: how its tensor is turned into channel-first activations; None finds it out.
-        required: False for one of many ("all", `decoder.*`): it is dropped where it gives no map.
+        layout: how its tensor becomes channel-first activations; None if that is to be found out.
+        required: False for one of many layers ("all", `decoder.*`), which is dropped if it gives no
+            map.
 
     >>> str(LayerRef("encoder.layers.3", (0,), nn.Identity()))
     'encoder.layers.3[0]'
@@ -54,7 +56,11 @@ class LayerRef:
         return self.name + "".join(f"[{key}]" for key in self.element)
 
     def pick(self, output: Any) -> torch.Tensor:
-        """Return this layer's tensor among what its module returned."""
+        """Return this layer's tensor among the things that its module returned.
+
+        Raises:
+            LayerError: there is no such element, or it is no tensor of floating point numbers.
+        """
         tensor = output
         for key in self.element:
             if isinstance(tensor, torch.Tensor):
@@ -70,7 +76,7 @@ class LayerRef:
         return tensor
 
     def put(self, output: Any, tensor: torch.Tensor) -> Any:
-        """Return the module's output with this layer's tensor replaced; nothing is changed."""
+        """Return a copy of the module's output with this layer's tensor replaced."""
         return _replaced(output, self.element, tensor)
 
     def _refusal(self, output: Any, reason: str) -> LayerError:
@@ -83,6 +89,7 @@ class LayerRef:
 
 
 def _replaced(output: Any, path: tuple[int | str, ...], tensor: torch.Tensor) -> Any:
+    """Return a copy of nested containers with the tensor at a path replaced."""
     if not path:
         return tensor
     key = path[0]
@@ -105,18 +112,19 @@ def resolve_layers(
 ) -> list[LayerRef]:
     """Find the layers that a user named.
 
-    Layers of "all" and of names with `*` are not required: those that give no map are dropped
+    Layers found by "all" or by a name with `*` are not required: those that give no map are dropped
     later. A layer that is also named in full is required.
 
     Args:
         spec: a dotted name ("model.1", "encoder[0]"), one with `*` ("decoder.*", "encoder.*[0]"),
             a module of the network, "all" (every convolution), or a list of names and modules.
-        reshape_transform: from what these layers give to (B, C, *s), where that cannot be found
-            out, such as `Tokens((6, 6, 6))` of `layouts`. It may move values and leave some
-            out, but not change them.
+        reshape_transform: a function from what these layers give to (B, C, *s), such as
+            `Tokens((6, 6, 6))` of `layouts`; needed where the layout cannot be found out. It may
+            move values and leave some out, but not change them.
 
     Raises:
-        LayerError: an unknown name (the nearest ones are named), a module of another network.
+        LayerError: a name is unknown (the message lists the nearest ones), a module is no part of
+            the network, or `spec` is nothing of the above.
 
     >>> network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
     >>> [str(layer) for layer in resolve_layers(network, "0")]
@@ -152,7 +160,11 @@ def resolve_layers(
 
 
 def moved_to(network: nn.Module, layers: Sequence[LayerRef]) -> list[LayerRef]:
-    """Return the same layers of another network of the same architecture."""
+    """Return the same layers of another network of the same architecture.
+
+    Raises:
+        ModelError: the other network has no layer of that name.
+    """
     modules = dict(unwrap(network).named_modules())
     for layer in layers:
         if layer.name not in modules:
@@ -165,12 +177,12 @@ def moved_to(network: nn.Module, layers: Sequence[LayerRef]) -> list[LayerRef]:
 def _matching(
     model: nn.Module, modules: Mapping[str, nn.Module], entry: str | nn.Module
 ) -> Iterable[LayerRef]:
-    """Return the layers that one entry of a user's list stands for."""
+    """Return the layers that one entry of the user's list stands for."""
     if isinstance(entry, nn.Module):
         return [_of_module(model, modules, entry)]
     network = type(model).__name__
     if entry == "all" and "all" not in modules:
-        names = [name for name, m in modules.items() if issubclass(kind_of(m), _ConvNd)]
+        names = [name for name, m in modules.items() if issubclass(class_of(m), _ConvNd)]
         if not names:
             raise LayerError(f"{network} has no convolution, so 'all' is no target layer: name one")
         return [LayerRef(name, (), modules[name], required=False) for name in names]

@@ -1,9 +1,10 @@
 """Evidence of how layers lay out their tensors, where shapes alone do not tell.
 
-Free evidence comes from modules of a known type, in the pass that is made anyway: a convolution
-gives and takes channels first, an activation keeps the layout of its input. It holds for the very
-tensor that the layer gave, whoever made it, or for one of the same shape made inside the layer.
-Where there is none, the network runs on two inputs that differ along their last axis.
+Modules of a known type give evidence without an extra pass: a convolution takes and gives tensors
+with channels first, an activation function keeps the layout of its input. Such evidence counts if
+it is about the very tensor that the layer gave, or about one of the same shape that was made inside
+the layer. Where there is no such evidence, the network runs on two inputs that differ in the length
+of their last axis, to see which axis of the layer's tensor changes.
 """
 
 from __future__ import annotations
@@ -24,18 +25,27 @@ from seg3dcam.network.layouts import (
     channels_first,
     channels_last,
     keeps_layout,
-    readings,
+    layout_by_change,
+    possible_layouts,
     spatial_shape,
     takes_first,
     tells_layout,
-    told_apart,
 )
 
 _Shapes = Mapping[LayerRef, Sequence[int]]
 
 
-class Witnesses:
-    """What the modules of a network show in one forward pass of the layouts of its tensors.
+def shows_layout(module: nn.Module) -> bool:
+    """Tell whether a module's type says anything about layouts.
+
+    >>> shows_layout(nn.Conv3d(1, 1, 1)), shows_layout(nn.Flatten())
+    (True, False)
+    """
+    return tells_layout(module) or keeps_layout(module)
+
+
+class LayoutEvidence:
+    """What the modules of a network show about the layouts of its tensors, in one forward pass.
 
     Args:
         input_shape: (B, C, *S).
@@ -44,17 +54,13 @@ class Witnesses:
     def __init__(self, input_shape: Sequence[int]) -> None:
         self._input_shape = tuple(input_shape)
         self._made: list[tuple[nn.Module, tuple[int, ...], Layout]] = []
-        # Tensor -> its layouts, one set for all tensors that are laid out alike.
-        self._said: MutableMapping[torch.Tensor, set[Layout]] = WeakTensorKeyDictionary()
+        # Tensor -> the layouts that modules showed for it. Tensors that are laid out alike share
+        # one set.
+        self._shown: MutableMapping[torch.Tensor, set[Layout]] = WeakTensorKeyDictionary()
         self._of_layer: dict[LayerRef, set[Layout]] = {}
 
-    @staticmethod
-    def may_be(module: nn.Module) -> bool:
-        """Tell whether a module's type says anything."""
-        return tells_layout(module) or keeps_layout(module)
-
     def look(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note what a module of a known type shows: a forward hook."""
+        """Note what a module of a known type shows; it is called as a forward hook."""
         if not isinstance(output, torch.Tensor):
             return
         taken = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -68,17 +74,20 @@ class Witnesses:
             self.alike(taken, output)
 
     def alike(self, known: torch.Tensor, new: torch.Tensor) -> None:
-        """Note that a tensor is laid out as another one."""
-        self._said.setdefault(new, self._about(known))
+        """Note that a tensor is laid out like another one."""
+        self._shown.setdefault(new, self._about(known))
 
     def gave(self, layer: LayerRef, tensor: torch.Tensor) -> None:
         """Note which tensor a layer gave."""
         self._of_layer[layer] = self._about(tensor)
 
     def layout_of(self, layer: LayerRef, shape: Sequence[int]) -> Layout | None:
-        """Return the layout of what a layer gave, None if nothing shows it."""
+        """Return the layout of what a layer gave, None if nothing shows it.
+
+        None is returned as well where the evidence contradicts itself.
+        """
         said = set(self._of_layer.get(layer, ()))
-        if not said and len(set(shape[1:])) > 1:  # else a permutation would not show
+        if not said and len(set(shape[1:])) > 1:  # otherwise a permutation would keep the shape
             parts = set(layer.module.modules())
             said = {
                 layout
@@ -88,22 +97,22 @@ class Witnesses:
         return said.pop() if len(said) == 1 else None
 
     def _about(self, tensor: torch.Tensor) -> set[Layout]:
-        return self._said.setdefault(tensor, set())
+        return self._shown.setdefault(tensor, set())
 
 
-def settle(
+def settle_layouts(
     shapes: _Shapes,
     x: torch.Tensor,
-    witnesses: Witnesses,
+    evidence: LayoutEvidence,
     settled: dict[LayerRef, Layout],
     run: Callable[[torch.Tensor], Any],
 ) -> tuple[dict[LayerRef, Layout], dict[LayerRef, LayerError]]:
     """Return how layers lay out their tensors, and why others have no layout.
 
     Args:
-        shapes: layer -> what it gave for `x`.
-        witnesses: of that pass.
-        settled: layer -> what evidence showed before; what it shows now is added.
+        shapes: layer -> the shape that it gave for `x`.
+        evidence: from that pass.
+        settled: layer -> the layout that evidence has shown before; what it shows now is added.
         run: runs the network on an input.
     """
     found: dict[LayerRef, Layout] = {}
@@ -111,7 +120,7 @@ def settle(
     open_: dict[LayerRef, list[Layout]] = {}
     for layer, shape in shapes.items():
         try:
-            choices = readings(layer, shape, x.shape)
+            choices = possible_layouts(layer, shape, x.shape)
         except LayerError as error:
             refused[layer] = error
             continue
@@ -120,7 +129,7 @@ def settle(
         else:
             open_[layer] = choices
     for layer in open_:
-        layout = witnesses.layout_of(layer, shapes[layer])
+        layout = evidence.layout_of(layer, shapes[layer])
         if layout is not None:
             settled.setdefault(_bare(layer), layout)
     unknown = {layer: shapes[layer] for layer in open_ if layer not in settled}
@@ -137,16 +146,21 @@ def settle(
 
 
 def _bare(layer: LayerRef) -> LayerRef:
-    """Return a layer without its module, which a memory of it must not keep alive."""
+    """Return a layer without its module: what is remembered must not keep the network alive."""
     return LayerRef(layer.name, layer.element)
 
 
 def _seen_changing(
     shapes: _Shapes, x: torch.Tensor, run: Callable[[torch.Tensor], Any]
 ) -> dict[LayerRef, Layout]:
-    """Run the network on inputs that differ along one axis; return what could be told apart."""
+    """Run the network on inputs that differ along their last axis.
+
+    Returns:
+        Layer -> its layout, for the layers in whose tensor one axis changed.
+    """
     *rest, last = x.shape[2:]
-    *small, least = [32 + n % 32 for n in x.shape[2:]]  # most strides divide the change
+    # Sizes are changed by multiples of 32, which are multiples of most strides.
+    *small, least = [32 + n % 32 for n in x.shape[2:]]
     found: dict[LayerRef, Layout] = {}
     for before, after in (
         ([*small, least], [*small, least + 32]),
@@ -159,7 +173,7 @@ def _seen_changing(
         except (ModelError, torch.OutOfMemoryError):
             continue  # some networks take one size only
         for layer in shapes:
-            layout = told_apart(first.get(layer, ()), second.get(layer, ()))
+            layout = layout_by_change(first.get(layer, ()), second.get(layer, ()))
             if layout is not None:
                 found.setdefault(layer, layout)
         if len(found) == len(shapes):
@@ -170,7 +184,7 @@ def _seen_changing(
 def _shapes_at(
     size: Sequence[int], layers: _Shapes, like: torch.Tensor, run: Callable[[torch.Tensor], Any]
 ) -> _Shapes:
-    """Return what layers give for one input of another size."""
+    """Return the shapes of what layers give for one input of another size."""
     shapes: dict[LayerRef, Sequence[int]] = {}
 
     def look(layer: LayerRef, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,9 +1,9 @@
-"""How a layer lays out its activations: channels first, channels last, or a list of tokens.
+"""How a layer lays out its activations: with channels first, channels last, or as tokens.
 
 A layout is a function from what the layer gives to channel-first activations (B, C, *s). It moves
-values and may leave some out, such as a class token, but computes nothing: so it serves
-activations and gradients alike. Layouts are found from the shapes; what shapes cannot tell is
-settled by evidence (see `seg3dcam.network.layout_evidence`) or refused.
+values and may leave some out, such as a class token, but computes nothing. So it works for
+activations and gradients alike. Layouts are found from shapes and types of modules. What these
+cannot tell is settled by evidence (see `seg3dcam.network.layout_evidence`) or refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.errors import LayerError
-from seg3dcam.network.kinds import kind_of
 from seg3dcam.network.layers import LayerRef, Layout
+from seg3dcam.network.module_class import class_of
 
 Shape = Sequence[int]
 
@@ -44,13 +44,13 @@ def channels_last(raw: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Turns tokens (B, N, C) into (B, C, *grid): the last axis of the grid runs fastest.
+    """Turns tokens (B, N, C) into (B, C, *grid); the last axis of the grid runs fastest.
 
-    Give it as `reshape_transform` where the grid cannot be found from the number of tokens.
+    Give it as `reshape_transform` if the grid cannot be found from the number of tokens.
 
     Attributes:
         grid: tokens along each spatial axis.
-        class_token: whether a token that stands for no place comes first; it is left out.
+        class_token: whether the first token stands for no place; it is left out.
 
     >>> Tokens((6, 6, 6), class_token=True)(torch.zeros(2, 217, 32)).shape
     torch.Size([2, 32, 6, 6, 6])
@@ -70,18 +70,18 @@ class Tokens:
 INPUT = LayerRef("<input>", layout=channels_first)
 
 
-def readings(layer: LayerRef, shape: Shape, input_shape: Shape) -> list[Layout]:
-    """Return the layouts that a layer's tensor may have, judged by shapes and type of module.
+def possible_layouts(layer: LayerRef, shape: Shape, input_shape: Shape) -> list[Layout]:
+    """Return the layouts that a layer's tensor may have, judged by shapes and the module's type.
 
-    More than one are returned where only the network can tell channels first from channels last.
+    More than one is returned if only the network can tell channels first from channels last.
 
     Args:
-        shape: of what the layer gives.
+        shape: shape of what the layer gives.
         input_shape: (B, C, *S) of the network's input.
 
     Raises:
-        LayerError: the tensor has no place in the image, its tokens fit several grids, or a
-            layout of the user's does not fit.
+        LayerError: the tensor has no place in the image, its tokens fit several grids, or the
+            user's layout does not fit it.
     """
     given = f"layer '{layer}' gives {tuple(shape)} for an input {tuple(input_shape)}"
     if layer.layout is not None:
@@ -103,7 +103,7 @@ def readings(layer: LayerRef, shape: Shape, input_shape: Shape) -> list[Layout]:
     if choices and _even(choices[0], shape, input_shape):
         return choices
     if len(shape) == len(input_shape):
-        return [channels_first, channels_last]  # as of convolutions without padding
+        return [channels_first, channels_last]  # convolutions without padding give such odd sizes
     if len(shape) == 3:
         n = shape[1]
         given += f": {n} tokens, or {n - 1} and a class token, are no grid of whole strides"
@@ -116,30 +116,30 @@ def readings(layer: LayerRef, shape: Shape, input_shape: Shape) -> list[Layout]:
 
 
 def tells_layout(module: nn.Module) -> bool:
-    """Tell the types of modules that always give the same layout."""
+    """Tell whether a module is of a type that always gives the same layout."""
     return _is_first(module) or _is_last(module)
 
 
 def takes_first(module: nn.Module, shape: Shape, input_shape: Shape) -> bool:
-    """Tell whether a module that takes a tensor of this shape takes it channels first."""
+    """Tell whether a module that takes a tensor of this shape takes it with channels first."""
     fits = len(shape) == len(input_shape) and shape[0] == input_shape[0]
     return fits and _is_first_kind(module)
 
 
 def keeps_layout(module: nn.Module) -> bool:
-    """Tell the types of modules that give every value where they took it.
+    """Tell whether a module is of a type that gives every value at the place where it took it.
 
     >>> keeps_layout(nn.LeakyReLU()), keeps_layout(nn.MultiheadAttention(4, 1))
     (True, False)
     """
-    kind = kind_of(module)
+    kind = class_of(module)
     elementwise = _is_elementwise(module) and not issubclass(kind, nn.MultiheadAttention)
-    # Not a type derived from one, which may do anything.
+    # A class derived from such a type may do anything.
     return elementwise and kind.__module__.startswith("torch.nn.modules.")
 
 
 def certain_layout(module: nn.Module, shape: Shape, input_shape: Shape) -> Layout | None:
-    """Return the layout of what a module gives where its type leaves no doubt.
+    """Return the layout of what a module gives if its type leaves no doubt, else None.
 
     >>> certain_layout(nn.Conv2d(1, 4, 3), (1, 4, 8, 8), (1, 1, 10, 10)).__name__
     'channels_first'
@@ -148,15 +148,22 @@ def certain_layout(module: nn.Module, shape: Shape, input_shape: Shape) -> Layou
         return None
     if _is_first(module):
         return channels_first
-    # Of (B, *s, C), not of windows (B, n, N, C), whose "strides" would differ.
+    # This holds for (B, *s, C), but not for windows (B, n, N, C), whose "strides" would differ.
     fits = _is_last(module) and channels_last in _fitting(shape, input_shape)
     return channels_last if fits and _even(channels_last, shape, input_shape) else None
 
 
-def told_apart(before: Shape, after: Shape) -> Layout | None:
-    """Return the layout of a tensor that became `after` when the input's last axis changed.
+def layout_by_change(before: Shape, after: Shape) -> Layout | None:
+    """Return the layout of a tensor whose shape changed together with the input's last axis.
 
-    >>> told_apart((1, 16, 16, 16), (1, 16, 16, 24)).__name__
+    Args:
+        before: shape of the tensor.
+        after: its shape when the last axis of the input has another length.
+
+    Returns:
+        None if anything but one axis changed.
+
+    >>> layout_by_change((1, 16, 16, 16), (1, 16, 16, 24)).__name__
     'channels_first'
     """
     if len(before) != len(after):
@@ -168,7 +175,7 @@ def told_apart(before: Shape, after: Shape) -> Layout | None:
 
 
 def spatial_shape(layout: Layout, shape: Shape) -> tuple[int, ...]:
-    """Return the spatial shape of channel-first activations, of a tensor without memory.
+    """Return the spatial shape of the channel-first activations in a tensor of some shape.
 
     >>> spatial_shape(channels_last, (1, 2, 3, 4, 8))
     (2, 3, 4)
@@ -177,11 +184,11 @@ def spatial_shape(layout: Layout, shape: Shape) -> tuple[int, ...]:
 
 
 def pulled_back(layout: Layout, values: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Return channel-first values where a layout took them from, zeros where it took nothing.
+    """Return channel-first values at the places that a layout takes them from, zero elsewhere.
 
     Args:
-        values: (B, C, *s) or what broadcasts to it.
-        shape: of the layer's own tensor.
+        values: (B, C, *s), or a tensor that broadcasts to it.
+        shape: shape of the layer's own tensor.
 
     >>> pulled_back(Tokens((2,), class_token=True), torch.ones(1, 1, 1), (1, 3, 1)).flatten()
     tensor([0., 1., 1.])
@@ -193,7 +200,7 @@ def pulled_back(layout: Layout, values: torch.Tensor, shape: Shape) -> torch.Ten
 
 
 def stride_of(size: Shape, input_size: Shape) -> tuple[int, ...] | None:
-    """Return the whole-number stride of a layer's grid, None where there is none.
+    """Return the whole-number stride of a layer's grid along each axis, None if there is none.
 
     >>> stride_of((12, 13), (96, 99))
     (8, 8)
@@ -226,19 +233,19 @@ def _is_exported_convolution(module: nn.Module) -> bool:
 
 def _is_first_kind(module: nn.Module) -> bool:
     kinds = (_ConvNd, _NormBase, nn.GroupNorm, nn.Upsample)
-    kind = kind_of(module)
+    kind = class_of(module)
     return issubclass(kind, kinds) or kind.__module__ == "torch.nn.modules.pooling"
 
 
 def _is_last(module: nn.Module) -> bool:
     module = _last_part(module)
     norm = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
-    return norm or issubclass(kind_of(module), nn.Linear)
+    return norm or issubclass(class_of(module), nn.Linear)
 
 
 def _last_part(module: nn.Module) -> nn.Module:
     """Return what decides the layout of a sequence: its last part that is not elementwise."""
-    # A sequence that was scripted is none.
+    # A scripted nn.Sequential has another forward(), and its parts cannot be read.
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         parts = [part for part in module.children() if not _is_elementwise(part)]
         if not parts:
@@ -249,12 +256,12 @@ def _last_part(module: nn.Module) -> nn.Module:
 
 def _is_elementwise(module: nn.Module) -> bool:
     names = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-    kind = kind_of(module)
+    kind = class_of(module)
     return kind.__module__ in names or issubclass(kind, nn.Identity)
 
 
 def _fitting(shape: Shape, input_shape: Shape) -> list[Layout]:
-    """Return which of channels first and channels last has whole-number strides."""
+    """Return those of `channels_first` and `channels_last` that give whole-number strides."""
     if len(shape) != len(input_shape):
         return []
     both: tuple[Layout, Layout] = (channels_first, channels_last)
@@ -262,14 +269,20 @@ def _fitting(shape: Shape, input_shape: Shape) -> list[Layout]:
 
 
 def _even(layout: Layout, shape: Shape, input_shape: Shape) -> bool:
+    """Tell whether the strides along all axes are whole numbers and the same."""
     return len(set(stride_of(spatial_shape(layout, shape), input_shape[2:]) or (0, 1))) == 1
 
 
 def _token_grid(count: int, size: Shape, given: str) -> list[Layout]:
-    """Return the grid of tokens: the one of equal strides, else the only one of whole strides.
+    """Return the grids of tokens with equal strides, or else with any whole strides: one or none.
+
+    Args:
+        count: number of tokens.
+        size: spatial shape of the network's input.
+        given: what the layer gives, in words, for the error.
 
     Raises:
-        LayerError: there are several.
+        LayerError: there are several grids.
     """
     rounded = (math.floor, math.ceil)
     strides = range(1, max(size) + 1)
@@ -287,7 +300,7 @@ def _token_grid(count: int, size: Shape, given: str) -> list[Layout]:
 
 
 def _grids(count: int, size: Shape) -> Iterator[tuple[int, ...]]:
-    """Yield all grids of `count` voxels whose strides are whole numbers."""
+    """Yield all grids of `count` voxels with whole-number strides."""
     if not size:
         if count == 1:
             yield ()
@@ -299,7 +312,10 @@ def _grids(count: int, size: Shape) -> Iterator[tuple[int, ...]]:
 
 
 def _check_users(layout: Layout, given: str, shape: Shape, input_shape: Shape) -> None:
-    """Raise LayerError unless a user's layout moves values to (B, C, *s) of a possible size."""
+    """Raise LayerError unless a user's layout moves values to (B, C, *s) of a possible size.
+
+    The layout is tried on numbers that are all different, so that each is recognised afterwards.
+    """
     numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
     places = numbers.neg_().view(*shape)
     try:
@@ -320,7 +336,7 @@ def _check_users(layout: Layout, given: str, shape: Shape, input_shape: Shape) -
         )
     if isinstance(layout, Tokens) or layout in (channels_first, channels_last):
         return
-    # Known by its number, each value must come from its own item of the batch, and once.
+    # Each value is recognised by its number. It must lie in its own item of the batch, only once.
     index = moved.neg().sub(1)
     per_item = math.prod(shape[1:])
     known = (index == index.round()) & (index >= 0) & (index < len(places) * per_item)

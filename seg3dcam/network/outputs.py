@@ -1,16 +1,16 @@
-"""From what a network returns to its logits.
+"""Find the logits in what a network returns.
 
-The rule, unless `output` says otherwise:
+Unless `output` says otherwise, the rule is:
 
-- A tensor is the logits. With one axis too many, (B, n, K, *S), it is a stack of deep
-  supervision: its first level is.
-- Of a list or tuple the first full-resolution tensor is: deep supervision puts the finest first,
-  a variational network its reconstruction last. Another of the very same shape makes that a guess,
-  and it is refused.
-- Of a dict or dataclass the only full-resolution tensor is.
+- A single tensor is taken as the logits. If it has one axis too many, (B, n, K, *S), it holds the
+  levels of deep supervision, and the first level is taken.
+- In a list or tuple, the first full-resolution tensor is taken: deep supervision puts the finest
+  level first, and a variational network puts its reconstruction last. If another tensor has the
+  very same shape, this would be a guess, and it is refused.
+- In a dict or dataclass, the only full-resolution tensor is taken.
 
-Anything else is refused with the choices listed. `output` may be a position, a key or name, or a
-function of what the network returned.
+Anything else is refused with an error that lists the choices. `output` may be a position, a key or
+a name, or a function of what the network returned.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def select_output(
         spatial_shape: the spatial shape of `x`, which full-resolution logits share.
 
     Raises:
-        ModelError: nothing, or more than one thing, can be meant.
+        ModelError: no tensor, or more than one, can be the logits.
 
     >>> finest, coarse = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)
     >>> select_output([finest, coarse], None, (8, 8)) is finest
@@ -74,7 +74,7 @@ def select_output(
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Walk nested tuples, lists, dicts and dataclasses; yield (path of keys, tensor) of each.
+    """Walk through nested tuples, lists, dicts and dataclasses; yield (path of keys, tensor).
 
     >>> [path for path, _ in tensors_in({"a": torch.zeros(1), "b": [torch.zeros(1)]})]
     [('a',), ('b', 0)]
@@ -90,10 +90,10 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor
 
 
 def item_of(value: Any, key: int | str) -> Any:
-    """Return an element of a container: by position, key, or name of a field.
+    """Return an element of a container by its position, its key, or the name of a field.
 
     Raises:
-        KeyError, IndexError, TypeError: there is none.
+        KeyError, IndexError, TypeError: there is no such element.
     """
     if isinstance(key, str) and not isinstance(value, Mapping):
         names = getattr(value, "_fields", None) or _named(value)
@@ -104,7 +104,7 @@ def item_of(value: Any, key: int | str) -> Any:
 
 
 def _named(value: Any) -> Mapping[Any, Any]:
-    """Return the named parts of a dict or dataclass, nothing of anything else."""
+    """Return the named parts of a dict or dataclass; {} for anything else."""
     if isinstance(value, Mapping):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -113,6 +113,11 @@ def _named(value: Any) -> Mapping[Any, Any]:
 
 
 def _by_rule(output: Any, size: tuple[int, ...]) -> Any:
+    """Return the logits by the rule of this module.
+
+    Raises:
+        ModelError: no tensor, or more than one, can be the logits.
+    """
     if isinstance(output, torch.Tensor):
         return output
     found = list(tensors_in(output))
@@ -144,16 +149,17 @@ def _by_rule(output: Any, size: tuple[int, ...]) -> Any:
 
 
 def _is_full(tensor: torch.Tensor, size: tuple[int, ...]) -> bool:
+    """Tell whether a tensor has the spatial shape of the input."""
     return (tensor.ndim >= 2 and tuple(tensor.shape[2:]) == size) or _is_stack(tensor, size)
 
 
 def _is_stack(value: Any, size: tuple[int, ...]) -> bool:
-    """Tell the levels of deep supervision in one tensor, (B, n, K, *S), resized to the finest."""
+    """Tell whether a value holds all levels of deep supervision, (B, n, K, *S), of one size."""
     return isinstance(value, torch.Tensor) and value.ndim > 3 and tuple(value.shape[3:]) == size
 
 
 def _is_channels_last(logits: torch.Tensor, size: tuple[int, ...]) -> bool:
-    """Tell logits (B, *S, K), whose first spatial axis would be read as the classes."""
+    """Tell whether logits are (B, *S, K), so that a spatial axis would be read as the classes."""
     shape = tuple(logits.shape)
     return len(shape) == len(size) + 2 and shape[1:-1] == size and shape[2:] != size
 
@@ -167,7 +173,7 @@ def _channels_first(selection: OutputSelection) -> str:
 
 
 def _at(output: Any, selection: int | str, size: tuple[int, ...]) -> Any:
-    """Return one part of an output; of a stack, one level."""
+    """Return one part of an output, or one level of a stack of deep supervision."""
     try:
         if isinstance(output, torch.Tensor):
             if isinstance(selection, str) or not _is_stack(output, size):
@@ -194,6 +200,7 @@ def _choosing(output: Any, path: Path) -> str:
 
 
 def _written(selection: OutputSelection) -> str:
+    """Write a position or key in brackets, for messages."""
     return "" if selection is None or callable(selection) else f"[{selection!r}]"
 
 

@@ -1,9 +1,10 @@
-"""Random numbers that a network draws while it predicts: the same in every pass, and given back.
+"""Random states: read, set and compared, and operations that draw from them detected.
 
-A network with dropout that stays on (Monte Carlo dropout) draws anew in every forward pass, so a
-prediction and a gradient of two passes would belong to two networks. Each pass is therefore started
-from the same random state, the caller's, and the state is put back after it. So are the states of
-generators that the network owns (see `seg3dcam.network.attributes`).
+A network whose dropout stays on (Monte Carlo dropout) draws new numbers in every forward pass, so
+the prediction of one pass and the gradient of another would belong to two different networks.
+Therefore every pass starts from the same random state, that of the caller, which is put back
+afterwards. The states of generators that the network owns are treated alike (see
+`seg3dcam.network.attributes`).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seg3dcam.network.attributes import GENERATORS, belongings, memory_of
+from seg3dcam.network.attributes import GENERATORS, attribute_values, memory_of
 
 
 class RandomState(NamedTuple):
     """The state of every generator that a network may use.
 
     Attributes:
-        torch: of the CPU.
-        devices: of each GPU in use, by its index.
-        numpy, python: of the libraries' own generators.
-        owned: (generator, its state) of those that the network owns.
+        torch: state of PyTorch's generator on the CPU.
+        devices: (index, state) of each GPU in use.
+        numpy, python: states of the global generators of NumPy and Python.
+        owned: (generator, its state) of each generator that the network owns.
     """
 
     torch: torch.Tensor
@@ -47,12 +48,12 @@ class RandomState(NamedTuple):
         return same and self.equals_in_libraries(other) and self.owned_equals(other)
 
     def equals_in_libraries(self, other: RandomState) -> bool:
-        """Tell whether nothing was drawn from NumPy's and Python's generators in between."""
+        """Tell whether nothing was drawn from NumPy's and Python's generators between the two."""
         same = all(map(np.array_equal, self.numpy, other.numpy))
         return same and self.python == other.python
 
     def seeded(self, seed: int) -> RandomState:
-        """Return this state, with NumPy's and Python's generators as a seed makes them."""
+        """Return this state with the states of NumPy's and Python's generators after a seed."""
         numpy, python = np.random.RandomState(seed).get_state(), random.Random(seed).getstate()
         return self._replace(numpy=numpy, python=python)
 
@@ -62,25 +63,25 @@ class RandomState(NamedTuple):
         return all(_same(one, two) for (_, one), (_, two) in pairs)
 
 
-#: Generators belong to the whole process: networks that draw go one after the other.
+#: Generators belong to the whole process, so networks that draw run one after the other.
 _generators = threading.RLock()
 
 
 def owned_generators(model: nn.Module) -> list[Any]:
     """Return the random generators that the modules of a network keep in attributes.
 
-    Not those of the operating system's random numbers, which have no state.
+    `random.SystemRandom` is left out: it takes the operating system's numbers and has no state.
     """
     return [
-        thing
-        for thing in belongings(model)
-        if isinstance(thing, GENERATORS) and not isinstance(thing, random.SystemRandom)
+        value
+        for value, _ in attribute_values(model)
+        if isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom)
     ]
 
 
 def random_state(owned: Sequence[Any] = ()) -> RandomState:
-    """Return the present state, also of generators that a network owns."""
-    with _generators:  # never in the middle of another network's draws
+    """Return the present state of the process's generators, and of some that a network owns."""
+    with _generators:  # not while another network draws
         return RandomState(
             torch.get_rng_state(),
             tuple((index, torch.cuda.get_rng_state(index)) for index in gpus()),
@@ -91,7 +92,7 @@ def random_state(owned: Sequence[Any] = ()) -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put a state back."""
+    """Set all generators to a state."""
     torch.set_rng_state(state.torch)
     for index, of_device in state.devices:
         torch.cuda.set_rng_state(of_device, index)
@@ -135,7 +136,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def drawing_from(state: RandomState) -> Iterator[None]:
-    """Start from a random state; afterwards the process's is as it was."""
+    """Draw from a random state; afterwards the process's own state is put back."""
     with _generators:
         before = random_state([generator for generator, _ in state.owned])
         set_random_state(state)
@@ -146,30 +147,30 @@ def drawing_from(state: RandomState) -> Iterator[None]:
 
 
 def gpus() -> list[int]:
-    """Return the indices of all GPUs in use: a network may draw where its input lies."""
+    """Return the indices of all GPUs, on any of which a network may draw; none before first use."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def parameters_by_memory(model: nn.Module) -> dict[int, list[tuple[str, nn.Parameter]]]:
-    """Return memory -> the parameters that lie in it, with their names."""
+    """Return memory (see `memory_of`) -> (name, parameter) of each parameter that lies in it."""
     found: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         found.setdefault(memory_of(parameter), []).append((name, parameter))
     return found
 
 
-class Drawn(TorchDispatchMode):
-    """Notes the first operation that draws random numbers, in this thread alone.
+class SideEffects(TorchDispatchMode):
+    """Watches operations that draw random numbers or write to parameters, in this thread alone.
 
-    It also keeps what parameters were before something is written to them: of what is written by
-    way of their `.data` nothing else tells.
+    The values of a parameter are copied before something is written to it. Nothing else shows what
+    is written through its `.data`.
 
     Args:
         parameters: see `parameters_by_memory`.
-        overwritten: name of a parameter -> its values before; filled.
+        overwritten: name of a parameter -> its values before the first write; filled in.
 
     Attributes:
-        operation: its name, "" while there is none.
+        draw: name of the first operation that drew random numbers, "" as long as none did.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Drawn(TorchDispatchMode):
         overwritten: dict[str, torch.Tensor],
     ) -> None:
         super().__init__()
-        self.operation = ""
+        self.draw = ""
         self._parameters, self._overwritten = parameters, overwritten
 
     def __torch_dispatch__(
@@ -186,8 +187,8 @@ class Drawn(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         draws, written_to = _effects(func)
-        if draws and not self.operation:
-            self.operation = func.overloadpacket.__name__
+        if draws and not self.draw:
+            self.draw = func.overloadpacket.__name__
         for index, key in written_to:
             value = args[index] if index < len(args) else kwargs.get(key)
             if isinstance(value, torch.Tensor):
@@ -199,7 +200,7 @@ class Drawn(TorchDispatchMode):
 
 @functools.cache
 def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
-    """Return whether an operation draws; place and name of each argument that it writes to."""
+    """Return whether an operation draws, and (position, name) of each argument it writes to."""
     arguments = enumerate(func._schema.arguments)
     written_to = ((i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)
     return torch.Tag.nondeterministic_seeded in func.tags, tuple(written_to)

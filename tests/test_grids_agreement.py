@@ -12,14 +12,14 @@ import warnings
 import pytest
 import torch
 from monai.networks import nets
-from test_probe import assert_grid, grids_of
+from test_grids import assert_grid, grids_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import HiResCAM, targets
 from seg3dcam.errors import Seg3dcamWarning
-from seg3dcam.network import grid_measurement as probe_module
-from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.grids import measurement
+from seg3dcam.network.grids.measurement import measure_grids
 from seg3dcam.network.layers import resolve_layers
 
 
@@ -343,14 +343,14 @@ def test_convolutions_that_nothing_names_are_right_or_said():
 def test_a_first_measurement_that_is_off_is_not_believed(shift, monkeypatch):
     """Of half a layer's voxel, as if a strided convolution were a pooling."""
     net = headed(chain(lambda i, o: nn.Conv3d(i, o, 3, 2, 1)), 8)
-    first = probe_module._fit
+    first = measurement._fit
 
     def off(*args):
         found = first(*args)
         return found and (found[0], found[1] + shift)
 
     assert grids_of(net, (64, 64, 64), "body")["body"].measured
-    monkeypatch.setattr(probe_module, "_fit", off)
+    monkeypatch.setattr(measurement, "_fit", off)
     again = headed(chain(lambda i, o: nn.Conv3d(i, o, 3, 2, 1)), 8)
     assert not grids_of(again, (64, 64, 64), "body")["body"].measured
 

@@ -1,8 +1,8 @@
-"""What a network does, changed operation by operation while it runs: for measuring, not for maps.
+"""Change a network operation by operation while it runs; used for measuring, not for maps.
 
-Kernels are changed where they are used, in `F.conv3d` and its like, not where they are kept. So it
-does not matter whether a module of PyTorch's holds them, one of the user's own, a normalisation of
-weights, or another network that computes them.
+Kernels are changed where they are used, in `F.conv3d` and the like, and not where they are stored.
+So it does not matter whether they belong to a module of PyTorch's or of the user's, come out of a
+weight normalisation, or are computed by another network.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ _CORE_NORMS = (
     "native_group_norm",
     "native_layer_norm",
 )
-# What would cut the ramp off, or drop voxels of it.
+# They would cut the ramp off.
 _LIMITS = ("relu6", "hardtanh", "clamp", "clip", "clamp_", "hardtanh_", "tanh", "tanh_")
+# They would drop voxels of the ramp.
 _DROPOUTS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
     *("feature_alpha_dropout", "dropout_"),
 )
 _ATTENTION = ("scaled_dot_product_attention",)
-# They bend what they are given, and move nothing.
+# They change values, and move nothing.
 _ACTIVATIONS = (
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_"),
     *("elu", "elu_", "celu", "celu_", "selu", "selu_", "gelu", "silu", "silu_", "mish", "mish_"),
@@ -49,19 +50,20 @@ _ACTIVATIONS = (
     *("threshold", "_threshold", "threshold_"),
 )
 
-# Where an upsampled path meets a skip connection, the skip connection knows the place. Residual
-# blocks double what goes through them, so that the coarse levels would drown it.
+# The factor by which upsampled paths are made small. Where such a path meets a skip connection, the
+# skip connection knows the place. Residual blocks double what goes through them, so the coarse
+# levels would otherwise drown it.
 FADED = 1e-3
 
 
 class PlainOperations(TorchFunctionMode):
-    """Makes a network plain: it passes on what it is shown, at its place, with no change of form.
+    """Makes a network plain: it passes what it is shown on, unchanged and at the same place.
 
-    Kernels are reduced to their central taps, averaged over channels; biases, normalisation and
-    attention are off. What is upsampled becomes small.
+    Kernels are reduced to their central taps, averaged over channels. Biases, normalisation and
+    attention are switched off. What is upsampled becomes small.
 
     Args:
-        level: the mean of what is shown, in whose proportion upsampled paths become small.
+        level: the mean of what is shown. Upsampled paths are scaled to `FADED` times this level.
     """
 
     def __init__(self, level: float) -> None:
@@ -101,7 +103,10 @@ def _gradients(
     allow_unused: bool,
     **_: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return gradients of scalars as `torch.autograd.grad` does, which leaves the modes."""
+    """Return gradients of scalars as `torch.autograd.grad` does, but without leaving the modes.
+
+    `torch.autograd.grad` would switch this mode off while it runs.
+    """
     seeds = tuple(torch.ones_like(output) for output in outputs)
     settings = retain_graph, create_graph, tuple(inputs), allow_unused
     found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
@@ -110,8 +115,8 @@ def _gradients(
     return found
 
 
-class _OnTheWayBack(TorchFunctionMode):
-    """Changes operations, also where a checkpoint computes them again for a gradient."""
+class _AlsoInCheckpoints(TorchFunctionMode):
+    """Changes operations, also when a checkpoint runs them again in the backward pass."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -123,15 +128,18 @@ class _OnTheWayBack(TorchFunctionMode):
         return self._changed(func, _name(func), args, kwargs)
 
     def _changed(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return what an operation of this name is to give."""
+        """Return what is to take the place of the result of an operation."""
         raise NotImplementedError
 
 
-class MirroredOperations(_OnTheWayBack):
+class MirroredOperations(_AlsoInCheckpoints):
     """Mirrors every kernel in space, or none; what is upsampled becomes small.
 
-    The receptive field of a network with mirrored kernels is the mirrored one, so the middle of
-    both is where the network's structure puts it, whatever its weights are.
+    The receptive field of a network with mirrored kernels is itself mirrored. So the middle of both
+    is where the network's structure puts it, whatever its weights are.
+
+    Args:
+        mirrored: whether the kernels are mirrored.
     """
 
     def __init__(self, mirrored: bool) -> None:
@@ -147,14 +155,14 @@ class MirroredOperations(_OnTheWayBack):
         return output * FADED if upsampled else output
 
 
-class RandomOperations(_OnTheWayBack):
-    """Makes a network one of many of the same structure, as if it had never been trained.
+class RandomOperations(_AlsoInCheckpoints):
+    """Turns a network into one of the same structure that looks as if it had never been trained.
 
-    The weights of kernels get random signs; activation functions pass on what they are given. So no
-    path is closed by the image, and none cancels another by what was learned.
+    The weights of kernels get random signs, and activation functions are replaced by the identity.
+    So no path is closed by the image, and none cancels another one because of what was learned.
 
     Args:
-        seed: of the signs; kernels of the same values get the same ones.
+        seed: for the signs. Two kernels with the same values get the same signs.
     """
 
     def __init__(self, seed: int) -> None:
@@ -169,9 +177,9 @@ class RandomOperations(_OnTheWayBack):
         return func(*args, **kwargs)
 
     def _signed(self, weight: torch.Tensor) -> torch.Tensor:
-        # Where the image makes a kernel, that is no place that the layer looks at.
+        # If the image determines a kernel, the places that do so are not where the layer looks.
         weight = weight.detach()
-        # Checkpoints compute a part of the network again: its kernels are then the same.
+        # The seed follows from the values, so a checkpoint that runs again gets the same signs.
         values = float(weight.abs().double().sum())
         seed = hash((self._seed, tuple(weight.shape), values)) % 2**63
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -180,21 +188,25 @@ class RandomOperations(_OnTheWayBack):
 
 
 def _name(func: Any) -> str:
-    """Return an operation's name, without an overload's."""
+    """Return an operation's name, without the name of its overload."""
     return getattr(getattr(func, "overloadpacket", func), "__name__", "")
 
 
 def _transposes(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Tell a transposed convolution; of aten.convolution its seventh argument does."""
+    """Tell whether an operation is a transposed convolution.
+
+    The seventh argument of aten.convolution says that.
+    """
     if name == "convolution":
         return bool(args[6] if len(args) > 6 else kwargs.get("transposed"))
     return name in _TRANSPOSED
 
 
 def _shuffles(name: str, args: tuple, output: Any) -> bool:
-    """Tell the last step of a sub-pixel upsampling: (B, C, d, r, h, s) -> (B, C, d r, h s).
+    """Tell whether this is the last step of a sub-pixel upsampling.
 
-    Windows of tokens are put together in the same way, but with their channels last.
+    That step is (B, C, d, r, h, s) -> (B, C, d r, h s). Windows of tokens are put together in the
+    same way, but with their channels last.
     """
     if name not in ("reshape", "view") or not isinstance(args[0], torch.Tensor):
         return False
@@ -206,9 +218,13 @@ def _shuffles(name: str, args: tuple, output: Any) -> bool:
 def _with_weight(
     args: tuple, kwargs: dict[str, Any], change: _Change, *, bias: bool
 ) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments (input, weight, bias, ...) of an operation with another weight."""
+    """Return the arguments (input, weight, bias, ...) of an operation with its weight changed.
+
+    Args:
+        bias: whether the bias stays.
+    """
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    # Of a network in half precision: what is shown to it may be more exact.
+    # A network in half precision may be shown inputs in single precision.
     weight, rest = change(named["weight"]).to(named["input"].dtype), args[3:]
     others = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
     return (named["input"], weight, named.get("bias") if bias else None, *rest), others
@@ -223,11 +239,12 @@ def _central_taps(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _all_taps(weight: torch.Tensor) -> torch.Tensor:
-    """Return the transposed kernel: with the central taps alone it would leave gaps."""
+    """Return a constant transposed kernel: the central taps alone would leave gaps."""
     return torch.full_like(weight, 1 / weight[0].numel())
 
 
 def _mean(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight of a linear layer that averages its inputs."""
     return torch.full_like(weight, 1 / weight.shape[1])
 
 

@@ -17,23 +17,33 @@ from torch.utils.checkpoint import checkpoint
 
 from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.network import grid_centroids as centroids
-from seg3dcam.network import grid_measurement as probe
 from seg3dcam.network.capture import capturing
-from seg3dcam.network.grid_centroids import (
+from seg3dcam.network.grids import agreement, by_gradients, by_noise, measurement
+from seg3dcam.network.grids.agreement import (
     AGREE,
     EITHER_SIDE,
-    FEW_PARTS,
     LEANING,
-    LITTLE,
-    PULLED,
     PUSHED,
     STEPS,
     SUSPECTED,
+    agreeing,
 )
+from seg3dcam.network.grids.centre_line import (
+    FEW_PARTS,
+    LITTLE,
+    PULLED,
+    CentreLine,
+    line_of_many_voxels,
+)
+from seg3dcam.network.grids.operations import (
+    FADED,
+    MirroredOperations,
+    PlainOperations,
+    RandomOperations,
+)
+from seg3dcam.network.grids.sample_inputs import TIMES, handy_shape, has_grid, times_drawn
 from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.layouts import INPUT
-from seg3dcam.network.operations import FADED, MirroredOperations, PlainOperations, RandomOperations
 
 # --------------------------------------------------------------------------------- the ramp
 
@@ -42,7 +52,7 @@ def shown_by(stride, offset, size, length, around=((1,), (1,))):
     """Return what a layer of some grid shows of the four ramps, along its middle axis."""
     place = stride * torch.arange(size, dtype=torch.float64) + offset
     part = (place / (length - 1)).view(1, -1, 1).expand(len(around[0]), -1, len(around[1]))
-    low, high = probe._LOW, probe._HIGH
+    low, high = measurement._LOW, measurement._HIGH
     scale, more = 3.0, -1234.0  # of the layer, which may scale its input, and add to it
     shown = (low + 0 * part, high + 0 * part, low + (high - low) * part, high - (high - low) * part)
     return [scale * v + more for v in shown]
@@ -54,16 +64,16 @@ def shown_by(stride, offset, size, length, around=((1,), (1,))):
 )
 def test_a_ramp_tells_stride_and_offset(stride, offset, size, length):
     shown = shown_by(stride, offset, size, length, ((1, 2), (1, 2, 3)))
-    assert probe._fit(shown, 1, length, size, length) == pytest.approx((stride, offset))
+    assert measurement._fit(shown, 1, length, size, length) == pytest.approx((stride, offset))
     line = [values[0, :, 0] for values in shown]
-    assert probe._fit(line, 0, length, size, length) == pytest.approx((stride, offset))
+    assert measurement._fit(line, 0, length, size, length) == pytest.approx((stride, offset))
 
 
 def test_what_padding_does_to_the_ends_does_not_count():
     shown = shown_by(2, 0.5, 32, 64)
     for values in shown:
         values[:, :8] = values[:, -8:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
 
 
 def test_what_shows_nothing_does_not_count():
@@ -72,35 +82,35 @@ def test_what_shows_nothing_does_not_count():
     for values in shown:
         values[:, 10:12] = 7.0
         values[1, 14:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 32, 64) == pytest.approx((2, 0.5))
     for values in shown:
         values[:, 9:] = 7.0
-    assert probe._fit(shown, 1, 64, 32, 64) is None
+    assert measurement._fit(shown, 1, 64, 32, 64) is None
 
 
 def test_another_size_must_have_the_same_grid():
     """Not two voxels more or less, nor a resampled one: its stride depends on the size."""
     shown = shown_by(2, 0.5, 32, 64)
-    assert probe._fit(shown, 1, 64, 96, 192) == pytest.approx((2, 0.5))
-    assert probe._fit(shown, 1, 64, 98, 192) is None
-    assert probe._fit(shown, 1, 64, 94, 192) is None
+    assert measurement._fit(shown, 1, 64, 96, 192) == pytest.approx((2, 0.5))
+    assert measurement._fit(shown, 1, 64, 98, 192) is None
+    assert measurement._fit(shown, 1, 64, 94, 192) is None
     resampled = shown_by(1.5, 0.25, 43, 64)
-    assert probe._fit(resampled, 1, 64, 43, 64) is not None
-    assert probe._fit(resampled, 1, 64, 128, 192) is None
+    assert measurement._fit(resampled, 1, 64, 43, 64) is not None
+    assert measurement._fit(resampled, 1, 64, 128, 192) is None
 
 
 @pytest.mark.parametrize(
     ("shift", "believed"), [(16, True), (-16, True), (16.5, False), (-16.5, False)]
 )
 def test_a_layers_middle_is_about_that_of_the_input(shift, believed):
-    found = probe._fit(shown_by(2, 0.5 + shift, 32, 64), 1, 64, 32, 64)
+    found = measurement._fit(shown_by(2, 0.5 + shift, 32, 64), 1, 64, 32, 64)
     assert found == (pytest.approx((2, 0.5 + shift)) if believed else None)
 
 
 @pytest.mark.parametrize(("shift", "believed"), [(31, True), (33, False)])
 def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
     """Two voxels of stride 32 in 64: a quarter of the input is less than one of them."""
-    found = probe._fit(shown_by(32, 15.5 + shift, 2, 64), 1, 64, 2, 64)
+    found = measurement._fit(shown_by(32, 15.5 + shift, 2, 64), 1, 64, 2, 64)
     assert (found is not None) == believed
 
 
@@ -122,7 +132,7 @@ def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
 )
 def test_the_stride_is_a_whole_one_where_that_fits(true, size, length, expected):
     index = torch.arange(size // 4, size - size // 4).double()
-    found = probe._stride(index, true * index + 3.25, size, length)
+    found = measurement._stride(index, true * index + 3.25, size, length)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -130,8 +140,8 @@ def test_a_curve_has_no_stride():
     """As a logarithm of intensities makes of the ramp; a line of that stride would have one."""
     index = torch.arange(8, 24).double()
     line = 1.9 * index + 3.25
-    assert probe._stride(index, line, 32, 64) == pytest.approx(1.9)
-    assert probe._stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
+    assert measurement._stride(index, line, 32, 64) == pytest.approx(1.9)
+    assert measurement._stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
 
 
 def test_a_staircase_has_the_whole_stride_of_its_steps():
@@ -141,13 +151,13 @@ def test_a_staircase_has_the_whole_stride_of_its_steps():
     """
     for size in (30, 32, 34):
         index = torch.arange(size // 4, size - size // 4).double()
-        assert probe._stride(index, 4 * (index / 2).floor(), size, 64) == 2
+        assert measurement._stride(index, 4 * (index / 2).floor(), size, 64) == 2
 
 
 def test_the_handy_shape_is_the_input_modulo_32():
-    assert probe._handy((200, 70, 20), 0) == (64 + 8, 32 + 6, 20)
-    assert probe._handy((200, 70, 20), 2) == (32 + 8, 32 + 6, 64 + 20)
-    assert probe._handy((32, 31), 1) == (32, 64 + 31)
+    assert handy_shape((200, 70, 20), 0, 64) == (64 + 8, 32 + 6, 20)
+    assert handy_shape((200, 70, 20), 2, 64) == (32 + 8, 32 + 6, 64 + 20)
+    assert handy_shape((32, 31), 1, 64) == (32, 64 + 31)
 
 
 @pytest.mark.parametrize(("true", "expected"), [(4.6, 5), (4.4, 4)])
@@ -155,21 +165,21 @@ def test_of_two_whole_strides_the_nearer_one_is_taken(true, expected):
     """Places so rough that a line of either fits them; 15 voxels in 64 are 4.3 to one."""
     rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
     index = torch.arange(3, 11).double()
-    assert probe._stride(index, true * index + 2 * rough, 15, 64) == expected
+    assert measurement._stride(index, true * index + 2 * rough, 15, 64) == expected
 
 
 # ----------------------------------------------------------------------- the middle of the field
 
 
 def test_small_inputs_are_looked_at_more_often():
-    assert centroids._times((64, 32, 32)) == centroids._times((500, 500, 500)) == 1
-    assert centroids._times((32, 32, 32)) == 2
-    assert centroids._times((64, 48)) == centroids.TIMES
+    assert times_drawn((64, 32, 32)) == times_drawn((500, 500, 500)) == 1
+    assert times_drawn((32, 32, 32)) == 2
+    assert times_drawn((64, 48)) == TIMES
 
 
 CUBE = FeatureGrid((16, 8, 16), (4.0, 4.0, 4.0), (1.5, 1.5, 1.5))
 FRACTION = FeatureGrid((16, 8, 16), (4.2, 4.0, 4.0), (1.5, 1.5, 1.5))
-SURE = centroids._Line(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS, 0.0, LITTLE)
+SURE = CentreLine(0.0, 0.01, 0.0, 0.0, 10, FEW_PARTS, 0.0, LITTLE)
 DOUBT, OFF = SURE._replace(error=math.inf), SURE._replace(shift=9.0)
 
 
@@ -191,20 +201,20 @@ def test_what_is_in_doubt_is_looked_at_again(monkeypatch):
         "never": {},
     }
     looks = tuple((look(name, seen), n) for n, (name, seen) in enumerate(by.items(), 1))
-    monkeypatch.setattr(centroids, "LOOKS", looks)
+    monkeypatch.setattr(agreement, "LOOKS", looks)
     grids = dict.fromkeys("abc", FeatureGrid((16, 8), (4.0, 4.0), (1.5, 1.5)))
-    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}
+    assert agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}
     assert asked == [
         ("noise", 1, ["a0", "a1", "b0", "b1", "c0", "c1"]),
         ("gradients", 2, ["a1"]),
     ]
     asked.clear()
     del by["gradients"]["a", 0]
-    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"a", "c"}
+    assert agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"a", "c"}
     assert asked[2:] == [("again", 3, ["a1"])]
     del by["again"]["a", 1]
-    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}  # still in doubt
-    assert centroids.agreeing(None, torch.zeros(1, 1, 64, 32), {}) == set()
+    assert agreeing(None, torch.zeros(1, 1, 64, 32), grids) == {"c"}  # still in doubt
+    assert agreeing(None, torch.zeros(1, 1, 64, 32), {}) == set()
 
 
 @pytest.mark.parametrize(
@@ -228,10 +238,10 @@ def test_random_kernels_do_not_clear_a_network_that_seems_off(first, last, asked
     def noise(capture, x, grids, doubts, draws):
         return {("a", 0): first, ("a", 1): DOUBT} if draws == 1 else last
 
-    monkeypatch.setattr(centroids, "_by_gradients", gradients)
-    monkeypatch.setattr(centroids, "LOOKS", ((noise, 1), (gradients, 3), (noise, 6)))
+    monkeypatch.setattr(agreement, "by_gradients", gradients)
+    monkeypatch.setattr(agreement, "LOOKS", ((noise, 1), (gradients, 3), (noise, 6)))
     grids = {"a": FeatureGrid((16, 8), (4.0, 4.0), (1.5, 1.5))}
-    sure = centroids.agreeing(None, torch.zeros(1, 1, 64, 32), grids)
+    sure = agreeing(None, torch.zeros(1, 1, 64, 32), grids)
     assert seen == asked
     assert sure == ({"a"} if len(asked) == 2 or last == {("a", 0): SURE} else set())
 
@@ -246,10 +256,10 @@ def test_noise_is_looked_at_in_a_handy_shape_or_in_the_inputs_own(monkeypatch):
             raise (ModelError, LayerError, torch.OutOfMemoryError)[len(looked) % 3]("one size")
         return {layer: SURE for layer in grids if layer != "d"}
 
-    monkeypatch.setattr(centroids, "_lines", lines)
+    monkeypatch.setattr(by_noise, "_lines", lines)
     grids = {"a": CUBE, "f": FRACTION, "d": CUBE}
     doubts = [("a", 0), ("a", 1), ("f", 1), ("f", 2), ("d", 0)]
-    found = centroids._by_noise(None, torch.zeros(1, 1, 300, 40, 20), grids, doubts, 3)
+    found = by_noise.by_noise(None, torch.zeros(1, 1, 300, 40, 20), grids, doubts, 3)
     own = (300, 40, 20)
     assert looked == [
         ((64 + 12, 40, 20), 0, "ad", 3),
@@ -271,7 +281,7 @@ def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, mon
             raise RuntimeError("no gradient")
         return {(layer, axis): SURE for layer in grids for axis in range(3)}
 
-    monkeypatch.setattr(centroids, "_lines_by_gradients", lines)
+    monkeypatch.setattr(by_gradients, "_lines", lines)
     net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1))
     coarse, fine = resolve_layers(net, ["0", "1"])
     grids = {
@@ -280,10 +290,10 @@ def test_gradients_are_looked_at_in_inputs_as_long_as_needed(stride, length, mon
     }
     x, own = torch.zeros(1, 1, 200, 33, 64), (200, 33, 64)
     with capturing(net, [coarse, fine]) as capture:
-        found = centroids._by_gradients(capture, x, grids, [(coarse, 0), (fine, 2)], 4)
+        found = by_gradients.by_gradients(capture, x, grids, [(coarse, 0), (fine, 2)], 4)
     handy = (length + 8, 33, 32)
     assert looked == [
-        (handy, ["0"], 4 * centroids._times(handy)),
+        (handy, ["0"], 4 * times_drawn(handy)),
         (own, ["0"], 4),
         ((32 + 8, 33, 96), ["1"], 4),
         (own, ["1"], 4),
@@ -300,7 +310,7 @@ def fitted(distances, place=PLACE, weight=None):
     distances = torch.as_tensor(distances).double().expand(8, len(place))
     weight = torch.ones(8, len(place)).double() if weight is None else weight
     moment = weight * (place + distances)
-    return centroids._fitted(torch.stack([moment] * 2), torch.stack([weight] * 2), place, 3)
+    return line_of_many_voxels(torch.stack([moment] * 2), torch.stack([weight] * 2), place, 3)
 
 
 @pytest.mark.parametrize("offset", [0.5, 6.5, -5.5])
@@ -341,7 +351,7 @@ def test_the_error_is_that_of_the_mean_of_the_parts():
 @pytest.mark.parametrize("parts", [FEW_PARTS - 1, FEW_PARTS])
 def test_few_parts_tell_no_error(parts):
     weight = torch.ones(2, parts, 32).double()
-    line = centroids._fitted(weight * PLACE, weight, PLACE, 1)
+    line = line_of_many_voxels(weight * PLACE, weight, PLACE, 1)
     assert math.isinf(line.error) == (parts < FEW_PARTS)
 
 
@@ -349,7 +359,7 @@ def test_kernels_that_pull_to_one_side_lean_and_mirrored_ones_pull_back():
     """The first part has twice the weight: what leans is told by weight, too."""
     weight = torch.tensor([2.0] + [1.0] * 6).double()[:, None].expand(2, 7, 32)
     by = torch.tensor([[1.0], [-1.0]]).double()[..., None] * (0.5 + 4.0 * (weight == 2))
-    line = centroids._fitted(weight * (PLACE + 0.25 + by), weight, PLACE, 1)
+    line = line_of_many_voxels(weight * (PLACE + 0.25 + by), weight, PLACE, 1)
     assert line.shift == pytest.approx(0.25)
     assert line.lean == pytest.approx(0.5 + 4 * 2 / 8)
     assert line.error == pytest.approx(0, abs=1e-9)
@@ -379,11 +389,11 @@ def test_what_is_not_seen_tells_nothing(what):
         moment[0, 3, 16] = math.nan
     else:
         weight, moment, place = weight[..., :0], moment[..., :0], place[:0]
-    line = centroids._fitted(moment, weight, place, 5)
+    line = line_of_many_voxels(moment, weight, place, 5)
     assert line.voxels == 0
     assert math.isinf(line.error)
     assert line.draws == 5
-    assert centroids._verdict(line, GRID, 0) is None
+    assert agreement._verdict(line, GRID, 0) is None
 
 
 WITHIN = AGREE * (1 + 2)
@@ -436,8 +446,8 @@ GOOD = {
     ],
 )
 def test_when_two_measurements_agree(changed, expected):
-    line = centroids._Line(**GOOD | changed)
-    assert centroids._verdict(line, GRID, 0) is expected
+    line = CentreLine(**GOOD | changed)
+    assert agreement._verdict(line, GRID, 0) is expected
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.4, 0.9, 0.99])
@@ -449,10 +459,10 @@ def test_of_a_line_that_is_pulled_as_much_of_a_shift_is_left(pull):
 
 
 def test_how_much_may_be_pulled_is_asked():
-    line = centroids._Line(**GOOD | {"pull": 0.3, "error": 0.01})
-    assert centroids._verdict(line, GRID, 0) is True
-    assert centroids._verdict(line, GRID, 0, 0.31) is True
-    assert centroids._verdict(line, GRID, 0, 0.29) is None
+    line = CentreLine(**GOOD | {"pull": 0.3, "error": 0.01})
+    assert agreement._verdict(line, GRID, 0) is True
+    assert agreement._verdict(line, GRID, 0, 0.31) is True
+    assert agreement._verdict(line, GRID, 0, 0.29) is None
 
 
 def test_a_layers_voxel_is_the_measure_of_what_agrees():
@@ -460,8 +470,8 @@ def test_a_layers_voxel_is_the_measure_of_what_agrees():
     grid = FeatureGrid((4, 64, 1), (8.0, 0.5, 64.0), (3.5, 0.0, 31.5))
 
     def verdict(axis, **changed):
-        line = centroids._Line(**GOOD | {"draws": 1, "pull": 0.0} | changed)
-        return centroids._verdict(line, grid, axis)
+        line = CentreLine(**GOOD | {"draws": 1, "pull": 0.0} | changed)
+        return agreement._verdict(line, grid, axis)
 
     assert verdict(0, shift=AGREE * 9 * 0.99) is True
     assert verdict(0, shift=AGREE * 9 * 1.01) is None
@@ -478,19 +488,19 @@ def test_a_layers_voxel_is_the_measure_of_what_agrees():
 def test_a_grid_is_the_same_in_a_shorter_input(size, expected):
     """96 voxels of stride 2 in 192; 32 of them in 64, or one more or less by padding."""
     grid = FeatureGrid((96,), (2.0,), (0.5,))
-    assert centroids._has_grid(grid, 0, size, 64, 192) is expected
+    assert has_grid(grid, 0, size, 64, 192) is expected
 
 
 def test_sums_in_parts_are_of_places():
     values = torch.rand(1, 3, 4, 5, 6).double()
     for axis in range(3):
-        parts = centroids._in_parts(values, axis)
-        assert parts.shape == (centroids.PARTS, values.shape[2 + axis])
+        parts = by_noise._in_parts(values, axis)
+        assert parts.shape == (by_noise.PARTS, values.shape[2 + axis])
         others = [0, 1, *(a for a in range(2, 5) if a != axis + 2)]
         torch.testing.assert_close(parts.sum(0), values.sum(others))
     first = values.sum((0, 1)).movedim(1, -1).flatten(0, 1)[:3].sum(0)
-    torch.testing.assert_close(centroids._in_parts(values, 1)[0], first)
-    assert centroids._in_parts(values[..., :1, :1], 0).shape == (1, 4)
+    torch.testing.assert_close(by_noise._in_parts(values, 1)[0], first)
+    assert by_noise._in_parts(values[..., :1, :1], 0).shape == (1, 4)
 
 
 def lines_of(net, shape, axis, grid, noise=4):
@@ -498,7 +508,7 @@ def lines_of(net, shape, axis, grid, noise=4):
     x = torch.zeros(1, 1, *shape)
     with capturing(net, layers) as capture:
         capture.observe(x, copy=False)
-        return centroids._lines(capture, x, shape, axis, {layers[0]: grid}, noise)[layers[0]]
+        return by_noise._lines(capture, x, shape, axis, {layers[0]: grid}, noise)[layers[0]]
 
 
 class Net(nn.Module):
@@ -536,7 +546,7 @@ def test_mirrored_kernels_pull_back_as_much():
 def gradient_lines_of(net, shape, grid, seeds=range(4)):
     layers, x = resolve_layers(net, "body"), torch.zeros(1, 1, *shape)
     with capturing(net, [*layers, INPUT]) as traced:
-        found = centroids._lines_by_gradients(traced, x, shape, {layers[0]: grid}, seeds)
+        found = by_gradients._lines(traced, x, shape, {layers[0]: grid}, seeds)
         return {axis: line for (_, axis), line in found.items()}
 
 
@@ -608,7 +618,7 @@ class Taps(nn.Module):
 def test_how_much_is_seen_on_the_side_where_less_is(squares, offset, side, whole, monkeypatch):
     """Whatever is seen of the whole image."""
     kept = contextlib.nullcontext  # the kernels as they are
-    monkeypatch.setattr(centroids, "RandomOperations", kept)
+    monkeypatch.setattr(by_gradients, "RandomOperations", kept)
     grid = FeatureGrid((4, 4, 64), (1.0,) * 3, (0.0, 0.0, offset))
     line = gradient_lines_of(Net(Taps(squares, whole)), (4, 4, 64), grid)[2]
     assert line.side == pytest.approx(side, abs=0.03 if whole else 1e-6)
@@ -652,12 +662,12 @@ def test_voxels_behind_a_closed_gate_tell_nothing():
 )
 def test_two_voxels_lie_as_far_on_either_side_of_the_middle(stride, offset, size, voxels):
     grid = FeatureGrid((size, 1), (float(stride), 64.0), (float(offset), 31.5))
-    assert centroids._two_voxels(grid, (size, 1), (64, 64)) == [(u, 0) for u in voxels]
+    assert by_gradients._two_voxels(grid, (size, 1), (64, 64)) == [(u, 0) for u in voxels]
 
 
 def test_of_one_voxel_there_is_one():
     grid = FeatureGrid((1, 1), (64.0, 64.0), (31.5, 31.5))
-    assert centroids._two_voxels(grid, (1, 1), (64, 64)) == [(0, 0)]
+    assert by_gradients._two_voxels(grid, (1, 1), (64, 64)) == [(0, 0)]
 
 
 # -------------------------------------------------------------------------- changed operations

@@ -1,14 +1,16 @@
-"""Where a layer's feature voxels lie in the input, measured on the network itself, twice.
+"""Measure where a layer's voxels lie in the input, on the network itself, in two ways.
 
-A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling on `2u + 0.5`;
-through several levels the difference reaches several voxels, and interpolation that assumes one
-of them shifts the map. So it is measured: with every kernel reduced to its central taps and
-normalisation switched off, the network passes a linear ramp on, and what a feature voxel shows of
-it is the input position that it looks at. The ramp runs both ways, since max pooling picks the
-larger end of each. A token stands for its patch, whatever attention adds to it from elsewhere.
+A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling centres it on
+`2u + 0.5`. Over several levels the difference adds up to several voxels, and an interpolation that
+assumes the wrong one shifts the map. So the place is measured: every kernel is reduced to its
+central taps and normalisation is switched off, so that the network passes a linear ramp on. What a
+feature voxel shows of the ramp is the input position that it looks at. The ramp runs both ways,
+since max pooling picks the larger end of each. A token stands for its patch, whatever attention
+adds to it from elsewhere.
 
-That is exact where all that moves things is known. Whether it is, a second measurement tells, on
-the network as it is (`grid_centroids`): where they do not agree, nothing counts as measured.
+This is exact if everything that moves things is known. Whether it is, a second measurement tells,
+on the network as it is (`seg3dcam.network.grids.agreement`). Where the two do not agree, nothing
+counts as measured.
 """
 
 from __future__ import annotations
@@ -29,21 +31,24 @@ from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.capture import Capture, capturing
 from seg3dcam.network.ensemble import unwrap
-from seg3dcam.network.grid_centroids import agreeing
-from seg3dcam.network.kinds import takes_hooks
-from seg3dcam.network.known import key_of, opened
+from seg3dcam.network.facts import key_of, opened
+from seg3dcam.network.grids.agreement import agreeing
+from seg3dcam.network.grids.operations import PlainOperations
+from seg3dcam.network.grids.sample_inputs import LONG, handy_shape
 from seg3dcam.network.layers import LayerRef
-from seg3dcam.network.operations import PlainOperations
+from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.untouched import check_explainable
 
 # Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
 _LOW, _HIGH = 1e4, 2e4
 
-# Nothing but the second measurement tells the stride of a layer that passes no ramp on.
+# The most by which centres may be pulled to the middle where a layer passes no ramp on: then the
+# second measurement alone tells the stride.
 _PULLED = 0.2
 
-# Positions that are less than this many input voxels off a line lie on it. If they are further off
-# than the other part of a layer's and an input voxel, it is a curve: behind a logarithm, say.
+# Positions lie on a line if they are off it by less than the first number, in input voxels. They
+# form a curve, as they do behind a logarithm, if they are off it by more than the second number
+# times the sum of a layer's and an input voxel.
 _ON_A_LINE, _NO_CURVE = 0.02, 0.1
 
 
@@ -52,14 +57,17 @@ def measure_grids(
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    Costs three small forward passes per axis, up to the layers, and eight or more to check them;
-    what was measured is remembered with the network. A layer whose grid is no regular image of the
-    input (attention over all tokens, say), or where two measurements do not agree, gets the usual
-    convention, `measured=False`.
+    The measurement takes three small forward passes per axis, up to the layers, and eight or more
+    to check it. The result is remembered with the network. A layer whose grid is no regular image
+    of the input (because of attention over all tokens, say), or for which the two measurements do
+    not agree, gets the usual convention: voxels that fill the input evenly, with `measured=False`.
 
     Args:
         x: (B, C, *S); its shape, dtype and device count, its values do not.
         shapes: layer -> its spatial shape for this input.
+
+    Returns:
+        Layer -> its grid, in voxels of the input.
     """
     model = unwrap(model)
     check_explainable(model)
@@ -68,10 +76,11 @@ def measure_grids(
         grids = {la: known.grids[key] for la, key in keys.items() if key in known.grids}
         new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
         if new:
-            # No layer may be dropped: at another size than the input's, tokens may have no grid.
+            # With every layer required, none is dropped for good because its tokens have no grid in
+            # an input of another size.
             with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
                 grids |= _measured_twice(capture, x, new)
-            # Only now: a measurement that fails leaves nothing behind.
+            # Stored at the end, so that a measurement that fails leaves nothing behind.
             for layer in new:
                 if (key := keys[layer]) is not None:
                     known.keep_grid(key, grids[layer])
@@ -79,7 +88,7 @@ def measure_grids(
 
 
 def _key(layer: LayerRef, x: torch.Tensor, shape: tuple[int, ...]) -> tuple | None:
-    """Return under what a grid is remembered, None for one that must not be."""
+    """Return the key under which a grid is remembered, None if it must not be."""
     of_layer = key_of(layer)
     return None if of_layer is None else (of_layer, tuple(x.shape[1:]), tuple(shape))
 
@@ -98,7 +107,8 @@ def _measured_twice(
                 strides, offsets = zip(*found, strict=True)
                 grids[layer] = FeatureGrid(shape, strides, offsets)
             elif tuple(shape) == tuple(x.shape[2:]):
-                # A sigmoid passes no ramp on. Most likely each voxel is its own: look whether.
+                # A sigmoid passes no ramp on. Most likely each voxel lies at its own place, which
+                # the second measurement can confirm.
                 guessed[layer] = FeatureGrid(shape, (1.0,) * len(shape), (0.0,) * len(shape))
         sure = agreeing(capture, x, grids) | agreeing(capture, x, guessed, pulled=_PULLED)
     return {
@@ -129,15 +139,18 @@ def _measure_axis(
 ) -> dict[LayerRef, tuple[float, float] | None]:
     """Return (stride, offset) of each layer along one axis, None where the ramp is not passed on.
 
-    A handy input is tried first; networks of fixed input size get their own.
+    An input of a handy shape is tried first, then one of the input's own shape, for networks that
+    take only that.
     """
     full = tuple(x.shape[2:])
     fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
-    # More exact than half precision, if the network's other operations take that.
+    # Single precision is more exact than half precision, if all operations of the network take it.
     dtypes = dict.fromkeys((torch.promote_types(x.dtype, torch.float32), x.dtype))
-    for shape, dtype in itertools.product(dict.fromkeys((_handy(full, axis), full)), dtypes):
+    for shape, dtype in itertools.product(
+        dict.fromkeys((handy_shape(full, axis, LONG), full)), dtypes
+    ):
         try:
-            # Not all at once: a layer of many channels at full resolution takes much memory.
+            # In pairs, since a layer of many channels at full resolution takes much memory.
             low, *others = _ramps(x.to(dtype), shape, axis)
             pairs = [torch.stack([low, other]) for other in others]
             shown = [_means(capture.observe_layers(pair)) for pair in pairs]
@@ -160,16 +173,8 @@ def _means(activations: Mapping[LayerRef, torch.Tensor]) -> dict[LayerRef, torch
     }
 
 
-def _handy(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """Change an input shape by multiples of 32, to 64-95 voxels along `axis`, at most 63 elsewhere.
-
-    Enough voxels to fit a line to, and no more than needed.
-    """
-    return tuple(64 + n % 32 if a == axis else min(n, 32 + n % 32) for a, n in enumerate(shape))
-
-
 def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
-    """Return a batch of four inputs: low and high throughout, rising and falling along `axis`."""
+    """Return a batch of four inputs: all low, all high, rising and falling along `axis`."""
     rising = torch.linspace(_LOW, _HIGH, shape[axis], dtype=x.dtype, device=x.device)
     low, high = (torch.full_like(rising, value) for value in (_LOW, _HIGH))
     lines = torch.stack([low, high, rising, rising.flip(0)])
@@ -181,22 +186,29 @@ def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
 def _fit(
     shown: Sequence[torch.Tensor], axis: int, length: int, full_size: int, full_length: int
 ) -> tuple[float, float] | None:
-    """Fit position = stride * u + offset to what a layer showed of the four ramps, (*s) each.
+    """Fit position = stride * u + offset to what a layer showed of the four inputs, (*s) each.
 
-    Between what it shows of the lowest and of the highest value; so it does not matter whether the
-    network scales its input, or adds to it.
+    The ramps are read between what the layer shows of the lowest and of the highest value, so it
+    does not matter whether the network scales its input, or adds something to it.
+
+    Args:
+        shown: what the layer showed of the inputs of `_ramps`.
+        axis: the axis of the ramps.
+        length: size of these inputs along the axis.
+        full_size: size of the layer along the axis for the network's own input.
+        full_length: size of that input along the axis.
     """
     low, high, rising, falling = shown
     others = [a for a in range(low.ndim) if a != axis]
-    lit = high != low  # what sees nothing but padding shows nothing
-    line = (rising - falling) / (high - low)  # -1 ... 1 along the ramp
+    lit = high != low  # voxels that see only padding show nothing
+    line = (rising - falling) / (high - low)  # from -1 to 1 along the ramp
     line = torch.where(lit, line, 0)
     if not torch.isfinite(line).all():
         return None
     count = lit.sum(others) if others else lit
     position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
     size = len(position)
-    trim = size // 4  # padding and transposed convolutions show at the ends
+    trim = size // 4  # padding and transposed convolutions distort the ends
     index = torch.arange(trim, size - trim, device="cpu")
     index = index[count[index] > 0]
     if len(index) < min(2, size):
@@ -206,7 +218,7 @@ def _fit(
     if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
         return None  # the handy input has another grid than the full-sized one
     if not float(stride).is_integer() and length != full_length:
-        return None  # so has a resampled one: its stride depends on the size of the input
+        return None  # of a resampled grid, the stride depends on the size of the input
     offset = round(float((position - stride * index).mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
@@ -215,9 +227,10 @@ def _fit(
 def _stride(
     index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
 ) -> float | None:
-    """Return the whole stride that the layer's size says, if the positions lie on it; else theirs.
+    """Return the whole-number stride that fits the layer's size, if the positions lie on it.
 
-    Resampling gives other strides: lengths divided, or with corners aligned lengths less one.
+    Otherwise return the stride of a resampled grid (the ratio of the lengths, or with aligned
+    corners the ratio of the lengths less one), or else the fitted one; None if none makes sense.
     """
     exact = full_length / full_size
     if len(position) == 1:
@@ -226,8 +239,8 @@ def _stride(
     fitted = float((centred * position).sum() / (centred * centred).sum())
     whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
     corners = (full_length - 1) / max(1, full_size - 1)
-    # The fit is rough on few voxels and on the staircase of a transposed convolution, which no
-    # line fits well: then a whole stride does not fit worse.
+    # The fit is rough if there are few voxels, and on the staircase of a transposed convolution,
+    # which no line fits well. In both cases a whole stride fits about as well.
     limit = max(1.25 * _rest(fitted, centred, position), _ON_A_LINE)
     for choices in (whole, [exact, corners]):
         near = [r for r in choices if abs(fitted - r) < 0.4 * r]
@@ -240,11 +253,12 @@ def _stride(
 
 
 def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
-    """Return by how much positions lie off a line of a stride, root mean square."""
+    """Return by how much positions lie off a line with a given stride, root mean square."""
     return float((position - stride * centred).std(correction=0))
 
 
 def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
+    """Return the grid whose voxels fill the input evenly, not measured."""
     strides = tuple(float(length / size) for size, length in zip(shape, input_shape, strict=True))
     offsets = tuple((stride - 1) / 2 for stride in strides)
     return FeatureGrid(tuple(shape), strides, offsets, measured=False)
@@ -252,7 +266,7 @@ def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid
 
 @contextmanager
 def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
-    """Switch off modules that normalise, or mix tokens, by operations that are not known."""
+    """Switch off modules that normalise or mix tokens by operations that `operations` may miss."""
     thread = threading.get_ident()  # others may predict with the network at the same time
 
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:

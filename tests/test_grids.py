@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.capture import capturing
-from seg3dcam.network.grid_measurement import measure_grids
+from seg3dcam.network.grids.measurement import measure_grids
 from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.layouts import Tokens
 

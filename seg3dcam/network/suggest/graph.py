@@ -1,6 +1,6 @@
-"""What an autograd graph tells of a tensor: how deep it lies, and whether anything passes it by.
+"""What an autograd graph tells about a tensor: how deep it lies, and whether paths lead around it.
 
-The graph must be that of frozen parameters: nothing but the network's input is left to lead to.
+The parameters must be frozen, so that the only leaf of the graph is the network's input.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-#: Operations that multiply with weights: convolutions, linear layers, attention. Not bilinear
-#: interpolation.
+#: Operations that multiply with weights: convolutions, linear layers, attention. Bilinear
+#: interpolation must not match.
 _WEIGHTED = re.compile(r"conv|mm|^linear|attention", re.IGNORECASE)
-
 
 #: Operations that may pool to a size of their own.
 _POOLING = re.compile(r"^(adaptive|mean|sum|amax)", re.IGNORECASE)
@@ -25,12 +24,15 @@ Edge = tuple[Any, int]
 
 
 def edge_of(tensor: torch.Tensor) -> Edge:
-    """Return where a tensor is found among the `next_functions` of what was made from it."""
+    """Return how a tensor is listed among the `next_functions` of what was made from it."""
     return tensor.grad_fn, tensor.output_nr
 
 
 def _topological(last: Any) -> list[Any]:
-    """Return the nodes of a graph, each before those that it leads to; no recursion: deep nets."""
+    """Return the nodes of a graph, from its last one back to the input, each before its inputs.
+
+    Deep networks would exceed the limit of recursion, so there is a stack of nodes instead.
+    """
     done: dict[Any, None] = {}
     waiting = [(last, False)]
     while waiting:
@@ -44,6 +46,7 @@ def _topological(last: Any) -> list[Any]:
 
 
 def _inner(node: Any) -> list[Edge]:
+    """Return the tensors that a node was computed from."""
     return [edge for edge in node.next_functions if edge[0] is not None]
 
 
@@ -52,6 +55,7 @@ def _is_input(node: Any) -> bool:
 
 
 def _weight(node: Any) -> int:
+    """Return 1 for an operation that multiplies with weights, else 0."""
     return int(_WEIGHTED.search(type(node).__name__) is not None)
 
 
@@ -62,10 +66,10 @@ def _sizes(edge: Edge) -> tuple[int, ...]:
 
 
 def _fixed_pools(nodes: list[Any]) -> set[Any]:
-    """Return the operations that pool an image to a size that does not follow the image's.
+    """Return the operations that pool an image to a size that does not depend on the image's.
 
-    Those are poolings to one voxel, and adaptive ones; but not one that halves its image and is the
-    only one to pool it, as a level of an encoder may be written.
+    These are poolings to one voxel, and adaptive ones. An adaptive one that halves its image, and
+    is the only one to pool that image, does not count, since it may be a level of an encoder.
     """
     pools = [n for n in nodes if _POOLING.match(type(n).__name__) and len(_inner(n)) == 1]
     together = Counter(_inner(node)[0] for node in pools)
@@ -74,7 +78,7 @@ def _fixed_pools(nodes: list[Any]) -> set[Any]:
         (edge,) = _inner(node)
         before, after = _sizes(edge), _sizes((node, 0))
         if before[:2] != after[:2] or math.prod(before[2:]) <= math.prod(after[2:]):
-            continue  # of a whole image's channels or batch, or none smaller than before
+            continue  # it pools channels or the batch, or the image does not become smaller
         adaptive = len(before) == len(after) and type(node).__name__.startswith("Adaptive")
         halves = adaptive and all(
             small in (large, large // 2, (large + 1) // 2)
@@ -86,7 +90,10 @@ def _fixed_pools(nodes: list[Any]) -> set[Any]:
 
 
 class Paths:
-    """The ways from a network's input to its logits; operations with weights are counted.
+    """The ways from a network's input to its logits, with operations that have weights counted.
+
+    Args:
+        logits: the network's output, with a graph.
 
     >>> x = torch.ones(1, 1, 4, requires_grad=True)
     >>> weight = torch.ones(1, 1, 1)
@@ -121,22 +128,22 @@ class Paths:
         return tensor.grad_fn is not None and tensor.grad_fn in self._depth
 
     def depth(self, tensor: torch.Tensor) -> int:
-        """Return how many operations with weights, at most, lie one after the other up to it."""
+        """Return how many operations with weights lie on the longest way from the input to it."""
         return self._depth[tensor.grad_fn]
 
     def height(self, tensor: torch.Tensor) -> int:
-        """Return how many operations with weights, at most, lie between it and the logits."""
+        """Return how many operations with weights lie on the longest way from it to the logits."""
         return self._height[tensor.grad_fn]
 
     def leads_to_logits(self, tensor: torch.Tensor) -> bool:
-        """Tell whether some way from it to the logits meets no weights: it is one of their terms.
+        """Tell whether a way from it to the logits meets no weights, so that it is a term of them.
 
-        So are the logits before a softmax or before they are resized, and those of a branch.
+        Such are the logits before a softmax or before they are resized, and the logits of a branch.
         """
         return self._least[tensor.grad_fn] == 0
 
     def all_pass(self, tensor: torch.Tensor, to: torch.Tensor | None = None) -> bool:
-        """Tell whether no way leads from the input to the logits, or `to`, around a tensor."""
+        """Tell whether no way leads around a tensor, from the input to the logits or to `to`."""
         cut = edge_of(tensor)
         end = (self._logits if to is None else to).grad_fn
         seen, waiting = {end}, [end]
@@ -153,8 +160,8 @@ class Paths:
     def behind_fixed_pool(self, tensor: torch.Tensor) -> bool:
         """Tell whether every way from the input to a tensor leads through a pool to a fixed size.
 
-        So do the branches of pyramid pooling, and what is made of an image's mean. How large such
-        a tensor is says nothing of how coarsely the network looks at its input.
+        This is so in the branches of pyramid pooling, and for what is made from an image's mean.
+        The size of such a tensor does not tell how coarsely the network looks at its input.
         """
         seen, waiting = {tensor.grad_fn}, [tensor.grad_fn] if self._fixed_pools else []
         met = False
@@ -171,7 +178,7 @@ class Paths:
 
     @staticmethod
     def leads(to: torch.Tensor, start: Edge) -> bool:
-        """Tell whether a way leads from an earlier tensor, given by its edge, to a later one."""
+        """Tell whether a way leads from an earlier tensor, given as an edge, to a later one."""
         seen, waiting = {to.grad_fn}, [to.grad_fn]
         while waiting:
             for edge in _inner(waiting.pop()):
@@ -184,10 +191,10 @@ class Paths:
 
     @staticmethod
     def parts(tensor: torch.Tensor) -> list[Edge]:
-        """Return the edges of what a tensor was made from in one operation."""
+        """Return the edges of the tensors that a tensor was computed from in one operation."""
         return _inner(tensor.grad_fn)
 
     @property
     def dilated(self) -> bool:
-        """Whether there are dilated convolutions on the way."""
+        """Whether there are dilated convolutions between the input and the logits."""
         return any(max(getattr(n, "_saved_dilation", (1,)), default=1) > 1 for n in self._depth)

@@ -1,0 +1,1 @@
+"""Measure where the voxels of a layer lie in the network's input."""

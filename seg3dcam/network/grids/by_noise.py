@@ -1,0 +1,134 @@
+"""Find the centres of what voxels look at by noise: for layers of many voxels.
+
+With z independent noise of one voxel and J the derivative of a layer's value,
+
+    E[(sum_p J z)(sum_p J z p)] / E[(sum_p J z)^2] = sum_p J^2 p / sum_p J^2,
+
+so two small changes of the input, z and z times a coordinate, show the centres of all voxels of all
+layers at once, averaged over channels and over the other axes. This takes a few forward passes, and
+is exact enough where a layer has many voxels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.network.capture import Capture
+from seg3dcam.network.grids.centre_line import (
+    FEW_PARTS,
+    CentreLine,
+    Doubts,
+    Lines,
+    line_of_many_voxels,
+)
+from seg3dcam.network.grids.operations import MirroredOperations
+from seg3dcam.network.grids.sample_inputs import (
+    LONG,
+    Grids,
+    handy_shape,
+    has_grid,
+    places,
+    times_drawn,
+    unchanged_grids,
+)
+from seg3dcam.network.layers import LayerRef
+
+#: The places of each draw are divided into so many parts, whose spread tells how sure a centre is.
+#: Other channels see the same noise, so their spread does not tell.
+PARTS = 8
+
+
+def by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int) -> Lines:
+    """Look axis by axis, in an input of a handy shape; in its own if the network takes no other.
+
+    Args:
+        capture: of the network with these layers.
+        x: (B, C, *S), of which the values do not count.
+        grids: layer -> its grid in an input of this shape.
+        doubts: (layer, axis) to look at.
+        draws: how much noise is drawn.
+    """
+    found: Lines = {}
+    full = tuple(x.shape[2:])
+    for axis in range(x.ndim - 2):
+        open_ = {layer for layer in grids if (layer, axis) in doubts}
+        for shape in dict.fromkeys((handy_shape(full, axis, LONG), full)):
+            asked = unchanged_grids(shape, full, {layer: grids[layer] for layer in open_})
+            if not asked:
+                continue
+            try:
+                lines = _lines(capture, x, shape, axis, asked, draws * times_drawn(shape))
+            except (ModelError, LayerError, torch.OutOfMemoryError):
+                continue  # some networks take one size only
+            found |= {(layer, axis): line for layer, line in lines.items()}
+            open_ -= lines.keys()
+    return found
+
+
+def _lines(
+    capture: Capture,
+    like: torch.Tensor,
+    shape: Sequence[int],
+    axis: int,
+    grids: Grids,
+    draws: int,
+) -> dict[LayerRef, CentreLine]:
+    """Fit a line to the centres of each layer along one axis, for inputs of a shape."""
+    length = shape[axis]
+    place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
+    place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
+    sums: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
+    for seed, mirrored in itertools.product(range(draws), (False, True)):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        image, z = (
+            torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
+            for _ in range(2)
+        )
+        z *= _step(like.dtype)
+        with MirroredOperations(mirrored):
+            # Both are differences of two passes of their own, so they share no rounding error.
+            plain = _slope(capture, image, z)
+            weighed = _slope(capture, image, z * place)
+            for layer in grids:
+                one, two = plain[layer], weighed[layer]
+                # Plain and mirrored kernels get the same weight, whatever their gain.
+                whole = one.square().sum() + torch.finfo(torch.float64).tiny
+                new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
+                sums[layer][mirrored].append(new)
+    lines = {}
+    for layer, grid in grids.items():
+        # (moment and weight, plain and mirrored, draws, parts, places)
+        sums_of = torch.stack([torch.stack(kind, dim=1) for kind in sums[layer]], dim=1)
+        # Several draws tell best how sure a centre is; otherwise the parts of each draw do.
+        moment, weight = sums_of.sum(3) if draws >= FEW_PARTS else sums_of.flatten(2, 3)
+        size = weight.shape[-1]
+        if has_grid(grid, axis, size, length, like.shape[2 + axis]):
+            half, stride = (length - 1) / 2, grid.stride[axis]
+            from_middle = places(grid, axis, size) - half
+            inner = from_middle.abs() <= max(length / 4, stride / 2) + stride / 2
+            seen = moment[..., inner] * half, weight[..., inner], from_middle[inner]
+            lines[layer] = line_of_many_voxels(*seen, draws)
+    return lines
+
+
+def _slope(capture: Capture, x: torch.Tensor, step: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
+    """Return twice the change of each layer's activations for a small step."""
+    before = {layer: a.clone() for layer, a in capture.observe_layers(x - step).items()}
+    after = capture.observe_layers(x + step)
+    return {layer: (after[layer] - a).double() for layer, a in before.items()}
+
+
+def _step(dtype: torch.dtype) -> float:
+    """Return the size of a change that is small, but well above rounding errors."""
+    return 1e-2 if torch.finfo(dtype).eps < 1e-5 else 0.25
+
+
+def _in_parts(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sum (B, C, *s) over all but one axis, in parts of the others: (parts, size)."""
+    flat = values.sum((0, 1)).movedim(axis, -1).reshape(-1, values.shape[2 + axis])
+    parts = min(PARTS, len(flat))
+    return torch.stack([part.sum(0) for part in flat.tensor_split(parts)]).cpu()

@@ -1,0 +1,66 @@
+"""The inputs that layers are shown to see where their voxels lie, and the layers' grids in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.network.layers import LayerRef
+
+#: Voxels of an input that noise is sent through: along the axis, and at most along the others.
+LONG, OTHERS = 64, 32
+
+#: So many voxels are enough for one look. Of smaller inputs more are drawn, up to so many times.
+ENOUGH, TIMES = LONG * OTHERS**2, 4
+
+Grids = Mapping[LayerRef, FeatureGrid]
+
+
+def handy_shape(full: Sequence[int], axis: int, length: int) -> tuple[int, ...]:
+    """Return a small shape that differs from the full one by multiples of 32.
+
+    Most networks that take the full shape take such a shape as well.
+
+    Args:
+        full: spatial shape of the input.
+        axis: the axis that gets `length` voxels, and up to 31 more.
+
+    >>> handy_shape((200, 100, 20), 0, 64)
+    (72, 36, 20)
+    """
+    return tuple(
+        length + n % 32 if a == axis else min(n, OTHERS + n % 32) for a, n in enumerate(full)
+    )
+
+
+def unchanged_grids(
+    shape: Sequence[int], full: Sequence[int], grids: Grids
+) -> dict[LayerRef, FeatureGrid]:
+    """Return the grids that are the same in an input of this shape.
+
+    A fractional stride comes from resampling and depends on the size of the input.
+    """
+    return {
+        layer: grid
+        for layer, grid in grids.items()
+        if shape == full or all(float(stride).is_integer() for stride in grid.stride)
+    }
+
+
+def times_drawn(shape: Sequence[int]) -> int:
+    """Return how many inputs of a shape make one look."""
+    return min(TIMES, max(1, ENOUGH // math.prod(shape)))
+
+
+def has_grid(grid: FeatureGrid, axis: int, size: int, length: int, full: int) -> bool:
+    """Tell whether a layer has the same grid in an input of another length."""
+    return abs(size - grid.shape[axis] - (length - full) / grid.stride[axis]) <= 1
+
+
+def places(grid: FeatureGrid, axis: int, size: int) -> torch.Tensor:
+    """Return where the first `size` voxels of a layer lie along an axis of the input."""
+    index = torch.arange(size, dtype=torch.float64, device="cpu")
+    return grid.stride[axis] * index + grid.offset[axis]

@@ -1,0 +1,191 @@
+"""Choose among the layers that a probing pass found: bottleneck or middle, and decoder levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from seg3dcam.network.suggest.graph import Paths, edge_of
+from seg3dcam.network.suggest.probing import Candidate, ProbingPass, memory_of_views
+
+Role = Literal["bottleneck", "middle", "decoder"]
+
+
+def on_main_path(candidates: Sequence[Candidate], paths: Paths) -> list[Candidate]:
+    """Leave out side branches that pool to a fixed size, such as those of pyramid pooling and ASPP.
+
+    Where there are such branches, layers parallel to them are branches, too. Then only those layers
+    of the coarsest level are kept that everything passes through, if there are any.
+    """
+    kept = [
+        c for c in candidates if paths.all_pass(c.tensor) or not paths.behind_fixed_pool(c.tensor)
+    ]
+    if not kept or len(kept) == len(candidates):
+        return list(candidates)
+    smallest = min(c.size for c in kept)
+    trunk = [c for c in kept if c.size == smallest and paths.all_pass(c.tensor)]
+    return trunk + [c for c in kept if c.size > smallest] if trunk else kept
+
+
+def auto_choice(candidates: Sequence[Candidate], probed: ProbingPass) -> tuple[Candidate, Role]:
+    """Return the layer that "auto" means, and its role."""
+    paths = probed.paths
+    codes = [o.tensor for o in probed.outputs if _is_code(o.tensor, paths)]
+    placed = [
+        c for c in candidates if not any(paths.leads(c.tensor, edge_of(code)) for code in codes)
+    ]
+    smallest = min(c.size for c in placed or candidates)
+    coarsest = [c for c in placed or candidates if c.size == smallest]
+    fine = smallest >= math.prod(probed.logits.shape[2:]) or max(coarsest[0].stride) == 1
+    if fine and probed.gives == "mask":
+        return _middle(coarsest, paths), "middle"
+    return _bottleneck(coarsest, probed.x, paths), "bottleneck"
+
+
+def _is_code(tensor: torch.Tensor, paths: Paths) -> bool:
+    """Tell whether a tensor is a vector that everything passes through, as an autoencoder's code.
+
+    Voxels of what is made from it have places in the output, but not in the scan.
+    """
+    without_places = tensor.ndim == 2 or (tensor.ndim > 2 and math.prod(tensor.shape[2:]) == 1)
+    return without_places and tensor in paths and paths.all_pass(tensor)
+
+
+def _middle(candidates: Sequence[Candidate], paths: Paths) -> Candidate:
+    """Return the layer nearest to the middle of the network's depth; of two, the earlier one.
+
+    Layers that everything passes through are preferred: the sums of residual blocks, and not what
+    is added there.
+    """
+
+    def off_centre(one: Candidate) -> tuple[int, int]:
+        depth = paths.depth(one.tensor)
+        return abs(depth - paths.height(one.tensor)), depth
+
+    sums = [c for c in candidates if _in_middle_half(c, paths) and paths.all_pass(c.tensor)]
+    least = min(off_centre(c) for c in sums or candidates)
+    return _best([c for c in sums or candidates if off_centre(c) == least])
+
+
+def _in_middle_half(one: Candidate, paths: Paths) -> bool:
+    """Tell whether a layer lies between one and three quarters of the network's depth."""
+    depth, height = paths.depth(one.tensor), paths.height(one.tensor)
+    return 2 * abs(depth - height) <= depth + height
+
+
+def _bottleneck(coarsest: Sequence[Candidate], x: torch.Tensor, paths: Paths) -> Candidate:
+    """Return the best layer of the coarsest level that sees more than a patch of the input."""
+    best = _best(coarsest)
+    others = list(coarsest)
+    while not _sees_beyond_its_patch(best, x):
+        others = [c for c in others if c.tensor is not best.tensor]
+        if not others:  # all of them see patches only, so none is better than another
+            best = _best(coarsest)
+            break
+        best = _best(others)
+    # A skip connection around the coarsest level gives skip and level concatenated: take the level.
+    while level := _level_beside_its_skip(best, coarsest, paths):
+        best = level
+    return best
+
+
+def _level_beside_its_skip(
+    both: Candidate, coarsest: Sequence[Candidate], paths: Paths
+) -> Candidate | None:
+    """Return the level in a concatenation of a skip connection and the level made from it.
+
+    None if the tensor is joined in another way: in a dense block, each layer adds a few channels to
+    many others; and parallel branches are not made from one another.
+    """
+    if not type(both.tensor.grad_fn).__name__.startswith("Cat"):
+        return None
+    joined = paths.parts(both.tensor)
+    inputs = [c for c in coarsest if edge_of(c.tensor) in joined]
+    if not inputs:
+        return None
+    last = max(inputs, key=lambda c: c.order)
+    level = _best([c for c in inputs if edge_of(c.tensor) == edge_of(last.tensor)])
+    skips = [part for part in joined if part != edge_of(level.tensor)]
+    made = all(paths.leads(level.tensor, skip) for skip in skips)
+    return level if made and 2 * level.tensor.numel() >= both.tensor.numel() else None
+
+
+def decoder_levels(
+    bottleneck: Candidate, candidates: Sequence[Candidate], paths: Paths
+) -> list[Candidate]:
+    """Return the last layer of each finer level made from the bottleneck, coarse to fine."""
+    levels = [
+        _level(size, bottleneck, candidates, paths) for size in sorted({c.size for c in candidates})
+    ]
+    return [level for level in levels if level is not None]
+
+
+def _level(
+    size: int, bottleneck: Candidate, candidates: Sequence[Candidate], paths: Paths
+) -> Candidate | None:
+    """Return the last layer of a finer level that is made from the bottleneck, None without one.
+
+    The bottleneck itself, resized, does not count: some classifiers resize small images before they
+    pool them.
+    """
+    start = bottleneck.tensor
+    level = [
+        c
+        for c in candidates
+        if c.size == size > bottleneck.size
+        and paths.leads(c.tensor, edge_of(start))
+        and (paths.depth(c.tensor) > paths.depth(start) or not paths.all_pass(start, to=c.tensor))
+    ]
+    return _producer(_best(level), level, bottleneck) if level else None
+
+
+def _sees_beyond_its_patch(layer: Candidate, x: torch.Tensor) -> bool:
+    """Tell whether a layer sees more than an embedding of patches does.
+
+    The two halves of such an embedding have no voxel of the input in common.
+    """
+    activations = layer.layout(layer.tensor)
+    axis = 2 + max(range(x.ndim - 2), key=lambda a: activations.shape[2 + a])
+    touched = []
+    for half in activations.tensor_split(2, axis):
+        weights = torch.linspace(1, 2, half.numel(), device="cpu").view(half.shape).to(half)
+        (gradient,) = torch.autograd.grad((half * weights).sum(), x, retain_graph=True)
+        touched.append(gradient != 0)
+    return bool((touched[0] & touched[1]).any())
+
+
+def _producer(best: Candidate, level: Sequence[Candidate], bottleneck: Candidate) -> Candidate:
+    """Return the module that made a tensor, if `best` only hands it on from another branch."""
+    inner = bottleneck.layer.module
+    elsewhere = [
+        c
+        for c in level
+        if c.tensor is best.tensor
+        and not c.layer.name.startswith(best.layer.name + ".")
+        and all(module is not inner for module in c.layer.module.modules())
+    ]
+    spans = any(module is inner for module in best.layer.module.modules())
+    return _best(elsewhere) if spans and elsewhere else best
+
+
+def norm_that_reads(best: Candidate, found: Sequence[Candidate]) -> Candidate:
+    """Return the LayerNorm behind a layer, if the network reads the layer through that alone.
+
+    A LayerNorm forgets how long a token is, so activations and gradients before it are orthogonal:
+    HiResCAM would show nothing but rounding errors there.
+    """
+    memory = memory_of_views(best.tensor) if best.cancels else None
+    norms = [c for c in found if c.read is not None and memory_of_views(c.read) == memory]
+    return _best(norms) if norms else best
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the candidate of the lowest rank."""
+    best = min(candidates, key=lambda c: c.rank)
+    # If several modules give this tensor, take one that gives it alone. If the tensor is replaced
+    # in a list that another module gives, the network may not use that list.
+    same = [c for c in candidates if c.tensor is best.tensor]
+    return min(same, key=lambda c: (len(c.layer.element), c.rank))

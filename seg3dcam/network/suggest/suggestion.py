@@ -1,0 +1,121 @@
+"""Suggest the layers of a network that are worth explaining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from seg3dcam.checks import is_whole
+from seg3dcam.errors import InputError, LayerError
+from seg3dcam.network.capture import begun_again, capturing
+from seg3dcam.network.ensemble import members_of, unwrap
+from seg3dcam.network.layers import LayerRef, resolve_layers
+from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.network.suggest.choice import (
+    Role,
+    auto_choice,
+    decoder_levels,
+    norm_that_reads,
+    on_main_path,
+)
+from seg3dcam.network.suggest.probing import candidates_in, probe
+from seg3dcam.network.suggest.reasons import traits_of
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A layer worth explaining.
+
+    Attributes:
+        name: what to pass as `target_layers`.
+        role: "bottleneck", "middle" where no level is coarser than the output, or "decoder".
+        shape: (C, *s) of its activations.
+        stride: distance between its voxels, in voxels of the input, along each axis.
+        megabytes: size of its activations for one input of the given shape; a map needs about three
+            times as much.
+        auto: True for the layer that "auto" means.
+        reason: why it is suggested, and what was found out about it, in a sentence.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    megabytes: float
+    auto: bool
+    reason: str
+
+
+@begun_again
+def suggest_layers(
+    model: nn.Module, input_shape: Sequence[int], *, output: OutputSelection = None
+) -> list[Suggestion]:
+    """List the layers that are worth explaining, the bottleneck first.
+
+    Args:
+        input_shape: shape of an input tensor, (B, C, *S); the batch size does not matter.
+        output: which of several outputs are the logits.
+
+    Raises:
+        InputError: `input_shape` is no shape of an input.
+        LayerError: the output depends on no layer whose activations have a place in the image.
+
+    >>> network = nn.Sequential(
+    ...     nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 2, 1))
+    >>> [(s.name, s.role, s.stride) for s in suggest_layers(network, (1, 1, 16, 16))]
+    [('0', 'bottleneck', (2, 2)), ('2', 'decoder', (1, 1))]
+    """
+    _check_shape(input_shape)
+    input_shape = members_of(model)[0].seen(input_shape)
+    model = unwrap(model)
+    with capturing(model, [], output) as capture:
+        probed = probe(capture, tuple(input_shape))
+        found = candidates_in(capture, probed)
+        candidates = on_main_path([c for c in found if c.read is None], probed.paths)
+        if not candidates:
+            raise LayerError(
+                f"no layer of {type(model).__name__} gives activations with a place in the image, "
+                "on a grid of whole strides, that the output depends on: name a target layer"
+            )
+        best, role = auto_choice(candidates, probed)
+        levels = decoder_levels(best, candidates, probed.paths)
+        chosen = [norm_that_reads(layer, found) for layer in (best, *levels)]
+        roles: list[Role] = [role]
+        roles += ["decoder" for _ in levels]
+        return [
+            Suggestion(
+                str(one.layer),
+                role,
+                one.shape,
+                one.stride,
+                one.tensor.numel() * one.tensor.element_size() / 1e6,
+                role != "decoder",
+                traits.reason(role),
+            )
+            for one, role, traits in zip(
+                chosen, roles, traits_of(chosen, candidates, probed), strict=True
+            )
+        ]
+
+
+def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:
+    """Return the layer that "auto" means: the bottleneck, or the middle where there is none."""
+    chosen = next(s for s in suggest_layers(model, input_shape, output=output) if s.auto)
+    return resolve_layers(model, chosen.name)[0]
+
+
+def _check_shape(input_shape: Any) -> None:
+    """Raise InputError for anything that is no shape (B, C, *S); the batch size does not matter."""
+    try:
+        sizes = tuple(input_shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 3 or not all(is_whole(size) and size > 0 for size in sizes[1:]):
+        given = type(input_shape).__name__ if hasattr(input_shape, "shape") else repr(input_shape)
+        raise InputError(
+            f"input_shape {given}: give whole numbers (B, C, *S), such as (1, 1, 96, 96, 96), the "
+            "x.shape of an input x"
+        )
