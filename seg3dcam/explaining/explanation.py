@@ -22,6 +22,8 @@ from seg3dcam.engine.layer_map import (
     shown_part,
 )
 from seg3dcam.errors import InputError, TargetError
+from seg3dcam.explaining.provenance import Provenance
+from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
 from seg3dcam.scan import Scan, load_labels
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
@@ -113,6 +115,11 @@ class Explanation:
     def affine(self) -> np.ndarray:
         """The scan's affine, (4, 4) voxel -> RAS mm."""
         return self.scan.affine
+
+    @cached_property
+    def origin(self) -> Provenance:
+        """What the explanation came from, with a field for each entry of `provenance`."""
+        return Provenance.read(self.provenance)
 
     @property
     def class_name(self) -> str:
@@ -280,8 +287,6 @@ class Explanation:
     def _write(
         self, path: str | Path, volume: torch.Tensor, shown: tuple[float, float] | None
     ) -> Path:
-        from seg3dcam.files.writers.nifti import write_nifti
-
         return write_nifti(
             path,
             volume,
