@@ -26,7 +26,7 @@ from seg3dcam.cams.catalogue import (
 from seg3dcam.cams.result import CamResult
 from seg3dcam.explaining.explain import explain, explain_each
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.job.record import load_explanation
+from seg3dcam.job.read_back import load_explanation
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.network.suggest import suggest_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from seg3dcam.engine.layer_map import ALL_AGAINST, LayerMap
+from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.errors import tell
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.layers import LayerRef
@@ -61,25 +61,12 @@ def tell_map(name: str, layer: LayerMap, target: str) -> None:
         tell(f"layer '{name}', '{target}': {caution}; scale=\"signed\" or --signed shows both")
     if layer.status == "ok":
         return
-    low, high = float(layer.values.min()), float(layer.values.max())
     if layer.status == "zero" and any(layer.only_against):
         tell(
-            f"layer '{name}' shows nothing for '{target}' (status \"zero\"): {ALL_AGAINST} (the "
-            f'raw map runs from {low:.3g} to {high:.3g}); scale="signed" or --signed shows it'
+            f"layer '{name}' shows nothing for '{target}' (status \"zero\"): {layer.reason}; "
+            'scale="signed" or --signed shows it'
         )
         return
-    undefined = layer.undefined is not None and bool(layer.undefined.any())
-    reason = {
-        "zero": "no voxel speaks for the target, or contributions cancel (the raw map runs from "
-        f"{low:.3g} to {high:.3g})",
-        "nonfinite": "NaN or infinity in the map",
-        "degenerate": "the method divides by sums of activations that are zero, as after "
-        "InstanceNorm: choose another method, or a layer behind a ReLU"
-        if undefined
-        else f"the same value everywhere ({high:.3g})",
-        "incomplete": f"its gradient misses {layer.missing:.0%} of how the score changes, since a "
-        "branch behind the layer has none (quantised weights, detach(), no_grad(), argmax, "
-        "rounding or a backward pass of its own). A method without gradients sees all: score_cam, "
-        "ablation_cam, or the network in full precision",
-    }[layer.status]
-    tell(f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {reason}")
+    tell(
+        f"layer '{name}' explains nothing of '{target}' (status \"{layer.status}\"): {layer.reason}"
+    )

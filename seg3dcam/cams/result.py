@@ -21,6 +21,7 @@ from seg3dcam.engine.layer_map import (
     shown_part,
 )
 from seg3dcam.errors import InputError
+from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
 
 
@@ -184,8 +185,6 @@ class CamResult:
             ConfigError: a path that does not end as it must.
             OutputError: the file cannot be written.
         """
-        from seg3dcam.files.writers.nifti import write_nifti
-
         item = self.one_item(item)
         if len(self.shape) == 2:
             from seg3dcam.review.pictures.map_2d import write_map

@@ -30,6 +30,16 @@ MOSTLY_AGAINST = 0.1
 #: What is said of a map that has no positive value: there is nothing that the usual view shows.
 ALL_AGAINST = "all evidence speaks against the target"
 
+#: Status -> why there is no heat, in words, for pictures, pages and files. `LayerMap.reason` says
+#: the same with the numbers of one map.
+NO_HEAT = {
+    "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
+    "nonfinite": "no CAM: the map holds NaN or infinite values",
+    "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
+    "incomplete": "no CAM: a branch of the network has no gradient, so a map would miss part of "
+    "the evidence",
+}
+
 
 @dataclass(frozen=True)
 class LayerMap:
@@ -63,11 +73,14 @@ class LayerMap:
     def item_status(self) -> tuple[Status, ...]:
         """Each item's status.
 
-        "ok"; "zero": no voxel speaks for the target (see `only_against`), or contributions cancel
-        to rounding noise;
-        "nonfinite": NaN or infinity; "degenerate": the same value everywhere, or a method that is
-        undefined for these activations; "incomplete": made of gradients that do not follow the
-        score, since a branch of the network has none.
+        - "ok": the map can be shown.
+        - "zero": no voxel speaks for the target (see `only_against`), or contributions cancel to
+          rounding noise.
+        - "nonfinite": the map holds NaN or infinity.
+        - "degenerate": it has the same value everywhere, or the method is undefined for these
+          activations.
+        - "incomplete": it is made of gradients that do not follow the score, since a branch of the
+          network has none.
         """
         noise = max(CANCELLED, 10 * torch.finfo(self.precision).eps)
         undefined = [False] * len(self.values) if self.undefined is None else self.undefined
@@ -83,6 +96,28 @@ class LayerMap:
         """The worst item's status."""
         order: tuple[Status, ...] = ("nonfinite", "zero", "degenerate", "incomplete", "ok")
         return next(status for status in order if status in self.item_status)
+
+    @property
+    def reason(self) -> str:
+        """Say in words and numbers why the map explains nothing; nothing where it does."""
+        low, high = float(self.values.min()), float(self.values.max())
+        undefined = self.undefined is not None and bool(self.undefined.any())
+        runs = f"(the raw map runs from {low:.3g} to {high:.3g})"
+        if self.status == "zero" and any(self.only_against):
+            return f"{ALL_AGAINST} {runs}"
+        return {
+            "ok": "",
+            "zero": f"no voxel speaks for the target, or contributions cancel {runs}",
+            "nonfinite": "NaN or infinity in the map",
+            "degenerate": "the method divides by sums of activations that are zero, as after "
+            "InstanceNorm: choose another method, or a layer behind a ReLU"
+            if undefined
+            else f"the same value everywhere ({high:.3g})",
+            "incomplete": f"its gradient misses {self.missing:.0%} of how the score changes, since "
+            "a branch behind the layer has none (quantised weights, detach(), no_grad(), argmax, "
+            "rounding or a backward pass of its own). A method without gradients sees all: "
+            "score_cam, ablation_cam, or the network in full precision",
+        }[self.status]
 
     @property
     def caution(self) -> str:

@@ -7,52 +7,29 @@ explain(scan, model, "tumour").save("cam.nii.gz")
 
 from __future__ import annotations
 
-import platform
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import ALL_METHODS
-from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.passes import Progress, check_resolution, silent
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
+from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.explaining.placement import on_network_grid
-from seg3dcam.geometry import resample, resample_labels, spacing_of
+from seg3dcam.explaining.placement import place_scan
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import (
-    ClassLogOdds,
-    EveryClass,
-    TargetFamily,
-    as_targets,
-    name_of,
-    placed,
-    uses_truth,
-)
-from seg3dcam.targets.regions import (
-    Component,
-    FixedComponent,
-    Predicted,
-    RegionKind,
-    Volume,
-    as_region,
-)
-from seg3dcam.targets.use import region_of
+from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily, as_targets, placed
+from seg3dcam.targets.combined import AnyTarget
 
 #: What may be given as a target: a class name or index, a target, or a family of targets.
-Target = Callable[[torch.Tensor], torch.Tensor]
-TargetSpec = str | int | Target | TargetFamily
+TargetSpec = str | int | AnyTarget | TargetFamily
 
 
 def explain(
@@ -127,18 +104,14 @@ def explain_each(
 
     The other arguments are those of `explain`.
     """
-    kinds = [_kind(key) for key in ([method] if isinstance(method, str) else method)]
+    kinds = [_class_of_method(key) for key in ([method] if isinstance(method, str) else method)]
     if not kinds:
         raise ConfigError(f"no method given: name one, such as 'hires_cam' ({method!r})")
     _check_model(model, settings)
     targets = _listed(targets)
-    scan = load_scan(scan)
-    model.check_scan(scan)
     report = progress or silent
-    report("preparing", 0, 1)
-    with torch.device("cpu"):  # files and transforms work there, whatever the default device
-        prepared = model.prepare(scan)
-    x = prepared.as_tensor()[None].contiguous()
+    placement = place_scan(load_scan(scan), model, report)
+    x = placement.network_input
     cams = [
         kind(
             model.module,
@@ -151,61 +124,43 @@ def explain_each(
         )
         for kind in kinds
     ]
-    chosen: list[tuple[int | None, Target]] = []
+    chosen: list[AnyTarget] = []
 
-    def choose(logits: torch.Tensor) -> list[Target]:
+    def choose(logits: torch.Tensor) -> list[AnyTarget]:
         model.check_logits(logits)
         check_resolution(logits, x.shape[2:])
-        for index, target in _chosen(model, targets, logits):
-            moved = placed(target, lambda mask: on_network_grid(mask, scan, prepared))
-            chosen.append((index, moved))
+        expanded = as_targets(_named_targets(model, targets), logits, model.activation)
+        chosen.extend(placed(target, placement.mask_to_network) for target in expanded)
         if not chosen:
             raise TargetError("the targets stand for none at this prediction: there is no target")
-        return [target for _, target in chosen]
+        return chosen
 
     table = each_by(cams, x, choose)
     report("resampling the prediction", 0, 1)
-    prediction = _prediction_on(scan, prepared, model, table[0][0], report)
-    fingerprint = model.fingerprint()
+    prediction = placement.prediction_on_scan(model, table[0][0], report)
+    assembly = Assembly(placement, model, prediction, model.fingerprint(), report)
     return (
-        _explanation(scan, prepared, model, prediction, index, target, result, fingerprint, report)
-        for (index, target), row in zip(chosen, table, strict=True)
+        assembly.explanation(target, result)
+        for target, row in zip(chosen, table, strict=True)
         for result in row
     )
 
 
-def _chosen(
-    model: SegModel, targets: Sequence[TargetSpec] | None, logits: torch.Tensor
-) -> list[tuple[int | None, Target]]:
-    """Return (class index or None, target) for everything that is to be explained."""
-    named = [
-        ClassLogOdds(model.class_index(int(t) if isinstance(t, np.integer) else t))
-        if isinstance(t, str | int | np.integer)
-        else t
-        for t in ([EveryClass()] if targets is None else targets)
+def target_of_class(model: SegModel, name: str | int | np.integer) -> ClassLogOdds:
+    """Return what a class named alone means as a target: its log-odds over the predicted mask.
+
+    Raises:
+        TargetError: no such class; the legal ones are named.
+    """
+    return ClassLogOdds(model.class_index(name if isinstance(name, str) else int(name)))
+
+
+def _named_targets(model: SegModel, targets: Sequence[TargetSpec] | None) -> list[Any]:
+    """Return targets and families of targets in place of names and indices of classes."""
+    return [
+        target_of_class(model, target) if isinstance(target, str | int | np.integer) else target
+        for target in ([EveryClass()] if targets is None else targets)
     ]
-    return [(_class_of(t), t) for t in as_targets(named, logits, model.activation)]
-
-
-def _class_of(target: Target) -> int | None:
-    """Return the class that a target is about, None for a target of the user's own."""
-    index = getattr(target, "index", None)
-    return int(index) if isinstance(index, int | np.integer) else None
-
-
-def _label(model: SegModel, index: int | None, target: Target) -> str:
-    """Return class and region in a few words, such as "lesion component 0"."""
-    if index is None:
-        return name_of(target)
-    against = getattr(target, "against", None)
-    region: Any = getattr(target, "region", "predicted")
-    over = "" if isinstance(region, str) and region == "predicted" else as_region(region).name
-    words = [
-        model.class_name(index),
-        "" if against is None else f"against {model.class_name(against)}",
-        over.removeprefix("the ").removesuffix(" of the predicted mask"),
-    ]
-    return " ".join(word for word in words if word)
 
 
 #: Settings of a call on tensors, and where a whole scan's are given.
@@ -247,192 +202,7 @@ def _listed(targets: Any) -> list[TargetSpec] | None:
     return listed
 
 
-def _kind(key: str) -> type[BaseCAM]:
+def _class_of_method(key: str) -> type[BaseCAM]:
     if key not in ALL_METHODS:
         raise ConfigError(f"method {key!r}: {nearest(key, ALL_METHODS)}")
     return ALL_METHODS[key]
-
-
-def _prediction_on(
-    scan: Scan, prepared: MetaTensor, model: SegModel, result: CamResult, report: Progress
-) -> torch.Tensor:
-    """Return the masks of all classes on the scan's grid, as the model's framework makes them.
-
-    Where it does not say how, logits are moved, then compared.
-    """
-    with torch.device("cpu"):
-        own = model.restore and model.restore(result.logits[0].cpu().float(), scan, prepared)
-    if own is not None:
-        if own.dtype != torch.bool or tuple(own.shape[1:]) != scan.shape:
-            raise ModelError(
-                f"{model.name}: its way back to the scan gave {own.dtype} {tuple(own.shape)}; "
-                f"masks (K, *{scan.shape}) of dtype bool are wanted"
-            )
-        return own
-    affine = prepared.affine.numpy()
-    masks = torch.zeros((result.logits.shape[1], *scan.shape), dtype=torch.bool, device="cpu")
-    best = None
-    for index, logits in enumerate(result.logits[0].cpu().float()):
-        report("resampling the prediction", index, len(masks))
-        moved = resample(logits, affine, scan.affine, scan.shape)
-        if result.activation == "sigmoid" or len(masks) == 1:
-            masks[index] = moved > 0
-        elif best is None:
-            best, masks[0] = moved, True
-        else:
-            wins = moved > best
-            masks[:index] &= ~wins
-            masks[index] = wins
-            best = torch.maximum(best, moved)
-    return masks
-
-
-def _region_on(
-    scan: Scan, prepared: MetaTensor, target: Target, logits: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the voxels of a target on the scan's grid, where they are a region of its own."""
-    if isinstance(_region_of(target), Predicted | Volume):
-        return None
-    found = region_of(target, logits)
-    if found is None:
-        return None
-    affine = prepared.affine.numpy().astype(np.float64)
-    return resample_labels(found[0].cpu(), affine, scan.affine, scan.shape).bool()
-
-
-def _region_of(target: Target) -> RegionKind:
-    """Return the region that a target's score sums over."""
-    region: Any = getattr(target, "region", "predicted")
-    return as_region(region)
-
-
-def _is_component(target: Target) -> bool:
-    """Tell whether a target's region is one connected component of the predicted mask."""
-    region = _region_of(target)
-    return isinstance(getattr(region, "origin", region), Component | FixedComponent)
-
-
-def _over_mask(target: Target) -> bool:
-    """Tell whether a target's score sums over the predicted mask of its class."""
-    region: Any = getattr(target, "region", None)
-    return region is not None and isinstance(as_region(region), Predicted)
-
-
-def _explanation(
-    scan: Scan,
-    prepared: MetaTensor,
-    model: SegModel,
-    prediction: torch.Tensor,
-    class_index: int | None,
-    target: Target,
-    result: CamResult,
-    fingerprint: str,
-    report: Progress,
-) -> Explanation:
-    affine = prepared.affine.numpy().astype(np.float64)
-    result = replace(result, affine=affine)
-    named = re.sub(r"\bclass (\d+)", lambda m: model.class_name(int(m[1])), result.target)
-    result = replace(result, target=named)
-    label = _label(model, class_index, target)
-    maps = {}
-    for number, (name, layer) in enumerate(result.layers.items()):
-        report(f"resampling {label}", number, len(result.layers))
-        maps[name] = resample(
-            layer.values[0].cpu(),
-            layer.grid.affine(affine),
-            scan.affine,
-            scan.shape,
-            seen_affine=affine,
-            seen_shape=tuple(prepared.shape[1:]),
-        )
-    return Explanation(
-        scan=scan,
-        maps=maps,
-        status=result.status,
-        prediction=prediction,
-        class_names=[model.class_name(index) for index in range(len(prediction))],
-        target=result.target,
-        method=result.method,
-        class_index=class_index,
-        score=float(result.score[0]),
-        native_spacing=result.native_spacing,
-        label=label,
-        region=_region_on(scan, prepared, target, result.logits),
-        over_mask=_over_mask(target),
-        of_component=_is_component(target),
-        only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
-        has_background=result.activation == "softmax" and len(prediction) > 1,
-        provenance=_provenance(scan, prepared, model, class_index, target, result, fingerprint),
-    )
-
-
-def _provenance(
-    scan: Scan,
-    prepared: MetaTensor,
-    model: SegModel,
-    class_index: int | None,
-    target: Target,
-    result: CamResult,
-    fingerprint: str,
-) -> dict[str, Any]:
-    plan = model.window
-    return {
-        "scan": {
-            "shape": scan.shape,
-            "spacing_mm": spacing_of(scan.affine),
-            "affine": scan.affine,
-        },
-        "prepared": {
-            "shape": tuple(prepared.shape[1:]),
-            "affine": prepared.affine.numpy(),
-        },
-        "model": {
-            "name": model.name,
-            "weights_sha256": fingerprint,
-            "classes": list(model.class_names),
-            "activation": model.activation,
-            "windows": result.windows,
-            "members": result.members,
-            "draws": result.draws,
-            "window": None if plan is None else asdict(plan),
-            "spec": dict(model.spec),
-        },
-        "target": {
-            "name": result.target,
-            "class": None if class_index is None else model.class_name(class_index),
-            "class_index": class_index,
-            "region_voxels": None if result.region_voxels is None else int(result.region_voxels[0]),
-            "reduction": "sum",
-            "uses_truth": uses_truth(target),
-            "score": float(result.score[0]),
-        },
-        "method": {"name": result.method, "settings": result.settings},
-        "layers": {
-            name: {
-                "status": layer.status,
-                "shape": layer.window_grid.shape,
-                "stride": layer.window_grid.stride,
-                "offset": layer.window_grid.offset,
-                "offset_measured": layer.window_grid.measured,
-                "map": {
-                    "shape": layer.grid.shape,
-                    "stride": layer.grid.stride,
-                    "offset": layer.grid.offset,
-                },
-                "spacing_mm": result.native_spacing[name],
-                "raw_min": float(layer.values.min()),
-                "raw_max": float(layer.values.max()),
-                "positive_fraction": float((layer.values > 0).float().mean()),
-                "ceiling": float(layer.ceiling[0]),
-                "flags": list(layer.flags),
-                "missing_gradient": layer.missing,
-                "dtype": str(layer.values.dtype).removeprefix("torch."),
-            }
-            for name, layer in result.layers.items()
-        },
-        "dropped_layers": dict(result.dropped),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("seg3dcam", "torch", "monai", "nibabel")},
-        },
-    }

@@ -14,6 +14,7 @@ import torch
 from seg3dcam.checks import checked_index
 from seg3dcam.engine.layer_map import (
     ALL_AGAINST,
+    NO_HEAT,
     Evidence,
     Scale,
     Status,
@@ -22,18 +23,11 @@ from seg3dcam.engine.layer_map import (
     shown_part,
 )
 from seg3dcam.errors import InputError, TargetError
+from seg3dcam.explaining.provenance import Provenance
+from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
 from seg3dcam.scan import Scan, load_labels
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
-
-#: Status -> why there is no heat, in words.
-NO_HEAT = {
-    "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
-    "nonfinite": "no CAM: the map holds NaN or infinite values",
-    "degenerate": "no CAM: the map is the same everywhere, or undefined for these activations",
-    "incomplete": "no CAM: a branch of the network has no gradient, so a map would miss part of "
-    "the evidence",
-}
 
 
 @dataclass(frozen=True)
@@ -113,6 +107,11 @@ class Explanation:
     def affine(self) -> np.ndarray:
         """The scan's affine, (4, 4) voxel -> RAS mm."""
         return self.scan.affine
+
+    @cached_property
+    def origin(self) -> Provenance:
+        """What the explanation came from, with a field for each entry of `provenance`."""
+        return Provenance.read(self.provenance)
 
     @property
     def class_name(self) -> str:
@@ -237,6 +236,7 @@ class Explanation:
             return torch.zeros_like(self.maps[names[0]])
         silent = self.left_out(layer, scale)
         usable = [self.maps[name] for name in names if name not in silent]
+        # Added one by one: a stack of maps on the scan's grid would hold them all once more.
         fused = shown_part(usable[0], scale)
         for other in usable[1:]:
             fused += shown_part(other, scale)
@@ -280,8 +280,6 @@ class Explanation:
     def _write(
         self, path: str | Path, volume: torch.Tensor, shown: tuple[float, float] | None
     ) -> Path:
-        from seg3dcam.files.writers.nifti import write_nifti
-
         return write_nifti(
             path,
             volume,

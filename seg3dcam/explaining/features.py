@@ -11,20 +11,15 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from seg3dcam.cams.feature_maps import (
-    FeatureMaps,
-    feature_maps,
-)
-from seg3dcam.engine.passes import (
-    Progress,
-    silent,
-)
-from seg3dcam.explaining.placement import on_network_grid
+from seg3dcam.cams.feature_maps import FeatureMaps, feature_maps
+from seg3dcam.engine.passes import Progress, silent
+from seg3dcam.explaining.explain import target_of_class
+from seg3dcam.explaining.placement import place_scan
 from seg3dcam.geometry import anatomical_axis
-from seg3dcam.models import SegModel
+from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import ClassLogOdds, as_target, placed
+from seg3dcam.targets import as_target, placed
 
 
 def features_of_scan(
@@ -52,32 +47,24 @@ def features_of_scan(
         InputError: no such axis; and as `feature_maps`.
 
     Example:
-        >>> network = nn.Conv3d(1, 2, 1)
-        >>> model = SegModel(nn.Sequential(network), class_names=("background", "liver"))
+        >>> network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1))
+        >>> model = SegModel(network, class_names=("background", "liver"))
         >>> scan = load_scan(np.random.default_rng(0).random((6, 7, 8)), affine=np.eye(4))
         >>> features_of_scan(scan, model, "0", index=2).values.shape
         (2, 7, 8)
     """
-    scan = load_scan(scan)
-    model.check_scan(scan)
-    report = progress or silent
-    report("preparing", 0, 1)
-    with torch.device("cpu"):
-        prepared = model.prepare(scan)
+    placement = place_scan(load_scan(scan), model, progress or silent)
     if isinstance(axis, str):
-        axis = anatomical_axis(prepared.affine.numpy(), axis)  # type: ignore[arg-type]
-    name = None
+        axis = anatomical_axis(placement.affine, axis)  # type: ignore[arg-type]
+    class_index = None
     if isinstance(target, str | int | np.integer):
-        number = model.class_index(target if isinstance(target, str) else int(target))
-        name, target = model.class_name(number), ClassLogOdds(number)
+        target = target_of_class(model, target)
+        class_index = target.index
     if target is not None:
-        target = placed(
-            as_target(target, model.activation),
-            lambda mask: on_network_grid(mask, scan, prepared),
-        )
+        target = placed(as_target(target, model.activation), placement.mask_to_network)
     found = feature_maps(
         model.module,
-        MetaTensor(prepared.as_tensor()[None].contiguous(), affine=prepared.affine),
+        MetaTensor(placement.network_input, affine=placement.affine),
         layer,
         sliding_window=model.window,
         target=target,
@@ -87,6 +74,7 @@ def features_of_scan(
         activation=model.activation,
         progress=progress,
     )
-    if name is not None and found.target is not None:
-        found = replace(found, target=found.target.replace(f"class {target.index} ", f"{name} "))
-    return found
+    if class_index is None or found.target is None:
+        return found
+    name = model.class_name(class_index)
+    return replace(found, target=found.target.replace(f"class {class_index} ", f"{name} "))

@@ -372,7 +372,7 @@ def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
 
     explanation = plan.explanation
     shown = explanation.class_name
-    weights = explanation.provenance.get("model", {}).get("weights_sha256", "unknown")
+    weights = explanation.origin.model.weights_sha256
     #: Name -> label, and the algorithm's name and version.
     table = {
         "prediction": (f"prediction: {shown}", "segmentation network", str(weights)),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from seg3dcam.engine.layer_map import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import Axis, peak_voxel
@@ -272,7 +273,7 @@ def _missing_heat(heat: NDArray[Any], look: Look) -> str:
     """Say in words why there is no heat, or nothing where there is; refuse another scale."""
     low, high = float(heat.min()), float(heat.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        return "no CAM: the map holds NaN or infinite values"
+        return NO_HEAT["nonfinite"]
     least, most = look.ends
     if low < least - 1e-3 or high > most + 1e-3:
         example = "cam / abs(cam).max()" if look.signed else "cam.clip(0) / cam.max()"

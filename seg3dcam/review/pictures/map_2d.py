@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seg3dcam.cams.result import CamResult
 from seg3dcam.errors import InputError
 from seg3dcam.review.look import Look, choose_window
 from seg3dcam.review.pictures import draw, frame
@@ -27,6 +27,9 @@ from seg3dcam.review.pictures.text import (
     text_block,
     wrap_items,
 )
+
+if TYPE_CHECKING:
+    from seg3dcam.cams.result import CamResult
 
 # Sides of a picture in pixels.
 MAP_SHORT, MAP_LONG = 400, 1024

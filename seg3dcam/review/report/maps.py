@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.nn.functional import avg_pool3d, max_pool3d
 
+from seg3dcam.explaining.provenance import LayerRecord
 from seg3dcam.geometry import FeatureGrid, interpolate
 from seg3dcam.review.report.data import Frame
 
@@ -91,13 +92,18 @@ def zero_code(signed: bool) -> int:
 
 
 def lattice_of(
-    layer: Mapping[str, Any], prepared_affine: ArrayLike, affine: NDArray[np.float64]
+    layer: LayerRecord, prepared_affine: ArrayLike, affine: NDArray[np.float64]
 ) -> Lattice | None:
-    """Return where a layer's voxels lie in the scan, from what `explain` keeps as provenance.
+    """Return where a layer's voxels lie in the scan, along the scan's own axes.
 
-    None where its axes are not those of the scan, which may have been turned for the network.
+    None where the layer's axes are not parallel to the scan's, as after a rotation for the network.
+
+    Args:
+        layer: the layer's grid in the network's input.
+        prepared_affine: (4, 4) voxel -> RAS mm of the network's input.
+        affine: the scan's, (4, 4).
     """
-    window = FeatureGrid(tuple(layer["shape"]), tuple(layer["stride"]), tuple(layer["offset"]))
+    window = FeatureGrid(tuple(layer.shape), tuple(layer.stride), tuple(layer.offset))
     matrix = np.linalg.inv(affine) @ window.affine(np.asarray(prepared_affine))
     steps = np.abs(matrix[:3, :3])
     stride = steps.max(1)

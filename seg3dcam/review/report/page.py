@@ -200,7 +200,6 @@ class _Page:
                 f"the first explanation ({self.frame.shape}). A report is about one scan: write "
                 "one for each"
             )
-        model = explanation.provenance.get("model", {})
         kept = self._add_maps(explanation)
         self.items.append(
             {
@@ -209,7 +208,7 @@ class _Page:
                 "class": explanation.class_name,
                 "target": explanation.target,
                 "method": explanation.method,
-                "model": str(model.get("name", "")),
+                "model": str(explanation.origin.model.name),
                 "score": f"{explanation.score:.4g}",
                 "prediction": self._add_mask(explanation.measured),
                 "explained": explanation.measured_as.capitalize(),
@@ -280,17 +279,16 @@ class _Page:
 
     def _add_maps(self, explanation: Explanation) -> Kept:
         """Keep every usable layer's map: layer -> its number, and the value that is 1 in it."""
-        spacing, provenance = explanation.scan.spacing, explanation.provenance
+        spacing, origin = explanation.scan.spacing, explanation.origin
         kept = {}
         for layer, values in explanation.maps.items():
             largest = float(self.look.strength(values).max())
             if explanation.left_out(layer, self.look.scale) or not largest > 0:
                 continue
             lattice = None
-            if layer in provenance.get("layers", {}):
-                prepared = provenance["prepared"]["affine"]
+            if layer in origin.layers and origin.prepared.affine is not None:
                 lattice = report_maps.lattice_of(
-                    provenance["layers"][layer], prepared, explanation.affine
+                    origin.layers[layer], origin.prepared.affine, explanation.affine
                 )
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             share = self.map_room * MAP_SHARE / BASE64
