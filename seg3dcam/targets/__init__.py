@@ -42,42 +42,47 @@ overlap (sigmoid) a target takes from the model, unless it is given; on its own 
 
 from __future__ import annotations
 
-from seg3dcam.targets.base import Activation, OwnTarget, Target, name_of
-from seg3dcam.targets.combined import AnyTarget, WeightedSum
-from seg3dcam.targets.detection import DetectionClass, detection_map
-from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
-from seg3dcam.targets.regions import (
-    Boundary,
-    Box,
-    Component,
-    FalseNegatives,
-    FalsePositives,
-    OnItsGrid,
-    Region,
-    TruePositives,
-    Voxel,
-    components,
-)
-from seg3dcam.targets.scores import (
-    ClassLogit,
-    ClassLogOdds,
-    ClassProbability,
-    ClassTarget,
-    Contrast,
-    Finer,
-    MaskOutput,
-    SoftDice,
-    SumOverRegion,
-)
-from seg3dcam.targets.use import (
-    as_target,
-    as_targets,
-    fixed,
-    placed,
-    region_of,
-    score_and_seed,
-    uses_truth,
-)
+from typing import TYPE_CHECKING
+
+from seg3dcam.importing import lazy
+
+if TYPE_CHECKING:  # type checkers and editors read the names here
+    from seg3dcam.targets.base import Activation, OwnTarget, Target, name_of
+    from seg3dcam.targets.combined import AnyTarget, WeightedSum
+    from seg3dcam.targets.detection import DetectionClass, detection_map
+    from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
+    from seg3dcam.targets.regions import (
+        Boundary,
+        Box,
+        Component,
+        FalseNegatives,
+        FalsePositives,
+        OnItsGrid,
+        Region,
+        TruePositives,
+        Voxel,
+        components,
+    )
+    from seg3dcam.targets.scores import (
+        ClassLogit,
+        ClassLogOdds,
+        ClassProbability,
+        ClassTarget,
+        Contrast,
+        Finer,
+        MaskOutput,
+        SoftDice,
+        SumOverRegion,
+    )
+    from seg3dcam.targets.use import (
+        as_target,
+        as_targets,
+        fixed,
+        placed,
+        region_of,
+        score_and_seed,
+        uses_truth,
+    )
 
 __all__ = [
     "Activation",
@@ -118,3 +123,45 @@ __all__ = [
     "score_and_seed",
     "uses_truth",
 ]
+
+#: Module -> the names that are imported from it when they are first used.
+_NAMES_IN = {
+    "base": ["Activation", "OwnTarget", "Target", "name_of"],
+    "combined": ["AnyTarget", "WeightedSum"],
+    "detection": ["DetectionClass", "detection_map"],
+    "families": ["EveryClass", "EveryComponent", "TargetFamily"],
+    "regions": [
+        "Boundary",
+        "Box",
+        "Component",
+        "FalseNegatives",
+        "FalsePositives",
+        "OnItsGrid",
+        "Region",
+        "TruePositives",
+        "Voxel",
+        "components",
+    ],
+    "scores": [
+        "ClassLogit",
+        "ClassLogOdds",
+        "ClassProbability",
+        "ClassTarget",
+        "Contrast",
+        "Finer",
+        "MaskOutput",
+        "SoftDice",
+        "SumOverRegion",
+    ],
+    "use": [
+        "as_target",
+        "as_targets",
+        "fixed",
+        "placed",
+        "region_of",
+        "score_and_seed",
+        "uses_truth",
+    ],
+}
+
+__getattr__, __dir__ = lazy(__name__, _NAMES_IN)
