@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import time
-from inspect import Parameter
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from seg3dcam.cli.options import job_of, job_options
+from seg3dcam.cli.options import job_of, job_options, parameter
 from seg3dcam.cli.printing import complain, print_case, progress_bar, say
 from seg3dcam.job.checks import check_job
 from seg3dcam.job.settings import Job
+
+#: Flags that say how a job is run, not what it is.
+_FLAGS = {
+    "trust": "allow the model's own Python code to run",
+    "force": "do again what is done",
+    "verify": "look into every file of what is done; do it again if one is not as it was written",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,23 +30,16 @@ def explain(*, trust: bool, force: bool, verify: bool, **options: Any) -> None:
     run(job_of(options), trust=trust, force=force, verify=verify)
 
 
-def _flag(name: str, words: str) -> Parameter:
-    annotation = Annotated[bool, typer.Option(f"--{name}", help=words)]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-
-
-#: Typer makes the command's options of this.
-explain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *job_options(),
-        _flag("trust", "allow the model's own Python code to run"),
-        _flag("force", "do again what is done"),
-        _flag(
-            "verify",
-            "look into every file of what is done; do it again if one is not as it was written",
-        ),
+def _signature() -> inspect.Signature:
+    """Return what Typer makes the options of `explain` from."""
+    flags = [
+        parameter(name, bool, typer.Option(f"--{name}", help=words), default=False)
+        for name, words in _FLAGS.items()
     ]
-)
+    return inspect.Signature([*job_options(), *flags])
+
+
+explain.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> None:

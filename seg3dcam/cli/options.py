@@ -35,23 +35,25 @@ _USAGE = (
 
 
 def job_options() -> list[Parameter]:
-    """Return the argument SCAN and an option for every other setting of a job, and beside them
-    --input, another way to name the scan's files, and --config, a whole job.
+    """Return the argument SCAN, and an option for every other setting of a job.
+
+    Two options are no settings: --input, another way to name the scan's files, and --config, which
+    names a file of settings.
     """
     scan = typer.Argument(help=help_of("scan"))
-    found = [_parameter("scan", list[str], scan)]
+    found = [parameter("scan", list[str], scan)]
     for name, field in Job.model_fields.items():
         if name != "scan":
             kind = _kind(field.annotation)
             # A flag has its name alone: there is no --no-signed.
             names = [f"--{name.replace('_', '-')}"] if kind is bool else []
-            found.append(_parameter(name, kind, typer.Option(*names, help=help_of(name))))
+            found.append(parameter(name, kind, typer.Option(*names, help=help_of(name))))
         if name == "frame":
             words = "image key of a bundle and its file, " + _repeatable("input")
-            found.append(_parameter("input", list[str], typer.Option(help=words)))
+            found.append(parameter("input", list[str], typer.Option(help=words)))
         if name == "out":
             words = "a whole job as YAML; options override it"
-            found.append(_parameter("config", Path, typer.Option(help=words)))
+            found.append(parameter("config", Path, typer.Option(help=words)))
     return found
 
 
@@ -70,10 +72,17 @@ def _repeatable(pair: str) -> str:
     return f'as "{example}"; repeatable' if "#" in example else f"as {example}; repeatable"
 
 
-def _parameter(name: str, kind: Any, option: Any) -> Parameter:
-    """Return a parameter that is None where it is not given."""
-    annotation = Annotated[kind | None, option]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def parameter(name: str, kind: Any, option: Any, default: Any = None) -> Parameter:
+    """Return a parameter of a command, as Typer reads it.
+
+    Args:
+        kind: what it takes.
+        option: a Typer option or argument.
+        default: its value where it is not given.
+    """
+    kind = kind | None if default is None else kind
+    annotation = Annotated[kind, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _kind(annotation: Any) -> Any:
@@ -106,11 +115,8 @@ def job_of(options: Mapping[str, Any]) -> Job:
         given["scan"] = _pairs("input", options["input"])
     for name in ("settings", "set"):
         of_file = content.get(name, {})
-        # What is no mapping is left as it is, for `validate` to refuse.
-        if name in given and isinstance(of_file, dict):
-            given[name] = {**of_file, **given[name]}
-        elif name in given:
-            given[name] = of_file
+        if name in given:  # what is no mapping in the file is left as it is, to be refused
+            given[name] = {**of_file, **given[name]} if isinstance(of_file, dict) else of_file
     job = _validated({**content, **given}, config)
     check_job(job)
     if config and "model" in content and "model" not in given:

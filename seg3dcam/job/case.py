@@ -83,7 +83,7 @@ def write_case(
             raise OutputError(
                 f"{folder} holds a case.json of something else: choose another folder"
             )
-        new = _written(staged, explanations, job, keys, before, progress)
+        new = _write_run(staged, explanations, job, keys, before, progress)
         if before is not None and before.voxels_sha256 != new.keys.voxels:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
@@ -155,7 +155,7 @@ def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
 
 
 @dataclass
-class _Written:
+class _NewRun:
     """What one run has written, in a folder of its own.
 
     Attributes:
@@ -195,16 +195,16 @@ class _Written:
         ]
 
 
-def _written(
+def _write_run(
     staged: Path,
     explanations: Iterable[Explanation],
     job: Job,
     keys: Keys | None,
     before: Record | None,
     progress: Progress,
-) -> _Written:
+) -> _NewRun:
     """Write every file of a run to its own folder."""
-    new = _Written(staged)
+    new = _NewRun(staged)
     joint: dict[str, JointWriter] = {}
     names: list[str] = []
     for explanation in explanations:

@@ -8,11 +8,8 @@ from pathlib import Path
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.files import resolved
 from seg3dcam.job.method_cards import method_names
-from seg3dcam.job.settings import Job
+from seg3dcam.job.settings import OUT, Job
 from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion, NamedScore
-
-#: Where cases go by default, each in a folder of its own.
-OUT = "seg3dcam_out"
 
 
 def check_job(job: Job) -> None:

@@ -16,9 +16,8 @@ from torch import nn
 
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import digest_of_all, printable, unique_names
-from seg3dcam.job.checks import OUT
 from seg3dcam.job.record import is_somebody_elses, record_of, voxels_sha256
-from seg3dcam.job.settings import Job
+from seg3dcam.job.settings import OUT, Job
 from seg3dcam.models import SegModel
 from seg3dcam.review.look import Look
 from seg3dcam.scan import Scan, place_code

@@ -37,10 +37,12 @@ def method_cards() -> dict[str, dict[str, str]]:
 
 
 def _key(node: ast.ClassDef) -> str | None:
-    """Return the method that a class says it is."""
+    """Return the method that a class says it is: `method = key` or `method, formula = key, ...`."""
     for line in node.body:
         match line:
-            case ast.Assign([ast.Name("method")], ast.Constant(str(key))):
+            case ast.Assign([ast.Name("method")], ast.Constant(str(key))) | ast.Assign(
+                [ast.Tuple([ast.Name("method"), *_])], ast.Tuple([ast.Constant(str(key)), *_])
+            ):
                 return key
     return None
 

@@ -83,21 +83,10 @@ def run_job(
     if is_done(folder, keys.all, verify=verify) and not force:
         return JobResult(folder, _record_of_run(folder, keys), was_done=True)
     notes = tuple(_notes(folder, job, keys))
-
-    def explanations() -> Iterator[Explanation]:
-        """Explain only when the folder is locked: two runs at once would both work in vain."""
-        for explanation in explain_each(
-            scan,
-            model,
-            targets,
-            layers=job.layers,
-            method=job.methods,
-            progress=progress,
-            **job.settings,
-        ):
-            yield explanation if truth is None else explanation.with_truth(truth, job.label)
-
-    record = write_case(folder, explanations(), job, keys=keys, progress=progress)
+    # They are made one by one while they are written, which is when the folder is locked: of two
+    # runs of a job at once, one would work in vain.
+    explanations = _explanations(scan, model, targets, truth, job, progress)
+    record = write_case(folder, explanations, job, keys=keys, progress=progress)
     return JobResult(folder, record, notes=notes)
 
 
@@ -119,6 +108,27 @@ def _loaded_scans(job: Job, model: SegModel) -> tuple[Scan, Scan | None]:
     truth = load_labels(job.truth, frame=job.frame)
     check_truth(truth, scan, job, model)
     return scan, truth
+
+
+def _explanations(
+    scan: Scan,
+    model: SegModel,
+    targets: list[Any] | None,
+    truth: Scan | None,
+    job: Job,
+    progress: Progress,
+) -> Iterator[Explanation]:
+    """Yield the explanations that a job asks for, each with the truth where there is one."""
+    for explanation in explain_each(
+        scan,
+        model,
+        targets,
+        layers=job.layers,
+        method=job.methods,
+        progress=progress,
+        **job.settings,
+    ):
+        yield explanation if truth is None else explanation.with_truth(truth, job.label)
 
 
 def _check_slice(scan: Scan, job: Job) -> None:

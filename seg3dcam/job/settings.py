@@ -24,6 +24,9 @@ Axis = Literal["axial", "coronal", "sagittal"]
 #: A class by its name or index; nothing else is taken for one, such as true for 1.
 ClassName = StrictStr | StrictInt
 
+#: Where cases go by default, each in a folder of its own.
+OUT = "seg3dcam_out"
+
 _DEFAULT_FORMATS = [name for name, format in FORMATS.items() if format.by_default]
 
 
@@ -90,7 +93,7 @@ class Job(Settings):
     out: str | None = Field(
         None,
         min_length=1,
-        description="output folder; default: one for the case in seg3dcam_out",
+        description=f"output folder; default: one for the case in {OUT}",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
     case: str | None = Field(
