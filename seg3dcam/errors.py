@@ -21,8 +21,7 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Iterable
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 
 class Seg3dcamError(Exception):
@@ -61,8 +60,11 @@ class OutputError(Seg3dcamError, OSError):
     """A result cannot be written; nothing half-written is left behind."""
 
 
-class OutOfMemoryError(Seg3dcamError, torch.OutOfMemoryError):
-    """Memory does not suffice, not even for one window at a time."""
+if TYPE_CHECKING:
+    import torch
+
+    class OutOfMemoryError(Seg3dcamError, torch.OutOfMemoryError):
+        """Memory does not suffice, not even for one window at a time."""
 
 
 class MissingExtraError(Seg3dcamError, ImportError):
@@ -71,6 +73,19 @@ class MissingExtraError(Seg3dcamError, ImportError):
 
 class Seg3dcamWarning(UserWarning):
     """A result is usable, but there is something that its reader must know."""
+
+
+def __getattr__(name: str) -> Any:
+    """Make `OutOfMemoryError` where it is first used: its base needs PyTorch, slow to import."""
+    if name != "OutOfMemoryError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch
+
+    doc = "Memory does not suffice, not even for one window at a time."
+    made = type(
+        name, (Seg3dcamError, torch.OutOfMemoryError), {"__doc__": doc, "__module__": __name__}
+    )
+    return globals().setdefault(name, made)
 
 
 def nearest(name: str, legal: Iterable[str], count: int = 3) -> str:

@@ -158,7 +158,7 @@ def refuse(*args, **kwargs):
 
 
 def test_case_json_comes_last(place, monkeypatch):
-    monkeypatch.setattr("seg3dcam.job.case.save_montage", refuse)
+    monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
     outcome = place.explain(*PICTURES)
     assert outcome.code == 1
     assert "montage.png cannot be written" in outcome.err
@@ -169,14 +169,14 @@ def test_case_json_comes_last(place, monkeypatch):
 def test_a_failure_leaves_the_earlier_case_as_it_was(place, again, monkeypatch):
     assert place.explain(*PICTURES).code == 0
     before = contents(place.out)
-    monkeypatch.setattr("seg3dcam.job.case.save_montage", refuse)
+    monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
     assert place.explain(*PICTURES, *again).code == 1
     assert contents(place.out) == before
 
 
 def test_the_run_after_a_failure_is_whole(place, tmp_path_factory, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("seg3dcam.job.case.save_montage", refuse)
+        patch.setattr("seg3dcam.job.writers.save_montage", refuse)
         place.explain(*PICTURES)
     assert place.explain(*PICTURES).code == 0
     fresh = Place.at(tmp_path_factory.mktemp("fresh"))
@@ -185,7 +185,7 @@ def test_the_run_after_a_failure_is_whole(place, tmp_path_factory, monkeypatch):
 
 
 def test_no_temporary_file_stays(place, monkeypatch):
-    monkeypatch.setattr("seg3dcam.job.case.save_montage", refuse)
+    monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
     place.explain(*PICTURES)
     assert not [name for name in file_names(place) if "/." in f"/{name}"]
 

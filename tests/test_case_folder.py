@@ -239,8 +239,9 @@ def test_what_a_job_writes_no_more_goes(place, monkeypatch):
     """As where fewer classes are predicted after an update of a package."""
     assert place.explain().code == 0
     monkeypatch.setattr("seg3dcam.job.keys.version", lambda name: "99")
-    monkeypatch.setattr("seg3dcam.job.case._masks", lambda explanation: {})
-    monkeypatch.setattr("seg3dcam.job.case._raw_files", lambda explanation, name: {})
+    for module in ("case", "writers"):
+        monkeypatch.setattr(f"seg3dcam.job.{module}.own_masks", lambda explanation: {})
+        monkeypatch.setattr(f"seg3dcam.job.{module}.raw_files", lambda explanation, name: {})
     assert place.explain().code == 0
     assert not list(place.out.glob("raw_*"))
     assert is_whole(place.out)
@@ -278,7 +279,7 @@ def test_files_that_go_while_the_run_goes_on_are_missed(place, what, monkeypatch
             shutil.rmtree(staged.parent)
         return found
 
-    monkeypatch.setattr("seg3dcam.job.case.save_planes", delete)
+    monkeypatch.setattr("seg3dcam.job.writers.save_planes", delete)
     outcome = place.explain("--target", "organ", *PICTURES)
     assert outcome.code == 1
     assert "is gone" in outcome.complaint or "cannot be" in outcome.complaint

@@ -597,7 +597,7 @@ def test_interrupted_by_the_user(place, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seg3dcam.cli.commands.explain_each", interrupt)
+    monkeypatch.setattr("seg3dcam.job.run.explain_each", interrupt)
     outcome = place.explain()
     assert outcome.code == 130
     assert "interrupted" in outcome.err

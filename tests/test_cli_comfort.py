@@ -14,7 +14,7 @@ import pytest
 from helpers_cases import PICTURES, Place, contents, seg3dcam
 from rich.console import Console
 
-from seg3dcam.cli import commands as cli
+from seg3dcam.cli import printing as cli
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.job.case import write_case
 from seg3dcam.job.settings import Job
@@ -163,7 +163,7 @@ def test_progress_counts_what_it_knows_and_nothing_else(terminal, monkeypatch):
 
     monkeypatch.setattr(cli, "Progress", Kept)
     totals = []
-    with cli._progress() as report:
+    with cli.progress_bar() as report:
         for call in (("reading", 0, 1), ("predicting", 27, 27), ("resampling lesion", 0, 1)):
             report(*call)
             bars[0].refresh()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ import yaml
 from helpers_cases import seg3dcam
 
 from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.job.settings import Format
+from seg3dcam.job.formats import FORMATS
 from seg3dcam.models import factory
 from seg3dcam.settings import validate
 
@@ -42,7 +41,7 @@ def test_the_model_spec_is_legal() -> None:
 
 def test_every_method_and_every_format_is_in_a_table() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", README.read_text(), re.MULTILINE))
-    assert listed == set(CAMS) | set(get_args(Format))
+    assert listed == set(CAMS) | set(FORMATS)
 
 
 def test_the_two_commands_are_those_of_ci() -> None:

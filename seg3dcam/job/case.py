@@ -1,24 +1,7 @@
 """A case on disk: everything that one scan's explanation leaves behind, in one folder.
 
-nifti   prediction.nii.gz              predicted labels (sigmoid: one file per class)
-        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged; of a
-                                       signed job -1 to 1: nothing cut
-        raw_<target>_<layer>.nii.gz    raw signed map of one layer
-        region_<target>.nii.gz         the voxels that are explained, where they are a region of
-                                       their own, as one lesion
-        truth_<target>.nii.gz          where the class really is, if that was given
-png     slices/<target>/<plane>_*.png  scan beside overlay
-        montage_<target>.png           the slices that matter
-        planes_<target>.png            the three planes through the CAM's peak
-        profile_<target>.png           CAM and prediction, slice by slice
-cine    cine_<target>.webp             a film through the slices
-html    report.html                    all targets, methods and layers, for any browser
-slicer  slicer/scene.mrml              the same for 3D Slicer, with its files beside it
-        slicer/case.mrb                the scene and its files in one
-nrrd    cam_<target>.nrrd
-fused   fused_<target>.nii.gz          scan and CAM in colour, for viewers that cannot blend
-dicom   dicom/                         Secondary Capture, Segmentation, Parametric Map
-always  case.json                      what was done and found; written last
+`case.json` says what was done and found; it is written last. `seg3dcam.job.writers` lists the
+files of each format.
 
 A target is named by its class, and by its region and method where there are several; `case.json`
 says which name is whose, and the size and SHA-256 of every file. A run that differs, in its target
@@ -34,23 +17,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
+from typing import Any
 
 from seg3dcam.engine.passes import Progress, silent
-from seg3dcam.errors import ConfigError, InputError, OutputError
+from seg3dcam.errors import InputError, OutputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
-from seg3dcam.export.dicom import DicomExport
-from seg3dcam.export.fused import write_fused
 from seg3dcam.export.slicer import SlicerScene
 from seg3dcam.files import plain, unique_names
-from seg3dcam.files.writers.nifti import write_nifti
-from seg3dcam.files.writers.nrrd import write_nrrd
-from seg3dcam.geometry import anatomical_axis
 from seg3dcam.job.folder import described, locked, move, placed_as, remove, staging
+from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import Keys, case_name, keys_of_explanation, look_of, settings_of
 from seg3dcam.job.record import (
     Record,
@@ -65,27 +41,14 @@ from seg3dcam.job.record import (
     write_record,
 )
 from seg3dcam.job.settings import Job
-from seg3dcam.review import (
-    Report,
-    review_explanation,
-    save_cine,
-    save_montage,
-    save_planes,
-    save_profile,
-    save_slices,
+from seg3dcam.job.writers import (
+    JointWriter,
+    joint_writer,
+    own_masks,
+    raw_files,
+    write_format,
+    write_prediction,
 )
-from seg3dcam.review.look import Look
-from seg3dcam.scan import Scan
-
-
-class _Joint(Protocol):
-    """A writer that shows several explanations together; it keeps none of their volumes."""
-
-    def add(self, explanation: Explanation, name: str) -> None:
-        """Take one more."""
-
-    def finish(self) -> list[Path]:
-        """Write what shows all, and return every file."""
 
 
 def write_case(
@@ -120,7 +83,7 @@ def write_case(
             raise OutputError(
                 f"{folder} holds a case.json of something else: choose another folder"
             )
-        new = _written(staged, explanations, job, keys, before, progress)
+        new = _write_run(staged, explanations, job, keys, before, progress)
         if before is not None and before.voxels_sha256 != new.keys.voxels:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
@@ -192,7 +155,7 @@ def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
 
 
 @dataclass
-class _Written:
+class _NewRun:
     """What one run has written, in a folder of its own.
 
     Attributes:
@@ -232,26 +195,26 @@ class _Written:
         ]
 
 
-def _written(
+def _write_run(
     staged: Path,
     explanations: Iterable[Explanation],
     job: Job,
     keys: Keys | None,
     before: Record | None,
     progress: Progress,
-) -> _Written:
+) -> _NewRun:
     """Write every file of a run to its own folder."""
-    new = _Written(staged)
-    joint: dict[str, _Joint] = {}
+    new = _NewRun(staged)
+    joint: dict[str, JointWriter] = {}
     names: list[str] = []
     for explanation in explanations:
         if not names:
             new.case = case_name(explanation.scan, job)
             new.keys = keys or keys_of_explanation(explanation, job)
-            kinds = [kind for kind in job.formats if kind in _JOINT]
-            joint = {kind: _JOINT[kind](staged, look_of(job), new.case) for kind in kinds}
+            kinds = [kind for kind in job.formats if FORMATS[kind].joint]
+            joint = {kind: joint_writer(kind, staged, look_of(job), new.case) for kind in kinds}
             if "nifti" in job.formats:
-                new.prediction = _write_prediction(staged, explanation)
+                new.prediction = write_prediction(staged, explanation)
                 new.files += new.prediction
         words = explanation.label + f" {explanation.method}" * (len(job.methods) > 1)
         taken = _names_of_others(without_job(before, new.keys.job), explanation)
@@ -259,10 +222,10 @@ def _written(
         names.append(name)
         for number, kind in enumerate(job.formats):
             progress(f"writing {name}: {kind}", number, len(job.formats))
-            if kind in _SINGLE:
-                new.files += _SINGLE[kind](staged, explanation, name, job, new.case)
             if kind in joint:
                 joint[kind].add(explanation, name)
+            else:
+                new.files += write_format(kind, staged, explanation, name, job, new.case)
         new.found.append(_entry(explanation, name, job, new.keys))
     if not new.found:
         raise InputError("there is no explanation to write")
@@ -298,141 +261,10 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
         "only_against": list(explanation.only_against),
         "of_component": explanation.of_component,
         "found": findings(explanation, scale=look_of(job).scale),
-        "raw_files": _raw_files(explanation, name) if volumes else {},
+        "raw_files": raw_files(explanation, name) if volumes else {},
         "region_file": None,
         "truth_file": None,
     }
-    for kind in _masks(explanation) if volumes else ():
+    for kind in own_masks(explanation) if volumes else ():
         entry[f"{kind}_file"] = f"{kind}_{name}.nii.gz"
     return plain(entry)
-
-
-def _masks(explanation: Explanation) -> dict[str, torch.Tensor]:
-    """Return the masks of an explanation's own, beside the predictions, by their kind."""
-    masks = {"region": explanation.region, "truth": explanation.truth}
-    return {kind: mask for kind, mask in masks.items() if mask is not None}
-
-
-def _raw_files(explanation: Explanation, name: str) -> dict[str, str]:
-    """Return layer -> name of the file of its raw map."""
-    layers = list(explanation.maps)
-    return {
-        layer: f"raw_{name}_{short}.nii.gz"
-        for layer, short in zip(layers, unique_names(layers), strict=True)
-    }
-
-
-def _write_nifti(
-    folder: Path, explanation: Explanation, name: str, job: Job, case: str
-) -> list[Path]:
-    return [
-        explanation.save(folder / f"cam_{name}.nii.gz", scale=look_of(job).scale),
-        *(
-            explanation.save_raw(folder / file, layer)
-            for layer, file in _raw_files(explanation, name).items()
-        ),
-        *(
-            _write_labels(folder / f"{kind}_{name}.nii.gz", mask.numpy(), explanation.scan, kind)
-            for kind, mask in _masks(explanation).items()
-        ),
-    ]
-
-
-def _write_prediction(folder: Path, explanation: Explanation) -> list[Path]:
-    """Write labels where classes exclude each other, one mask per class where they may overlap."""
-    masks, scan = explanation.prediction.numpy(), explanation.scan
-    if not explanation.has_background and len(masks) > 1:
-        names = unique_names(explanation.class_names)
-        volumes = {f"prediction_{n}": m for n, m in zip(names, masks, strict=True)}
-    else:
-        values = np.arange(len(masks)) if len(masks) > 1 else np.ones(1)
-        labels = np.zeros(scan.shape, dtype=np.uint8 if len(masks) < 256 else np.int16)
-        for value, mask in zip(values, masks, strict=True):
-            labels[mask] = value
-        volumes = {"prediction": labels}
-    return [
-        _write_labels(folder / f"{name}.nii.gz", volume, scan, name)
-        for name, volume in volumes.items()
-    ]
-
-
-def _write_labels(path: Path, labels: np.ndarray, scan: Scan, name: str) -> Path:
-    """Write whole numbers on the scan's grid."""
-    dtype = np.dtype(np.uint8) if labels.dtype == bool else labels.dtype
-    return write_nifti(
-        path, labels, scan.affine, reference=scan.header, intent_name=name, dtype=dtype
-    )
-
-
-def _write_png(
-    folder: Path, explanation: Explanation, name: str, job: Job, case: str
-) -> list[Path]:
-    which = "relevant" if job.slice is None else job.slice
-    review = review_explanation(explanation, look_of(job), axis=job.axes[0], case=case)
-    files: list[Path] = []
-    for axis in job.axes:
-        files += save_slices(folder / "slices" / name, review.along(axis, which))
-    if not isinstance(job.slice, int):
-        files += [
-            save_montage(folder / f"montage_{name}.png", review),
-            save_planes(folder / f"planes_{name}.png", review),
-            save_profile(folder / f"profile_{name}.png", review),
-        ]
-    return files
-
-
-def _write_cine(
-    folder: Path, explanation: Explanation, name: str, job: Job, case: str
-) -> list[Path]:
-    review = review_explanation(
-        explanation, look_of(job), axis=job.axes[0], slices="all", case=case
-    )
-    return [save_cine(folder / f"cine_{name}.webp", review)]
-
-
-def _write_nrrd(
-    folder: Path, explanation: Explanation, name: str, job: Job, case: str
-) -> list[Path]:
-    volume = explanation.volume(scale=look_of(job).scale).float().numpy()
-    return [write_nrrd(folder / f"cam_{name}.nrrd", volume, explanation.affine)]
-
-
-def _write_fused(
-    folder: Path, explanation: Explanation, name: str, job: Job, case: str
-) -> list[Path]:
-    return [write_fused(folder / f"fused_{name}.nii.gz", explanation, look_of(job))]
-
-
-#: Formats with files for each explanation, and formats with files that show all of them.
-_SINGLE: dict[str, Callable[[Path, Explanation, str, Job, str], list[Path]]] = {
-    "nifti": _write_nifti,
-    "png": _write_png,
-    "cine": _write_cine,
-    "nrrd": _write_nrrd,
-    "fused": _write_fused,
-}
-_JOINT: dict[str, Callable[[Path, Look, str], _Joint]] = {
-    "html": lambda folder, look, case: Report(folder / "report.html", look, case),
-    "slicer": lambda folder, look, case: SlicerScene(folder / "slicer", look, case),
-    "dicom": lambda folder, look, case: DicomExport(folder / "dicom", look, case),
-}
-
-
-def check_slice(scan: Scan, job: Job) -> None:
-    """Raise ConfigError early where the wanted slice lies outside of the scan."""
-    if not isinstance(job.slice, int):
-        return
-    size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
-    if not 0 <= job.slice < size:
-        raise ConfigError(
-            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
-        )
-
-
-def check_formats(scan: Scan, job: Job) -> None:
-    """Raise ConfigError early where a format cannot be written for this scan."""
-    if "dicom" in job.formats and scan.series is None:
-        raise ConfigError(
-            "format dicom: its objects belong to a patient and a study, which only a DICOM series "
-            "names: give the series' folder as the scan, or leave this format out"
-        )

@@ -17,7 +17,7 @@ from torch import nn
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import digest_of_all, printable, unique_names
 from seg3dcam.job.record import is_somebody_elses, record_of, voxels_sha256
-from seg3dcam.job.settings import Job
+from seg3dcam.job.settings import OUT, Job
 from seg3dcam.models import SegModel
 from seg3dcam.review.look import Look
 from seg3dcam.scan import Scan, place_code
@@ -27,9 +27,6 @@ _WHERE = {"scan", "model", "out", "device", "truth"}
 
 #: Packages that make volumes and pictures.
 _MAKERS = ("seg3dcam", "torch", "monai", "numpy", "scipy", "nibabel", "matplotlib", "pillow")
-
-#: Where cases go by default, each in a folder of its own.
-OUT = "seg3dcam_out"
 
 
 class Keys(NamedTuple):

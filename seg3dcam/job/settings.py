@@ -2,100 +2,129 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
 
-from seg3dcam.models.specs import (
-    ClassName,
-)
+from seg3dcam.job.formats import FORMATS
 from seg3dcam.settings import Settings
-from seg3dcam.settings import read_json as read_json
-from seg3dcam.settings import read_yaml as read_yaml
+from seg3dcam.targets.named import REGIONS, SCORES
 
-Score = Literal["log_odds", "logit", "probability", "contrast", "finer", "soft_dice", "mask_output"]
-
-RegionName = Literal[
-    "predicted",
-    "volume",
-    "boundary",
-    "components",
-    "false_negatives",
-    "false_positives",
-    "true_positives",
-]
-
-
-Format = Literal["nifti", "png", "cine", "html", "slicer", "nrrd", "fused", "dicom"]
+if TYPE_CHECKING:  # type checkers cannot read names from tables
+    ScoreName = str
+    RegionName = str
+    FormatName = str
+else:
+    ScoreName = Literal[tuple(SCORES)]
+    RegionName = Literal[tuple(REGIONS)]
+    FormatName = Literal[tuple(FORMATS)]
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
+#: A class by its name or index; nothing else is taken for one, such as true for 1.
+ClassName = StrictStr | StrictInt
+
+#: Where cases go by default, each in a folder of its own.
+OUT = "seg3dcam_out"
+
+_DEFAULT_FORMATS = [name for name, format in FORMATS.items() if format.by_default]
+
+
+def _listed(words: dict[str, str], default: str = "") -> str:
+    """Return names with the words that say what they are, the default marked."""
+    words = words | {default: "default"} if default else words
+    return ", ".join(f"{name} ({said})" if said else name for name, said in words.items())
+
+
+def _formats_in_words() -> str:
+    more = ", ".join(name for name in FORMATS if name not in _DEFAULT_FORMATS)
+    return f"{', '.join(_DEFAULT_FORMATS)} (these by default), {more}"
+
 
 class Job(Settings):
-    """One run of `seg3dcam explain`; the command line's options override it."""
+    """One run of `seg3dcam explain`, which has an option for every setting, described as here."""
 
     scan: (
         str
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[dict[str, str], Field(min_length=1)]
-    ) = Field(description="a file or folder; one file per channel; or image key: file of a bundle")
+    ) = Field(
+        description="NIfTI file or folder of a DICOM series; several files are one scan's channels"
+    )
+    model: str = Field(
+        description="a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
+    )
     frame: Literal["sform", "qform"] | None = Field(
         None,
-        description="which form of a NIfTI header says where scan and truth lie; none: the sform "
-        "if there is one",
+        description="sform or qform: which says where a NIfTI scan lies; default: the sform if it "
+        "has one",
     )
-    model: str = Field(description="a YAML file, bundle:DIR or nnunet:FOLDER")
-    set: dict[str, Any] = Field(
-        {}, description="values of a bundle's config by their ids, such as inferer#overlap: 0.5"
-    )
-    out: str | None = Field(
-        None, min_length=1, description="a folder; none: one for the case in seg3dcam_out"
-    )
+    set: dict[str, Any] = Field({}, description="value of a bundle's config by its id")
     target: list[ClassName] | ClassName | None = Field(
-        None, description="class names or indices; none explains every predicted class"
+        None, description="class name or index; default: every predicted class"
     )
-    score: Score = "log_odds"
+    score: ScoreName = Field(
+        next(iter(SCORES)), description=_listed(dict.fromkeys(SCORES, ""), next(iter(SCORES)))
+    )
     region: RegionName | None = Field(
-        None, description="voxels that the score sums over; none: the score's own"
+        None,
+        description="voxels that count: "
+        + _listed({name: r.words for name, r in REGIONS.items()}, next(iter(REGIONS))),
     )
-    against: ClassName | None = Field(None, description="the other class of score contrast")
+    against: ClassName | None = Field(None, description="the other class of --score contrast")
     truth: str | None = Field(
-        None, description="label map on the scan's grid, a NIfTI file: drawn and measured"
+        None,
+        description="label map on the scan's grid: drawn, measured; needed by "
+        + ", ".join(name for name, s in (SCORES | REGIONS).items() if s.needs_truth),
     )
-    label: int | None = Field(None, description="the class's label in the truth; none: its index")
-    min_voxels: int = Field(1, ge=1, description="of a component, in the network's voxels")
-    layer: list[str] | str = "auto"
-    method: list[str] | str = "hires_cam"
-    settings: dict[str, Any] = Field({}, description="of the method, such as window: 4 of xres_cam")
-    device: str = "auto"
+    label: int | None = Field(
+        None, description="the class's label in the truth; default: its index"
+    )
+    min_voxels: int = Field(
+        1, ge=1, description="leave out smaller components, in the network's voxels"
+    )
+    layer: list[str] | str = Field(
+        "auto", description="target layer, also with *, auto or all; default: auto"
+    )
+    method: list[str] | str = Field(
+        "hires_cam", description="any that `seg3dcam methods` lists; default: hires_cam"
+    )
+    settings: dict[str, Any] = Field({}, description="one setting of the method")
+    out: str | None = Field(
+        None,
+        min_length=1,
+        description=f"output folder; default: one for the case in {OUT}",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
     case: str | None = Field(
         None,
         max_length=200,
-        description="the scan's name in pictures, reports and case.json; none: a code made of its "
-        "voxels, since the name of a file may name the patient",
+        description="the scan's name in pictures and reports; default: a code, no file name",
     )
-    format: list[Format] = Field(
-        ["nifti", "png", "html", "slicer"], description="what is written; see `seg3dcam.job.case`"
+    format: list[FormatName] = Field(
+        _DEFAULT_FORMATS, description=f"what is written: {_formats_in_words()}"
     )
     axis: list[Axis] | None = Field(
-        None, description="planes of the slices' pictures, each with its own; none: axial"
+        None,
+        description="axial (default), coronal, sagittal: planes of the slices' PNGs, the first "
+        "also of montage and film",
     )
     slice: int | Literal["all"] | None = Field(
-        None, description="one slice alone, by its voxel index, or all; none: those that matter"
+        None,
+        description="PNG of one slice only, by its voxel index along --axis (axial); or all: of "
+        "every slice; default: those that matter",
     )
     intensity_window: str | tuple[float, float] | None = Field(
-        None, description="a preset such as 'soft tissue', or [width, level]; none: by the scan"
+        None,
+        description="grey values: 'soft tissue', lung, bone, brain, abdomen or WIDTH,LEVEL; "
+        "default: soft tissue for a CT, else percentiles",
     )
-    threshold: float = Field(0.2, ge=0, lt=1)
+    threshold: float = Field(0.2, ge=0, lt=1, description="CAM below is not drawn; default: 0.2")
     colormap: str | None = Field(
-        None, description="of matplotlib or OpenCV; none: inferno, or blue_orange where signed"
+        None, description="any name of matplotlib or OpenCV; default: inferno"
     )
     signed: bool = Field(
-        False, description="show evidence against the target too, in every format, from -1 to 1"
+        False, description="show evidence against the target too, in colours of its own"
     )
 
     @field_validator("target", "layer", "method", "format", "axis", mode="before")
@@ -129,7 +158,7 @@ class Job(Settings):
         return list(self.scan) if isinstance(self.scan, dict) else None
 
     @property
-    def formats(self) -> list[Format]:
+    def formats(self) -> list[FormatName]:
         """What is written, each once."""
         return list(dict.fromkeys(self.format))
 

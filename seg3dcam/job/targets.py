@@ -1,4 +1,4 @@
-"""What a job asks for: from its settings to targets."""
+"""From a job's settings to the targets that they ask for."""
 
 from __future__ import annotations
 
@@ -7,45 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from seg3dcam import targets
 from seg3dcam.errors import ConfigError, EmptyRegionError
-from seg3dcam.files import resolved
+from seg3dcam.job.checks import check_together
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.scan import Scan
-from seg3dcam.targets import (
-    Boundary,
-    ClassLogit,
-    ClassLogOdds,
-    ClassProbability,
-    Contrast,
-    EveryComponent,
-    FalseNegatives,
-    FalsePositives,
-    Finer,
-    MaskOutput,
-    SoftDice,
-    TruePositives,
-)
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
-
-#: Score -> target of one class, summed over a region.
-SCORES: dict[str, Callable[..., Any]] = {
-    "log_odds": ClassLogOdds,
-    "logit": ClassLogit,
-    "probability": ClassProbability,
-    "contrast": Contrast,
-    "finer": Finer,
-}
-
-#: Region -> what it is, where it needs no truth.
-REGIONS: dict[str, Any] = {"predicted": "predicted", "volume": "volume", "boundary": Boundary()}
-
-#: Region -> how it is made of a truth.
-OF_TRUTH: dict[str, Callable[..., Any]] = {
-    "false_negatives": FalseNegatives,
-    "false_positives": FalsePositives,
-    "true_positives": TruePositives,
-}
+from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion
 
 
 def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any] | None:
@@ -61,8 +30,9 @@ def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any
         TargetError: no such class.
     """
     check_together(job)
-    if job.score == "mask_output":
-        return [MaskOutput(job.region or "volume", activation=model.activation)]  # type: ignore[arg-type]
+    score = SCORES[job.score]
+    if not score.of_class:
+        return [_class(score.target)(job.region or "volume", activation=model.activation)]
     if job.target is None:
         return None
     classes = _classes(job, model)
@@ -73,18 +43,34 @@ def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any
 
 def _target(job: Job, model: SegModel, index: int, truth: Scan | None) -> Any:
     """Return the target of one class."""
-    if job.score == "soft_dice" and truth is not None:
-        return SoftDice(index, _mask(truth, job, index), activation=model.activation)
-    score = SCORES[job.score]
-    if job.score == "contrast" and job.against is not None:
+    named = SCORES[job.score]
+    score = _class(named.target)
+    if named.needs_truth and truth is not None:
+        return score(index, _mask(truth, job, index), activation=model.activation)
+    if named.needs_other_class and job.against is not None:
         score = partial(score, against=model.class_index(job.against))
-    if job.region == "components":
-        return EveryComponent(index, score, min_voxels=job.min_voxels, activation=model.activation)
-    if job.region in OF_TRUTH:
-        region = OF_TRUTH[job.region](truth, label=job.label)
-    else:
-        region = REGIONS[job.region or "predicted"]
-    return score(index, region=region, activation=model.activation)
+    name = job.region or next(iter(REGIONS))
+    region = REGIONS[name]
+    if region.is_family:
+        family = _class(region.kind)
+        return family(index, score, min_voxels=job.min_voxels, activation=model.activation)
+    where = _region(name, region, job, truth)
+    return score(index, region=where, activation=model.activation)
+
+
+def _region(name: str, region: NamedRegion, job: Job, truth: Scan | None) -> Any:
+    """Return what a region's name stands for."""
+    if not region.kind:
+        return name
+    if region.needs_truth:
+        return _class(region.kind)(truth, label=job.label)
+    return _class(region.kind)()
+
+
+def _class(name: str) -> Callable[..., Any]:
+    """Return a class of `seg3dcam.targets` by its name."""
+    made: Callable[..., Any] = getattr(targets, name)
+    return made
 
 
 def _mask(truth: Scan, job: Job, index: int) -> Scan:
@@ -117,49 +103,3 @@ def _classes(job: Job, model: SegModel) -> list[int]:
     """Return the indices of the classes that a job names, each once."""
     named = job.target if isinstance(job.target, list) else [job.target]
     return list(dict.fromkeys(model.class_index(name) for name in named if name is not None))
-
-
-def check_together(job: Job) -> None:
-    """Raise ConfigError where settings do not go together."""
-    needs_class = {
-        "score": job.score not in ("log_odds", "mask_output"),
-        "region": job.region is not None and job.score != "mask_output",
-        "against": job.against is not None,
-        "label": job.label is not None,
-    }
-    if job.score == "mask_output" and job.target is not None:
-        raise ConfigError("score mask_output is about no class: leave out the target")
-    if job.score == "mask_output" and job.region not in (None, "predicted", "volume"):
-        raise ConfigError(
-            f"score mask_output is about no class, and region {job.region} about one: take "
-            "predicted or volume"
-        )
-    for what, needed in needs_class.items():
-        if needed and job.target is None:
-            raise ConfigError(
-                f"{what} {getattr(job, what)!r} needs a class: name one with --target"
-            )
-    if (job.score == "contrast") != (job.against is not None):
-        raise ConfigError(
-            "score contrast and against go together: --score contrast --against <other class>"
-        )
-    needs_truth = job.score == "soft_dice" or job.region in OF_TRUTH
-    if needs_truth and job.truth is None:
-        raise ConfigError(
-            f"score soft_dice and the regions {', '.join(OF_TRUTH)} compare with a truth: "
-            "--truth <label map on the scan's grid>"
-        )
-    if job.score == "mask_output" and job.truth is not None:
-        raise ConfigError("score mask_output is about no class, so there is no truth of it")
-    if job.score == "soft_dice" and job.region is not None:
-        raise ConfigError("score soft_dice looks at the whole volume: leave out the region")
-    if job.min_voxels != 1 and job.region != "components":
-        raise ConfigError(
-            f"min_voxels {job.min_voxels} is about components: it goes together with --region "
-            "components"
-        )
-    scans = [resolved(scan) for scan in job.scans]
-    if job.truth is not None and resolved(job.truth) in scans:
-        raise ConfigError(f"truth {job.truth}: that is the scan itself; give a label map")
-    if job.label is not None and job.truth is None:
-        raise ConfigError("label is that of a class in the truth: give --truth")

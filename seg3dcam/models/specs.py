@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import (
     Field,
     FiniteFloat,
-    StrictInt,
-    StrictStr,
     field_validator,
     model_validator,
 )
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 
 #: Most voxels that an axis can have: as many as a NIfTI-1 header can count.
 MOST_VOXELS = 32767
-
-#: A class, given by its name or its index. The types are strict so that `true` is not taken for 1.
-ClassName = StrictStr | StrictInt
 
 #: A voxel's size along one axis, in mm.
 Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]

@@ -42,35 +42,40 @@ overlap (sigmoid) a target takes from the model, unless it is given; on its own 
 
 from __future__ import annotations
 
-from seg3dcam.targets.arguments import Activation
-from seg3dcam.targets.base import OwnTarget, Target, name_of
-from seg3dcam.targets.combined import AnyTarget, WeightedSum
-from seg3dcam.targets.components import components
-from seg3dcam.targets.detection import DetectionClass, detection_map
-from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
-from seg3dcam.targets.masks import OnItsGrid
-from seg3dcam.targets.regions import Boundary, Box, Component, Region, Voxel
-from seg3dcam.targets.scores import (
-    ClassLogit,
-    ClassLogOdds,
-    ClassProbability,
-    ClassTarget,
-    Contrast,
-    Finer,
-    MaskOutput,
-    SoftDice,
-    SumOverRegion,
-)
-from seg3dcam.targets.truth_regions import FalseNegatives, FalsePositives, TruePositives
-from seg3dcam.targets.use import (
-    as_target,
-    as_targets,
-    fixed,
-    placed,
-    region_of,
-    score_and_seed,
-    uses_truth,
-)
+from typing import TYPE_CHECKING
+
+from seg3dcam.importing import lazy
+
+if TYPE_CHECKING:  # type checkers and editors read the names here
+    from seg3dcam.targets.arguments import Activation
+    from seg3dcam.targets.base import OwnTarget, Target, name_of
+    from seg3dcam.targets.combined import AnyTarget, WeightedSum
+    from seg3dcam.targets.components import components
+    from seg3dcam.targets.detection import DetectionClass, detection_map
+    from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
+    from seg3dcam.targets.masks import OnItsGrid
+    from seg3dcam.targets.regions import Boundary, Box, Component, Region, Voxel
+    from seg3dcam.targets.scores import (
+        ClassLogit,
+        ClassLogOdds,
+        ClassProbability,
+        ClassTarget,
+        Contrast,
+        Finer,
+        MaskOutput,
+        SoftDice,
+        SumOverRegion,
+    )
+    from seg3dcam.targets.truth_regions import FalseNegatives, FalsePositives, TruePositives
+    from seg3dcam.targets.use import (
+        as_target,
+        as_targets,
+        fixed,
+        placed,
+        region_of,
+        score_and_seed,
+        uses_truth,
+    )
 
 __all__ = [
     "Activation",
@@ -111,3 +116,5 @@ __all__ = [
     "score_and_seed",
     "uses_truth",
 ]
+
+__getattr__, __dir__ = lazy(__name__)

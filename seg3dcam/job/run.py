@@ -1,0 +1,186 @@
+"""A job from its settings to the files in its case folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seg3dcam.engine.passes import Progress, silent
+from seg3dcam.errors import ConfigError
+from seg3dcam.explaining.explain import explain_each
+from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.geometry import anatomical_axis
+from seg3dcam.job.case import write_case
+from seg3dcam.job.checks import check_job
+from seg3dcam.job.formats import check_formats
+from seg3dcam.job.keys import Keys, case_folder, case_keys, look_of
+from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
+from seg3dcam.job.settings import Job
+from seg3dcam.job.targets import check_truth, targets_of
+from seg3dcam.models import SegModel, load_model
+from seg3dcam.scan import Scan, load_labels, load_scan
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Where a job's case is and what was found.
+
+    Attributes:
+        folder: the case's folder.
+        record: what its `case.json` says of this job: its "files" and "explanations", and the
+            "case". Explanations are read back by `load_explanation(folder, name)`.
+        was_done: the folder held all of this already, so that nothing was done.
+        notes: what the user should know of the folder, as that it is another than asked for.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    was_done: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def run_job(
+    job: Job,
+    *,
+    trust: bool = False,
+    force: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> JobResult:
+    """Explain one scan as a job says, and write its case; what is done already is skipped.
+
+    Args:
+        job: the settings.
+        trust: allow the model's own Python code to run.
+        force: do again what is done.
+        verify: look at the content of every file of what is done, not at its size alone.
+        progress: called with (step, done, total).
+
+    Raises:
+        ConfigError: settings that are illegal, or do not go together or with the scan. Most are
+            found before anything is loaded.
+        ScanError, ModelError, LayerError, TargetError: as `explain` raises them.
+        OutputError: the folder cannot be written, or another run is at work in it.
+
+    Example:
+        >>> job = Job(scan="ct.nii.gz", model="liver.yaml", target="tumour")
+        >>> run_job(job).folder  # doctest: +SKIP
+        PosixPath('seg3dcam_out/scan_1a2b3c4d')
+    """
+    progress = progress or silent
+    check_job(job)
+    look_of(job)
+    model = _loaded_model(job, trust)
+    progress("reading", 0, 1)
+    scan, truth = _loaded_scans(job, model)
+    targets = targets_of(job, model, truth)
+    keys = case_keys(scan, model, job, truth)
+    folder = case_folder(scan, job, keys)
+    if is_done(folder, keys.all, verify=verify) and not force:
+        return JobResult(folder, _record_of_run(folder, keys), was_done=True)
+    notes = tuple(_notes(folder, job, keys))
+    # They are made one by one while they are written, which is when the folder is locked: of two
+    # runs of a job at once, one would work in vain.
+    explanations = _explanations(scan, model, targets, truth, job, progress)
+    record = write_case(folder, explanations, job, keys=keys, progress=progress)
+    return JobResult(folder, record, notes=notes)
+
+
+def _loaded_model(job: Job, trust: bool) -> SegModel:
+    """Return the network on its device."""
+    inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
+    model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
+    model.module.to(device_of(job.device))
+    return model
+
+
+def _loaded_scans(job: Job, model: SegModel) -> tuple[Scan, Scan | None]:
+    """Return the scan and the truth, if there is one, both found to fit the job."""
+    scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0], frame=job.frame)
+    _check_slice(scan, job)
+    check_formats(scan, job.formats)
+    if job.truth is None:
+        return scan, None
+    truth = load_labels(job.truth, frame=job.frame)
+    check_truth(truth, scan, job, model)
+    return scan, truth
+
+
+def _explanations(
+    scan: Scan,
+    model: SegModel,
+    targets: list[Any] | None,
+    truth: Scan | None,
+    job: Job,
+    progress: Progress,
+) -> Iterator[Explanation]:
+    """Yield the explanations that a job asks for, each with the truth where there is one."""
+    for explanation in explain_each(
+        scan,
+        model,
+        targets,
+        layers=job.layers,
+        method=job.methods,
+        progress=progress,
+        **job.settings,
+    ):
+        yield explanation if truth is None else explanation.with_truth(truth, job.label)
+
+
+def _check_slice(scan: Scan, job: Job) -> None:
+    """Raise ConfigError early where the wanted slice lies outside of the scan."""
+    if not isinstance(job.slice, int):
+        return
+    size = scan.shape[anatomical_axis(scan.affine, job.axes[0])]
+    if not 0 <= job.slice < size:
+        raise ConfigError(
+            f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device to compute on.
+
+    Raises:
+        ConfigError: unknown, or not in this machine.
+    """
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in here or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(f"device {name!r}: legal are auto, cpu, cuda, cuda:<number> and mps")
+    if not here[kind] or (number and int(number) >= torch.cuda.device_count()):
+        usable = ", ".join(kind for kind, usable in here.items() if usable)
+        raise ConfigError(f"device {name!r} is not in this machine; usable are {usable}")
+    return torch.device(name)
+
+
+def _notes(folder: Path, job: Job, keys: Keys) -> Iterator[str]:
+    """Say where a case goes if it is not where it was asked for, and what it replaces."""
+    if job.out is not None and folder != Path(job.out):
+        what = "another scan's case"
+        if is_somebody_elses(Path(job.out)):
+            what = "a case.json that is none of seg3dcam, or damaged"
+        yield f"{job.out} holds {what}: this one goes to {folder}"
+    before = record_of(folder)
+    if before is not None and any(run.job_key == keys.job for run in before.runs):
+        yield f"{folder} holds this job from before: it is done again, and replaced"
+
+
+def _record_of_run(folder: Path, keys: Keys) -> Mapping[str, Any]:
+    """Return what `case.json` says of a run, as `write_case` returns it."""
+    record = record_of(folder)
+    run = run_with(record, keys.all)
+    if record is None or run is None:  # as where the folder was deleted just now
+        return {}
+    entries = [entry.model_dump() for entry in record.explanations if entry.run == run.key]
+    return {"case": record.case, "files": run.files, "explanations": entries}

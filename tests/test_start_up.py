@@ -1,0 +1,217 @@
+"""Start-up: what is imported when, and names that are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_cases import write_yaml
+
+import seg3dcam
+import seg3dcam.job
+from seg3dcam import errors
+from seg3dcam.cams.catalogue import card
+from seg3dcam.explaining.explain import ALL_METHODS
+from seg3dcam.importing import OLD_NAMES, OldNames, find_old_names, imports_for_type_checkers, lazy
+from seg3dcam.job.method_cards import method_cards, method_names
+
+#: What takes seconds to import, and what nothing but results needs.
+HEAVY = {"cv2", "matplotlib", "monai", "nibabel", "scipy", "torch"}
+
+#: Runs a command; the last line that it prints holds the modules that are there at the end.
+COMMAND = """
+import sys
+from seg3dcam.cli.commands import main
+try:
+    main()
+finally:
+    print("\\n" + " ".join(sys.modules))
+"""
+
+JOB = ("explain", "ct.nii.gz", "--model", "model.yaml")
+COMMANDS = {
+    "nothing": ("", 2),
+    "help": ("--help", 0),
+    "help of explain": ("explain --help", 0),
+    "help of features": ("features --help", 0),
+    "help of layers": ("layers --help", 0),
+    "help of demo": ("demo --help", 0),
+    "version": ("--version", 0),
+    "methods": ("methods", 0),
+    "unknown command": ("explian", 2),
+    "unknown option": ("explain --nope", 2),
+    "nothing to explain": ("explain", 2),
+    "no model": ("explain ct.nii.gz", 2),
+    "a flag with a value": (" ".join([*JOB, "--trust", "true"]), 2),
+    "unknown score": (" ".join([*JOB, "--score", "odds"]), 2),
+    "unknown format": (" ".join([*JOB, "--format", "pdf"]), 2),
+    "unknown method": (" ".join([*JOB, "--method", "gradcam"]), 2),
+    "no class": (" ".join([*JOB, "--score", "contrast"]), 2),
+    "unknown setting of a job file": ("explain --config job.yaml", 2),
+    "unknown plane of features": ("features ct.nii.gz --model model.yaml --axis axail", 2),
+}
+
+
+def python(code, *words, folder):
+    path = os.pathsep.join([str(Path(seg3dcam.__file__).parents[1]), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("words", "code"), COMMANDS.values(), ids=COMMANDS)
+def test_what_needs_no_network_is_said_without_pytorch(words, code, tmp_path):
+    write_yaml(tmp_path / "job.yaml", {"scan": "a", "model": "b", "scor": "logit"})
+    done = python(COMMAND, *words.split(), folder=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    modules = done.stdout.splitlines()[-1].split()
+    assert "seg3dcam.cli.commands" in modules
+    assert not HEAVY & set(modules)
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path):
+    code = "import sys, seg3dcam; dir(seg3dcam); print(*sys.modules)"
+    done = python(code, folder=tmp_path)
+    assert "seg3dcam" in done.stdout.split()
+    assert not {*HEAVY, "numpy", "pydantic"} & set(done.stdout.split())
+
+
+def test_a_star_import_gives_every_public_name(tmp_path):
+    code = "from seg3dcam import *; import seg3dcam; print(set(seg3dcam.__all__) - set(globals()))"
+    assert python(code, folder=tmp_path).stdout == "set()\n"
+
+
+# ------------------------------------------------------------------ names imported when used
+
+PACKAGES = [seg3dcam, seg3dcam.targets, seg3dcam.job]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_names_come_from_the_modules_that_type_checkers_see(package):
+    seen = imports_for_type_checkers(package.__name__)
+    assert len(seen) > 3
+    assert set(seen) <= set(package.__all__) <= set(dir(package))
+    assert set(package.__all__) - set(seen) <= {"targets"}  # a module of the package itself
+    for name, module in seen.items():
+        assert getattr(package, name) is getattr(importlib.import_module(module), name)
+
+
+def test_explain_is_the_function_wherever_it_was_imported():
+    module = importlib.import_module("seg3dcam.explaining.explain")
+    assert seg3dcam.explain is module.explain
+    assert not hasattr(seg3dcam, "explian")
+
+
+def test_modules_are_attributes_of_their_package():
+    assert seg3dcam.errors is errors
+    assert seg3dcam.targets.regions.__name__ == "seg3dcam.targets.regions"
+    with pytest.raises(AttributeError, match="'seg3dcam' has no attribute 'nothing_like_it'"):
+        seg3dcam.nothing_like_it  # noqa: B018
+    with pytest.raises(ImportError, match="nothing_like_it"):
+        from seg3dcam import nothing_like_it  # noqa: F401
+
+
+def test_a_module_that_lacks_another_says_so(tmp_path, monkeypatch):
+    folder = tmp_path / "package_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "module.py").write_text("import not_installed_anywhere\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(folder.name)
+    get, _ = lazy(folder.name)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        get("module")
+
+
+@pytest.mark.parametrize("name", ["GradCAM", "WindowPlan", "METHODS"])
+def test_public_things_can_be_pickled(name):
+    thing = getattr(seg3dcam, name)
+    copy = pickle.loads(pickle.dumps(thing))
+    assert copy is thing or list(copy) == list(thing)
+
+
+def test_the_error_of_memory_is_one_of_both_trees_and_can_be_pickled():
+    error = pickle.loads(pickle.dumps(errors.OutOfMemoryError("too large")))
+    assert isinstance(error, errors.Seg3dcamError)
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert type(error) is errors.OutOfMemoryError
+    assert (type(error).__module__, str(error)) == ("seg3dcam.errors", "too large")
+    assert not hasattr(errors, "OutOfMemory")
+
+
+def test_methods_read_as_text_are_those_of_their_classes():
+    assert method_names() == list(ALL_METHODS)
+    assert method_cards() == {key: card(cam) for key, cam in ALL_METHODS.items()}
+    assert [list(entries) for entries in method_cards().values()] == [
+        list(card(cam)) for cam in ALL_METHODS.values()
+    ]
+
+
+# ------------------------------------------------------------------------------ older names
+
+
+@pytest.fixture
+def _forgotten():
+    """No older name was imported yet, and none is known afterwards."""
+
+    def forget():
+        for name in OLD_NAMES:
+            sys.modules.pop(name, None)
+            vars(seg3dcam).pop(name.partition(".")[2], None)
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items(), ids=OLD_NAMES)
+def test_an_older_name_is_the_same_module(old, new):
+    module = importlib.import_module(new)
+    spec, loader = module.__spec__, module.__loader__
+    with pytest.warns(DeprecationWarning, match=f"^{old} is called {new}: import it") as caught:
+        found = importlib.import_module(old)
+    assert len(caught) == 1
+    assert found is module
+    assert sys.modules[old] is sys.modules[new] is module
+    assert (module.__name__, module.__spec__, module.__loader__) == (new, spec, loader)
+    assert importlib.util.find_spec(new) is spec
+    assert importlib.import_module(old) is module  # once imported, without a warning
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_older_names_as_the_documents_of_then_had_them():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        from seg3dcam.features import FeatureMaps, feature_maps
+        from seg3dcam.layouts import Tokens
+        from seg3dcam.look import Look
+
+        attributions = seg3dcam.attributions
+    assert {FeatureMaps.__module__, feature_maps.__module__} == {"seg3dcam.cams.feature_maps"}
+    assert Tokens.__module__ == "seg3dcam.network.layouts"
+    assert Look.__module__ == "seg3dcam.review.look"
+    assert "occlusion" in attributions.ATTRIBUTIONS
+    assert [warning.category for warning in caught] == [DeprecationWarning] * 4
+    assert {warning.filename for warning in caught[:3]} == {__file__}
+
+
+def test_older_names_are_looked_for_last_and_once():
+    find_old_names()
+    assert [type(finder) for finder in sys.meta_path].count(OldNames) == 1
+    for name in OLD_NAMES:
+        assert not (Path(seg3dcam.__file__).parent / f"{name.partition('.')[2]}.py").exists()
