@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from seg3dcam.cams.notices import (
     tell_draws,
@@ -55,7 +54,6 @@ class Explainer(Protocol):
 
     method: ClassVar[str]
     formula: Formula
-    model: nn.Module
     members: list[Member]
     layers: list[LayerRef] | None
     sliding_window: WindowPlan | None
