@@ -1,1 +1,11 @@
-"""CAMs of tensors: `BaseCAM`, the methods by name, and what they return."""
+"""CAMs of tensors: `BaseCAM`, the methods by name, and what they return.
+
+base          `BaseCAM`, what all methods share; read this first
+catalogue     the CAM methods, each with its formula and description, and the tables of all methods
+attributions  captum's attributions of the input, behind the same call
+calls         the steps of a call: several targets and methods with shared passes
+tables        the maps of all targets and methods of a call
+notices       what a call warns of, in words
+result        what a call returns
+feature_maps  what the channels of a layer hold
+"""

@@ -6,14 +6,12 @@ members of an ensemble go through these steps one after another, and their maps 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from seg3dcam.cams.notices import (
     tell_draws,
@@ -23,9 +21,10 @@ from seg3dcam.cams.notices import (
     tell_unmeasured,
 )
 from seg3dcam.cams.result import CamResult
+from seg3dcam.cams.tables import Table, combined, with_gaps, without_numbers
 from seg3dcam.engine.gradient_check import gradient_gaps
 from seg3dcam.engine.gradients import seeded_windows
-from seg3dcam.engine.layer_map import LayerMap, added
+from seg3dcam.engine.layer_map import added
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.memory import advising
 from seg3dcam.engine.passes import FirstPass, Progress, predict, predict_member
@@ -46,16 +45,12 @@ from seg3dcam.windows import WindowPlan, Windows, plan_windows
 #: A class index, a target, a family of targets, or None for the original recipe.
 TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | Any | None
 
-#: For every target a list with every method's maps.
-Table = list[list[Maps]]
-
 
 class Explainer(Protocol):
     """What a call reads of a CAM; `seg3dcam.cams.base.BaseCAM` says what it is."""
 
     method: ClassVar[str]
     formula: Formula
-    model: nn.Module
     members: list[Member]
     layers: list[LayerRef] | None
     sliding_window: WindowPlan | None
@@ -201,7 +196,7 @@ def _explain_member(
         table = maps_of(Run(first, grids, lead.output, lead.progress), targets, formulas)
         unchecked = [la for la in checked if la not in gaps and la not in capture.dropped]
         tell_unchecked(unchecked, reason)
-    table = _with_gaps(_without_numbers(table, targets), formulas, gaps)
+    table = with_gaps(without_numbers(table, targets), formulas, gaps)
     return _Outcome(first.logits, targets, table, capture.dropped, capture.known.draws or "")
 
 
@@ -223,9 +218,9 @@ def _explain_ensemble(call: _Call) -> _Outcome:
         if total is None:
             total = outcome.table
         else:
-            total = _combined(lambda a, b: added(a, b, call.windows.shape), total, outcome.table)
+            total = combined(lambda a, b: added(a, b, call.windows.shape), total, outcome.table)
     count = len(members)
-    mean = _combined(
+    mean = combined(
         lambda m: replace(m, values=m.values / count, ceiling=m.ceiling / count), total or []
     )
     return _Outcome(logits, targets, mean, dropped, draws)
@@ -290,52 +285,6 @@ def _gaps(
     seeded = [w for one in targets for w in seeded_windows(first, [0], one.seed)]
     window = first.cut([0], seeded[:1] or [0])
     return gradient_gaps(first.capture, window, layers, output)
-
-
-def _without_numbers(table: Table, targets: Sequence[TargetScore]) -> Table:
-    """Blank the maps of items whose score is no number, which a gradient may not show."""
-
-    def blanked(one: TargetScore, map_: LayerMap) -> LayerMap:
-        bad = ~torch.isfinite(one.score).to(map_.values.device)
-        if not bad.any():
-            return map_
-        shape = (-1, *[1] * (map_.values.ndim - 1))
-        return replace(map_, values=map_.values.masked_fill(bad.view(shape), math.nan))
-
-    return [
-        [{layer: blanked(one, map_) for layer, map_ in maps.items()} for maps in row]
-        for one, row in zip(targets, table, strict=True)
-    ]
-
-
-def _with_gaps(table: Table, formulas: Sequence[Formula], gaps: Mapping[LayerRef, float]) -> Table:
-    """Note in the maps that are made of gradients which part of the score they miss."""
-
-    def noted(formula: Formula, maps: Maps) -> Maps:
-        if formula.gradients_at == "nothing":
-            return maps
-        of_input = formula.gradients_at == "input"
-        return {
-            layer: replace(map_, missing=gaps.get(INPUT if of_input else layer, 0.0))
-            for layer, map_ in maps.items()
-        }
-
-    return [[noted(f, maps) for f, maps in zip(formulas, row, strict=True)] for row in table]
-
-
-def _combined(combine: Callable[..., LayerMap], *tables: Table) -> Table:
-    """Combine the maps at each place of several tables; a layer that one lacks is left out."""
-    return [
-        [
-            {
-                layer: combine(*(maps[layer] for maps in cells))
-                for layer in cells[0]
-                if all(layer in maps for maps in cells)
-            }
-            for cells in zip(*rows, strict=True)
-        ]
-        for rows in zip(*tables, strict=True)
-    ]
 
 
 def _check_alike(cams: Sequence[Explainer]) -> None:

@@ -86,9 +86,9 @@ def _map(
                 blend.add_alone(window, spread(part, grid, voxels))
                 highest = method.contribution(values.abs(), g.abs()).flatten(1).amax(1)
                 ceiling = torch.maximum(ceiling, highest.to(ceiling))
-    flags = [*_bent(first, items, score, seed)]
+    flags = [*_not_linear(first, items, score, seed)]
     if method.psi == "signed":
-        flags += _missing(first, items, seed, blend.total)
+        flags += _incomplete(first, items, seed, blend.total)
     values, grid = cropped(blend.total, blend.grid, first.windows.shape)
     return LayerMap(values, grid, voxels, ceiling, first.capture.dtype, None, tuple(flags))
 
@@ -99,8 +99,10 @@ def _slope(logits: torch.Tensor, items: Sequence[int], seed: Seed) -> torch.Tens
     return (dense * logits[list(items)]).flatten(1).sum(1)
 
 
-def _bent(first: FirstPass, items: Sequence[int], score: torch.Tensor, seed: Seed) -> Iterator[str]:
-    """Say so where the score is not linear in the logits."""
+def _not_linear(
+    first: FirstPass, items: Sequence[int], score: torch.Tensor, seed: Seed
+) -> Iterator[str]:
+    """Yield a warning for each item whose score is not linear in the logits."""
     for slope, whole in zip(
         _slope(first.logits, items, seed).tolist(), score.tolist(), strict=True
     ):
@@ -111,10 +113,13 @@ def _bent(first: FirstPass, items: Sequence[int], score: torch.Tensor, seed: See
             )
 
 
-def _missing(
+def _incomplete(
     first: FirstPass, items: Sequence[int], seed: Seed, total: torch.Tensor
 ) -> Iterator[str]:
-    """Say so where the contributions, padding's too, do not sum to what was to be explained."""
+    """Yield a warning for each item whose contributions do not sum to what was to be explained.
+
+    Contributions that lie in padding count, too.
+    """
     silent = first.capture.shapes  # those of which the score does not depend on lose nothing
     lost = [str(layer) for layer in first.capture.dropped if layer not in silent]
     why = (
@@ -176,7 +181,7 @@ def _biased_layers(model: nn.Module) -> list[LayerRef]:
 def _with_places(
     first: FirstPass, layers: list[LayerRef], output: OutputSelection
 ) -> list[LayerRef]:
-    """Let layers whose vectors have no place in the image lie everywhere."""
+    """Give linear layers, whose vectors have no place in the image, the whole image as theirs."""
     if not any(isinstance(layer.module, nn.Linear) for layer in layers):
         return layers
     axes = len(first.windows.roi)

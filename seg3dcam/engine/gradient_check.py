@@ -1,9 +1,9 @@
-"""Does the gradient tell the truth? What it promises of the score, against what the score does.
+"""Whether the gradient tells the truth: the change that it promises, and the change of the score.
 
 A branch without a gradient (quantised weights, `.detach()`, `no_grad`, argmax, rounding, a function
-with a backward of its own) is part of the prediction, but of no map made by gradients. It shows
-when activations are changed by a little: the score then changes by more, or less, than the gradient
-promised. Small steps in random directions find that out, once for each layer of a network.
+with a backward of its own) takes part in the prediction, but in no map that is made of gradients.
+Such a branch shows when activations are changed a little: the score then changes by more, or less,
+than the gradient promises. Small steps in random directions find that out, once for each layer.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from seg3dcam.network.facts import key_of
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.outputs import OutputSelection
 
-#: Steps, as parts of the activations' size. Rounding takes its share of the change at small steps,
-#: curvature and the kinks of ReLU and pooling at large ones; a missing branch at all of them.
+#: Steps, as fractions of the activations' size. At small steps rounding disturbs the comparison, at
+#: large ones curvature and the kinks of ReLU and pooling do; a missing branch disturbs all of them.
 STEPS: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 
-#: In half precision smaller steps are lost in rounding.
+#: Steps in half precision, in which smaller ones are lost in rounding.
 STEPS_OF_HALF = (3e-2, 1e-1, 3e-1)
 
-#: A gradient that misses more than this part of every change misses a branch.
+#: A gradient that misses more than this part of the change at every step misses a branch.
 MISSED, MISSED_OF_HALF = 0.1, 0.4
 
-#: Where so much more is missed at a step three times as large, there is a jump, as of an argmax
-#: that turns over: what curvature misses grows as the step's square at most, ten times.
+#: If this many times more is missed at a step three times as large, the score jumps, as with an
+#: argmax that changes its choice. What curvature misses grows with the square of the step at most,
+#: which is about ten times.
 JUMP = 15
 
-#: Directions at each step: a few first, at some of the steps; more where those leave a doubt.
+#: Directions at each step: a few at first, at the steps numbered FIRST; more where doubt is left.
 FEW, MANY = 3, 8
 FIRST, FIRST_OF_HALF = (1, 3), (1, 2)
 
 #: Layers that are nudged together at most, unless that makes more than this many groups.
 TOGETHER, GROUPS = 3, 8
 
-#: Voxels along an axis of the part of the image that is looked at: the fewest that will do.
+#: Voxels along each axis of the part of the image that is used; the larger only if need be.
 PARTS = (32, 64)
 
 Steps = dict[LayerRef, torch.Tensor]
@@ -54,8 +55,8 @@ def gradient_gaps(
 ) -> tuple[dict[LayerRef, float], str]:
     """Return which part of the score's changes the gradient at each layer misses; 0: none.
 
-    Layers that could not be checked are left out, and tried again the next time; why they could not
-    is returned, too.
+    Layers that could not be checked are left out, and tried again the next time. The reason is
+    returned, too.
 
     Args:
         capture: of the network, whose last pass stays as it is.

@@ -75,7 +75,7 @@ def _map(
             score_of = _of_all(first, item, target)
         else:
             score_of = _slope(upstream_of(first, seed, [item], [window]))
-        scored = _Scored(capture, score_of, first.logits)
+        scored = _ScoringNetwork(capture, score_of, first.logits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # captum's, on hooks and gradients that it sets
             (found,) = formula.attribute(scored, x).detach()
@@ -99,7 +99,7 @@ def _slope(upstream: torch.Tensor) -> Score:
     return lambda logits: (logits * upstream).sum().reshape(1)
 
 
-class _Scored(nn.Module):
+class _ScoringNetwork(nn.Module):
     """The network with the score behind it, as captum wants it: (n, C, *S) -> (n,)."""
 
     def __init__(self, capture: Capture, score_of: Score, like: torch.Tensor) -> None:

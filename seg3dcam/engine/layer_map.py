@@ -16,18 +16,18 @@ from seg3dcam.geometry import FeatureGrid, interpolate
 Status = Literal["ok", "zero", "nonfinite", "degenerate", "incomplete"]
 Scale = Literal["max", "minmax", "raw", "signed"]
 
-#: Below this fraction of what a map would be without cancellation, it is rounding noise; for
-#: activations of low precision, ten times their machine epsilon.
+#: A map below this fraction of its ceiling is rounding noise. For activations of low precision the
+#: fraction is ten times their machine epsilon.
 CANCELLED = 1e-6
 
 #: A map that varies by less than this fraction of its maximum is the same everywhere.
 CONSTANT = 1e-5
 
-#: Where what speaks for a target sums to a smaller part than this of what speaks against it, heat
-#: hides more than ten times what it shows.
+#: If the evidence for a target sums to less than this part of the evidence against it, the heat
+#: hides more than ten times as much as it shows.
 MOSTLY_AGAINST = 0.1
 
-#: What is said of a map that has no positive value: there is nothing that the usual view shows.
+#: The words for a map without a positive value, of which the usual view shows nothing.
 ALL_AGAINST = "all evidence speaks against the target"
 
 #: Status -> why there is no heat, in words, for pictures, pages and files. `LayerMap.reason` says
@@ -50,14 +50,14 @@ class LayerMap:
         grid: where its voxels lie in the input: the layer's grid, or the input's own voxels where
             windows do not fit on one layer grid.
         window_grid: the layer's grid within one window.
-        ceiling: (B,) the maximum that the map would have if nothing cancelled: the method applied
-            to absolute values.
+        ceiling: (B,) the maximum that the map would have if no contributions cancelled each other:
+            that of the method applied to absolute values.
         precision: dtype of the activations.
         undefined: (B,) bool, True where the method has no meaning, such as a division by a sum of
             activations that InstanceNorm makes zero; None: nowhere.
         flags: what the reader of the map must know.
-        missing: which part of the score's changes the gradients that made the map do not follow,
-            since a branch of the network has no gradient; 0: none, or no gradient was needed.
+        missing: the part of the score's changes that the gradients of the map do not follow, since
+            a branch of the network has none; 0 where nothing is missed or no gradient is needed.
     """
 
     values: torch.Tensor
@@ -134,9 +134,9 @@ class LayerMap:
 
     @cached_property
     def only_against(self) -> tuple[bool, ...]:
-        """Tell of each item whose status is "zero" whether its map is evidence, all of it against.
+        """Whether each item's status is "zero" because all its evidence is against the target.
 
-        The usual view of it is empty, the signed view is not.
+        The usual view of such a map is empty, the signed view is not.
         """
         turned = replace(self, values=-self.values).item_status
         return tuple(
@@ -181,17 +181,17 @@ def scaled(maps: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 
 def shown_part(values: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Return a copy of raw values without what a scale does not show: the evidence against."""
+    """Return a copy of raw values; the evidence against the target is kept by "signed" alone."""
     return values.clone() if scale == "signed" else values.clamp(min=0)
 
 
 def display_range(scale: Scale) -> tuple[float, float] | None:
-    """Return the values that viewers show in the first and the last colour; None: any."""
+    """Return the values of the first and the last colour in viewers; None for raw maps."""
     return {"raw": None, "signed": (-1.0, 1.0)}.get(scale, (0.0, 1.0))
 
 
 class Evidence(NamedTuple):
-    """What raw maps hold for their target and against it: sums and largest values, all as sizes.
+    """The evidence for and against a target in raw maps: sums and largest values, all positive.
 
     >>> Evidence.of(torch.tensor([0.5, -4.0, -1.0]))
     Evidence(sum_for=0.5, sum_against=5.0, most_for=0.5, most_against=4.0)
@@ -212,13 +212,13 @@ class Evidence(NamedTuple):
 
     @classmethod
     def together(cls, parts: Sequence[Evidence]) -> Evidence:
-        """Return that of several maps, at least one."""
+        """Return the evidence of several maps, of at least one."""
         sums_for, sums_against, most_for, most_against = zip(*parts, strict=True)
         return cls(sum(sums_for), sum(sums_against), max(most_for), max(most_against))
 
     @property
     def against(self) -> float | None:
-        """The part of the absolute sum that speaks against the target; None of a zero map."""
+        """The part of the absolute sum that speaks against the target; None for a zero map."""
         total = self.sum_for + self.sum_against
         return self.sum_against / total if total > 0 else None
 

@@ -126,8 +126,8 @@ class MapMaker:
     `take` the gradients of every window that has some; `conclude`; and what it `waits` for: again
     the gradients, or the activations of the windows `wanted`.
 
-    With the map it makes the one that it would be if nothing cancelled. That ceiling tells a small
-    map from rounding noise.
+    Beside the map it finds its ceiling, the largest value if no contributions cancelled each other.
+    A map far below its ceiling is rounding noise.
     """
 
     def __init__(
@@ -159,22 +159,22 @@ class MapMaker:
 
     @property
     def surveys(self) -> bool:
-        """Whether the activations of all windows must be looked at first."""
+        """Whether it needs the activations of all windows before anything else."""
         return self._method.surveys
 
     @property
     def waits_for_gradients(self) -> bool:
-        """Whether the gradients must come a second time."""
+        """Whether it needs the gradients a second time."""
         return bool(self._weights) and self._method.maps_gradients(self._ndim)
 
     @property
     def waits(self) -> bool:
-        """Whether activations must come, again or for the first time."""
+        """Whether it needs activations after the gradients, for the map itself."""
         return bool(self._weights) and not self._method.maps_gradients(self._ndim)
 
     @property
     def wanted(self) -> set[int]:
-        """The windows whose activations are wanted."""
+        """The windows whose activations it needs."""
         if not self._concluded:
             return set(self._group_of)
         return {window for group in self._weights for window in self._groups[group]}
