@@ -157,11 +157,9 @@ class Page:
             largest = float(self.look.strength(values).max())
             if explanation.left_out(layer, self.look.scale) or not largest > 0:
                 continue
-            lattice = None
-            if layer in origin.layers and origin.prepared.affine is not None:
-                lattice = report_maps.lattice_of(
-                    origin.layers[layer], origin.prepared.affine, explanation.affine
-                )
+            lattice = report_maps.lattice_of(
+                origin.layers.get(layer), origin.prepared.affine, explanation.affine
+            )
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             share = self.map_room * MAP_SHARE / BASE64
             packed = report_maps.pack_map(
