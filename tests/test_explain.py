@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +17,7 @@ from torch import nn
 from seg3dcam import HiResCAM, SegModel, WindowPlan, explain, explain_each, load_scan, targets
 from seg3dcam.errors import ConfigError, EmptyRegionError, InputError, ModelError, TargetError
 from seg3dcam.explaining.findings import findings
+from seg3dcam.files import plain
 from seg3dcam.models.preparation import build_preparation
 from seg3dcam.models.specs import Prepare
 from tests.test_geometry import OBLIQUE_LAS, rotation, world_field
@@ -290,6 +293,30 @@ def test_provenance_holds_what_is_needed_to_make_the_map_again() -> None:
     assert (layer["stride"], layer["offset"], layer["status"]) == ((1, 1, 1), (0, 0, 0), "ok")
     assert layer["raw_max"] == float(found.maps["0"].max())
     assert record["model"]["weights_sha256"] == model.fingerprint()
+
+
+def test_typed_provenance_is_written_word_for_word_as_it_was_read() -> None:
+    model, voxels = two_classes()
+    found = explain(load_scan(voxels, np.eye(4)), model, "dark", layers="0", method="xres_cam")
+    record = found.provenance
+    keys = ("scan", "prepared", "model", "target", "method", "layers", "dropped_layers", "versions")
+    assert tuple(record) == keys
+    assert json.dumps(plain(found.origin.as_dict())) == json.dumps(plain(record))
+    assert found.origin.target.class_ == record["target"]["class"] == "dark"
+    assert found.origin.layers["0"].map.shape == record["layers"]["0"]["map"]["shape"]
+
+
+def test_provenance_of_ones_own_may_hold_anything() -> None:
+    """What it says of the same things is found; the rest is neither needed nor lost."""
+    model, voxels = two_classes()
+    found = explain(load_scan(voxels, np.eye(4)), model, "dark", layers="0")
+    own = {"model": {"name": "UNet", "epoch": 7}, "layers": {"0": {"status": "ok"}}, "note": "x"}
+    changed = replace(found, provenance=own)
+    assert changed.provenance == own
+    assert changed.origin.model.name == "UNet"
+    assert changed.origin.model.weights_sha256 == "unknown"
+    assert changed.origin.prepared.affine is None
+    assert replace(found, provenance={}).origin.layers == {}
 
 
 def test_logits_below_full_resolution_are_refused() -> None:

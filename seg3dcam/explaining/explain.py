@@ -92,15 +92,15 @@ def explain_each(
 ) -> Iterator[Explanation]:
     """Explain several targets of a scan, by one method or several; the prediction is made once.
 
-    Targets, layers and the methods that take gradients share their forward passes. Maps are
-    brought to the scan's grid one by one, as the result is iterated over: target by target, and
-    for each target method by method.
+    All targets, all layers and all methods that take gradients share their forward passes. The maps
+    are brought to the scan's grid one by one while the result is iterated over: target by target,
+    and for each target method by method.
 
     Args:
         targets: class names, indices, targets and families of targets, such as
-            `targets.EveryComponent`; None is every predicted foreground class.
-        method: a key of `METHODS` or `ATTRIBUTIONS`, or several.
-        settings: of the method; several methods take none.
+            `targets.EveryComponent`; None explains every predicted foreground class.
+        method: a key of `METHODS` or `ATTRIBUTIONS`, or several keys.
+        settings: of the method, where there is one alone; several methods take no settings.
 
     The other arguments are those of `explain`.
     """

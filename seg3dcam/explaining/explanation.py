@@ -41,25 +41,28 @@ class Explanation:
         prediction: (K, X, Y, Z) bool, one mask per class of the network.
         class_names: one for each of the K classes.
         target, method: their names.
-        class_index: the class that the target is about, None for a target of your own.
-        score: what was explained.
-        label: class and region in a few words, different for every target of a class.
-        native_spacing: layer -> mm between voxels of the layer's own grid: the map's true
-            resolution.
-        provenance: everything needed to make the map again, ready for JSON.
+        class_index: the class that the target is about; None for a target of your own.
+        score: the value of the target, which the maps explain.
+        native_spacing: layer -> mm between voxels of the layer's own grid, which is the true
+            resolution of its map.
+        label: class and region in a few words; it tells the targets of one class apart.
+        provenance: everything that is needed to make the maps again, ready for JSON; `origin` has
+            the same in typed fields.
         truth: where the class really is, (X, Y, Z) bool; None where that is not known.
-        region: the voxels that the score sums over, (X, Y, Z) bool, where they are neither the
-            class's mask nor the whole volume: a lesion, a boundary, a given mask. Else None.
-        has_background: class 0 is the background and the classes exclude each other (softmax);
-            False: every class has a channel of its own (sigmoid).
-        over_mask: without a `region`, the score sums over the class's mask; False: it does not, as
-            one over the whole volume.
-        only_against: layers of status "zero" whose map is evidence, all of it against the target:
-            the signed view shows it.
-        of_component: the region is a whole lesion: one connected component of the class's mask.
+        region: the voxels that the score sums over, (X, Y, Z) bool, where they are a region of
+            their own: a lesion, a boundary, a given mask. None for the class's predicted mask and
+            for the whole volume.
+        has_background: True where the classes exclude each other and class 0 is the background
+            (softmax); False where every class has a channel of its own (sigmoid).
+        over_mask: whether the score sums over the class's predicted mask, where there is no
+            `region`; False for the whole volume.
+        only_against: the layers of status "zero" whose whole map is evidence against the target,
+            which the signed view shows.
+        of_component: whether the region is a whole lesion: one connected component of the class's
+            predicted mask.
 
     Raises:
-        InputError: maps, prediction, truth or region that do not lie on the scan's grid.
+        InputError: maps, prediction, truth or region do not lie on the scan's grid.
     """
 
     scan: Scan
@@ -125,23 +128,23 @@ class Explanation:
 
     @property
     def explained(self) -> torch.Tensor | None:
-        """The voxels that the score sums over, (X, Y, Z) bool; None for the volume or unknown."""
+        """The voxels that the score sums over, (X, Y, Z) bool; None if all, or if not known."""
         return self.mask if self.region is None and self.over_mask else self.region
 
     @property
     def measured(self) -> torch.Tensor | None:
-        """The voxels that figures and contours are of: the region, else the class's mask."""
+        """The voxels that are measured and outlined: the region, or else the class's mask."""
         return self.mask if self.region is None else self.region
 
     @property
     def measured_as(self) -> Literal["prediction", "explained region"]:
-        """What `measured` is called: a region may lie where nothing was predicted."""
+        """The name of `measured`: a region that is no lesion may lie outside of the prediction."""
         predicted = self.region is None or self.of_component
         return "prediction" if predicted else "explained region"
 
     @property
     def shown_layers(self) -> tuple[str | None, ...]:
-        """What `volume` can show: None, all layers averaged; of several also each by itself."""
+        """What `volume` can show: None for all layers together and, of several, each one alone."""
         return (None, *self.maps) if len(self.maps) > 1 else (None,)
 
     def layer_name(self, layer: str | None = None) -> str:
@@ -151,7 +154,7 @@ class Explanation:
         return next(iter(self.maps)) if len(self.maps) == 1 else f"mean of {len(self.maps)} layers"
 
     def notice(self, layer: str | None = None, scale: Scale = "max") -> str:
-        """Say in words why a volume of a scale shows no heat; nothing where it does.
+        """Say in words why `volume` shows no heat at a scale; "" where it shows some.
 
         >>> NO_HEAT["zero"]
         'no CAM: no voxel speaks for the target, or contributions cancel to rounding noise'
@@ -167,7 +170,7 @@ class Explanation:
         return NO_HEAT[found[0]]
 
     def left_out(self, layer: str | None = None, scale: Scale = "max") -> list[str]:
-        """Return the layers whose map a scale cannot show, of those that a volume is made of."""
+        """Return those layers of a volume whose map cannot be shown at a scale."""
         return [
             name
             for name in (self.maps if layer is None else [layer])
@@ -175,10 +178,10 @@ class Explanation:
         ]
 
     def evidence(self, layer: str | None = None) -> Evidence | None:
-        """Return what speaks for the target and against it in the scan; None without a CAM.
+        """Measure the evidence for and against the target in the whole scan; None without a CAM.
 
-        It is in the raw maps' own units; layers without a usable map are left out. What speaks
-        against the target counts whether the usual view shows it or not.
+        The sums are in the units of the raw maps, over all layers with a usable map. Evidence
+        against the target counts at every scale, also where the usual view hides it.
         """
         if self.notice(layer, "signed"):
             return None
@@ -188,24 +191,24 @@ class Explanation:
 
     @cached_property
     def _evidence(self) -> dict[str, Evidence]:
-        """Every layer's; kept, since writers ask for it at every slice."""
+        """The evidence in each layer's map, measured once: writers ask for it at every slice."""
         return {name: Evidence.of(values) for name, values in self.maps.items()}
 
     def caution(self, layer: str | None = None) -> str:
-        """Say in words that a map is mostly, or all, evidence against its target; else nothing."""
+        """Say in words that most or all evidence speaks against the target; else ""."""
         found = self.evidence(layer)
         return "" if found is None else found.caution
 
     def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
-        """Return the same with the truth of its class, from a label map on the scan's grid.
+        """Return the explanation with the truth of its class, from a label map on the scan's grid.
 
         Args:
             labels: a file that `load_labels` reads, or a scan of whole numbers.
             label: the class's label there; None: see `seg3dcam.targets.ground_truth.truth_mask`.
 
         Raises:
-            TargetError: labels on another grid or of another scheme, or a target that is about
-                no class.
+            TargetError: the labels lie on another grid or follow another scheme, or the target is
+                about no class.
         """
         if self.class_index is None:
             raise TargetError(f"{self.target} is about no class, so there is no truth of it")
@@ -272,7 +275,7 @@ class Explanation:
         return self._write(path, self.maps[layer], None)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the HTML report."""
+        """Return what a notebook shows: the HTML report."""
         from seg3dcam.review.report import notebook_view
 
         return notebook_view(self)
@@ -280,6 +283,7 @@ class Explanation:
     def _write(
         self, path: str | Path, volume: torch.Tensor, shown: tuple[float, float] | None
     ) -> Path:
+        """Write a volume as NIfTI; viewers show the values of `shown` in all their colours."""
         return write_nifti(
             path,
             volume,

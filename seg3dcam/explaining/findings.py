@@ -1,4 +1,4 @@
-"""The numbers beside a picture: where the CAM is, how much of it, and how far it can resolve.
+"""The numbers of an explanation: where the CAM is, how much lies where, and its resolution.
 
 Everything is measured on the scan's grid and given in voxels, mm (RAS) and millilitres.
 """
@@ -21,7 +21,7 @@ from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
 __all__ = ["Peak", "find_peaks", "find_signed_peaks", "findings"]
 
 
-#: A CAM with a smaller part than this inside the explained region lies outside of it.
+#: A CAM of which less than this part lies inside the explained region is said to lie outside.
 BARELY_INSIDE = 0.01
 
 
@@ -46,9 +46,9 @@ def find_peaks(
     Args:
         volume: (X, Y, Z) in [0, 1].
         affine: (4, 4) voxel -> RAS mm.
-        count: how many at most.
-        apart_mm: none lies nearer to a higher one than this.
-        above: lower maxima are left out.
+        count: at most so many.
+        apart_mm: a maximum nearer than this to a higher one is left out.
+        above: maxima below this value are left out.
 
     >>> volume = np.zeros((9, 9, 9))
     >>> volume[1, 1, 1], volume[7, 7, 7] = 1, 0.5
@@ -57,16 +57,16 @@ def find_peaks(
     """
     heat = np.asarray(volume)
     found: list[Peak] = []
-    # Blocks of about a quarter of the distance: few, however large the volume.
+    # Blocks of a quarter of the distance or more: few of them, however large the volume is.
     block = [max(1, math.ceil(apart_mm / 4 / step)) for step in spacing_of(affine)]
     starts = _highest_blocks(heat, block, above)
-    # Of several equal ones, the one that every format names comes first.
+    # The first one is the peak that every other format names, also where several are equal.
     voxel = peak_voxel(heat) if len(starts) else None
     while voxel is not None and len(found) < count:
         mm = to_world(affine, voxel)
         if all(math.dist(mm, higher.mm) >= apart_mm for higher in found):
             found.append(Peak(float(heat[voxel]), voxel, mm))  # type: ignore[arg-type]
-            # Of a wide plateau there would be very many.
+            # Blocks near this peak are dropped at once: a wide plateau has very many.
             away = (starts + (np.array(block) - 1) / 2 - voxel) @ affine[:3, :3].T
             starts = starts[np.linalg.norm(away, axis=1) >= apart_mm]
         voxel = None
@@ -98,25 +98,27 @@ def find_signed_peaks(
 def findings(
     explanation: Explanation, layer: str | None = None, scale: Scale = "max"
 ) -> dict[str, Any]:
-    """Return the figures of an explanation, ready for JSON; None where there is nothing to say.
+    """Return the figures of an explanation, ready for JSON; None for what cannot be measured.
 
-    - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the class's masks. Of
-      a region of its own, as one lesion: that region, and the parts of the truth that touch it; a
+    - `predicted_voxels`, `predicted_ml`, `truth_voxels`, `truth_ml`, `dice`: the sizes of the
+      class's masks and their overlap. Where the explanation has a region of its own, such as one
+      lesion, they are those of the region and of the connected parts of the truth that touch it; a
       region that is no whole lesion has no Dice.
     - `peak_voxel`, `peak_mm`, `peaks`: where the CAM is highest.
-    - `peak_to_prediction_mm`, `peak_to_truth_mm`: 0 inside; else to the nearest voxel's centre.
-    - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: parts of the sum of the CAM;
-      outside is outside of both.
-    - `evidence_against`: what speaks against the target in the raw maps, as a part of their
-      absolute sum; the CAM shows the rest.
-    - `resolution_mm`, `cell_ml`: the size of one voxel of the layer's own grid, of several layers
-      the finest one's.
-    - `warnings`: what a reader must know, in words.
+    - `peak_to_prediction_mm`, `peak_to_truth_mm`: from the peak to the centre of the nearest voxel
+      of the mask; 0 inside the mask.
+    - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: which part of the sum of the CAM
+      lies inside each mask, and outside of both.
+    - `evidence_against`: which part of the absolute sum of the raw maps speaks against the target;
+      the CAM shows the rest.
+    - `resolution_mm`, `cell_ml`: the size of a voxel of the layer's own grid; of several layers,
+      that of the finest one.
+    - `warnings`: in words, what a reader must know.
 
     Args:
         explanation: what `explain` returns.
         layer: one layer's name; None averages all.
-        scale: the view beside which the warnings stand; the figures are those of the usual one.
+        scale: the scale of the view that the warnings are about. The figures do not depend on it.
     """
     volume = explanation.volume(layer)
     affine, prediction, truth = explanation.affine, explanation.measured, _truth_of(explanation)
@@ -149,9 +151,10 @@ def findings(
 def _highest_blocks(
     heat: NDArray[np.floating], block: Sequence[int], above: float
 ) -> NDArray[np.intp]:
-    """Return the first voxels (N, 3) of the blocks that no neighbour exceeds, highest first.
+    """Return the first voxels (N, 3) of the blocks with a local maximum, highest block first.
 
-    So the highest voxel of such a block has no higher one beside it, in other blocks either.
+    No neighbouring block holds a higher value, so the highest voxel of such a block is a local
+    maximum of the volume.
     """
     top: Any = heat
     for axis, (size, step) in enumerate(zip(heat.shape, block, strict=True)):
@@ -170,12 +173,12 @@ def _highest_voxel(
 
 
 def _is_whole(explanation: Explanation) -> bool:
-    """Tell whether what is measured is all that was predicted there, which a truth may be like."""
+    """Tell whether a whole mask or lesion is measured, which a Dice can compare with the truth."""
     return explanation.region is None or explanation.of_component
 
 
 def _truth_of(explanation: Explanation) -> torch.Tensor | None:
-    """Return the truth of what is measured: of a region the parts, whole, that touch it."""
+    """Return the truth of what is measured: for a region, the whole parts of it that touch it."""
     truth, region = explanation.truth, explanation.region
     if truth is None or region is None:
         return truth
@@ -185,7 +188,7 @@ def _truth_of(explanation: Explanation) -> torch.Tensor | None:
 
 
 def _count(mask: torch.Tensor | None) -> int | None:
-    # By numpy: torch makes 8 bytes of every voxel first.
+    # By numpy, since torch first makes 8 bytes of every voxel.
     return None if mask is None else int(np.count_nonzero(mask))
 
 
@@ -252,7 +255,7 @@ def _warnings(
         words.append(caution + "; the signed view shows both" * (scale != "signed"))
     for name, ml in (("predicted region", "predicted_ml"), ("true region", "truth_ml")):
         if found[ml] == 0 and ml == "truth_ml" and explanation.region is not None:
-            continue  # nothing of the truth touches this lesion, which its Dice says
+            continue  # no part of the truth touches this lesion, which its Dice of 0 says
         if found[ml] == 0:
             words.append(f"the {name} is empty")
         elif found[ml] is not None and found[ml] < found["cell_ml"]:
@@ -266,7 +269,7 @@ def _warnings(
 
 
 def _outside(explanation: Explanation, found: dict[str, Any], volume: torch.Tensor) -> str:
-    """Say that the CAM lies outside of what is explained, where it could lie inside."""
+    """Say that the CAM lies outside of the explained region, if that is large enough to hold it."""
     region = explanation.explained
     voxel_ml = abs(float(np.linalg.det(explanation.affine[:3, :3]))) / 1000
     size = (_count(region) or 0) * voxel_ml

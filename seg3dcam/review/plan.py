@@ -1,4 +1,4 @@
-"""What all pictures of one case share: volumes, look, words, and how the slices are cut.
+"""What all pictures of one case share: its volumes, their look, words, and how slices are cut.
 
 review = review_explanation(explanation, Look(window="lung"))
 review = review_volumes(scan, cam, affine, prediction=mask, slices="all")
@@ -32,10 +32,10 @@ class Profile(NamedTuple):
     """Figures of every slice along one axis, each (N,).
 
     Attributes:
-        largest: highest value of the CAM; None without a CAM to draw, and so is `total`.
-        total: sum of the CAM; of a signed look, of its values' sizes.
-        volumes: of the masks, by their names, in ml.
-        lowest: lowest value of the CAM of a signed look, else None.
+        largest: the highest value of the CAM; None where there is no CAM to draw.
+        total: the sum of the CAM, or of its absolute values in a signed look; None likewise.
+        volumes: name of a mask -> its volume in ml.
+        lowest: the lowest value of the CAM in a signed look, else None.
     """
 
     largest: NDArray[Any] | None
@@ -46,18 +46,23 @@ class Profile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Review:
-    """Everything that the pictures of one case share; from `review_volumes` or `_explanation`.
+    """Everything that the pictures of one case share.
+
+    `review_explanation` makes one from an explanation, `review_volumes` from arrays.
 
     Attributes:
         scan: (X, Y, Z).
-        cam: (X, Y, Z) in [0, 1], of a signed look in [-1, 1]; None where there is nothing to draw.
-        masks: "truth", "prediction", "explained region": those that are known, (X, Y, Z) bool.
+        cam: (X, Y, Z) in [0, 1], or in [-1, 1] in a signed look; None where there is no heat.
+        masks: those of "truth", "prediction" and "explained region" that are known, (X, Y, Z) bool.
         affine: (4, 4), voxel index -> RAS mm.
-        look: the settings; `window` is what they give for this scan.
-        notice: why there is no heat, in words; "" where there is.
+        look: the settings.
+        window: the grey window that the settings give for this scan.
+        notice: in words, why there is no heat; "" where there is some.
         peak: the voxel where the CAM is strongest; None without a CAM.
-        view, profile, indices: how slices are cut, the figures of each, and those to show.
-        title, caption: words for the header and for the footer.
+        view: how the slices are cut and turned.
+        profile: the figures of every slice.
+        indices: the slices to show.
+        title, caption: the words of the header and of the footer.
     """
 
     scan: NDArray[Any]
@@ -95,15 +100,18 @@ class Review:
 
     @cached_property
     def colour_bar(self) -> draw.Picture:
-        """What the colours mean, as a picture; black where there is no heat."""
+        """A picture of the colours and their values; black where there is no heat."""
         bar = frame.draw_colour_bar(self.palette, self.look.threshold)
         return bar if self.cam is not None else np.zeros_like(bar)
 
     def along(self, axis: Axis, slices: SliceSetting = "relevant") -> Review:
-        """Return the same case cut along another axis, or with other slices; copies no volume.
+        """Return the same case cut along another axis, or with other slices.
+
+        No volume is copied.
 
         Raises:
-            ConfigError, InputError: an unknown axis or word, an index outside the scan.
+            ConfigError: an unknown axis, or an unknown word for the slices.
+            InputError: an index outside of the scan.
 
         >>> cam = np.zeros((6, 7, 8))
         >>> cam[1, 2, 3] = 1
@@ -134,28 +142,28 @@ def review_volumes(
     caption: Mapping[str, object] | None = None,
     notice: str = "",
 ) -> Review:
-    """Check everything and choose what all pictures of a case share; copies no volume.
+    """Check the volumes of a case and choose what all its pictures share; no volume is copied.
 
     Args:
         scan: (X, Y, Z), any real numbers.
-        cam: (X, Y, Z) in [0, 1], of a signed look in [-1, 1], already scaled once for the whole
-            volume. All zero, or with NaN: no heat is drawn and the pictures say so.
+        cam: (X, Y, Z) in [0, 1], or in [-1, 1] for a signed look, scaled once for the whole volume.
+            If it is all zero, or holds NaN, no heat is drawn and the pictures say so.
         affine: (4, 4), voxel index -> RAS mm.
-        look: window, threshold, opacity, colours, and whether the CAM is signed.
+        look: window, threshold, opacity, colours, and whether evidence against is shown.
         prediction: (X, Y, Z) mask, drawn as a dashed cyan outline.
-        region: (X, Y, Z) mask that is explained in place of a prediction, drawn like one.
+        region: (X, Y, Z) mask that is explained instead of a prediction; drawn like a prediction.
         truth: (X, Y, Z) mask, drawn as a solid green outline.
         axis: "axial", "coronal" or "sagittal"; an oblique scan is cut along its own axes.
-        slices: voxel indices along the scan's own array axis that is closest to the anatomical
-            one (what a NIfTI viewer shows, also in the file names); "all"; or "relevant": where
-            the CAM reaches the threshold, or the prediction or region is present, at most 20, with
-            the peak.
+        slices: voxel indices along the scan's array axis that is nearest to the anatomical one, as
+            NIfTI viewers and the files' names have them; "all"; or "relevant": at most 20 slices,
+            the peak's among them, where the CAM reaches the threshold, or the prediction or region
+            is present.
         title: the first line of the pictures.
-        caption: more for the footer, e.g. {"class": "tumour", "layer": "encoder.4"}.
-        notice: why the CAM must not be drawn, where that is known; it is written instead.
+        caption: more words for the footer, such as {"class": "tumour", "layer": "encoder.4"}.
+        notice: the reason why the CAM must not be drawn, if there is one; it is written instead.
 
     Raises:
-        InputError: shapes that differ, an index outside the scan, a CAM on another scale.
+        InputError: shapes differ, an index lies outside of the scan, or the CAM has another scale.
         ConfigError: an unknown axis.
 
     Example:
@@ -213,17 +221,18 @@ def review_explanation(
 ) -> Review:
     """Plan the pictures of an explanation: its scan, CAM, prediction and truth, and its words.
 
-    Of a scan with several channels the first is shown, and the footer says so.
+    If the scan has several channels, the first one is shown and the footer says so.
 
     Args:
         explanation: what `explain` returns.
         look: window, threshold, opacity and colours.
         layer: one layer's name; None averages all.
         axis, slices: as for `review_volumes`.
-        case: what the scan is called in the title. Nothing is taken from file names or headers.
+        case: the scan's name in the title; none is taken from file names or headers.
 
     Raises:
-        InputError, ConfigError: as `review_volumes`, and an unknown layer.
+        InputError: as `review_volumes`, or an unknown layer.
+        ConfigError: as `review_volumes`.
     """
     mask, truth = explanation.measured, explanation.truth
     measured = None if mask is None else mask.numpy()
@@ -249,6 +258,7 @@ def review_explanation(
 
 
 def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[str, str]:
+    """Return the words of the footer, each with its name."""
     names = list(explanation.maps) if layer is None else [layer]
     finest = min((explanation.native_spacing[name] for name in names), key=math.prod)
     silent = explanation.left_out(layer, look.scale)
@@ -270,7 +280,7 @@ def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[st
 
 
 def _missing_heat(heat: NDArray[Any], look: Look) -> str:
-    """Say in words why there is no heat, or nothing where there is; refuse another scale."""
+    """Say in words why there is no heat, "" where there is some; refuse a CAM on another scale."""
     low, high = float(heat.min()), float(heat.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         return NO_HEAT["nonfinite"]
@@ -285,6 +295,7 @@ def _missing_heat(heat: NDArray[Any], look: Look) -> str:
 
 
 def _faint_heat(high: float, threshold: float) -> str:
+    """Say in words that the strongest heat lies below the threshold; "" where it does not."""
     if high >= threshold:
         return ""
     return f"no CAM at the threshold {threshold:.2f}: the map's maximum is {high:.2g}"
@@ -299,6 +310,7 @@ def _profile(
     masks: Mapping[str, NDArray[np.bool_]],
     look: Look,
 ) -> Profile:
+    """Measure every slice along the axis of a view."""
     others = (view.row_axis, view.column_axis)
     voxel_ml = abs(float(np.linalg.det(view.affine[:3, :3]))) / 1000
     volumes = {name: np.count_nonzero(mask, axis=others) * voxel_ml for name, mask in masks.items()}
@@ -318,6 +330,7 @@ def _chosen(
     look: Look,
     peak: Sequence[int] | None,
 ) -> list[int]:
+    """Return the indices of the slices to show, as the setting says."""
     relevant = np.zeros(view.slice_count, bool)
     least = max(look.threshold, float(np.finfo(np.float32).tiny))
     if profile.largest is not None:

@@ -108,7 +108,7 @@ def test_a_channel_that_is_not_finite_is_black_and_spoils_no_other(tmp_path, sca
     sheet = drawing.prepare(flat(values), scale=scale)
     assert not drawing.draw_channel(sheet, 0).any()
     np.testing.assert_array_equal(drawing.draw_channel(sheet, 1)[-1, -1], colour(1))
-    assert drawing._label(sheet, 0) == ["channel 0", "NaN or infinite"]
+    assert drawing.label_of(sheet, 0) == ["channel 0", "NaN or infinite"]
 
 
 def test_pixels_are_square_in_the_input():
@@ -152,7 +152,7 @@ def test_a_slice_is_turned_as_the_volume_is(codes, axis):
     )
     np.testing.assert_array_equal(sheet.planes[0], display.cut(view, volume, index))
     assert sheet.pixel == pytest.approx(display.spacing_mm(view))
-    assert display.position_text(view, index) in " ".join(drawing._facts(sheet))
+    assert display.position_text(view, index) in " ".join(drawing.facts_of(sheet))
 
 
 # --------------------------------------------------------------------------------------- the mosaic
@@ -192,8 +192,8 @@ def test_tiles_stand_in_order_row_by_row(tmp_path, columns):
 def test_labels_name_channel_weight_and_range():
     features = flat([[[0.125, 3]], [[2, 2]]], weights=np.array([-0.02, 1.5]), target="x")
     sheet = drawing.prepare(features)
-    assert drawing._label(sheet, 0) == ["channel 0", "weight -0.02", "0.125 … 3"]
-    assert drawing._label(sheet, 1) == ["channel 1", "weight +1.5", "2, constant"]
+    assert drawing.label_of(sheet, 0) == ["channel 0", "weight -0.02", "0.125 … 3"]
+    assert drawing.label_of(sheet, 1) == ["channel 1", "weight +1.5", "2, constant"]
 
 
 def test_header_says_layer_shape_slice_and_scale():
@@ -201,7 +201,7 @@ def test_header_says_layer_shape_slice_and_scale():
     features = FeatureMaps(
         RNG.random((3, 4, 6)), "encoder[0]", grid, 0, 2, np.ones(3), "log-odds of class 1"
     )
-    words = " ".join(drawing._facts(drawing.prepare(features)))
+    words = " ".join(drawing.facts_of(drawing.prepare(features)))
     for part in (
         "grid 5 x 4 x 6",
         "stride 8 x 4 x 4 input voxels (assumed)",
@@ -211,7 +211,9 @@ def test_header_says_layer_shape_slice_and_scale():
         "each channel on its own scale",
     ):
         assert part in words
-    assert "one scale for all" in " ".join(drawing._facts(drawing.prepare(features, scale="layer")))
+    assert "one scale for all" in " ".join(
+        drawing.facts_of(drawing.prepare(features, scale="layer"))
+    )
 
 
 def test_chosen_channels_in_the_order_given(tmp_path):

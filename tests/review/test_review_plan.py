@@ -257,6 +257,7 @@ def test_slice_out_of_range_writes_nothing(tmp_path):
 def test_public_names():
     assert seg3dcam.review.__all__ == [
         "WINDOWS",
+        "Look",
         "Report",
         "Review",
         "review_explanation",

@@ -46,15 +46,15 @@ def save_map(
     layer: str | None = None,
     look: Look = USUAL,
 ) -> Path:
-    """Save one item's 2D map as PNG: its input, and beside it the input with the map.
+    """Save the 2D map of one item as PNG: its input, and beside it the input under the map.
 
-    Rows run down and columns to the right, as in the array; nothing is turned.
+    Rows run down and columns to the right, as in the array: nothing is turned.
 
     Args:
         path: the file, ending in .png; its folder is made if missing.
         result: what a CAM of a 2D network returned.
-        x: its input, (B, C, H, W); of one with three channels their mean is drawn. None draws the
-            map alone.
+        x: its input, (B, C, H, W), drawn as the mean of its channels; without it the map is drawn
+            alone.
         item: which item of the batch; not needed for a batch of one.
         layer: one layer's name; None averages all.
         look: window, threshold, opacity and colours.

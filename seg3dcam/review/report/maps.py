@@ -92,17 +92,20 @@ def zero_code(signed: bool) -> int:
 
 
 def lattice_of(
-    layer: LayerRecord, prepared_affine: ArrayLike, affine: NDArray[np.float64]
+    layer: LayerRecord | None, prepared_affine: ArrayLike | None, affine: NDArray[np.float64]
 ) -> Lattice | None:
     """Return where a layer's voxels lie in the scan, along the scan's own axes.
 
-    None where the layer's axes are not parallel to the scan's, as after a rotation for the network.
+    None where that is not known, or where the layer's axes are not parallel to the scan's, as after
+    a rotation for the network.
 
     Args:
         layer: the layer's grid in the network's input.
         prepared_affine: (4, 4) voxel -> RAS mm of the network's input.
         affine: the scan's, (4, 4).
     """
+    if layer is None or not layer.shape or prepared_affine is None:
+        return None
     window = FeatureGrid(tuple(layer.shape), tuple(layer.stride), tuple(layer.offset))
     matrix = np.linalg.inv(affine) @ window.affine(np.asarray(prepared_affine))
     steps = np.abs(matrix[:3, :3])
