@@ -22,7 +22,13 @@ from scipy import ndimage
 
 from seg3dcam.errors import OutputError
 from seg3dcam.files.names import printable
-from seg3dcam.files.writers.nifti import as_stored, checked_volume, gzipped, slabs
+from seg3dcam.files.writers.volumes import (
+    as_stored,
+    check_suffix,
+    checked_volume,
+    gzipped,
+    slabs,
+)
 from seg3dcam.files.writing import as_path, atomic
 from seg3dcam.geometry import LPS_TO_RAS, checked_affine
 
@@ -59,7 +65,7 @@ def write_nrrd(
     b'space directions: (-1.0,0.0,0.0) (0.0,-1.0,0.0) (0.0,0.0,3.0)'
     """
     path, kind = as_path(path), np.dtype(dtype)
-    _check_suffix(path, ".nrrd")
+    check_suffix(path, "NRRD here", ".nrrd")
     if kind.name not in _TYPES:
         raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
     volume = checked_volume(volume, path)
@@ -141,7 +147,7 @@ def write_segments(
     True
     """
     path = as_path(path)
-    _check_suffix(path, ".seg.nrrd")
+    check_suffix(path, "NRRD here", ".seg.nrrd")
     if not segments:
         raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")
     layers = _layers(segments)
@@ -240,11 +246,6 @@ def _painted(
 
 
 # ------------------------------------------------------------------------------------------- file
-
-
-def _check_suffix(path: Path, suffix: str) -> None:
-    if not path.name.lower().endswith(suffix):
-        raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NRRD here: {suffix}.")
 
 
 def _header(
