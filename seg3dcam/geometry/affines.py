@@ -53,7 +53,7 @@ def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4
 
 
 def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
-    """Largest distance in mm between where two affines put the same voxel of a grid.
+    """Return the largest distance in mm between the places that two affines give one voxel.
 
     It is reached at one of the corners, since the difference of two affines is affine.
 

@@ -41,8 +41,8 @@ class EpochCams:
     The network, its statistics and all random states are as before, so that training goes on as
     it would have without.
 
-    What may pass does not stop a training: a class that is not predicted yet, an image without
-    content, a full disk, no memory left are warnings. A wrong setting is an error at once.
+    Problems that may pass do not stop a training: a class that is not predicted yet, an empty
+    image, a full disk or a lack of memory gives a warning. A wrong setting is an error at once.
 
     Args:
         out: folder for everything.
@@ -52,11 +52,11 @@ class EpochCams:
             the validation.
         method: a key of `METHODS`.
         cases: numbers of validation cases, counted from 0 in the order in which they come.
-        interval: epochs between two times.
+        interval: explain in every so many epochs.
         class_names: one for each channel, for the files' names.
 
     Raises:
-        ConfigError: an unknown method, or numbers that are none.
+        ConfigError: an unknown method, or an interval or cases that are not whole numbers.
 
     Example:
         >>> import tempfile

@@ -23,7 +23,7 @@ from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a region may look at: logits, and what in them the target is about.
+    """What a region may look at: logits, and the class in them that the target is about.
 
     - `logits`: (B, K, *S), without a graph.
     - `index`: the class; None for any foreground.
@@ -68,7 +68,7 @@ class View:
 
 
 def _is_largest(logits: torch.Tensor, index: int) -> torch.Tensor:
-    """Return where the arg-max of logits (K, *S) is a class, (*S) bool; of equals the first wins.
+    """Return where the arg-max of logits (K, *S) is a class, (*S) bool; the first of equals wins.
 
     Many times faster than `argmax`, which is slow along the first axis, and needs less memory.
     """
@@ -84,10 +84,12 @@ def _is_largest(logits: torch.Tensor, index: int) -> torch.Tensor:
 
 
 class RegionKind:
-    """What every region offers."""
+    """What every region can do."""
 
-    uses_truth: ClassVar[bool] = False  # labels leak into the map
-    follows_prediction: ClassVar[bool] = False  # other logits, other voxels
+    #: Whether ground truth chooses the voxels, so that labels leak into the map.
+    uses_truth: ClassVar[bool] = False
+    #: Whether other logits give other voxels.
+    follows_prediction: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ class RegionKind:
         return self
 
     def instead(self, view: View, item: int) -> str:
-        """Say what is there, where an item's mask is empty, and what to do."""
+        """Say, for an item whose mask is empty, what is predicted instead and what to do."""
         return (
             f"{view.described(item)}. To explain it all the same, give a region: 'volume', a mask, "
             "Box or Voxel"
@@ -112,7 +114,7 @@ class RegionKind:
 
 @dataclass(frozen=True)
 class Predicted(RegionKind):
-    """Where the class is predicted; of a classifier its one place, predicted or not."""
+    """Where the class is predicted; for a classifier its one place, predicted or not."""
 
     follows_prediction = True
 
@@ -138,7 +140,7 @@ class Volume(RegionKind):
 
 @dataclass(frozen=True, eq=False)
 class MaskRegion(RegionKind):
-    """Where a mask of the caller's is nonzero."""
+    """Where a given mask is not zero."""
 
     mask: Mask
 
@@ -266,8 +268,8 @@ class Component(RegionKind):
 class Boundary(RegionKind):
     """The shell of the predicted mask: voxels within `thickness` steps on either side of its edge.
 
-    A dilation without an erosion, by steps across faces. Where the mask meets the border of the
-    volume there is no edge.
+    It is the dilated mask without the eroded one, both by steps across the faces of voxels. Where
+    the mask meets the border of the volume there is no edge.
 
     >>> from seg3dcam.targets import ClassLogit
     >>> logits = torch.tensor([[[-1.0, -1.0, 1.0, 1.0, 1.0]]])
@@ -300,7 +302,7 @@ class Boundary(RegionKind):
 
 
 def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return what lies within some steps across faces of a mask (B, *S)."""
+    """Return a mask (B, *S) grown by some steps across the faces of voxels."""
     for _ in range(steps):
         grown = mask.clone()
         for axis in range(1, mask.ndim):
@@ -313,7 +315,7 @@ def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FixedRegion(RegionKind):
-    """The voxels that a region had at some logits, under its name."""
+    """The voxels that a region had at given logits; it keeps the region's name."""
 
     fixed: torch.Tensor
     origin: RegionKind
@@ -337,7 +339,7 @@ class FixedRegion(RegionKind):
 
 
 class FixedComponent(FixedRegion):
-    """A component of some logits; all of them share one map of ranks, (B, *S) int."""
+    """A component at given logits; all components share one map of ranks, (B, *S) int."""
 
     origin: Component
 
@@ -352,10 +354,10 @@ _WORDS: dict[str, RegionKind] = {"predicted": Predicted(), "volume": Volume()}
 
 
 def as_region(given: Region) -> RegionKind:
-    """Return a region of a word, a mask or a region.
+    """Return the region that a word or a mask stands for; a region as it is.
 
     Raises:
-        TargetError: neither of these.
+        TargetError: it is none of these.
     """
     if isinstance(given, RegionKind):
         return given

@@ -1,4 +1,4 @@
-"""Windows put together: logits stitched, and maps blended by the shares of their windows."""
+"""Stitch windows' logits, and blend windows' maps by the windows' shares."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Windows:
         return len(self.starts)
 
     def one_by_one(self) -> Windows:
-        """Return the same windows, of which each goes through the network by itself."""
+        """Return the same windows, each going through the network by itself."""
         return replace(self, plan=replace(self.plan, sw_batch_size=1))
 
     @property
@@ -176,7 +176,7 @@ class Windows:
         return list(groups.values())
 
     def lengths(self, axes: Sequence[int]) -> float:
-        """Return how many windows' lengths the padded volume measures along `axes`, multiplied."""
+        """Return the product of the padded volume's sizes along `axes`, in windows' lengths."""
         return float(np.prod([self.padded_shape[axis] / self.roi[axis] for axis in axes]))
 
     def batches(self, which: Iterable[int]) -> Iterator[list[int]]:

@@ -215,7 +215,7 @@ def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], pa
 
 
 def _ascii(text: str, length: int) -> bytes:
-    """At most `length` printable ASCII bytes.
+    """Return a text as at most `length` printable ASCII bytes.
 
     >>> _ascii("Läsion der Leber", 9), _ascii("肝臓", 9)
     (b'Lasion de', b'??')

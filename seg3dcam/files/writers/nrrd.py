@@ -109,7 +109,7 @@ def segment(
 
 
 def same_voxels(one: Segment, other: Segment) -> bool:
-    """Tell whether two segments cover the same, whatever their names and colours.
+    """Return whether two segments cover the same voxels, whatever their names and colours.
 
     >>> mask = np.eye(3, dtype=bool)[None]
     >>> same_voxels(segment(mask, "a", (0, 0, 0)), segment(mask, "b", (1, 1, 1)))
@@ -190,7 +190,7 @@ def _overlap(one: Segment, other: Segment) -> bool:
 
 
 def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
-    """What a segment has in a box within its own."""
+    """Return what a segment covers in a box that lies within its own box."""
     moved = (
         slice(part.start - own.start, part.stop - own.start)
         for part, own in zip(box, of.box, strict=True)
@@ -199,7 +199,7 @@ def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
 
 
 def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]]) -> dict[str, str]:
-    """Slicer's own fields: what the labels of every layer are."""
+    """Return Slicer's own header fields, which say what each label of each layer is."""
     place = {
         id(one): (number, label)
         for number, layer in enumerate(layers)
@@ -229,7 +229,7 @@ def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]])
 def _painted(
     layers: Sequence[Sequence[Segment]], shape: Sequence[int]
 ) -> Iterator[bytes | memoryview]:
-    """All layers as they lie in the file, slab by slab: layer runs fastest, then x, y, z."""
+    """Yield all layers as they lie in the file, slab by slab: layers run fastest, then x, y, z."""
     x, y, z = shape
     depth = max(1, _SLAB_VOXELS // (x * y * len(layers)))
     for start in range(0, z, depth):

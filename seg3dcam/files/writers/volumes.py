@@ -32,7 +32,7 @@ def check_suffix(path: Path, kind: str, *legal: str) -> None:
 
 
 def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
-    """Return a volume that a file can hold, without its graph; OutputError for another."""
+    """Return the volume without its graph; OutputError for one that no file can hold."""
     if isinstance(volume, torch.Tensor):
         volume = volume.detach().as_subclass(torch.Tensor)
     shape = tuple(volume.shape)
@@ -56,7 +56,7 @@ def gzipped(file: BinaryIO) -> igzip.IGzipFile:
 
 
 def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
-    """The volume in pieces along z, fetched from the GPU one at a time."""
+    """Yield the volume in pieces along z, fetched from the GPU one at a time."""
     x, y, z = volume.shape
     depth = max(1, _SLAB_BYTES // (4 * x * y))
     for start in range(0, z, depth):
@@ -68,7 +68,7 @@ def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
 
 
 def as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
-    """One slab as it lies in the file: x runs fastest, then y, then z."""
+    """Return one slab as it lies in the file: x runs fastest, then y, then z."""
     if dtype.kind == "f":
         return np.ascontiguousarray(slab.T, dtype=dtype).data
     with np.errstate(invalid="ignore"):  # a NaN is caught by the comparison
