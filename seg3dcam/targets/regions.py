@@ -1,6 +1,6 @@
 """Regions: which voxels a target sums over.
 
-A region sees a `View`, the prediction of one class, and answers with a mask (B, *S). The words
+A region is shown the `Prediction` of one class and answers with a mask (B, *S). The words
 "predicted" and "volume" and plain masks are regions too, see `as_region`.
 """
 
@@ -22,8 +22,8 @@ from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What a region may look at: logits, and the class in them that the target is about.
+class Prediction:
+    """What the network predicts of the class that a target is about.
 
     - `logits`: (B, K, *S), without a graph.
     - `index`: the class; None for any foreground.
@@ -39,11 +39,11 @@ class View:
         """(B, *S)."""
         return (len(self.logits), *self.logits.shape[2:])
 
-    def predicted(self) -> torch.Tensor:
+    def mask(self) -> torch.Tensor:
         """Return where the class is predicted, (B, *S) bool: arg-max, or logit > 0 for sigmoid."""
-        return torch.stack([self._predicted(item) for item in self.logits])
+        return torch.stack([self._mask(item) for item in self.logits])
 
-    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+    def _mask(self, logits: torch.Tensor) -> torch.Tensor:
         if self.overlapping:
             return (logits > 0).any(0) if self.index is None else logits[self.index] > 0
         return ~_is_largest(logits, 0) if self.index is None else _is_largest(logits, self.index)
@@ -96,7 +96,7 @@ class RegionKind:
         """What stands after "over" in a target's name."""
         return f"the {self}"
 
-    def masks(self, view: View) -> torch.Tensor:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
         """Return the voxels, (B, *S) bool; an item's may be empty."""
         raise NotImplementedError
 
@@ -104,11 +104,11 @@ class RegionKind:
         """Return the region with its mask or truth brought onto the network's grid."""
         return self
 
-    def instead(self, view: View, item: int) -> str:
+    def instead(self, prediction: Prediction, item: int) -> str:
         """Say, for an item whose mask is empty, what is predicted instead and what to do."""
         return (
-            f"{view.described(item)}. To explain it all the same, give a region: 'volume', a mask, "
-            "Box or Voxel"
+            f"{prediction.described(item)}. To explain it all the same, give a region: 'volume', "
+            "a mask, Box or Voxel"
         )
 
 
@@ -118,10 +118,10 @@ class Predicted(RegionKind):
 
     follows_prediction = True
 
-    def masks(self, view: View) -> torch.Tensor:
-        if len(view.grid) == 1:
-            return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
-        return view.predicted()
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        if len(prediction.grid) == 1:
+            return torch.ones(prediction.grid, dtype=torch.bool, device=prediction.logits.device)
+        return prediction.mask()
 
     def __str__(self) -> str:
         return "predicted mask"
@@ -131,8 +131,8 @@ class Predicted(RegionKind):
 class Volume(RegionKind):
     """All voxels."""
 
-    def masks(self, view: View) -> torch.Tensor:
-        return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return torch.ones(prediction.grid, dtype=torch.bool, device=prediction.logits.device)
 
     def __str__(self) -> str:
         return "whole volume"
@@ -144,8 +144,8 @@ class MaskRegion(RegionKind):
 
     mask: Mask
 
-    def masks(self, view: View) -> torch.Tensor:
-        return nonzero(self.mask, view.grid)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return nonzero(self.mask, prediction.grid)
 
     def __str__(self) -> str:
         return "given mask"
@@ -173,8 +173,8 @@ class Box(RegionKind):
         mask[tuple(map(slice, self.start, self.stop))] = True
         return mask
 
-    def masks(self, view: View) -> torch.Tensor:
-        return self.mask(view.grid[1:]).expand(view.grid)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return self.mask(prediction.grid[1:]).expand(prediction.grid)
 
     def __str__(self) -> str:
         return f"box {list(self.start)} to {list(self.stop)}"
@@ -227,33 +227,34 @@ class Component(RegionKind):
             object.__setattr__(self, "voxel", tuple(voxel.astype(int).tolist()))
         check_whole("connectivity", self.connectivity, 1)
 
-    def masks(self, view: View) -> torch.Tensor:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
         if self.voxel is not None:
-            Voxel(self.voxel).mask(view.grid[1:])  # refuses what lies outside of the volume
-        return torch.stack([self._mask(item) for item in view.predicted()])
+            Voxel(self.voxel).mask(prediction.grid[1:])  # refuses what lies outside of the volume
+        return torch.stack([self._mask(item) for item in prediction.mask()])
 
     def _mask(self, predicted: torch.Tensor) -> torch.Tensor:
         ranks, _ = components(predicted, self.connectivity)
         rank = int(ranks[self.voxel]) if self.rank is None else self.rank
         return ranks.eq(rank) if rank != -1 else torch.zeros_like(ranks, dtype=torch.bool)
 
-    def instead(self, view: View, item: int) -> str:
-        ranks, sizes = components(view.predicted()[item], self.connectivity)
+    def instead(self, prediction: Prediction, item: int) -> str:
+        ranks, sizes = components(prediction.mask()[item], self.connectivity)
         if not sizes:
-            return super().instead(view, item)
+            return super().instead(prediction, item)
         if self.voxel is None:
             return (
                 f"The predicted mask has {listed_sizes(sizes)}, so ranks 0 to {len(sizes) - 1} are "
-                f"legal. {view.described(item)}"
+                f"legal. {prediction.described(item)}"
             )
         places = torch.nonzero(ranks >= 0)
         away = (places - places.new_tensor(self.voxel)).double().norm(dim=1)
         near = tuple(places[int(away.argmin())].tolist())
         rank = int(ranks[near])
+        here = prediction.described_at(item, self.voxel)
         return (
-            f"At voxel {list(self.voxel)} {view.described_at(item, self.voxel)} is predicted; the "
+            f"At voxel {list(self.voxel)} {here} is predicted; the "
             f"nearest component has rank {rank} and {sizes[rank]} voxels, the nearest of them is "
-            f"{list(near)}, {float(away.min()):.3g} voxels away. {view.described(item)}"
+            f"{list(near)}, {float(away.min()):.3g} voxels away. {prediction.described(item)}"
         )
 
     @property
@@ -284,18 +285,18 @@ class Boundary(RegionKind):
     def __post_init__(self) -> None:
         check_whole("a boundary's thickness", self.thickness, 1)
 
-    def masks(self, view: View) -> torch.Tensor:
-        inside = view.predicted()
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        inside = prediction.mask()
         # An erosion is a growth of what is outside; both grow only within the volume.
         return _grown(inside, self.thickness) & _grown(~inside, self.thickness)
 
-    def instead(self, view: View, item: int) -> str:
-        if view.predicted()[item].all():
+    def instead(self, prediction: Prediction, item: int) -> str:
+        if prediction.mask()[item].all():
             return (
                 "The mask fills the whole volume, so it has no boundary. "
-                f"{super().instead(view, item)}"
+                f"{super().instead(prediction, item)}"
             )
-        return super().instead(view, item)
+        return super().instead(prediction, item)
 
     def __str__(self) -> str:
         return f"boundary (thickness {self.thickness}) of the predicted mask"
@@ -328,12 +329,12 @@ class FixedRegion(RegionKind):
     def name(self) -> str:
         return self.origin.name
 
-    def masks(self, view: View) -> torch.Tensor:
-        if self.fixed.shape != view.grid:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        if self.fixed.shape != prediction.grid:
             raise TargetError(
                 f"the region was fixed for logits of {len(self.fixed)} items of "
-                f"{tuple(self.fixed.shape[1:])} voxels; these have {view.grid[0]} of "
-                f"{view.grid[1:]}. Fix the target at logits of this shape"
+                f"{tuple(self.fixed.shape[1:])} voxels; these have {prediction.grid[0]} of "
+                f"{prediction.grid[1:]}. Fix the target at logits of this shape"
             )
         return self.fixed
 
@@ -343,8 +344,8 @@ class FixedComponent(FixedRegion):
 
     origin: Component
 
-    def masks(self, view: View) -> torch.Tensor:
-        return super().masks(view).eq(self.origin.rank or 0)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return super().masks(prediction).eq(self.origin.rank or 0)
 
 
 #: What may be given as a region.
