@@ -45,7 +45,7 @@ from __future__ import annotations
 from seg3dcam.targets.arguments import Activation
 from seg3dcam.targets.base import OwnTarget, Target, name_of
 from seg3dcam.targets.combined import AnyTarget, WeightedSum
-from seg3dcam.targets.components import components
+from seg3dcam.targets.connected_components import components
 from seg3dcam.targets.detection import DetectionClass, detection_map
 from seg3dcam.targets.families import EveryClass, EveryComponent, TargetFamily
 from seg3dcam.targets.masks import OnItsGrid

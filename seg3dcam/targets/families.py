@@ -13,7 +13,7 @@ from seg3dcam.errors import EmptyRegionError, TargetError
 from seg3dcam.targets.arguments import Activation, check_activation, check_index, check_whole
 from seg3dcam.targets.base import changed
 from seg3dcam.targets.combined import AnyTarget
-from seg3dcam.targets.components import components, listed_sizes
+from seg3dcam.targets.connected_components import components, listed_sizes
 from seg3dcam.targets.regions import Component, FixedComponent
 from seg3dcam.targets.scores import ClassLogit, ClassLogOdds, overlapping
 

@@ -15,7 +15,7 @@ import torch
 
 from seg3dcam.errors import TargetError, nearest
 from seg3dcam.targets.arguments import check_whole
-from seg3dcam.targets.components import components, listed_sizes
+from seg3dcam.targets.connected_components import components, listed_sizes
 from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 
 # ------------------------------------------------------------------------------- the prediction
