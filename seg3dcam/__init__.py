@@ -37,6 +37,41 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from seg3dcam.network.suggest import suggest_layers
     from seg3dcam.scan import Scan, load_scan
     from seg3dcam.windows import WindowPlan
+else:  # at run time they are imported when they are first used
+    _NAMES_IN = {
+        "cams.base": ["BaseCAM"],
+        "cams.catalogue": [
+            "FEM",
+            "KPCACAM",
+            "AblationCAM",
+            "EigenCAM",
+            "EigenGradCAM",
+            "FullGrad",
+            "GradCAM",
+            "GradCAMElementWise",
+            "GradCAMPlusPlus",
+            "HiResCAM",
+            "LayerCAM",
+            "RandomCAM",
+            "ScoreCAM",
+            "SegEigenCAM",
+            "ShapleyCAM",
+            "SliceGradCAM",
+            "XGradCAM",
+            "XResCAM",
+        ],
+        "cams.result": ["CamResult"],
+        "explaining.explain": ["explain", "explain_each"],
+        "explaining.explanation": ["Explanation"],
+        "job.record": ["load_explanation"],
+        "methods": ["METHODS"],
+        "models": ["SegModel", "load_model"],
+        "network.ensemble": ["Ensemble"],
+        "network.suggest": ["suggest_layers"],
+        "scan": ["Scan", "load_scan"],
+        "windows": ["WindowPlan"],
+    }
+    __getattr__, __dir__ = lazy(__name__, _NAMES_IN)
 
 __version__ = "0.1.0"
 
@@ -76,40 +111,4 @@ __all__ = [
     "targets",
 ]
 
-#: Module -> the public names that are imported from it when they are first used.
-_NAMES_IN = {
-    "cams.base": ["BaseCAM"],
-    "cams.catalogue": [
-        "FEM",
-        "KPCACAM",
-        "AblationCAM",
-        "EigenCAM",
-        "EigenGradCAM",
-        "FullGrad",
-        "GradCAM",
-        "GradCAMElementWise",
-        "GradCAMPlusPlus",
-        "HiResCAM",
-        "LayerCAM",
-        "RandomCAM",
-        "ScoreCAM",
-        "SegEigenCAM",
-        "ShapleyCAM",
-        "SliceGradCAM",
-        "XGradCAM",
-        "XResCAM",
-    ],
-    "cams.result": ["CamResult"],
-    "explaining.explain": ["explain", "explain_each"],
-    "explaining.explanation": ["Explanation"],
-    "job.record": ["load_explanation"],
-    "methods": ["METHODS"],
-    "models": ["SegModel", "load_model"],
-    "network.ensemble": ["Ensemble"],
-    "network.suggest": ["suggest_layers"],
-    "scan": ["Scan", "load_scan"],
-    "windows": ["WindowPlan"],
-}
-
-__getattr__, __dir__ = lazy(__name__, _NAMES_IN)
 find_old_names()

@@ -12,14 +12,12 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from seg3dcam.job.record import load_explanation
     from seg3dcam.job.run import JobResult, run_job
     from seg3dcam.job.settings import Job
+else:  # at run time they are imported when they are first used
+    _NAMES_IN = {
+        "record": ["load_explanation"],
+        "run": ["JobResult", "run_job"],
+        "settings": ["Job"],
+    }
+    __getattr__, __dir__ = lazy(__name__, _NAMES_IN)
 
 __all__ = ["Job", "JobResult", "load_explanation", "run_job"]
-
-#: Module -> the names that are imported from it when they are first used.
-_NAMES_IN = {
-    "record": ["load_explanation"],
-    "run": ["JobResult", "run_job"],
-    "settings": ["Job"],
-}
-
-__getattr__, __dir__ = lazy(__name__, _NAMES_IN)

@@ -83,6 +83,46 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
         score_and_seed,
         uses_truth,
     )
+else:  # at run time they are imported when they are first used
+    _NAMES_IN = {
+        "base": ["Activation", "OwnTarget", "Target", "name_of"],
+        "combined": ["AnyTarget", "WeightedSum"],
+        "detection": ["DetectionClass", "detection_map"],
+        "families": ["EveryClass", "EveryComponent", "TargetFamily"],
+        "regions": [
+            "Boundary",
+            "Box",
+            "Component",
+            "FalseNegatives",
+            "FalsePositives",
+            "OnItsGrid",
+            "Region",
+            "TruePositives",
+            "Voxel",
+            "components",
+        ],
+        "scores": [
+            "ClassLogit",
+            "ClassLogOdds",
+            "ClassProbability",
+            "ClassTarget",
+            "Contrast",
+            "Finer",
+            "MaskOutput",
+            "SoftDice",
+            "SumOverRegion",
+        ],
+        "use": [
+            "as_target",
+            "as_targets",
+            "fixed",
+            "placed",
+            "region_of",
+            "score_and_seed",
+            "uses_truth",
+        ],
+    }
+    __getattr__, __dir__ = lazy(__name__, _NAMES_IN)
 
 __all__ = [
     "Activation",
@@ -123,45 +163,3 @@ __all__ = [
     "score_and_seed",
     "uses_truth",
 ]
-
-#: Module -> the names that are imported from it when they are first used.
-_NAMES_IN = {
-    "base": ["Activation", "OwnTarget", "Target", "name_of"],
-    "combined": ["AnyTarget", "WeightedSum"],
-    "detection": ["DetectionClass", "detection_map"],
-    "families": ["EveryClass", "EveryComponent", "TargetFamily"],
-    "regions": [
-        "Boundary",
-        "Box",
-        "Component",
-        "FalseNegatives",
-        "FalsePositives",
-        "OnItsGrid",
-        "Region",
-        "TruePositives",
-        "Voxel",
-        "components",
-    ],
-    "scores": [
-        "ClassLogit",
-        "ClassLogOdds",
-        "ClassProbability",
-        "ClassTarget",
-        "Contrast",
-        "Finer",
-        "MaskOutput",
-        "SoftDice",
-        "SumOverRegion",
-    ],
-    "use": [
-        "as_target",
-        "as_targets",
-        "fixed",
-        "placed",
-        "region_of",
-        "score_and_seed",
-        "uses_truth",
-    ],
-}
-
-__getattr__, __dir__ = lazy(__name__, _NAMES_IN)
