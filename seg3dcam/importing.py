@@ -37,11 +37,17 @@ def lazy(
         package: its dotted name, `__name__`.
         names_in: module, relative to the package -> the names that the package takes from it.
 
+    Raises:
+        ImportError: one of the names is a module's too. Importing that module would put the module
+            in the place of the name.
+
     Example, in `__init__.py`:
 
         __getattr__, __dir__ = lazy(__name__, {"scan": ["Scan", "load_scan"]})
     """
     module_of = {name: module for module, names in names_in.items() for name in names}
+    if both := {module.partition(".")[0] for module in names_in} & module_of.keys():
+        raise ImportError(f"{package}: {', '.join(both)} is a module's name too; rename the module")
 
     def get(name: str) -> Any:
         if name in module_of:

@@ -138,6 +138,12 @@ def test_modules_are_attributes_of_their_package():
         from seg3dcam import nothing_like_it  # noqa: F401
 
 
+def test_a_name_that_is_a_modules_too_is_refused():
+    """Once the module is imported, the name would stand for it."""
+    with pytest.raises(ImportError, match=r"^a_package: parts is a module's name too"):
+        lazy("a_package", {"parts": ["parts", "whole"]})
+
+
 def test_a_module_that_lacks_another_says_so(tmp_path, monkeypatch):
     folder = tmp_path / "package_of_a_test"
     folder.mkdir()

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     FiniteFloat,
+    StrictInt,
+    StrictStr,
     field_validator,
     model_validator,
 )
@@ -47,6 +49,9 @@ Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 
 #: Voxels along an axis, at most: as many as a NIfTI-1 header can count.
 MOST_VOXELS = 32767
+
+#: A class by its name or index; nothing else is taken for one, such as true for 1.
+ClassName = StrictStr | StrictInt
 
 
 class Prepare(Settings):
