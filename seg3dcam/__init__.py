@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from seg3dcam.network.suggest import suggest_layers
     from seg3dcam.scan import Scan, load_scan
     from seg3dcam.windows import WindowPlan
+else:  # at run time they are imported when they are first used
+    __getattr__, __dir__ = lazy(__name__)
 
 __version__ = "0.1.0"
 
@@ -75,6 +77,4 @@ __all__ = [
     "suggest_layers",
     "targets",
 ]
-
-__getattr__, __dir__ = lazy(__name__)
 find_old_names()

@@ -66,6 +66,19 @@ if TYPE_CHECKING:
     class OutOfMemoryError(Seg3dcamError, torch.OutOfMemoryError):
         """Memory does not suffice, not even for one window at a time."""
 
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Make `OutOfMemoryError` when it is first used: its base class is PyTorch's."""
+        if name != "OutOfMemoryError":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import torch
+
+        doc = "Memory does not suffice, not even for one window at a time."
+        content = {"__doc__": doc, "__module__": __name__}
+        made = type(name, (Seg3dcamError, torch.OutOfMemoryError), content)
+        return globals().setdefault(name, made)
+
 
 class MissingExtraError(Seg3dcamError, ImportError):
     """An optional package is needed and not installed."""
@@ -73,19 +86,6 @@ class MissingExtraError(Seg3dcamError, ImportError):
 
 class Seg3dcamWarning(UserWarning):
     """A result is usable, but there is something that its reader must know."""
-
-
-def __getattr__(name: str) -> Any:
-    """Make `OutOfMemoryError` where it is first used: its base needs PyTorch, slow to import."""
-    if name != "OutOfMemoryError":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import torch
-
-    doc = "Memory does not suffice, not even for one window at a time."
-    made = type(
-        name, (Seg3dcamError, torch.OutOfMemoryError), {"__doc__": doc, "__module__": __name__}
-    )
-    return globals().setdefault(name, made)
 
 
 def nearest(name: str, legal: Iterable[str], count: int = 3) -> str:

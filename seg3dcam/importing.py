@@ -36,14 +36,23 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     Args:
         package: its dotted name, `__name__`.
 
+    Raises:
+        ImportError: one of the names is a module's too. Importing that module would put the module
+            in the place of the name.
+
     Example, in `__init__.py`:
 
         if TYPE_CHECKING:
             from seg3dcam.scan import Scan, load_scan
-
-        __getattr__, __dir__ = lazy(__name__)
+        else:
+            __getattr__, __dir__ = lazy(__name__)
     """
     module_of = imports_for_type_checkers(package)
+    modules = {
+        module.removeprefix(f"{package}.").partition(".")[0] for module in module_of.values()
+    }
+    if both := modules & module_of.keys():
+        raise ImportError(f"{package}: {', '.join(both)} is a module's name too; rename the module")
 
     def get(name: str) -> Any:
         if name in module_of:

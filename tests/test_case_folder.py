@@ -29,7 +29,7 @@ from helpers_cases import (
 
 from seg3dcam.errors import OutputError
 from seg3dcam.files import temporary_name
-from seg3dcam.job import case
+from seg3dcam.job import case, writers
 from seg3dcam.job.folder import LOCK, locked
 from seg3dcam.job.record import is_done, listed_files, record_of
 
@@ -268,7 +268,7 @@ def test_a_truncated_file_is_seen_and_a_changed_one_if_asked(place):
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_files_that_go_while_the_run_goes_on_are_missed(place, what, monkeypatch):
     """A clean-up job, or a colleague, in the middle of the run."""
-    write = case.save_planes
+    write = writers.save_planes
 
     def delete(*args, **kwargs):
         found = write(*args, **kwargs)

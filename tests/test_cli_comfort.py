@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_cases import PICTURES, Place, contents, seg3dcam
 from rich.console import Console
 
@@ -118,6 +119,37 @@ def test_a_scan_behind_a_flag_is_a_scan(place, monkeypatch):
     outcome = seg3dcam("explain", "--trust", odd.name, "--model", "model.yaml", "--out", "o")
     assert "is a flag" not in outcome.err
     assert outcome.code == 1  # no NIfTI's name
+
+
+# ------------------------------------------------------------------------ memory that is full
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "error: CUDA out of memory.\n"),
+        (torch.OutOfMemoryError(), "error: out of memory\n"),
+        (MemoryError(), "error: out of memory\n"),
+        (RuntimeError("not enough memory"), "error: out of memory: not enough memory\n"),
+    ],
+    ids=repr,
+)
+def test_full_memory_is_said_in_a_line(place, monkeypatch, error, said):
+    def fill(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("seg3dcam.job.run.explain_each", fill)
+    outcome = place.explain()
+    assert (outcome.code, outcome.err, outcome.out) == (1, said, "")
+
+
+def test_another_error_of_the_program_is_no_message_for_the_user(place, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("seg3dcam.job.run.explain_each", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        place.explain()
 
 
 # ----------------------------------------------------------------------------- what is printed

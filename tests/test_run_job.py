@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+from typing import get_args
 
 import pytest
 from helpers_cases import Place, contents, voxels, write_scan
 
 from seg3dcam import targets
 from seg3dcam.errors import ConfigError, InputError, ScanError
-from seg3dcam.job import Job, JobResult, load_explanation, run_job, writers
+from seg3dcam.files.readers import FRAMES
+from seg3dcam.geometry import Axis
+from seg3dcam.job import Job, JobResult, load_explanation, run_job, settings, writers
 from seg3dcam.job.formats import FORMATS
+from seg3dcam.review import WINDOWS
 from seg3dcam.targets.named import REGIONS, SCORES
 from seg3dcam.targets.regions import as_region
 
@@ -114,6 +118,14 @@ def test_every_score_is_a_target(score):
 def test_every_region_is_known(region):
     kind = REGIONS[region].kind
     assert kind in targets.__all__ or (not kind and as_region(region))
+
+
+def test_what_settings_say_again_is_what_the_other_rooms_say():
+    """Rooms that need PyTorch are not asked when the settings are made."""
+    assert get_args(settings.Axis) == get_args(Axis)
+    assert get_args(get_args(Job.model_fields["frame"].annotation)[0]) == FRAMES
+    words = Job.model_fields["intensity_window"].description
+    assert all(name in words for name in WINDOWS)
 
 
 def test_defaults_are_the_first_and_the_marked():

@@ -125,6 +125,16 @@ def test_modules_are_attributes_of_their_package():
         from seg3dcam import nothing_like_it  # noqa: F401
 
 
+def test_a_name_that_is_a_modules_too_is_refused(tmp_path, monkeypatch):
+    """Once the module is imported, the name would stand for it."""
+    (tmp_path / "package_of_parts").mkdir()
+    code = "if TYPE_CHECKING:\n    from package_of_parts.parts import parts, whole\n"
+    (tmp_path / "package_of_parts" / "__init__.py").write_text(f"TYPE_CHECKING = False\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"^package_of_parts: parts is a module's name too"):
+        lazy("package_of_parts")
+
+
 def test_a_module_that_lacks_another_says_so(tmp_path, monkeypatch):
     folder = tmp_path / "package_of_a_test"
     folder.mkdir()

@@ -12,14 +12,11 @@ import typer
 
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.checks import check_job
-from seg3dcam.job.settings import Job
+from seg3dcam.job.settings import Axis, Job
 from seg3dcam.settings import parse_yaml, read_yaml, validate
 
 #: Options of pairs -> an example.
 _PAIRS = {"settings": "window=4", "input": "t1=t1.nii.gz", "set": "inferer#roi_size=[64,64,64]"}
-
-#: The planes that slices are cut along.
-_PLANES = ("axial", "coronal", "sagittal")
 
 #: What a command line needs at least.
 _USAGE = (
@@ -233,6 +230,7 @@ def axis_of(text: str) -> int | str:
     """Return the number of an axis, or a plane; ConfigError for anything else."""
     if text in ("0", "1", "2"):
         return int(text)
-    if text in _PLANES:
+    planes = get_args(Axis)
+    if text in planes:
         return text
-    raise ConfigError(f"--axis {text!r}: legal are {', '.join(_PLANES)}, and 0, 1, 2")
+    raise ConfigError(f"--axis {text!r}: legal are {', '.join(planes)}, and 0, 1, 2")

@@ -65,7 +65,7 @@ def write_case(
     other process can write to the folder meanwhile.
 
     Args:
-        keys: see `seg3dcam.job.keys`; None: as far as the explanations tell them.
+        keys: see `seg3dcam.job.keys`; None takes them from what the explanations say.
         progress: called with (step, done, total) before each format is written.
 
     Returns:

@@ -1,4 +1,6 @@
-"""A folder that one run at a time writes to: nothing half-written, lost, mixed, or somebody else's.
+"""A folder that only one run at a time writes to.
+
+So nothing in it is half-written, lost or mixed up, and files of somebody else stay as they are.
 
     with locked("results") as lock, staging("results") as staged:
         ...                             # write to `staged`, a hidden folder in "results"
@@ -6,8 +8,9 @@
         lock.announce(names.values())   # what a run that is killed from here on may leave
         move("results", staged, names)
 
-A lock says which process on which machine is at work. That of a process which is gone is taken
-over: what it left is removed, as its temporary files, or what it announced and no record lists.
+A lock says which process on which machine is at work. Where that process has died, the next run
+takes the lock over and removes what was left behind: temporary files, and files that the process
+announced and that no record lists.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from seg3dcam.files import check_writable, digest_of, read_small, temporary_name
 #: The file that says who is at work in a folder.
 LOCK = ".seg3dcam-lock"
 
-#: Seconds after which a lock that cannot be read is that of a run which died while it wrote it.
+#: A lock that cannot be read may just be written. After so many seconds its run must have died.
 UNREADABLE = 10
 
 #: Folders that hold one folder for each explanation; other folders belong together as a whole.
@@ -180,7 +183,7 @@ def described(staged: Path, names: Mapping[str, str]) -> dict[str, dict[str, int
     found: dict[str, dict[str, int | str]] = {}
     for name, final in names.items():
         file = staged / name
-        with _said(file):
+        with _errors_in_words(file):
             found[final] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
     return found
 
@@ -193,13 +196,13 @@ def move(folder: Path, staged: Path, names: Mapping[str, str]) -> None:
     """
     for name, final in names.items():
         target = folder / final
-        with _said(target):
+        with _errors_in_words(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             (staged / name).replace(target)
 
 
 @contextlib.contextmanager
-def _said(file: Path) -> Iterator[None]:
+def _errors_in_words(file: Path) -> Iterator[None]:
     """Say in words that a file is gone or cannot be written."""
     try:
         yield

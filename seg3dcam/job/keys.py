@@ -1,4 +1,4 @@
-"""Which case a run belongs to, where it goes, and by what it is known again."""
+"""Which case a run belongs to, where the case goes, and hashes that tell what was done before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from seg3dcam.models import SegModel
 from seg3dcam.review.look import Look
 from seg3dcam.scan import Scan, place_code
 
-#: Settings that do not change what is written.
+#: Settings that say where something is; they do not change what is written.
 _WHERE = {"scan", "model", "out", "device", "truth"}
 
 #: Packages that make volumes and pictures.
@@ -30,12 +30,12 @@ _MAKERS = ("seg3dcam", "torch", "monai", "numpy", "scipy", "nibabel", "matplotli
 
 
 class Keys(NamedTuple):
-    """Hashes of what is asked for; the same, where the same is written.
+    """Hashes of what a run is asked for: runs with the same hash write the same.
 
     Attributes:
-        voxels: of the scan's voxels alone: whose it is, wherever its header places it.
+        voxels: of the scan's voxels alone. It says which scan it is, wherever a header places it.
         job: of the scan's voxels, the model, the truth and the settings.
-        all: of that, of where the scan's header places it, and of the versions of packages.
+        all: of all that, of the scan's place, and of the versions of the packages that write.
     """
 
     voxels: str
@@ -72,7 +72,7 @@ def case_folder(scan: Scan, job: Job, keys: Keys) -> Path:
 
 
 def _may_hold(folder: Path, keys: Keys) -> bool:
-    """Tell whether a folder holds nothing that keeps a scan's case out."""
+    """Tell whether a scan's case may go to a folder: nothing is there that it would mix with."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
     record = record_of(folder)
@@ -82,7 +82,7 @@ def _may_hold(folder: Path, keys: Keys) -> bool:
 
 
 def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) -> Keys:
-    """Return the hashes by which a run is known again."""
+    """Return the hashes of a run, by which it is found to be done already."""
     voxels = voxels_sha256(scan)
     digest = hashlib.sha256(voxels.encode())
     if truth is not None:
@@ -116,13 +116,13 @@ def _code_of(module: nn.Module) -> str:
 
 
 def _classes_of(job: Job, model: SegModel) -> list[int] | None:
-    """Return the classes by their indices, however the job names them."""
+    """Return the indices of the classes that a job names, by name or by index."""
     named = job.target if isinstance(job.target, list) else [job.target]
     return None if job.target is None else [model.class_index(name) for name in named]  # type: ignore[arg-type]
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Return what decides on the results, the same for the same job however it is written."""
+    """Return the settings that decide on the results, in one form however a job writes them."""
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
     same = {
         "method": job.methods,
@@ -137,7 +137,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
-    """Return the keys of a run whose model is known by what it explained alone."""
+    """Return the keys of a run whose model is known only from what an explanation says of it."""
     scan, model = explanation.scan, explanation.provenance.get("model")
     voxels = voxels_sha256(scan)
     use = [voxels, model, settings_of(job)]

@@ -76,6 +76,8 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
         score_and_seed,
         uses_truth,
     )
+else:  # at run time they are imported when they are first used
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "Activation",
@@ -116,5 +118,3 @@ __all__ = [
     "score_and_seed",
     "uses_truth",
 ]
-
-__getattr__, __dir__ = lazy(__name__)
