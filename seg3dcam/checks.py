@@ -28,10 +28,10 @@ def check_whole_number(what: str, value: Any, least: int = 1) -> None:
 
 
 def checked_index(what: str, value: Any, count: int, of: str = "") -> int:
-    """Return one of `count` positions; InputError for what is none.
+    """Return an index, 0 <= index < count; InputError for anything else.
 
     Args:
-        of: what it is a position in, such as " along axis 0".
+        of: what it counts in, such as " along axis 0".
 
     >>> checked_index("slice", 1.5, 8)
     Traceback (most recent call last):
@@ -69,12 +69,12 @@ def check_number(
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether something is a whole number; True and False are none."""
+    """Return whether something is a whole number; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Return whether something is a number; True and False are none."""
+    """Return whether something is a number; True and False are not."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 

@@ -14,12 +14,11 @@ from torch import nn
 from toy import PACKED, Nested, linear_head_case, plain, random_input, seeded, skip_case
 
 from seg3dcam import GradCAM, SegModel, WindowPlan, load_scan, targets
-from seg3dcam.cams import feature_maps as features
 from seg3dcam.cams.feature_maps import feature_maps
 from seg3dcam.errors import InputError, LayerError, TargetError
 from seg3dcam.explaining.features import features_of_scan
 from seg3dcam.geometry import FeatureGrid
-from seg3dcam.windows import plan_windows
+from seg3dcam.windows import blend_onto, plan_windows
 
 VOLUME = targets.ClassLogit(1, region="volume")
 
@@ -157,12 +156,12 @@ def test_windows_may_lie_on_several_devices(monkeypatch):
         seen.append(values.device.type)
         return values.new_zeros(len(values), *to.shape)
 
-    monkeypatch.setattr(features, "_at", at)
+    monkeypatch.setattr("seg3dcam.windows.part._at", at)
     windows = plan_windows(WindowPlan(8, overlap=0.5), (8, 8, 12))
     grid, whole = (FeatureGrid((4, 4, n), (2.0,) * 3, (0.0,) * 3) for n in (4, 6))
     parts = [(0, torch.zeros(3, 4, 4, 4, device="meta")), (1, torch.zeros(3, 4, 4, 4))]
     assert len(windows) == len(parts)
-    blended = features._blended(whole, grid, windows, parts)
+    blended = blend_onto(whole, grid, windows, parts)
     assert (blended.device.type, tuple(blended.shape)) == ("meta", (3, 4, 4, 6))
     assert seen == ["meta", "meta", "cpu", "meta"]  # values and shares of either window
 

@@ -449,7 +449,7 @@ REGIONS = {
 def test_every_region_is_a_boolean_mask_of_every_item_even_if_it_is_empty(region):
     logits = random_logits((3, 4, 5))
     logits[:, 0, 0, 0, 0] = 9  # not class 1
-    found = region.masks(ClassLogit(1).view(logits))
+    found = region.masks(ClassLogit(1).prediction(logits))
     assert (found.dtype, found.shape) == (torch.bool, (len(logits), 3, 4, 5))
 
 

@@ -11,7 +11,7 @@ Through windows only the slice is blended: a layer's channels never lie in memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from seg3dcam.engine.memory import AtOnce
 from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, predict, silent, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import InputError, LayerError
-from seg3dcam.geometry import FeatureGrid, cropped, interpolate, spacing_of
+from seg3dcam.geometry import FeatureGrid, spacing_of
 from seg3dcam.methods.base import weighted_sum
 from seg3dcam.methods.pooled import PooledGradient
 from seg3dcam.network.capture import Capture, begun_again, capturing
@@ -36,7 +36,14 @@ from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
 from seg3dcam.targets import Activation, as_target, name_of, placed, score_and_seed
-from seg3dcam.windows import WindowPlan, Windows, plan_windows
+from seg3dcam.windows import (
+    WindowPlan,
+    Windows,
+    blend_onto,
+    grid_over_volume,
+    part_in_window,
+    plan_windows,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +149,7 @@ def feature_maps(
         first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
         grid = measured_in_window(capture, example, first.shapes)[ref]
-        whole = _over_volume(grid, windows)
+        whole = grid_over_volume(grid, windows)
         cut = _checked_cut(ref, whole, axis, index)
         weights = None
         if chosen is not None:
@@ -151,7 +158,7 @@ def feature_maps(
         if cut is not None and index is None:
             index = _peak(first, ref, grid, whole, weights, cut)
         target_grid = whole if cut is None else _slice_of(whole, cut, index)
-        values = _blended(
+        values = blend_onto(
             target_grid, grid, windows, _windows_at(first, ref, grid, target_grid, progress)
         )
     if values is None:
@@ -271,7 +278,7 @@ def _peak(
         (window, weighted_sum(wide(found[layer]), weights[None]))
         for window, found in activation_pass(first, [0], every)
     )
-    total = _blended(whole, grid, first.windows, maps)
+    total = blend_onto(whole, grid, first.windows, maps)
     if total is None:
         return middle
     along = total[0].amax([a for a in range(total.ndim - 1) if a != axis])
@@ -282,42 +289,12 @@ def _peak(
 # ---------------------------------------------------------------- grids and windows
 
 
-def _over_volume(grid: FeatureGrid, windows: Windows) -> FeatureGrid:
-    """Continue a window's grid over the volume, without voxels that lie in padding alone."""
-    shape = []
-    for axis, (size, stride) in enumerate(zip(grid.shape, grid.stride, strict=True)):
-        last = max(start[axis] for start in windows.starts)
-        shape.append(math.floor(round(last / stride, 9)) + size)
-    offset = tuple(o - b for o, b in zip(grid.offset, windows.before, strict=True))
-    padded = FeatureGrid(tuple(shape), grid.stride, offset, grid.measured)
-    return cropped(torch.empty(shape, device="meta"), padded, windows.shape)[1]
-
-
 def _slice_of(grid: FeatureGrid, axis: int, index: int | None) -> FeatureGrid:
     """Return the grid of one slice."""
     shape, offset = list(grid.shape), list(grid.offset)
     shape[axis] = 1
     offset[axis] += grid.stride[axis] * (index or 0)
     return FeatureGrid(tuple(shape), grid.stride, tuple(offset), grid.measured)
-
-
-def _part(
-    target: FeatureGrid, grid: FeatureGrid, windows: Windows, window: int
-) -> tuple[tuple[slice, ...], FeatureGrid]:
-    """Return which part of a grid of the volume a window covers, and that part in the window."""
-    place, offset = [], []
-    for axis, (start, before) in enumerate(
-        zip(windows.starts[window], windows.before, strict=True)
-    ):
-        stride, own = grid.stride[axis], grid.offset[axis]
-        # Where the window's first feature voxel lies in the target, counted in its voxels.
-        shift = round((start - before + own - target.offset[axis]) / stride, 9)
-        first = max(0, math.ceil(shift - 0.5))
-        stop = min(target.shape[axis], math.floor(shift + grid.shape[axis] - 0.5) + 1)
-        place.append(slice(first, max(first, stop)))
-        offset.append(own + stride * (first - shift))
-    shape = tuple(s.stop - s.start for s in place)
-    return tuple(place), FeatureGrid(shape, grid.stride, tuple(offset))
 
 
 def _windows_at(
@@ -327,43 +304,8 @@ def _windows_at(
     which = [
         window
         for window in range(len(first.windows))
-        if all(_part(target, grid, first.windows, window)[1].shape)
+        if all(part_in_window(target, grid, first.windows, window)[1].shape)
     ]
     for done, (window, found) in enumerate(activation_pass(first, [0], which), 1):
         yield window, wide(found[layer])[0]
         progress("features", done, len(which))
-
-
-def _blended(
-    target: FeatureGrid,
-    grid: FeatureGrid,
-    windows: Windows,
-    parts: Iterable[tuple[int, torch.Tensor]],
-) -> torch.Tensor | None:
-    """Blend windows' values (n, *grid.shape) by their shares: (n, *target.shape), or None."""
-    total = counted = None
-    for window, values in parts:
-        place, inside = _part(target, grid, windows, window)
-        here = _at(values, grid, inside)
-        here = here if total is None else here.to(total)  # windows kept lie where the scan is
-        if len(windows) == 1:
-            share = here.new_ones(inside.shape)
-        else:
-            voxels = FeatureGrid.of_voxels(windows.roi)
-            share = _at(windows.importance.to(here)[None], voxels, inside)[0]
-        if total is None or counted is None:
-            total = here.new_zeros(len(here), *target.shape)
-            counted = here.new_zeros(target.shape)
-        total[(slice(None), *place)] += here * share
-        counted[place] += share
-    if total is None or counted is None:
-        return None
-    return total / counted.masked_fill(counted == 0, 1)
-
-
-def _at(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) -> torch.Tensor:
-    """Interpolate (n, *source.shape), the shortest axis of the target first: it shrinks most."""
-    for axis in sorted(range(len(target.shape)), key=lambda axis: target.shape[axis]):
-        lines = source.line(axis), target.line(axis)
-        values = interpolate(values.movedim(axis + 1, -1), *lines).movedim(-1, axis + 1)
-    return values

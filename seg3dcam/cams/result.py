@@ -128,8 +128,8 @@ class CamResult:
             per_layer: scale every layer before they are averaged, and cut and scale it on its own
                 grid before resizing: the original recipe.
 
-        An item whose map is zero, constant or not finite gives zeros; see `status`. One that holds
-        nothing but evidence against the target is shown by "signed" alone.
+        An item whose map is zero, constant or not finite gives zeros; see `status`. A map that
+        holds only evidence against the target is shown by "signed" alone.
         """
         _check_scale(scale)
         names = [layer] if layer is not None else list(self.layers)
@@ -208,7 +208,7 @@ class CamResult:
         )
 
     def one_item(self, item: int | None) -> int:
-        """Return which item of the batch is meant; InputError where that is open."""
+        """Return which item of the batch is meant; InputError if several are possible."""
         count = len(self.score)
         if item is None and count > 1:
             raise InputError(

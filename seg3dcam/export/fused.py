@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import as_path
-from seg3dcam.files.writers.nifti import RGB, placed_header, slabs, write_slabs
+from seg3dcam.files.writers.nifti import RGB, placed_header, write_slabs
+from seg3dcam.files.writers.volumes import slabs
 from seg3dcam.review.look import Look, choose_window, colours
 
 __all__ = ["write_fused"]

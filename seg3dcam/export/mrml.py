@@ -50,15 +50,15 @@ _GREY = "vtkMRMLColorTableNodeGrey"
 
 
 @dataclass(frozen=True)
-class Shown:
+class SceneVolume:
     """A volume as the scene shows it.
 
     - `name`, `description`, `attributes`: what its node says in words.
     - `file`: in the scene's folder; letters, digits, dots, hyphens and underscores.
-    - `low`, `high`: the values drawn in the first and the last colour; a CAM's `low` below 0: the
-      colour table says what is transparent.
-    - `threshold`: a CAM's, transparent below; None: a scan, in grey.
-    - `heat`: a CAM that shows any.
+    - `low`, `high`: the values drawn in the first and the last colour. If `low` of a CAM is below
+      0, the colour table says what is transparent.
+    - `threshold`: a CAM is transparent below it; None for a scan, which is drawn in grey.
+    - `heat`: whether there is heat to show in a CAM.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Place:
 
 
 def scene_xml(
-    volumes: Sequence[Shown],
+    volumes: Sequence[SceneVolume],
     place: Place,
     *,
     table: tuple[str, str],
@@ -121,7 +121,7 @@ def _add_table(root: ET.Element, name: str, file: str, folder: str) -> None:
     _add(root, "ColorTable", _TABLE, table, {"storage": storage})
 
 
-def _add_volume(root: ET.Element, number: int, volume: Shown, folder: str) -> None:
+def _add_volume(root: ET.Element, number: int, volume: SceneVolume, folder: str) -> None:
     storage = f"vtkMRMLVolumeArchetypeStorageNode{number}"
     display = f"vtkMRMLScalarVolumeDisplayNode{number}"
     legend = f"vtkMRMLColorLegendDisplayNode{number}"

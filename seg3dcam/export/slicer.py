@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, Shown, scene_xml
+from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, SceneVolume, scene_xml
 from seg3dcam.files import atomic
 from seg3dcam.files.writers.nrrd import (
     Segment,
@@ -116,8 +116,8 @@ class SlicerScene:
         self._look = look
         self._case = case
         self._grid: Grid | None = None
-        self._scans: list[Shown] = []
-        self._cams: list[Shown] = []
+        self._scans: list[SceneVolume] = []
+        self._cams: list[SceneVolume] = []
         self._segments: dict[tuple[str, str], Segment] = {}
         self._front: Front | None = None
 
@@ -158,7 +158,7 @@ class SlicerScene:
         several = len(scan.data) > 1
         for number, channel in enumerate(scan.data, 1):
             low, high, words = choose_window(channel.numpy(), self._look.window)
-            shown = Shown(
+            shown = SceneVolume(
                 name=f"{self._case}, channel {number}" if several else self._case,
                 file=f"scan_{number}.nrrd" if several else "scan.nrrd",
                 low=low,
@@ -183,7 +183,7 @@ class SlicerScene:
         caution = explanation.caution(layer)
         words = f"CAM {explanation.label}, {explanation.method}, {layer_name}"
         part = name if layer is None else f"{name}_{layer}"
-        shown = Shown(
+        shown = SceneVolume(
             name=f"{words} ({notice})" if notice else words,
             file=f"cam_{len(self._cams) + 1}_{_safe(part)}.nrrd",
             low=low,

@@ -1,4 +1,4 @@
-"""Names for files, and names that strangers give, as every program can show them."""
+"""Names for files, and names given by strangers, in a form that every program can show."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return a text in one line, without characters that nobody sees.
+    """Return a text in one line, without invisible characters.
 
-    Control characters break headers of files and XML, and some turn the direction of what follows.
+    Control characters break file headers and XML; some reverse the text after them.
 
     >>> printable("liver\\r\\nright\\u202e")
     'liver right'

@@ -1,4 +1,4 @@
-"""TorchIO's images and subjects as voxels and an affine; TorchIO itself is not needed for it."""
+"""Voxels and affines of TorchIO's images and subjects, read without importing TorchIO."""
 
 from __future__ import annotations
 

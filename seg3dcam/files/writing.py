@@ -50,7 +50,7 @@ _SHOWN = 200
 
 
 def as_path(path: Any) -> Path:
-    """Return where something is to be written; OutputError for what is no path."""
+    """Return where something is to be written; OutputError for anything but a path."""
     try:
         raw = os.fsencode(path)
     except (TypeError, ValueError):  # no text, or half a character
@@ -120,7 +120,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Create `folder` and prove that a file can be written in it, before hours of work.
 
-    Raises `OutputError` if not. The file written for the proof is removed again, and with it what
+    Raises `OutputError` if not. The file written for the proof is removed again, and so is what
     killed processes left there.
 
     >>> import tempfile
@@ -159,7 +159,7 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def resolved(path: str | Path) -> Path:
-    """Return a path without links; ConfigError for what no disk can hold, or links in a circle."""
+    """Return a path without links; ConfigError for an impossible path, or links in a circle."""
     try:
         found = Path(path).resolve()
         os.fsencode(found)
@@ -184,7 +184,7 @@ def digest_of_all(paths: Iterable[Path]) -> str:
     """Return the SHA-256 of the names and contents of files, whatever their order and folder."""
     found = []
     for path in paths:
-        with suppress(OSError):  # of what nobody can read nothing depends
+        with suppress(OSError):  # no result depends on a file that nobody can read
             found.append((path.name, digest_of(path)))
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 

@@ -4,7 +4,6 @@ from seg3dcam.geometry.affines import (
     LPS_TO_RAS,
     SAME_GRID_MM,
     SAME_GRID_VOXELS,
-    Axis,
     anatomical_axis,
     checked_affine,
     corner_gap,
@@ -16,6 +15,7 @@ from seg3dcam.geometry.affines import (
 )
 from seg3dcam.geometry.grids import FeatureGrid, cropped, interpolate
 from seg3dcam.geometry.peaks import peak_voxel, plateau_middle
+from seg3dcam.geometry.planes import Axis
 from seg3dcam.geometry.resampling import resample, resample_labels
 
 __all__ = [

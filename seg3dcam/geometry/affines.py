@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from seg3dcam.errors import InputError, Seg3dcamError, nearest
-
-#: The planes in which a patient is looked at.
-Axis = Literal["axial", "coronal", "sagittal"]
-
-#: The planes by the axis of RAS that they cut across.
-_CUT_ACROSS: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+from seg3dcam.geometry.planes import WORLD_AXIS, Axis
 
 #: Multiplied from the left, it turns an affine to LPS mm (DICOM, ITK) into one to RAS mm, and back.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -53,7 +47,7 @@ def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4
 
 
 def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
-    """Largest distance in mm between where two affines put the same voxel of a grid.
+    """Return the largest distance in mm between the places that two affines give one voxel.
 
     It is reached at one of the corners, since the difference of two affines is affine.
 
@@ -166,6 +160,6 @@ def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
     >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
     2
     """
-    if axis not in _CUT_ACROSS:
-        raise InputError(f"axis {axis!r}: {nearest(axis, _CUT_ACROSS)}")
-    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == _CUT_ACROSS[axis])[0])
+    if axis not in WORLD_AXIS:
+        raise InputError(f"axis {axis!r}: {nearest(axis, WORLD_AXIS)}")
+    return int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == WORLD_AXIS[axis])[0])

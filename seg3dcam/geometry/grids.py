@@ -19,7 +19,7 @@ class FeatureGrid:
         shape: feature voxels along each spatial axis.
         stride: input voxels from one feature voxel to the next.
         offset: input voxel at which feature voxel 0 has its centre.
-        measured: False where the offset could not be measured and is the usual convention
+        measured: False where the offset could not be measured; it is then the usual
             `(stride - 1) / 2`.
 
     >>> grid = FeatureGrid(shape=(3,), stride=(8.0,), offset=(3.5,))
@@ -80,7 +80,7 @@ def interpolate(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) 
 def cropped(
     values: torch.Tensor, grid: FeatureGrid, shape: Sequence[int]
 ) -> tuple[torch.Tensor, FeatureGrid]:
-    """Drop the voxels of a map that no voxel of a volume is interpolated from.
+    """Drop the voxels of a map that no voxel of the volume needs for its interpolation.
 
     Args:
         values: (..., *grid.shape).

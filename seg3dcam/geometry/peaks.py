@@ -9,7 +9,7 @@ import torch
 
 
 def peak_voxel(volume: np.ndarray | torch.Tensor) -> tuple[int, ...]:
-    """Return the voxel of the highest value; of equal neighbours one in their middle.
+    """Return the voxel with the highest value; of equally high neighbours, one in their middle.
 
     >>> volume = np.zeros((5, 5, 2))
     >>> volume[1:4, 1:4, 1] = 1
@@ -22,7 +22,7 @@ def peak_voxel(volume: np.ndarray | torch.Tensor) -> tuple[int, ...]:
 
 
 def plateau_middle(values: np.ndarray, voxel: Sequence[int]) -> tuple[int, ...]:
-    """Go from a voxel to the middle of those that are as high, along one axis after another."""
+    """Move from a voxel to the middle of its equally high neighbours, one axis after another."""
     place = list(voxel)
     for axis, at in enumerate(voxel):
         line = values[tuple(slice(None) if n == axis else i for n, i in enumerate(place))]

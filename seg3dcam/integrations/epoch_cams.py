@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from seg3dcam.cams.catalogue import ALL_METHODS
-from seg3dcam.checks import is_meta_tensor
+from seg3dcam.checks import is_meta_tensor, is_whole
 from seg3dcam.errors import (
     ConfigError,
     EmptyRegionError,
@@ -42,8 +42,8 @@ class EpochCams:
     The network, its statistics and all random states are as before, so that training goes on as
     it would have without.
 
-    What may pass does not stop a training: a class that is not predicted yet, an image without
-    content, a full disk, no memory left are warnings. A wrong setting is an error at once.
+    Problems that may pass do not stop a training: a class that is not predicted yet, an empty
+    image, a full disk or a lack of memory gives a warning. A wrong setting is an error at once.
 
     Args:
         out: folder for everything.
@@ -53,11 +53,11 @@ class EpochCams:
             the validation.
         method: a key of `METHODS`.
         cases: numbers of validation cases, counted from 0 in the order in which they come.
-        interval: epochs between two times.
+        interval: explain in every so many epochs.
         class_names: one for each channel, for the files' names.
 
     Raises:
-        ConfigError: an unknown method, or numbers that are none.
+        ConfigError: an unknown method, or an interval or cases that are not whole numbers.
 
     Example:
         >>> import tempfile
@@ -86,9 +86,9 @@ class EpochCams:
             self.targets = [self.targets]
         if self.method not in ALL_METHODS:
             raise ConfigError(f"method {self.method!r}: legal are {', '.join(ALL_METHODS)}")
-        if type(self.interval) is not int or self.interval < 1:
+        if not is_whole(self.interval) or self.interval < 1:
             raise ConfigError(f"interval {self.interval!r}: a whole number of epochs from 1 up")
-        if not all(type(case) is int and case >= 0 for case in self.cases):
+        if not all(is_whole(case) and case >= 0 for case in self.cases):
             raise ConfigError(
                 f"cases {sorted(self.cases, key=str)}: numbers of validation cases from 0 up"
             )
@@ -149,6 +149,36 @@ class EpochCams:
                 review = review_explanation(explanation, case=f"case {case}, epoch {epoch}")
                 pictures.append(save_montage(folder / f"cam_{name}.png", review))
         return pictures
+
+
+class ValidationCases:
+    """Explains the chosen cases of one validation after another: what handler and callback share.
+
+    Args:
+        cams: which cases are explained, and how.
+        batch_transform: from the batch to the images, (B, C, *S) or a list of (C, *S).
+    """
+
+    def __init__(self, cams: EpochCams, batch_transform: Callable[[Any], Any]) -> None:
+        self._cams, self._batch_transform = cams, batch_transform
+        self._next = 0
+
+    def begin(self) -> None:
+        """Count the cases from 0, as a validation begins."""
+        self._next = 0
+
+    def explain(
+        self, network: nn.Module, batch: Any, *, epoch: int, first_process: bool
+    ) -> Iterator[Path]:
+        """Explain the chosen cases of a batch, and yield their pictures.
+
+        Args:
+            first_process: the other processes of a distributed training explain nothing.
+        """
+        for image in images_of(self._batch_transform(batch)):
+            case, self._next = self._next, self._next + 1
+            if first_process and self._cams.wants(epoch, case):
+                yield from self._cams.write(network, image, epoch=epoch, case=case)
 
 
 def images_of(batch: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, images_of
+from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class CamHandler:
         mlflow: bool = False,
         **settings: Any,
     ) -> None:
-        self.cams = EpochCams(
+        cams = EpochCams(
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -74,10 +74,9 @@ class CamHandler:
             )
         self.network = network
         self.global_epoch_transform = global_epoch_transform
-        self.batch_transform = batch_transform
         self.summary_writer = summary_writer
         self.mlflow = mlflow
-        self._seen = 0
+        self._cases = ValidationCases(cams, batch_transform)
 
     def attach(self, engine: Engine) -> None:
         """Explain cases whenever this engine runs an epoch."""
@@ -98,19 +97,15 @@ class CamHandler:
             engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self(e, e.state.batch))
 
     def _begin(self, engine: Engine) -> None:
-        self._seen = 0
+        self._cases.begin()
 
     def __call__(self, engine: Engine, batch: Any) -> None:
         """Explain the chosen cases of a batch."""
         epoch = self.global_epoch_transform(engine.state.epoch)
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        first = not together or torch.distributed.get_rank() == 0
-        for image in images_of(self.batch_transform(batch)):
-            case, self._seen = self._seen, self._seen + 1
-            if not (first and self.cams.wants(epoch, case)):
-                continue
-            for picture in self.cams.write(self.network, image, epoch=epoch, case=case):
-                if self.summary_writer is not None:
-                    add_to_tensorboard(self.summary_writer, picture, epoch)
-                if self.mlflow:
-                    add_to_mlflow(picture)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
+        for picture in self._cases.explain(self.network, batch, epoch=epoch, first_process=first):
+            if self.summary_writer is not None:
+                add_to_tensorboard(self.summary_writer, picture, epoch)
+            if self.mlflow:
+                add_to_mlflow(picture)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, images_of
+from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 
@@ -62,7 +62,7 @@ class CamCallback(_callback()):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.cams = EpochCams(
+        cams = EpochCams(
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -70,12 +70,12 @@ class CamCallback(_callback()):  # type: ignore[misc]
             interval=interval,
             **settings,
         )
-        self.network, self.batch_transform = network, batch_transform
-        self._seen = 0
+        self.network = network
+        self._cases = ValidationCases(cams, batch_transform)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the cases from 0."""
-        self._seen = 0
+        self._cases.begin()
 
     def on_validation_batch_end(
         self,
@@ -89,13 +89,11 @@ class CamCallback(_callback()):  # type: ignore[misc]
         """Explain the chosen cases of a batch."""
         if trainer.sanity_checking:
             return
-        epoch = trainer.current_epoch + 1
-        for image in images_of(self.batch_transform(batch)):
-            case, self._seen = self._seen, self._seen + 1
-            if trainer.is_global_zero and self.cams.wants(epoch, case):
-                network = _network(pl_module, self.network)
-                for picture in self.cams.write(network, image, epoch=epoch, case=case):
-                    _log(trainer, picture, epoch)
+        network, epoch = _network(pl_module, self.network), trainer.current_epoch + 1
+        for picture in self._cases.explain(
+            network, batch, epoch=epoch, first_process=trainer.is_global_zero
+        ):
+            _log(trainer, picture, epoch)
 
 
 def _network(module: nn.Module, name: str | None) -> nn.Module:

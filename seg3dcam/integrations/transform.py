@@ -29,7 +29,7 @@ class Camd(MapTransform):
 
     Args:
         keys: of the images, as the network takes them.
-        network: it stays in this process: the transform refuses to run in a DataLoader's workers.
+        network: the transform refuses to run in a DataLoader's workers, since each would copy it.
         target_layers: see `BaseCAM`.
         class_idx: a class index or target, see `CamInferer`.
         cam_name: a key of `METHODS`.

@@ -1,4 +1,4 @@
-"""Scans read from files, folders and memory; what cannot be explained is refused."""
+"""Scans from files, folders and memory; a scan that cannot be explained is refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load_scan(
     gaps, for several series, for an affine that is no affine, and for voxels that are all zero or
     not finite. Raises `MissingExtraError` for DICOM where pydicom or SimpleITK is not installed.
     Warns (`Seg3dcamWarning`) where the header does not say where the scan lies or says two places,
-    measures in other units than mm, or where a channel has one single value.
+    measures in other units than mm, or where a channel has the same value everywhere.
 
     >>> scan = load_scan(np.arange(24.0).reshape(2, 3, 4), affine=np.diag([1, 1, 3, 1]))
     >>> scan
@@ -226,7 +226,7 @@ def _checked(paths: list[Path], frame: Frame | None) -> Scan:
 
 
 def _is_folder(path: Path) -> bool:
-    with suppress(OSError, ValueError):  # a name that is none: said where the file is read
+    with suppress(OSError, ValueError):  # an impossible name: the reader of the file says so
         return path.is_dir()
     return False
 

@@ -61,7 +61,7 @@ class Scan:
 
     @property
     def title(self) -> str:
-        """The scan in a sentence: "scan case_7", and "the scan" where it has no name of its own."""
+        """How a sentence names the scan: "scan case_7", or "the scan" if it has no name."""
         return "the scan" if self.name == "scan" else f"scan {self.name}"
 
     def __repr__(self) -> str:
@@ -73,10 +73,10 @@ class Scan:
 
 
 def place_code(scan: Scan) -> str:
-    """Return a hash of all that a scan says beside its voxels: its place, and its headers.
+    """Return a hash of everything in a scan but its voxels: its place and its headers.
 
-    Whatever a result is written with is part of it: both forms of a NIfTI header and their codes,
-    spacing, units and type, the frame that was chosen, and a series' DICOM headers.
+    It covers everything that a result is written with: both forms of a NIfTI header and their
+    codes, spacing, units and type, the frame that was chosen, and a series' DICOM headers.
     """
     said: list[str] = [np.ascontiguousarray(scan.affine).tobytes().hex(), str(scan.frame)]
     if scan.header is not None:
@@ -89,5 +89,5 @@ def place_code(scan: Scan) -> str:
 def _element_code(header: Any, tag: Any) -> str:
     try:
         return repr((tag, header[tag].VR, header[tag].value))
-    except Exception:  # of pydicom, for a value that nobody can decode: as the file has it
+    except Exception:  # pydicom cannot decode the value: hashed as the file has it
         return repr((tag, header.get_item(tag)))

@@ -47,7 +47,7 @@ class OwnTarget:
         return self
 
     def fixed(self: Own, logits: torch.Tensor) -> Own:
-        """Return the target with all that the prediction decides decided by these logits."""
+        """Return the target with all that depends on the prediction fixed at these logits."""
         return self
 
     def placed(self: Own, move: Move) -> Own:

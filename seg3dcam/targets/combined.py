@@ -1,4 +1,4 @@
-"""Several targets as one."""
+"""Several targets added up to one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class WeightedSum(OwnTarget):
         return self._each(lambda part: part.activated(activation))
 
     def fixed(self, logits: torch.Tensor) -> WeightedSum:
-        """Return the sum of the parts with all that the prediction decides decided."""
+        """Return the sum with everything that depends on the prediction fixed in its parts."""
         return self._each(lambda part: part.fixed(logits))
 
     def placed(self, move: Move) -> WeightedSum:

@@ -104,8 +104,8 @@ class EveryComponent(OwnFamily):
         """Return ranks (B, *S) and the number of components, which all items must share."""
         looked_at = ClassLogit(self.index, activation=self.activation)
         looked_at.check(logits)
-        view = looked_at.view(logits)
-        found = [components(mask, self.connectivity) for mask in view.predicted()]
+        prediction = looked_at.prediction(logits)
+        found = [components(mask, self.connectivity) for mask in prediction.mask()]
         sizes = [of_item for _, of_item in found]
         counts = [sum(size >= self.min_voxels for size in of_item) for of_item in sizes]
         if len(set(counts)) > 1:
@@ -122,7 +122,7 @@ class EveryComponent(OwnFamily):
                 )
             raise EmptyRegionError(
                 f"every component of class {self.index}: there is none. {small}"
-                f"{view.described(0)}. To explain why it was missed, give a region"
+                f"{prediction.described(0)}. To explain why it was missed, give a region"
             )
         return torch.stack([ranks for ranks, _ in found]), counts[0]
 

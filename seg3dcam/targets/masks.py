@@ -45,7 +45,7 @@ def labels(truth: Mask, grid: Sequence[int]) -> torch.Tensor:
 
 
 def check_labels(values: torch.Tensor) -> None:
-    """Refuse a truth that holds anything but whole numbers."""
+    """Refuse a label map that holds anything but whole numbers."""
     if not values.is_floating_point():
         return
     whole = (values == values.round()) & torch.isfinite(values)

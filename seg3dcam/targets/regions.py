@@ -1,6 +1,6 @@
 """Regions: which voxels a target sums over.
 
-A region sees a `View`, the prediction of one class, and answers with a mask (B, *S). The words
+A region is shown the `Prediction` of one class and answers with a mask (B, *S). The words
 "predicted" and "volume" and plain masks are regions too, see `as_region`.
 """
 
@@ -22,8 +22,8 @@ from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What a region may look at: logits, and what in them the target is about.
+class Prediction:
+    """What the network predicts of the class that a target is about.
 
     - `logits`: (B, K, *S), without a graph.
     - `index`: the class; None for any foreground.
@@ -39,11 +39,11 @@ class View:
         """(B, *S)."""
         return (len(self.logits), *self.logits.shape[2:])
 
-    def predicted(self) -> torch.Tensor:
+    def mask(self) -> torch.Tensor:
         """Return where the class is predicted, (B, *S) bool: arg-max, or logit > 0 for sigmoid."""
-        return torch.stack([self._predicted(item) for item in self.logits])
+        return torch.stack([self._mask(item) for item in self.logits])
 
-    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+    def _mask(self, logits: torch.Tensor) -> torch.Tensor:
         if self.overlapping:
             return (logits > 0).any(0) if self.index is None else logits[self.index] > 0
         return ~_is_largest(logits, 0) if self.index is None else _is_largest(logits, self.index)
@@ -68,7 +68,7 @@ class View:
 
 
 def _is_largest(logits: torch.Tensor, index: int) -> torch.Tensor:
-    """Return where the arg-max of logits (K, *S) is a class, (*S) bool; of equals the first wins.
+    """Return where the arg-max of logits (K, *S) is a class, (*S) bool; the first of equals wins.
 
     Many times faster than `argmax`, which is slow along the first axis, and needs less memory.
     """
@@ -84,17 +84,19 @@ def _is_largest(logits: torch.Tensor, index: int) -> torch.Tensor:
 
 
 class RegionKind:
-    """What every region offers."""
+    """What every region can do."""
 
-    uses_truth: ClassVar[bool] = False  # labels leak into the map
-    follows_prediction: ClassVar[bool] = False  # other logits, other voxels
+    #: Whether ground truth chooses the voxels, so that labels leak into the map.
+    uses_truth: ClassVar[bool] = False
+    #: Whether other logits give other voxels.
+    follows_prediction: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """What stands after "over" in a target's name."""
         return f"the {self}"
 
-    def masks(self, view: View) -> torch.Tensor:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
         """Return the voxels, (B, *S) bool; an item's may be empty."""
         raise NotImplementedError
 
@@ -102,24 +104,24 @@ class RegionKind:
         """Return the region with its mask or truth brought onto the network's grid."""
         return self
 
-    def instead(self, view: View, item: int) -> str:
-        """Say what is there, where an item's mask is empty, and what to do."""
+    def instead(self, prediction: Prediction, item: int) -> str:
+        """Say, for an item whose mask is empty, what is predicted instead and what to do."""
         return (
-            f"{view.described(item)}. To explain it all the same, give a region: 'volume', a mask, "
-            "Box or Voxel"
+            f"{prediction.described(item)}. To explain it all the same, give a region: 'volume', "
+            "a mask, Box or Voxel"
         )
 
 
 @dataclass(frozen=True)
 class Predicted(RegionKind):
-    """Where the class is predicted; of a classifier its one place, predicted or not."""
+    """Where the class is predicted; for a classifier its one place, predicted or not."""
 
     follows_prediction = True
 
-    def masks(self, view: View) -> torch.Tensor:
-        if len(view.grid) == 1:
-            return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
-        return view.predicted()
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        if len(prediction.grid) == 1:
+            return torch.ones(prediction.grid, dtype=torch.bool, device=prediction.logits.device)
+        return prediction.mask()
 
     def __str__(self) -> str:
         return "predicted mask"
@@ -129,8 +131,8 @@ class Predicted(RegionKind):
 class Volume(RegionKind):
     """All voxels."""
 
-    def masks(self, view: View) -> torch.Tensor:
-        return torch.ones(view.grid, dtype=torch.bool, device=view.logits.device)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return torch.ones(prediction.grid, dtype=torch.bool, device=prediction.logits.device)
 
     def __str__(self) -> str:
         return "whole volume"
@@ -138,12 +140,12 @@ class Volume(RegionKind):
 
 @dataclass(frozen=True, eq=False)
 class MaskRegion(RegionKind):
-    """Where a mask of the caller's is nonzero."""
+    """Where a given mask is not zero."""
 
     mask: Mask
 
-    def masks(self, view: View) -> torch.Tensor:
-        return nonzero(self.mask, view.grid)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return nonzero(self.mask, prediction.grid)
 
     def __str__(self) -> str:
         return "given mask"
@@ -171,8 +173,8 @@ class Box(RegionKind):
         mask[tuple(map(slice, self.start, self.stop))] = True
         return mask
 
-    def masks(self, view: View) -> torch.Tensor:
-        return self.mask(view.grid[1:]).expand(view.grid)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return self.mask(prediction.grid[1:]).expand(prediction.grid)
 
     def __str__(self) -> str:
         return f"box {list(self.start)} to {list(self.stop)}"
@@ -225,33 +227,34 @@ class Component(RegionKind):
             object.__setattr__(self, "voxel", tuple(voxel.astype(int).tolist()))
         check_whole("connectivity", self.connectivity, 1)
 
-    def masks(self, view: View) -> torch.Tensor:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
         if self.voxel is not None:
-            Voxel(self.voxel).mask(view.grid[1:])  # refuses what lies outside of the volume
-        return torch.stack([self._mask(item) for item in view.predicted()])
+            Voxel(self.voxel).mask(prediction.grid[1:])  # refuses what lies outside of the volume
+        return torch.stack([self._mask(item) for item in prediction.mask()])
 
     def _mask(self, predicted: torch.Tensor) -> torch.Tensor:
         ranks, _ = components(predicted, self.connectivity)
         rank = int(ranks[self.voxel]) if self.rank is None else self.rank
         return ranks.eq(rank) if rank != -1 else torch.zeros_like(ranks, dtype=torch.bool)
 
-    def instead(self, view: View, item: int) -> str:
-        ranks, sizes = components(view.predicted()[item], self.connectivity)
+    def instead(self, prediction: Prediction, item: int) -> str:
+        ranks, sizes = components(prediction.mask()[item], self.connectivity)
         if not sizes:
-            return super().instead(view, item)
+            return super().instead(prediction, item)
         if self.voxel is None:
             return (
                 f"The predicted mask has {listed_sizes(sizes)}, so ranks 0 to {len(sizes) - 1} are "
-                f"legal. {view.described(item)}"
+                f"legal. {prediction.described(item)}"
             )
         places = torch.nonzero(ranks >= 0)
         away = (places - places.new_tensor(self.voxel)).double().norm(dim=1)
         near = tuple(places[int(away.argmin())].tolist())
         rank = int(ranks[near])
+        here = prediction.described_at(item, self.voxel)
         return (
-            f"At voxel {list(self.voxel)} {view.described_at(item, self.voxel)} is predicted; the "
+            f"At voxel {list(self.voxel)} {here} is predicted; the "
             f"nearest component has rank {rank} and {sizes[rank]} voxels, the nearest of them is "
-            f"{list(near)}, {float(away.min()):.3g} voxels away. {view.described(item)}"
+            f"{list(near)}, {float(away.min()):.3g} voxels away. {prediction.described(item)}"
         )
 
     @property
@@ -266,8 +269,8 @@ class Component(RegionKind):
 class Boundary(RegionKind):
     """The shell of the predicted mask: voxels within `thickness` steps on either side of its edge.
 
-    A dilation without an erosion, by steps across faces. Where the mask meets the border of the
-    volume there is no edge.
+    It is the dilated mask without the eroded one, both by steps across the faces of voxels. Where
+    the mask meets the border of the volume there is no edge.
 
     >>> from seg3dcam.targets import ClassLogit
     >>> logits = torch.tensor([[[-1.0, -1.0, 1.0, 1.0, 1.0]]])
@@ -282,25 +285,25 @@ class Boundary(RegionKind):
     def __post_init__(self) -> None:
         check_whole("a boundary's thickness", self.thickness, 1)
 
-    def masks(self, view: View) -> torch.Tensor:
-        inside = view.predicted()
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        inside = prediction.mask()
         # An erosion is a growth of what is outside; both grow only within the volume.
         return _grown(inside, self.thickness) & _grown(~inside, self.thickness)
 
-    def instead(self, view: View, item: int) -> str:
-        if view.predicted()[item].all():
+    def instead(self, prediction: Prediction, item: int) -> str:
+        if prediction.mask()[item].all():
             return (
                 "The mask fills the whole volume, so it has no boundary. "
-                f"{super().instead(view, item)}"
+                f"{super().instead(prediction, item)}"
             )
-        return super().instead(view, item)
+        return super().instead(prediction, item)
 
     def __str__(self) -> str:
         return f"boundary (thickness {self.thickness}) of the predicted mask"
 
 
 def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return what lies within some steps across faces of a mask (B, *S)."""
+    """Return a mask (B, *S) grown by some steps across the faces of voxels."""
     for _ in range(steps):
         grown = mask.clone()
         for axis in range(1, mask.ndim):
@@ -313,7 +316,7 @@ def _grown(mask: torch.Tensor, steps: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FixedRegion(RegionKind):
-    """The voxels that a region had at some logits, under its name."""
+    """The voxels that a region had at given logits; it keeps the region's name."""
 
     fixed: torch.Tensor
     origin: RegionKind
@@ -326,23 +329,23 @@ class FixedRegion(RegionKind):
     def name(self) -> str:
         return self.origin.name
 
-    def masks(self, view: View) -> torch.Tensor:
-        if self.fixed.shape != view.grid:
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        if self.fixed.shape != prediction.grid:
             raise TargetError(
                 f"the region was fixed for logits of {len(self.fixed)} items of "
-                f"{tuple(self.fixed.shape[1:])} voxels; these have {view.grid[0]} of "
-                f"{view.grid[1:]}. Fix the target at logits of this shape"
+                f"{tuple(self.fixed.shape[1:])} voxels; these have {prediction.grid[0]} of "
+                f"{prediction.grid[1:]}. Fix the target at logits of this shape"
             )
         return self.fixed
 
 
 class FixedComponent(FixedRegion):
-    """A component of some logits; all of them share one map of ranks, (B, *S) int."""
+    """A component at given logits; all components share one map of ranks, (B, *S) int."""
 
     origin: Component
 
-    def masks(self, view: View) -> torch.Tensor:
-        return super().masks(view).eq(self.origin.rank or 0)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        return super().masks(prediction).eq(self.origin.rank or 0)
 
 
 #: What may be given as a region.
@@ -352,10 +355,10 @@ _WORDS: dict[str, RegionKind] = {"predicted": Predicted(), "volume": Volume()}
 
 
 def as_region(given: Region) -> RegionKind:
-    """Return a region of a word, a mask or a region.
+    """Return the region that a word or a mask stands for; a region as it is.
 
     Raises:
-        TargetError: neither of these.
+        TargetError: it is none of these.
     """
     if isinstance(given, RegionKind):
         return given

@@ -21,8 +21,8 @@ from seg3dcam.targets.base import OwnTarget, changed
 from seg3dcam.targets.masks import Mask, Move, OnItsGrid, nonzero, placed_mask
 from seg3dcam.targets.regions import (
     FixedRegion,
+    Prediction,
     Region,
-    View,
     Volume,
     as_region,
     placed_region,
@@ -54,9 +54,9 @@ class SumOverRegion(OwnTarget):
         """Return one value per voxel, (n,), of the logits (K, n) of an item's n voxels."""
         raise NotImplementedError
 
-    def view(self, logits: torch.Tensor) -> View:
+    def prediction(self, logits: torch.Tensor) -> Prediction:
         """Return what a region may look at; here the prediction of any foreground."""
-        return View(logits.detach(), None, overlapping(logits, self.activation))
+        return Prediction(logits.detach(), None, overlapping(logits, self.activation))
 
     @property
     def uses_truth(self) -> bool:
@@ -85,14 +85,14 @@ class SumOverRegion(OwnTarget):
             EmptyRegionError: an item's region holds no voxel.
         """
         self.check(logits)
-        region, view = as_region(self.region), self.view(logits)
-        masks = region.masks(view)
+        region, prediction = as_region(self.region), self.prediction(logits)
+        masks = region.masks(prediction)
         for item, mask in enumerate(masks):
             if not mask.any():
                 raise EmptyRegionError(
                     f"{self.name}: the region is empty"
                     + (f" in item {item} of the batch" if len(masks) > 1 else "")
-                    + f". {region.instead(view, item)}"
+                    + f". {region.instead(prediction, item)}"
                 )
         return masks
 
@@ -131,9 +131,9 @@ class ClassTarget(SumOverRegion):
         """Refuse logits (B, K, *S) without the class."""
         check_exists(self.index, logits)
 
-    def view(self, logits: torch.Tensor) -> View:
+    def prediction(self, logits: torch.Tensor) -> Prediction:
         """Return what a region may look at: the prediction of the class."""
-        return View(logits.detach(), self.index, overlapping(logits, self.activation))
+        return Prediction(logits.detach(), self.index, overlapping(logits, self.activation))
 
     def others(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits (K - 1, n) of the other classes."""

@@ -11,7 +11,7 @@ import torch
 from seg3dcam.errors import TargetError
 from seg3dcam.targets.arguments import check_whole
 from seg3dcam.targets.masks import Mask, Move, OnItsGrid, check_labels, labels, placed_mask
-from seg3dcam.targets.regions import RegionKind, View
+from seg3dcam.targets.regions import Prediction, RegionKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +50,13 @@ class AgainstTruth(RegionKind):
         """Return the region of two boolean masks."""
         raise NotImplementedError
 
-    def masks(self, view: View) -> torch.Tensor:
-        predicted = view.predicted()
-        return self.compared(self._is_class(view).to(predicted.device), predicted)
+    def masks(self, prediction: Prediction) -> torch.Tensor:
+        predicted = prediction.mask()
+        return self.compared(self._is_class(prediction).to(predicted.device), predicted)
 
-    def _is_class(self, view: View) -> torch.Tensor:
+    def _is_class(self, prediction: Prediction) -> torch.Tensor:
         """Return where the truth is the target's class, (B, *S) bool."""
-        truth = labels(self.truth, view.grid)
+        truth = labels(self.truth, prediction.grid)
         if truth.dtype == torch.bool:
             if self.label is not None:
                 raise TargetError(
@@ -64,21 +64,21 @@ class AgainstTruth(RegionKind):
                     "Leave label out, or give a label map"
                 )
             return truth
-        if self.label is None and view.index is None:
+        if self.label is None and prediction.index is None:
             return truth != 0  # any foreground
-        return truth.eq(self._label(truth, view))
+        return truth.eq(self._label(truth, prediction))
 
-    def _label(self, truth: torch.Tensor, view: View) -> int:
+    def _label(self, truth: torch.Tensor, prediction: Prediction) -> int:
         if self.label is not None:
             return self.label
-        if view.index is not None and not view.overlapping:
-            return view.index
-        if view.logits.shape[1] == 1 and ((truth == 0) | (truth == 1)).all():
+        if prediction.index is not None and not prediction.overlapping:
+            return prediction.index
+        if prediction.logits.shape[1] == 1 and ((truth == 0) | (truth == 1)).all():
             return 1
         raise TargetError(
-            f"channel {view.index} of a sigmoid output need not be label {view.index} of the "
-            f"truth, which holds {_listed_labels(truth)}. Name the label, as in label=1, or give "
-            "a boolean mask of the class"
+            f"channel {prediction.index} of a sigmoid output need not be label {prediction.index} "
+            f"of the truth, which holds {_listed_labels(truth)}. Name the label, as in label=1, or "
+            "give a boolean mask of the class"
         )
 
     def placed(self, move: Move) -> AgainstTruth:
@@ -86,14 +86,15 @@ class AgainstTruth(RegionKind):
             check_labels(torch.as_tensor(self.truth.data, device="cpu"))
         return replace(self, truth=placed_mask(self.truth, move))
 
-    def instead(self, view: View, item: int) -> str:
-        truth, predicted = self._is_class(view)[item].cpu(), view.predicted()[item].cpu()
-        what = "foreground" if view.index is None else f"class {view.index}"
+    def instead(self, prediction: Prediction, item: int) -> str:
+        truth, predicted = self._is_class(prediction)[item].cpu(), prediction.mask()[item].cpu()
+        what = "foreground" if prediction.index is None else f"class {prediction.index}"
         return (
             f"The truth has {what} in {int(truth.sum())} voxels and the network predicts it in "
             f"{int(predicted.sum())}, {int((truth & predicted).sum())} of them in common. The "
-            f"truth holds {_listed_labels(labels(self.truth, view.grid)[item])}. "
-            f"{view.described(item)}. If the file has another number for the class, give label="
+            f"truth holds {_listed_labels(labels(self.truth, prediction.grid)[item])}. "
+            f"{prediction.described(item)}. If the file has another number for the class, give "
+            "label="
         )
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the rest of the package does with a target, whoever wrote it."""
+"""What the rest of the package does with a target, the package's own or the user's."""
 
 from __future__ import annotations
 
@@ -79,11 +79,12 @@ def _refuse_class(given: Any) -> None:
 
 
 def fixed(target: AnyTarget, logits: torch.Tensor) -> AnyTarget:
-    """Return the target with all that the prediction decides decided by these logits (B, K, *S).
+    """Return the target with everything that depends on the prediction fixed at logits (B, K, *S).
 
-    That is its region's voxels, the probabilities of `Finer`, the best cells of `DetectionClass`.
-    A method that changes the input evaluates this one, so that every score means the same voxels.
-    It takes logits of the same shape. A function that is not of this package is returned as it is.
+    This fixes the voxels of its region, the probabilities of `Finer` and the best cells of
+    `DetectionClass`. A method that changes the input uses the fixed target, so that every score is
+    about the same voxels; it takes logits of the same shape. A function that does not come from
+    this package is returned as it is.
 
     >>> from seg3dcam.targets import ClassLogit
     >>> target = fixed(ClassLogit(0), torch.tensor([[[1.0, -1.0]]]))  # the first voxel
@@ -112,9 +113,9 @@ def placed(target: AnyTarget, move: Move) -> AnyTarget:
 
 
 def region_of(target: AnyTarget, logits: torch.Tensor) -> torch.Tensor | None:
-    """Return the voxels that a target looks at, (B, *S) bool; None if it does not say.
+    """Return the voxels that a target looks at, (B, *S) bool; None if it does not tell.
 
-    A target of your own says so by a method `regions(logits)`. A sum has those of all its parts.
+    A target of your own tells by a method `regions(logits)`. A sum looks at those of all its parts.
     """
     if isinstance(target, WeightedSum):
         found = [region_of(part, logits) for _, part in target.parts]

@@ -1,4 +1,4 @@
-"""Windows put together: logits stitched, and maps blended by the shares of their windows."""
+"""Stitch windows' logits, and blend windows' maps by the windows' shares."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 
 from seg3dcam.geometry import FeatureGrid, interpolate
-from seg3dcam.windows.plan import (
-    Windows,
-    _box,
-)
+from seg3dcam.windows.plan import Windows, box_of
 
 
 def stitched(
     windows: Windows, x: torch.Tensor, predictor: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Return the logits (B, K, *S) of a volume, whatever the windows' convention.
+
+    Weighted values are summed and then divided by all the weights, in nnU-Net's order, so that
+    the prediction is the one that its own predictor gives.
 
     Args:
         x: (B, C, *S).
@@ -30,7 +30,7 @@ def stitched(
             if not len(total):
                 total = x.new_zeros(len(x), logits.shape[1], *windows.padded_shape)
             for window, part in zip(which, logits, strict=True):
-                total[item][_box(windows.starts[window], windows.roi)] += part * (
+                total[item][box_of(windows.starts[window], windows.roi)] += part * (
                     windows.importance.to(part)
                 )
     return windows.crop(total / windows.total_importance(x))

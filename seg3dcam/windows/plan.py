@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from seg3dcam.checks import check_number, check_whole_number, is_number
+from seg3dcam.checks import check_number, check_whole_number, is_number, is_whole
 from seg3dcam.errors import ConfigError, MissingExtraError
 
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
@@ -56,7 +56,7 @@ class WindowPlan:
 
     def __post_init__(self) -> None:
         sizes = _as_tuple(self.roi_size)
-        if not all(type(n) is int and (n > 0 or n == -1) for n in sizes):  # True is an int too
+        if not all(is_whole(n) and (n > 0 or n == -1) for n in sizes):
             raise ConfigError(
                 f"roi_size {self.roi_size!r}: whole numbers of voxels from 1 up, -1: a whole axis"
             )
@@ -101,7 +101,7 @@ class Windows:
         return len(self.starts)
 
     def one_by_one(self) -> Windows:
-        """Return the same windows, of which each goes through the network by itself."""
+        """Return the same windows, each going through the network by itself."""
         return replace(self, plan=replace(self.plan, sw_batch_size=1))
 
     @property
@@ -117,7 +117,7 @@ class Windows:
         """Return the volume (..., *shape) inside the padded one."""
         if self.padded_shape == self.shape:
             return padded
-        return padded[_box(self.before, self.shape)]
+        return padded[box_of(self.before, self.shape)]
 
     def pad_with_zeros(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., *shape) filled up to the padded shape with zeros."""
@@ -141,7 +141,7 @@ class Windows:
 
     def cut(self, padded: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         """Return windows of a padded volume (B, C, *padded_shape) as a batch (n * B, C, *roi)."""
-        return torch.cat([padded[_box(self.starts[window], self.roi)] for window in which])
+        return torch.cat([padded[box_of(self.starts[window], self.roi)] for window in which])
 
     @cached_property
     def importance(self) -> torch.Tensor:
@@ -164,7 +164,7 @@ class Windows:
         """Return the sum of importance over all windows at each voxel of the padded volume."""
         total = torch.zeros(self.padded_shape, dtype=like.dtype, device=like.device)
         for window in range(len(self)):
-            total[_box(self.starts[window], self.roi)] += self.importance.to(total)
+            total[box_of(self.starts[window], self.roi)] += self.importance.to(total)
         return total
 
     def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:
@@ -176,7 +176,7 @@ class Windows:
         return list(groups.values())
 
     def lengths(self, axes: Sequence[int]) -> float:
-        """Return how many windows' lengths the padded volume measures along `axes`, multiplied."""
+        """Return the product of the padded volume's sizes along `axes`, in windows' lengths."""
         return float(np.prod([self.padded_shape[axis] / self.roi[axis] for axis in axes]))
 
     def batches(self, which: Iterable[int]) -> Iterator[list[int]]:
@@ -197,21 +197,22 @@ def plan_windows(plan: WindowPlan | None, shape: Sequence[int]) -> Windows:
     >>> plan_windows(WindowPlan(4, overlap=0.5), (7,)).starts
     ((0,), (2,), (3,))
     """
-    from monai.utils import fall_back_tuple
-
     plan = plan or WindowPlan(-1)
     shape = tuple(int(n) for n in shape)
-    roi = fall_back_tuple(_for_each_axis(plan.roi_size, len(shape), "roi_size"), shape)
+    sizes = _for_each_axis(plan.roi_size, len(shape), "roi_size")
+    roi = tuple(length if size == -1 else size for size, length in zip(sizes, shape, strict=True))
     overlap = _for_each_axis(plan.overlap, len(shape), "overlap")
     padded = tuple(map(max, shape, roi))
     starts = _STARTS[plan.convention](padded, roi, overlap)
     before = tuple((p - s) // 2 for p, s in zip(padded, shape, strict=True))
-    return Windows(shape, tuple(roi), before, starts, plan)
+    return Windows(shape, roi, before, starts, plan)
 
 
 def _monai_starts(
     padded: Sequence[int], roi: Sequence[int], overlap: Sequence[float]
 ) -> tuple[tuple[int, ...], ...]:
+    if tuple(padded) == tuple(roi):  # one window, for which MONAI need not be imported
+        return ((0,) * len(roi),)
     from monai.data.utils import dense_patch_slices
 
     interval = [
@@ -248,7 +249,7 @@ def _nnunet() -> Any:
     return sliding_window_prediction
 
 
-def _box(start: Sequence[int], size: Sequence[int]) -> Any:
+def box_of(start: Sequence[int], size: Sequence[int]) -> Any:
     """Return the index of a box in the last axes of a tensor."""
     return (..., *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
 

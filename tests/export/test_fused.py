@@ -57,7 +57,7 @@ def expected(explanation, look, layer=None):
 @pytest.mark.parametrize("layer", [None, "model.2"])
 @pytest.mark.parametrize("name", ["fused.nii", "fused.nii.gz"])
 def test_every_voxel(tmp_path, phantom, layer, name, monkeypatch):
-    monkeypatch.setattr("seg3dcam.files.writers.nifti._SLAB_BYTES", 4 * 28 * 81 * 5)
+    monkeypatch.setattr("seg3dcam.files.writers.volumes._SLAB_BYTES", 4 * 28 * 81 * 5)
     found, affine = read(write_fused(tmp_path / name, phantom, LOOK, layer))
     assert np.abs(found - expected(phantom, LOOK, layer)).max() <= 0.501  # rounded
     np.testing.assert_allclose(affine, phantom.affine, atol=1e-4)

@@ -89,7 +89,7 @@ def test_round_trip(tmp_path_factory, shape, suffix, order, as_tensor, depth, se
     volume = np.asarray(bits.view(np.float32), order=order)
     path = tmp_path_factory.mktemp("out") / f"map{suffix}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seg3dcam.files.writers.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
+        patch.setattr("seg3dcam.files.writers.volumes._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
         given_volume = torch.as_tensor(volume) if as_tensor else volume
         assert write_nifti(path, given_volume, affine_of("flipped")) == path
     found, affine, _ = read(path)

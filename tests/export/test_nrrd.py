@@ -56,7 +56,7 @@ def test_round_trip(tmp_path_factory, shape, order, as_tensor, depth):
     volume = np.asarray(volume, order=order)
     path = tmp_path_factory.mktemp("out") / "map.nrrd"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seg3dcam.files.writers.nifti._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
+        patch.setattr("seg3dcam.files.writers.volumes._SLAB_BYTES", 4 * shape[0] * shape[1] * depth)
         write_nrrd(path, torch.as_tensor(volume) if as_tensor else volume, np.eye(4))
     found, header = nrrd.read(str(path))
     assert header["type"] == "float"

@@ -63,9 +63,9 @@ def test_a_small_file_that_unpacks_to_much_is_not_read_to_its_end(tmp_path, voxe
     path = tmp_path / "a.nii.gz"
     path.write_bytes(zeros_behind(content, 2**28))
     read = []
-    inflate = plan.Inflated.read
+    inflate = plan.Decompressor.read
     monkeypatch.setattr(
-        plan.Inflated, "read", lambda self, size: read.append(inflate(self, size)) or read[-1]
+        plan.Decompressor, "read", lambda self, size: read.append(inflate(self, size)) or read[-1]
     )
     np.testing.assert_array_equal(load_scan(path).data[0].numpy(), voxels)
     assert sum(map(len, read)) <= 2**24 + 2 * len(content) + 540
@@ -92,4 +92,4 @@ def test_a_part_may_end_where_a_read_of_the_file_does():
         def read(self, size):
             return self.left.pop(0) if self.left else b""
 
-    assert plan.Inflated(Pieces()).read(99) == b"onetwo"
+    assert plan.Decompressor(Pieces()).read(99) == b"onetwo"

@@ -58,7 +58,7 @@ def whole_numbers(text: str, count: int, path: Path, key: str, low: int = 1) -> 
 
 
 def choice(text: str, legal: Sequence[str], path: Path, key: str) -> str:
-    """Return a word that is one of those that are known, in small letters."""
+    """Return a word in small letters, which must be one of the legal ones."""
     word = text.strip().lower()
     if word not in legal:
         raise illegal(path, key, text, nearest(word, legal).removeprefix("legal: "))

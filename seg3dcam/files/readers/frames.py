@@ -34,7 +34,7 @@ _ORTHONORMAL = 1e-4  # ITK refuses direction cosines that are further off
 
 
 def best_affine(path: Path, header: nib.Nifti1Header, frame: Frame | None, *, must: bool) -> Affine:
-    """Return where a header puts its voxels, (4, 4) voxel -> RAS, and say where it is of two minds.
+    """Return where a header puts its voxels, (4, 4) voxel -> RAS, and warn if it says two places.
 
     - `frame`: the form to take; None: as nibabel, the sform if there is one, else the qform, else
       what `pixdim` gives.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from seg3dcam.errors import ScanError, Seg3dcamError
 
 __all__ = [
-    "Inflated",
+    "Decompressor",
     "Plan",
     "channels_first",
     "check_file",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 SLAB_VOXELS = 2**21
-_BEST_RATIO = 1032  # deflate cannot do better
+_BEST_RATIO = 1032  # deflate packs no better
 _PIECE = 2**20
 _MOST_BEHIND = 2**24
 _MAGIC = b"\x1f\x8b"  # of gzip
@@ -86,7 +86,7 @@ def reading(path: Path, kind: str = "file") -> Iterator[None]:
     """
     try:
         yield
-    except (Seg3dcamError, Warning):  # a warning is one where the caller made errors of them
+    except (Seg3dcamError, Warning):  # the caller may have turned warnings into errors
         raise
     except FileNotFoundError as error:
         raise ScanError(
@@ -118,7 +118,7 @@ def reading(path: Path, kind: str = "file") -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no regular file: missing, a folder, a pipe."""
+    """Refuse anything but a regular file, such as a folder or a pipe."""
     with reading(path):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -133,12 +133,12 @@ def check_file(path: Path) -> None:
 def read_start(path: Path, size: int) -> tuple[bytes, bool]:
     """Return a file's first bytes, unzipped, and whether the file as a whole is gzipped.
 
-    Its content tells, not its suffix: a wrong one does no harm.
+    The content decides, not the suffix, so a wrong suffix does no harm.
     """
     with reading(path), path.open("rb") as file:
         zipped = file.read(len(_MAGIC)) == _MAGIC
         file.seek(0)
-        return (Inflated(file) if zipped else file).read(size), zipped
+        return (Decompressor(file) if zipped else file).read(size), zipped
 
 
 # --------------------------------------------------------------------------------------- checks
@@ -239,7 +239,7 @@ def _stream(plan: Plan) -> Iterator[BinaryIO]:
             file.seek(plan.skip, os.SEEK_CUR)
             yield file
         else:
-            stream = cast(BinaryIO, Inflated(file, members=plan.packing == "gzip"))
+            stream = cast(BinaryIO, Decompressor(file, members=plan.packing == "gzip"))
             _pass_over(stream, plan.skip)
             yield stream
 
@@ -250,11 +250,11 @@ def _pass_over(stream: BinaryIO, size: int) -> None:
         size -= passed
 
 
-class Inflated:
+class Decompressor:
     """The unpacked bytes of a gzip file, or of one zlib stream.
 
-    zlib checks the checksum where a stream ends. Behind a gzip member may be another one; what is
-    none is left alone, as zlib's own reader of files does, and so ITK.
+    zlib checks the checksum at the end of a stream. Another gzip member may follow; anything else
+    that follows is ignored, as by zlib's own reader of files and by ITK.
     """
 
     def __init__(self, file: BinaryIO, *, members: bool = True) -> None:

@@ -86,7 +86,7 @@ def element(header: Any, keyword: str, path: Path) -> Any:
     kind = _ELEMENTS[keyword]
     found: Any = "what cannot be decoded"
     try:
-        # What pydicom finds unusual in a value is no concern beyond what is asked here.
+        # pydicom warns of unusual values; whether one can be used is decided below.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = header.get(keyword)

@@ -19,21 +19,21 @@ __all__ = ["Slice", "check_pixels", "is_dicom", "read_header", "read_headers", "
 
 Array = npt.NDArray[np.float64]
 
-#: A file with such a name should be DICOM.
+#: A file whose name ends like this should be DICOM.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DICOMDIR = "1.2.840.10008.1.3.10"
-#: No picture of a scan is packed into a smaller part of its size.
+#: No compression makes a picture of a scan smaller than this part of its size.
 _BEST_RATIO = 5000
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """One file's header, and what is needed of it; NaN where it is missing.
+    """The header of one file, and the numbers that are needed from it; NaN where one is missing.
 
     Attributes:
         path: the file.
         header: its pydicom dataset, without pixels.
-        pixel_bytes: how much of the file follows on the header.
+        pixel_bytes: how many bytes of the file come after the header.
         position: (3,) of the first voxel's centre, LPS mm.
         directions: (2, 3), along a row and down a column, LPS.
         steps: (2,) from column to column and from row to row, mm.
@@ -74,11 +74,11 @@ class Slice:
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is a DICOM file, by its content."""
     try:
-        if not path.is_file():  # to open a pipe would wait for ever
+        if not path.is_file():  # opening a pipe would wait for ever
             return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):  # said where the file is read
+    except (OSError, ValueError):  # the reader of the file says what is wrong
         return False
 
 
@@ -89,8 +89,8 @@ def read_headers(source: Path | Sequence[Path]) -> list[Slice]:
     """Read the headers of a list of DICOM files, or of those in a folder; a DICOMDIR is left out.
 
     Raises:
-        ScanError: a damaged file; of a folder one that is named as DICOM and is not, and a folder
-            without any.
+        ScanError: a file is damaged, or a file of the folder has a DICOM name and another
+            content, or the folder holds no DICOM image.
     """
     if not isinstance(source, Path):
         return [read_header(path) for path in source]
@@ -157,7 +157,7 @@ def read_header(path: Path) -> Slice:
 
 
 def check_pixels(image: Slice) -> None:
-    """Refuse colour, scalings that are no line, and voxels that are not all there; ScanError."""
+    """Raise ScanError for colour, for scaling by a table, and for voxels that are cut short."""
     photometric, samples = image.value("PhotometricInterpretation"), image.value("SamplesPerPixel")
     samples = samples or 1
     if photometric != "MONOCHROME2" or samples != 1:

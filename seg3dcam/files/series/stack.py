@@ -33,7 +33,7 @@ TOLERANCE_STEPS = 0.1
 #: Slices nearer than this are at one position.
 SAME_PLACE_MM = 1e-3
 
-#: What may tell apart images of one position.
+#: Elements by which several images at one position may differ.
 _PHASES = (
     "AcquisitionNumber",
     "EchoTime",
@@ -121,7 +121,7 @@ def _kind_in_words(image: Slice) -> str:
 
 
 def _check_images(images: Sequence[Slice], where: str) -> None:
-    """Refuse what is no stack of single grey slices with a place."""
+    """Refuse anything but single grey slices that say where they lie."""
     found = f"{where} holds {_in_words(images)}"
     for image in images:
         name, modality = image.path.name, image.value("Modality")
@@ -162,7 +162,7 @@ def _check_images(images: Sequence[Slice], where: str) -> None:
 
 
 def _check_alike(images: Sequence[Slice], found: str) -> None:
-    """Refuse slices of different size, spacing or orientation, and directions that are none."""
+    """Refuse slices of different size, spacing or orientation, and skew directions."""
     if len({image.size for image in images}) > 1:
         raise ScanError(f"{found}. All slices must have one size. {_HOW_TO_CHOOSE}")
     extent = np.array(images[0].size, dtype=np.float64)

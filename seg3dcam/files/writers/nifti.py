@@ -11,20 +11,25 @@ from __future__ import annotations
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
-from isal import igzip
 from nibabel.spatialimages import HeaderDataError
 
 from seg3dcam.errors import OutputError, Seg3dcamWarning
 from seg3dcam.files.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
+from seg3dcam.files.writers.volumes import (
+    as_stored,
+    check_suffix,
+    checked_volume,
+    gzipped,
+    slabs,
+)
 from seg3dcam.files.writing import as_path, atomic
 from seg3dcam.geometry import checked_affine, corner_gap, same_grid
 
@@ -33,8 +38,6 @@ __all__ = ["write_nifti"]
 _SCANNER = 1  # NIfTI's code for "mm in the scanner's own axes"
 _INTENT_NONE, _INTENT_LABEL = 0, 1002
 _MM = 2
-_LONGEST_AXIS = 32767  # NIfTI-1 counts voxels in int16
-_SLAB_BYTES = 2**23
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # NIfTI's RGB24
 _QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 _SFORM = ("srow_x", "srow_y", "srow_z")
@@ -100,7 +103,7 @@ def placed_header(
     reference: nib.Nifti1Header | None,
 ) -> nib.Nifti1Header:
     """Make the header of a volume that lies where `affine` and `reference` say."""
-    _check_suffix(path)
+    check_suffix(path, "NIfTI", ".nii", ".nii.gz")
     header = _header(path, tuple(shape), dtype)
     _set_forms(header, checked_affine(affine, str(path), OutputError), reference, path)
     return header
@@ -116,29 +119,6 @@ def write_slabs(path: Path, header: nib.Nifti1Header, voxels: Iterable[bytes | m
             for piece in voxels:
                 stream.write(piece)
     return path
-
-
-def _check_suffix(path: Path) -> None:
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NIfTI: .nii, .nii.gz.")
-
-
-def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
-    """Return a volume that a file can hold, without its graph; OutputError for another."""
-    if isinstance(volume, torch.Tensor):
-        volume = volume.detach().as_subclass(torch.Tensor)
-    shape = tuple(volume.shape)
-    if len(shape) != 3 or min(shape) < 1:
-        raise OutputError(
-            f"{path}: the volume has shape {shape}. Legal: (X, Y, Z), each at least 1. Write one "
-            "file per class, layer and channel; viewers refuse 4-D files."
-        )
-    if max(shape) > _LONGEST_AXIS:
-        raise OutputError(
-            f"{path}: the volume has shape {shape}, and NIfTI-1 can hold {_LONGEST_AXIS} voxels "
-            "per axis. Write it in parts."
-        )
-    return volume
 
 
 def _header(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> nib.Nifti1Header:
@@ -235,7 +215,7 @@ def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], pa
 
 
 def _ascii(text: str, length: int) -> bytes:
-    """At most `length` printable ASCII bytes.
+    """Return a text as at most `length` printable ASCII bytes.
 
     >>> _ascii("Läsion der Leber", 9), _ascii("肝臓", 9)
     (b'Lasion de', b'??')
@@ -244,39 +224,3 @@ def _ascii(text: str, length: int) -> bytes:
     letters = (letter for letter in apart if not unicodedata.combining(letter))
     plain = "".join(letter if letter.isprintable() else " " for letter in letters)
     return plain.encode("ascii", errors="replace")[:length]
-
-
-# --------------------------------------------------------------------------------------- voxels
-
-
-def gzipped(file: BinaryIO) -> igzip.IGzipFile:
-    """Compress what is written to a file, fast; the same bytes in, the same bytes out."""
-    # Level 3 is as fast as 1, whose choice of matches now and then depends on what the memory held.
-    return igzip.IGzipFile(filename="", mode="wb", compresslevel=3, fileobj=file, mtime=0)
-
-
-def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
-    """The volume in pieces along z, fetched from the GPU one at a time."""
-    x, y, z = volume.shape
-    depth = max(1, _SLAB_BYTES // (4 * x * y))
-    for start in range(0, z, depth):
-        slab = volume[:, :, start : start + depth]
-        if isinstance(slab, torch.Tensor):
-            slab = slab.cpu()
-            slab = (slab.float() if slab.dtype == torch.bfloat16 else slab).numpy()
-        yield slab
-
-
-def as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
-    """One slab as it lies in the file: x runs fastest, then y, then z."""
-    if dtype.kind == "f":
-        return np.ascontiguousarray(slab.T, dtype=dtype).data
-    with np.errstate(invalid="ignore"):  # a NaN is caught by the comparison
-        stored = np.ascontiguousarray(slab.T, dtype=dtype)
-    wrong = slab != stored.T
-    if wrong.any():
-        raise OutputError(
-            f"{path}: the value {slab[wrong][0]} does not fit the label type {dtype}. Labels are "
-            "whole numbers: choose a wider dtype, or write a map as float32."
-        )
-    return stored.data

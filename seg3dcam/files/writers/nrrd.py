@@ -22,7 +22,13 @@ from scipy import ndimage
 
 from seg3dcam.errors import OutputError
 from seg3dcam.files.names import printable
-from seg3dcam.files.writers.nifti import as_stored, checked_volume, gzipped, slabs
+from seg3dcam.files.writers.volumes import (
+    as_stored,
+    check_suffix,
+    checked_volume,
+    gzipped,
+    slabs,
+)
 from seg3dcam.files.writing import as_path, atomic
 from seg3dcam.geometry import LPS_TO_RAS, checked_affine
 
@@ -59,7 +65,7 @@ def write_nrrd(
     b'space directions: (-1.0,0.0,0.0) (0.0,-1.0,0.0) (0.0,0.0,3.0)'
     """
     path, kind = as_path(path), np.dtype(dtype)
-    _check_suffix(path, ".nrrd")
+    check_suffix(path, "NRRD here", ".nrrd")
     if kind.name not in _TYPES:
         raise OutputError(f"{path}: dtype {kind} cannot be written. Legal: {', '.join(_TYPES)}.")
     volume = checked_volume(volume, path)
@@ -103,7 +109,7 @@ def segment(
 
 
 def same_voxels(one: Segment, other: Segment) -> bool:
-    """Tell whether two segments cover the same, whatever their names and colours.
+    """Return whether two segments cover the same voxels, whatever their names and colours.
 
     >>> mask = np.eye(3, dtype=bool)[None]
     >>> same_voxels(segment(mask, "a", (0, 0, 0)), segment(mask, "b", (1, 1, 1)))
@@ -141,7 +147,7 @@ def write_segments(
     True
     """
     path = as_path(path)
-    _check_suffix(path, ".seg.nrrd")
+    check_suffix(path, "NRRD here", ".seg.nrrd")
     if not segments:
         raise OutputError(f"{path}: a segmentation has at least one segment, here is none.")
     layers = _layers(segments)
@@ -184,7 +190,7 @@ def _overlap(one: Segment, other: Segment) -> bool:
 
 
 def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
-    """What a segment has in a box within its own."""
+    """Return what a segment covers in a box that lies within its own box."""
     moved = (
         slice(part.start - own.start, part.stop - own.start)
         for part, own in zip(box, of.box, strict=True)
@@ -193,7 +199,7 @@ def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
 
 
 def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]]) -> dict[str, str]:
-    """Slicer's own fields: what the labels of every layer are."""
+    """Return Slicer's own header fields, which say what each label of each layer is."""
     place = {
         id(one): (number, label)
         for number, layer in enumerate(layers)
@@ -223,7 +229,7 @@ def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]])
 def _painted(
     layers: Sequence[Sequence[Segment]], shape: Sequence[int]
 ) -> Iterator[bytes | memoryview]:
-    """All layers as they lie in the file, slab by slab: layer runs fastest, then x, y, z."""
+    """Yield all layers as they lie in the file, slab by slab: layers run fastest, then x, y, z."""
     x, y, z = shape
     depth = max(1, _SLAB_VOXELS // (x * y * len(layers)))
     for start in range(0, z, depth):
@@ -240,11 +246,6 @@ def _painted(
 
 
 # ------------------------------------------------------------------------------------------- file
-
-
-def _check_suffix(path: Path, suffix: str) -> None:
-    if not path.name.lower().endswith(suffix):
-        raise OutputError(f"{path} ends with {path.suffix!r}. Legal for NRRD here: {suffix}.")
 
 
 def _header(
