@@ -1,22 +1,27 @@
 """Where things are: voxel grids, affines, and moving values between grids."""
 
-from seg3dcam.geometry.affines import (
-    LPS_TO_RAS,
-    SAME_GRID_MM,
-    SAME_GRID_VOXELS,
-    anatomical_axis,
-    checked_affine,
-    corner_gap,
-    ras_affine,
-    same_grid,
-    size_text,
-    spacing_of,
-    to_world,
-)
-from seg3dcam.geometry.grids import FeatureGrid, cropped, interpolate
-from seg3dcam.geometry.peaks import peak_voxel, plateau_middle
-from seg3dcam.geometry.planes import Axis
-from seg3dcam.geometry.resampling import resample, resample_labels
+from typing import TYPE_CHECKING
+
+from seg3dcam.importing import lazy
+
+if TYPE_CHECKING:  # type checkers and editors read the names here
+    from seg3dcam.geometry.affines import (
+        LPS_TO_RAS,
+        SAME_GRID_MM,
+        SAME_GRID_VOXELS,
+        anatomical_axis,
+        checked_affine,
+        corner_gap,
+        ras_affine,
+        same_grid,
+        size_text,
+        spacing_of,
+        to_world,
+    )
+    from seg3dcam.geometry.grids import FeatureGrid, cropped, interpolate
+    from seg3dcam.geometry.peaks import peak_voxel, plateau_middle
+    from seg3dcam.geometry.planes import Axis
+    from seg3dcam.geometry.resampling import resample, resample_labels
 
 __all__ = [
     "LPS_TO_RAS",
@@ -39,3 +44,5 @@ __all__ = [
     "spacing_of",
     "to_world",
 ]
+
+__getattr__, __dir__ = lazy(__name__)
