@@ -16,6 +16,7 @@ from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.errors import InputError
 from seg3dcam.geometry import (
     FeatureGrid,
+    checked_affine,
     interpolate,
     ras_affine,
     resample,
@@ -260,3 +261,13 @@ def test_a_blob_under_a_stride_8_feature_voxel_is_found_within_half_a_voxel(kind
     assert np.abs(np.array(peak) - UNDER[kind]).max() <= 0.5
     near = volume * (volume > 0.3)
     assert (centroid(near) - torch.tensor(UNDER[kind])).abs().max() < 0.5
+
+
+def test_a_last_row_that_is_rounded_is_made_exact() -> None:
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    rounded = affine.copy()
+    rounded[3] = [1e-9, -1e-12, 0, 1 - 1e-9]
+    np.testing.assert_array_equal(checked_affine(rounded, "the map"), affine)
+    rounded[3, 0] = 1e-3
+    with pytest.raises(InputError, match=r"^the map: the affine's last row is \[0.001,"):
+        checked_affine(rounded, "the map")

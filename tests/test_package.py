@@ -164,11 +164,16 @@ def test_the_core_imports_no_package_of_the_rims():
 
 def test_the_core_imports_monai_where_it_is_used():
     """Importing MONAI takes seconds: whoever asks for help, or has no use for it, need not wait."""
-    core = [p for p in FILES if LEVEL.get(room(p), 99) <= LEVEL["cams"]]
+    core = [p for p in FILES if LEVEL.get(room(p), 99) <= LEVEL["cams"] or room(p) == "explaining"]
     assert len(core) > 10
     for path in core:
         found = {name.partition(".")[0] for name in imports_of(path)}
         assert "monai" not in found, relative(path)
+
+
+def test_monai_is_loaded_by_nothing_but_what_needs_it():
+    names = "GradCAM, explain, explain_each, load_explanation, load_model, load_scan, targets"
+    assert "monai" not in modules_after(f"from seg3dcam import {names}; targets.ClassLogit")
 
 
 # ------------------------------------------------------------------------------ imports run one way

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 
 from seg3dcam.cams.feature_maps import FeatureMaps, feature_maps
 from seg3dcam.engine.passes import Progress, silent
@@ -53,6 +52,8 @@ def features_of_scan(
         >>> features_of_scan(scan, model, "0", index=2).values.shape
         (2, 7, 8)
     """
+    from monai.data import MetaTensor
+
     placement = place_scan(load_scan(scan), model, progress or silent)
     if isinstance(axis, str):
         axis = anatomical_axis(placement.affine, axis)  # type: ignore[arg-type]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 
 from seg3dcam.cams.result import CamResult
+from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.engine.passes import Progress
 from seg3dcam.errors import ModelError
@@ -18,6 +18,9 @@ from seg3dcam.geometry import ras_affine, resample, resample_labels
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.scan import Scan
 from seg3dcam.targets.ground_truth import check_on_grid
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ class Placement:
         """
         data = torch.as_tensor(mask.data, device="cpu")
         affine = np.asarray(mask.affine, dtype=np.float64)
-        if isinstance(mask, MetaTensor):
+        if is_meta_tensor(mask):
             data, affine = mask.as_tensor(), ras_affine(affine, mask.meta.get("space"))
         if data.ndim == len(self.scan.shape) + 1 and len(data) == 1:
             data = data[0]

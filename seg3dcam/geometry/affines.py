@@ -128,8 +128,10 @@ def checked_affine(
         raise error_class(f"{name}: the affine has shape {matrix.shape}. {repair}")
     if not np.isfinite(matrix).all():
         raise error_class(f"{name}: the affine holds NaN or infinite values. {repair}")
-    if not np.array_equal(matrix[3], [0, 0, 0, 1]):
+    # A product of affines and inverses may end in a row that is rounded.
+    if not np.allclose(matrix[3], [0, 0, 0, 1], rtol=0, atol=1e-6):
         raise error_class(f"{name}: the affine's last row is {matrix[3].tolist()}. {repair}")
+    matrix[3] = [0, 0, 0, 1]
     if np.abs(matrix).max() > _FARTHEST_MM:
         raise error_class(f"{name}: the affine holds {np.abs(matrix).max():.3g} mm. {repair}")
     steps = np.array(spacing_of(matrix))

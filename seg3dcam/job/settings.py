@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
 
+from seg3dcam.geometry.planes import Axis
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.settings import Settings
 from seg3dcam.targets.named import REGIONS, SCORES
@@ -18,8 +19,6 @@ else:
     ScoreName = Literal[tuple(SCORES)]
     RegionName = Literal[tuple(REGIONS)]
     FormatName = Literal[tuple(FORMATS)]
-
-Axis = Literal["axial", "coronal", "sagittal"]
 
 #: A class by its name or index; nothing else is taken for one, such as true for 1.
 ClassName = StrictStr | StrictInt

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from seg3dcam.errors import MissingExtraError, ScanError, tell
-from seg3dcam.geometry import LPS_TO_RAS
+from seg3dcam.geometry import LPS_TO_RAS, size_text
 from seg3dcam.scan import Scan
 
 Reader = Literal["itk", "nibabel"]
@@ -91,7 +91,7 @@ def in_mm(spacing: Sequence[float]) -> str:
     >>> in_mm([0.5, 0.5, 2])
     '0.5 x 0.5 x 2 mm'
     """
-    return " x ".join(f"{mm:.4g}" for mm in spacing) + " mm"
+    return f"{size_text(spacing)} mm"
 
 
 def _as_read(scan: Scan, reader: Reader) -> tuple[tuple[float, ...], np.ndarray]:

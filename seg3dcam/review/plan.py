@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from seg3dcam.engine.layer_map import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.geometry import Axis, peak_voxel
+from seg3dcam.geometry import Axis, peak_voxel, size_text
 from seg3dcam.review.look import Look, Window, choose_window
 from seg3dcam.review.pictures import display, draw, frame
 from seg3dcam.review.pictures.text import clean_text
@@ -268,7 +268,7 @@ def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[st
         "method": explanation.method,
         "target": explanation.target,
         "score": f"{explanation.score:.6g}",
-        "CAM resolution": " x ".join(f"{mm:.3g}" for mm in finest) + " mm",
+        "CAM resolution": f"{size_text(finest, 3)} mm",
     }
     if len(explanation.scan.data) > 1:
         words["scan"] = f"channel 1 of {len(explanation.scan.data)}"

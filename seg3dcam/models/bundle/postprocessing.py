@@ -24,7 +24,7 @@ from monai.transforms import (
 )
 
 from seg3dcam.errors import tell
-from seg3dcam.geometry import corner_gap
+from seg3dcam.geometry import same_grid
 from seg3dcam.models.bundle.config import Bundle
 from seg3dcam.models.bundle.preprocessing import PLACES
 from seg3dcam.models.bundle.transforms import WRITERS, keys_of
@@ -162,5 +162,6 @@ def _as_written(pred: Any, scan: Scan, saver: Any, form: _Form) -> torch.Tensor 
         found = torch.as_tensor(NibabelWriter.create_backend_obj(found, dtype=dtype).dataobj)
     if tuple(found.shape[1:]) != scan.shape:
         return None
-    moved = wanted is not None and corner_gap(meta["affine"], wanted, scan.shape) > _SAME_MM
-    return None if moved else found
+    if wanted is None or same_grid(meta["affine"], wanted, scan.shape, within_mm=_SAME_MM):
+        return found
+    return None

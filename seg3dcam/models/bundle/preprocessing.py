@@ -18,7 +18,7 @@ from monai.transforms.utility.array import Lambda
 from monai.transforms.utility.dictionary import Lambdad
 
 from seg3dcam.errors import ModelError, ScanError, tell
-from seg3dcam.geometry import SAME_GRID_MM, corner_gap, spacing_of
+from seg3dcam.geometry import same_grid, spacing_of
 from seg3dcam.models.bundle.config import Bundle
 from seg3dcam.models.bundle.readers import read_as
 from seg3dcam.models.bundle.transforms import WRITERS, keys_of
@@ -103,7 +103,7 @@ def _itk_affine(bundle: Bundle, scan: Scan) -> np.ndarray:
     if not isinstance(header, nib.Nifti1Header) or _all_agree(header, scan):
         return scan.affine
     affine = affine_as_read_by(scan, "itk")
-    if corner_gap(affine, scan.affine, scan.shape) <= SAME_GRID_MM:
+    if same_grid(affine, scan.affine, scan.shape):
         return scan.affine
     tell(
         f"{scan.name}: the bundle reads it with ITK, which takes its header otherwise than its "
@@ -126,7 +126,7 @@ def _all_agree(header: nib.Nifti1Header, scan: Scan) -> bool:
     return (
         bool(said)
         and np.allclose(zooms, scan.spacing, rtol=1e-5)
-        and all(corner_gap(form, scan.affine, scan.shape) <= SAME_GRID_MM for form in said)
+        and all(same_grid(form, scan.affine, scan.shape) for form in said)
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.errors import ConfigError, InputError, nearest
+from seg3dcam.geometry import size_text
 from seg3dcam.review.look import colours
 from seg3dcam.review.pictures import display, text
 
@@ -167,8 +168,9 @@ def facts_of(sheet: Sheet) -> list[str]:
     features, view = sheet.features, sheet.view
     grid = features.grid
     facts = [
-        f"grid {_times(grid.shape)}",
-        f"stride {_times(grid.stride)} input voxels" + ("" if grid.measured else " (assumed)"),
+        f"grid {size_text(grid.shape, 6)}",
+        f"stride {size_text(grid.stride, 6)} input voxels"
+        + ("" if grid.measured else " (assumed)"),
     ]
     if features.axis is not None and features.index is not None:
         where = float(grid.positions(features.axis)[features.index])
@@ -187,7 +189,3 @@ def facts_of(sheet: Sheet) -> list[str]:
         facts.append(text.clean_text(f"ranked by Grad-CAM weight for {features.target}"))
     own = "each channel on its own scale, constant channels are black"
     return [*facts, "one scale for all channels" if sheet.scale else own]
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)
