@@ -6,12 +6,12 @@ from seg3dcam.importing import find_old_names, lazy
 
 if TYPE_CHECKING:  # type checkers and editors read the names here
     from seg3dcam import targets
-    from seg3dcam.cams.base import BaseCAM
     from seg3dcam.cams.catalogue import (
         FEM,
         KPCACAM,
         METHODS,
         AblationCAM,
+        BaseCAM,
         EigenCAM,
         EigenGradCAM,
         FullGrad,

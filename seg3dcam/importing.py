@@ -22,9 +22,11 @@ from typing import Any
 #: Module of seg3dcam 0.1 -> the module that holds what was in it.
 OLD_NAMES = {
     "seg3dcam.attributions": "seg3dcam.cams.attributions",
+    "seg3dcam.explanation": "seg3dcam.explaining.explanation",
     "seg3dcam.features": "seg3dcam.cams.feature_maps",
     "seg3dcam.layouts": "seg3dcam.network.layouts",
     "seg3dcam.look": "seg3dcam.review.look",
+    "seg3dcam.review.map_2d": "seg3dcam.review.pictures.map_2d",
 }
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import toy
 
-from seg3dcam import FullGrad, GradCAM, HiResCAM, WindowPlan, XResCAM, targets
+from seg3dcam import (
+    BaseCAM,
+    FullGrad,
+    GradCAM,
+    HiResCAM,
+    RandomCAM,
+    WindowPlan,
+    XResCAM,
+    targets,
+)
 from seg3dcam.cams.attributions import Gradient
 from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import CAMS
@@ -91,3 +102,48 @@ def test_full_grad_names_the_layers_whose_biases_it_leaves_out():
     network = toy.seeded(torch.nn.Sequential(*layers))
     with pytest.warns(Seg3dcamWarning, match="The biases of 1 are left out: .*ran 2 times"):
         FullGrad(network)(X, targets.ClassLogit(1, "volume"))
+
+
+def test_a_class_that_names_a_method_has_its_formula():
+    """Whatever class it is derived from: the name that results bear is what made them."""
+
+    class Renamed(GradCAM):
+        method = "hires_cam"
+
+    class OfTheBase(BaseCAM):
+        method = "random"
+
+    class Same(XResCAM):
+        pass
+
+    assert Renamed.formula is HiResCAM.formula
+    assert OfTheBase.formula is RandomCAM.formula
+    assert Same.formula is XResCAM.formula
+
+
+def test_a_class_of_an_unknown_method_needs_a_formula():
+    with pytest.raises(ConfigError, match=r"Own names the method 'hires_can', did you mean 'hires"):
+
+        class Own(GradCAM):
+            method = "hires_can"
+
+    class Mine(GradCAM):
+        method, formula = "mine", HiResCAM.formula
+
+    assert Mine.formula is HiResCAM.formula
+
+
+def test_signatures_show_the_settings_of_a_method():
+    shown = inspect.signature(XResCAM).parameters
+    assert (shown["window"].default, shown["mode"].default) == (2, "mean")
+    assert "settings" not in shown
+    assert list(inspect.signature(GradCAM).parameters) == [
+        *("model", "target_layers", "sliding_window", "output", "activation"),
+        *("reshape_transform", "progress"),
+    ]
+
+    class Own(XResCAM):
+        def __init__(self, model):
+            super().__init__(model, "0", window=4)
+
+    assert list(inspect.signature(Own).parameters) == ["model"]

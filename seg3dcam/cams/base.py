@@ -9,7 +9,8 @@ result.volume()                    # (B, D, H, W) in [0, 1]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -64,10 +65,25 @@ class BaseCAM:
         torch.Size([1, 8, 8, 8])
     """
 
+    __signature__: ClassVar[inspect.Signature | None]
     #: The method's key.
     method: ClassVar[str] = "slice_grad_cam"
     #: The method's formula: the class has it with the default settings, an object with its own.
     formula: Formula = PooledGradient(block="slice")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class that names a method, but no formula, the formula of this method.
+
+        Its signature shows the settings that the formula has.
+
+        Raises:
+            ConfigError: there is no such method.
+        """
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls) and "formula" not in vars(cls):
+            cls.formula = _formula_of(cls)
+        own_init = cls.__init__ is not BaseCAM.__init__
+        cls.__signature__ = None if own_init else _signature_with_settings(cls.formula)
 
     def __init__(
         self,
@@ -157,6 +173,36 @@ class BaseCAM:
             if name not in legal:
                 choices = nearest(name, legal) if legal else "this method has none"
                 raise ConfigError(f"{type(self).__name__} has no setting {name!r}: {choices}")
+
+
+def _signature_with_settings(formula: Formula) -> inspect.Signature:
+    """Return the signature of `BaseCAM` with a formula's settings in place of `**settings`."""
+    signature = inspect.signature(BaseCAM)
+    every = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(formula, field))
+        for name, field in formula.own_settings.items()
+    ]
+    return signature.replace(parameters=[*every, *own])
+
+
+def _formula_of(cls: type[BaseCAM]) -> Formula:
+    """Return the formula of the method that a class names."""
+    known = {cam.method: cam.formula for cam in _with_formulas(BaseCAM)}
+    if cls.method not in known:
+        raise ConfigError(
+            f"{cls.__name__} names the method {cls.method!r}, {nearest(cls.method, known)}. A "
+            f"method of your own has a formula: method, formula = {cls.method!r}, <a Formula>"
+        )
+    return known[cls.method]
+
+
+def _with_formulas(cam: type[BaseCAM]) -> Iterator[type[BaseCAM]]:
+    """Yield a class and those derived from it, as far as they define a method with its formula."""
+    if {"method", "formula"} <= vars(cam).keys():
+        yield cam
+    for derived in cam.__subclasses__():
+        yield from _with_formulas(derived)
 
 
 def methods_by_key(names: Mapping[str, Any]) -> dict[str, type[BaseCAM]]:

@@ -6,8 +6,8 @@
 A `Review` holds what the pictures of one case share; `review_volumes` makes one from arrays.
 `save_slices` writes one PNG per slice, `save_montage` one PNG of several, `save_planes` the three
 planes through the peak, `save_profile` curves along the slices, `save_cine` a film, `save_report`
-one HTML page of everything; `save_features` the channels of a layer; `map_2d.save_map` the map of a
-2D network.
+one HTML page of everything; `save_features` the channels of a layer;
+`seg3dcam.review.pictures.map_2d.save_map` the map of a 2D network.
 """
 
 from seg3dcam.review.look import WINDOWS, Look
