@@ -67,6 +67,15 @@ def test_another_scan_gets_a_folder_of_its_own_which_is_said(place):
     )
 
 
+def test_what_is_replaced_is_said_before_the_work(place):
+    run_job(job_at(place))
+    events = []
+    steps = {"progress": lambda step, *_: events.append(step), "say": events.append}
+    result = run_job(job_at(place), force=True, **steps)
+    (note,) = result.notes
+    assert events.index("reading") < events.index(note) < events.index("predicting")
+
+
 def test_progress_is_told(place):
     calls = []
     run_job(job_at(place, target="lesion"), progress=lambda *call: calls.append(call))

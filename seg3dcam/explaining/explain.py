@@ -130,7 +130,8 @@ def explain_each(
         model.check_logits(logits)
         check_resolution(logits, x.shape[2:])
         expanded = as_targets(_named_targets(model, targets), logits, model.activation)
-        chosen.extend(placed(target, placement.mask_to_network) for target in expanded)
+        # A call that begins again, since draws were found out late, evaluates the targets again.
+        chosen[:] = [placed(target, placement.mask_to_network) for target in expanded]
         if not chosen:
             raise TargetError("the targets stand for none at this prediction: there is no target")
         return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def run_job(
     force: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> JobResult:
     """Explain one scan as a job says, and write its case; what is done already is skipped.
 
@@ -59,6 +60,8 @@ def run_job(
         force: do again what is done.
         verify: look at the content of every file of what is done, not at its size alone.
         progress: called with (step, done, total).
+        say: called with each of the result's notes as soon as it is known, before the scan is
+            explained.
 
     Raises:
         ConfigError: settings that are illegal, or do not go together or with the scan. Most are
@@ -83,6 +86,9 @@ def run_job(
     if is_done(folder, keys.all, verify=verify) and not force:
         return JobResult(folder, _record_of_run(folder, keys), was_done=True)
     notes = tuple(_notes(folder, job, keys))
+    if say is not None:
+        for note in notes:
+            say(note)
     # They are made one by one while they are written, which is when the folder is locked: of two
     # runs of a job at once, one would work in vain.
     explanations = _explanations(scan, model, targets, truth, job, progress)
