@@ -40,10 +40,15 @@ from seg3dcam.network.layers import LayerRef, moved_to
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.targets import Activation, OwnTarget, as_targets, name_of, placed
+from seg3dcam.targets.combined import AnyTarget
+from seg3dcam.targets.masks import Move
 from seg3dcam.windows import WindowPlan, Windows, plan_windows
 
 #: A class index, a target, a family of targets, or None for the original recipe.
 TargetLike = int | Callable[[torch.Tensor], torch.Tensor] | Any | None
+
+#: Several of them, or a function of the logits (B, K, *S) that returns several.
+Targets = Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]]
 
 
 class Explainer(Protocol):
@@ -64,12 +69,20 @@ class Explainer(Protocol):
     def layers_for(self, x: torch.Tensor, windows: Windows) -> list[LayerRef]: ...
 
 
-@begun_again
-def each_by(
-    cams: Sequence[Explainer],
-    x: torch.Tensor,
-    targets: Sequence[TargetLike] | Callable[[torch.Tensor], Sequence[TargetLike]],
-) -> list[list[CamResult]]:
+@dataclass(frozen=True)
+class TargetResults:
+    """One target, and the result of every method.
+
+    Attributes:
+        target: a function of the logits, with its masks on the input's grid.
+        results: in the order of the methods.
+    """
+
+    target: AnyTarget
+    results: list[CamResult]
+
+
+def each_by(cams: Sequence[Explainer], x: torch.Tensor, targets: Targets) -> list[list[CamResult]]:
     """Explain several targets by several methods; for each target a list with every method's.
 
     Methods of activations and gradients share their forward passes.
@@ -79,16 +92,44 @@ def each_by(
         x, targets: as for `BaseCAM.each`.
 
     Raises:
-        ConfigError: they are not; or there is none.
+        ConfigError: the CAMs differ in one of these, or the list is empty.
+    """
+    return [row.results for row in explain_targets(cams, x, targets)]
+
+
+@begun_again
+def explain_targets(
+    cams: Sequence[Explainer],
+    x: torch.Tensor,
+    targets: Targets,
+    *,
+    check: Callable[[torch.Tensor], None] | None = None,
+    move: Move | None = None,
+) -> list[TargetResults]:
+    """Explain several targets by several methods, and say which targets they turned out to be.
+
+    Args:
+        cams, x, targets: as for `each_by`.
+        check: called with the logits (B, K, *S) before the targets are evaluated; raises an error
+            if they do not suit.
+        move: brings a mask of a target, which has an affine of its own, onto the input's grid.
+            None takes the mask as it is, if it lies on that grid.
+
+    Raises:
+        ConfigError: as `each_by`.
     """
     _check_alike(cams)
     lead = next((cam for cam in cams if cam.formula.explains == "layers"), cams[0])
     x, affine = as_input(x)
     windows = plan_windows(lead.sliding_window, x.shape[2:])
 
+    to_input = move or (lambda mask: on_grid_of(mask, affine, x.shape[2:]))
+
     def evaluate(logits: torch.Tensor) -> list[TargetScore]:
+        if check is not None:
+            check(logits)
         listed = as_targets(_listed(targets, logits), logits, lead.activation)
-        moved = [placed(t, lambda mask: on_grid_of(mask, affine, x.shape[2:])) for t in listed]
+        moved = [placed(target, to_input) for target in listed]
         return [TargetScore.of(target, logits) for target in moved]
 
     with telling_axes(lead.members[0], x):
@@ -99,11 +140,14 @@ def each_by(
     tell_dropped(outcome.dropped)
     tell_draws(outcome.draws)
     return [
-        [
-            _result(cam, windows, outcome, target, maps, affine)
-            for cam, maps in zip(cams, row, strict=True)
-        ]
-        for target, row in zip(outcome.targets, outcome.table, strict=True)
+        TargetResults(
+            one.target,
+            [
+                _result(cam, windows, outcome, one, maps, affine)
+                for cam, maps in zip(cams, row, strict=True)
+            ],
+        )
+        for one, row in zip(outcome.targets, outcome.table, strict=True)
     ]
 
 
@@ -140,8 +184,9 @@ class _Call:
     def for_network(self, capture: Capture) -> _Call:
         """Return the call with the input in the network's precision, and windows that suit it.
 
-        Every pass of a network that draws random numbers starts from the same random state, but a
-        batch draws other numbers than its items do: windows then go through it one by one.
+        Every pass of a network that draws random numbers starts from the same random state. But
+        the numbers drawn for a batch differ from those drawn for single items, so its windows are
+        run one at a time.
         """
         # float64 stays float64
         x = self.x.to(torch.promote_types(self.x.dtype, capture.dtype))
@@ -240,7 +285,7 @@ def _mean_logits(call: _Call) -> torch.Tensor:
 
 
 def _first_pass(call: _Call, capture: Capture, ensemble_logits: torch.Tensor | None) -> FirstPass:
-    """Predict, and keep what the formulas will need."""
+    """Predict, and store what the formulas will need."""
     graph = any(formula.gradients_at == "layers" for formula in call.formulas)
     shared = call.weights_are_shared
     keep = any(formula.needs_activations(shared) for formula in call.formulas)
@@ -279,7 +324,12 @@ def _gaps(
     layers: Sequence[LayerRef],
     output: OutputSelection,
 ) -> tuple[dict[LayerRef, float], str]:
-    """Find out where gradients miss a branch of the network, and why not everywhere."""
+    """Find the layers whose gradient misses a branch of the network.
+
+    Returns:
+        Layer -> the part of the score's changes that it misses, and why some layers could not be
+        checked, "" if all were.
+    """
     if not layers:
         return {}, ""
     seeded = [w for one in targets for w in seeded_windows(first, [0], one.seed)]
@@ -310,7 +360,7 @@ def _check_alike(cams: Sequence[Explainer]) -> None:
 
 
 def _check_draws(capture: Capture, formulas: Sequence[Formula], items: int) -> None:
-    """Raise ModelError where items of a batch would be looked at again with other draws."""
+    """Raise ModelError if a second pass over single items would draw other random numbers."""
     one_by_one = any(formula.gradients_at != "layers" for formula in formulas)
     if capture.known.draws and items > 1 and one_by_one:
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -71,18 +71,14 @@ class Assembly:
         """
         class_index = _class_of(target)
         label = _label(self.model, class_index, target)
-        result = replace(
-            result,
-            affine=self.placement.affine,
-            target=_with_class_names(self.model, result.target),
-        )
+        name = _with_class_names(self.model, result.target)
         return Explanation(
             scan=self.placement.scan,
             maps=self._maps_on_scan(result, label),
             status=result.status,
             prediction=self.prediction,
             class_names=[self.model.class_name(index) for index in range(len(self.prediction))],
-            target=result.target,
+            target=name,
             method=result.method,
             class_index=class_index,
             score=float(result.score[0]),
@@ -93,7 +89,7 @@ class Assembly:
             of_component=_is_component(target),
             only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
             has_background=result.activation == "softmax" and len(self.prediction) > 1,
-            provenance=self._provenance(target, class_index, result).as_dict(),
+            provenance=self._provenance(target, name, class_index, result).as_dict(),
         )
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:
@@ -112,7 +108,7 @@ class Assembly:
         return None if region is None else self.placement.region_to_scan(region[0])
 
     def _provenance(
-        self, target: AnyTarget, class_index: int | None, result: CamResult
+        self, target: AnyTarget, name: str, class_index: int | None, result: CamResult
     ) -> Provenance:
         """Return everything that is needed to make the maps again."""
         place, voxels = self.placement, result.region_voxels
@@ -126,7 +122,7 @@ class Assembly:
             prepared=InputRecord(shape=place.shape, affine=place.affine),
             model=self._model_record(result),
             target=TargetRecord(
-                name=result.target,
+                name=name,
                 class_=None if class_index is None else self.model.class_name(class_index),
                 class_index=class_index,
                 region_voxels=None if voxels is None else int(voxels[0]),

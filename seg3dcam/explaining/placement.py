@@ -39,9 +39,11 @@ class Placement:
     prepared: MetaTensor
 
     @property
-    def network_input(self) -> torch.Tensor:
-        """The prepared scan as a batch of one, (1, C, *S)."""
-        return self.prepared.as_tensor()[None].contiguous()
+    def network_input(self) -> MetaTensor:
+        """The prepared scan as a batch of one, (1, C, *S), with the affine of its voxels."""
+        from monai.data import MetaTensor
+
+        return MetaTensor(self.prepared.as_tensor()[None].contiguous(), affine=self.affine)
 
     @property
     def shape(self) -> tuple[int, ...]:
