@@ -251,7 +251,7 @@ class MapMaker:
         values = method.map(a, g, weights)
         highest = method.ceiling(a, g, weights).flatten(1).amax(1)
         self._ceiling = torch.maximum(self._ceiling, highest.to(self._ceiling))
-        if getattr(weights, "degenerate", None) is not None:
+        if weights is not None and weights.degenerate is not None:
             self._degenerate |= weights.degenerate.to(self._degenerate)
         if method.finishes:
             self._last = weights

@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 
-from seg3dcam import targets as score
 from seg3dcam.engine.layer_map import LayerMap, joined
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.memory import AtOnce
@@ -21,6 +20,8 @@ from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.targets import fixed, region_of
+from seg3dcam.targets.base import as_own_target
 from seg3dcam.windows import Blend
 
 Target = Callable[[torch.Tensor], torch.Tensor]
@@ -39,9 +40,9 @@ def rescore_maps(
         grids: layer -> its grid in one window.
     """
     at_once = _at_once(first, formula.memory_gb)
-    summed = _is_sum(target)
-    target = score.fixed(target, first.logits)
-    regions = score.region_of(target, first.logits)
+    summed = as_own_target(target).is_sum
+    target = fixed(target, first.logits)
+    regions = region_of(target, first.logits)
     items = [
         _Item(
             first,
@@ -162,7 +163,7 @@ class _ItemAtLayer:
         return total
 
 
-#: What is done for a channel -> the logits that follow for some channels.
+#: Kind of change -> function that returns the logits for some channels.
 PERTURBED = {
     "masking": _ItemAtLayer.through_channels,
     "ablation": _ItemAtLayer.without_channels,
@@ -192,13 +193,6 @@ def _map(
     values, grid = cropped(*here.blended(weighted, 2), item.first.windows.shape)
     ceiling = values[1].amax().reshape(1)
     return LayerMap(values[:1], grid, here.grid, ceiling, here.precision)
-
-
-def _is_sum(target: Target) -> bool:
-    """Tell a score that is a sum over the voxels of its region from others, such as a Dice."""
-    if isinstance(target, score.WeightedSum):
-        return all(_is_sum(part) for _, part in target.parts)
-    return isinstance(target, score.SumOverRegion)
 
 
 def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
