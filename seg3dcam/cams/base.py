@@ -19,7 +19,6 @@ from torch import nn
 from seg3dcam.cams.calls import TargetLike, each_by
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.memory import advising
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError, LayerError, TargetError, nearest
 from seg3dcam.methods.base import Formula
 from seg3dcam.methods.pooled import PooledGradient
@@ -27,6 +26,7 @@ from seg3dcam.network.ensemble import members_of, unwrap
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
+from seg3dcam.progress import Progress, silent
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan, Windows
 

@@ -27,7 +27,7 @@ from seg3dcam.engine.gradients import seeded_windows
 from seg3dcam.engine.layer_map import added
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.memory import advising
-from seg3dcam.engine.passes import FirstPass, Progress, predict, predict_member
+from seg3dcam.engine.passes import FirstPass, predict, predict_member
 from seg3dcam.engine.run import Run, TargetScore, maps_of
 from seg3dcam.errors import ConfigError, ModelError, TargetError
 from seg3dcam.geometry import FeatureGrid
@@ -39,6 +39,7 @@ from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef, moved_to
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.progress import Progress
 from seg3dcam.targets import Activation, OwnTarget, as_targets, name_of, placed
 from seg3dcam.targets.combined import AnyTarget
 from seg3dcam.targets.masks import Move

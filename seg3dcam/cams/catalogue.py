@@ -4,14 +4,13 @@ A method is one class here, with a key, a formula of `seg3dcam.methods` and a do
 at the end of the file are made of the classes. The fields of the formula are the method's settings.
 
 Every docstring states formula, paper, cost, whether the map depends on the class, and where it is
-undefined; `card` reads them, and `seg3dcam methods` prints them. A (B, C, *S) are activations,
-G = dS/dA gradients, S the score, u a voxel of the layer's grid.
+undefined; `seg3dcam.cams.method_cards` reads these entries, and `seg3dcam methods` prints them. In
+the formulas A (B, C, *S) are activations, G = dS/dA gradients, S is the score, and u a voxel of the
+layer's grid.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,22 +32,6 @@ from seg3dcam.methods.statistics import (
     FarAboveMean,
     RandomWeights,
 )
-
-CARD = ("Formula", "Paper", "Cost", "Class-specific", "Undefined")
-
-
-def card(cam: type[BaseCAM]) -> dict[str, str]:
-    """Return what a method's docstring says: "Summary" and the entries of `CARD`.
-
-    >>> card(GradCAM)["Cost"]
-    '1 forward, 1 backward.'
-    """
-    text = inspect.cleandoc(cam.__doc__ or "")
-    found = {"Summary": text.splitlines()[0]}
-    for name in CARD:
-        match = re.search(rf"^{name}: (.*(?:\n    .*)*)", text, re.MULTILINE)
-        found[name] = re.sub(r"\s+", " ", match[1]) if match else ""
-    return found
 
 
 class GradCAM(BaseCAM):

@@ -22,7 +22,7 @@ from torch import nn
 
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, predict, silent, wide
+from seg3dcam.engine.passes import FirstPass, activation_pass, predict, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import InputError, LayerError
 from seg3dcam.geometry import FeatureGrid, spacing_of
@@ -35,6 +35,7 @@ from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
+from seg3dcam.progress import Progress, silent
 from seg3dcam.targets import Activation, as_target, name_of, placed, score_and_seed
 from seg3dcam.windows import (
     WindowPlan,

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, wide
+from seg3dcam.engine.passes import FirstPass, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
@@ -24,6 +24,7 @@ from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Blend
 
 #: A map that misses more than this fraction of the score is flagged.

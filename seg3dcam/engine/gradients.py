@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from seg3dcam.engine.passes import (
-    Activations,
-    FirstPass,
-    Progress,
-)
+from seg3dcam.engine.passes import Activations, FirstPass
 from seg3dcam.engine.seed import Seed
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import torch
 
 from seg3dcam.engine.gradients import Gradients
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, wide
+from seg3dcam.engine.passes import FirstPass, activation_pass, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid, cropped
 from seg3dcam.methods.base import StepwiseFormula, Sums
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Blend, GroupBlend
 
 #: Layer -> its map.

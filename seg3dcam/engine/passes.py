@@ -19,16 +19,10 @@ from seg3dcam.network.capture import Capture
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.outputs import tensors_in
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Windows, stitched
 
-#: Called with (step, windows done, windows in all).
-Progress = Callable[[str, int, int], None]
-
 Activations = dict[LayerRef, torch.Tensor]
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 class ActivationCache:

@@ -15,11 +15,12 @@ import torch
 from seg3dcam.engine.layer_map import LayerMap, joined
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, scored_alone, stitch, wide
+from seg3dcam.engine.passes import FirstPass, activation_pass, scored_alone, stitch, wide
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 from seg3dcam.targets import fixed, region_of
 from seg3dcam.targets.base import as_own_target
 from seg3dcam.windows import Blend

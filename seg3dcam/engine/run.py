@@ -18,7 +18,7 @@ from seg3dcam.engine.full_gradients import full_gradient_map
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.input_attributions import input_map
 from seg3dcam.engine.maps import Maps, attribute
-from seg3dcam.engine.passes import FirstPass, Progress
+from seg3dcam.engine.passes import FirstPass
 from seg3dcam.engine.rescoring import rescore_maps
 from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid
@@ -28,6 +28,7 @@ from seg3dcam.methods.input_attributions import InputFormula
 from seg3dcam.methods.perturbation import Perturbation
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.progress import Progress
 from seg3dcam.targets import fixed, region_of, score_and_seed
 
 Target = Callable[[torch.Tensor], torch.Tensor]

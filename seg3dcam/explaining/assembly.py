@@ -11,7 +11,6 @@ import torch
 
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.engine.passes import Progress
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.placement import Placement
 from seg3dcam.explaining.provenance import (
@@ -26,6 +25,7 @@ from seg3dcam.explaining.provenance import (
 )
 from seg3dcam.geometry import spacing_of
 from seg3dcam.models.seg_model import SegModel
+from seg3dcam.progress import Progress
 from seg3dcam.targets import OwnTarget, region_of
 from seg3dcam.targets.base import as_own_target
 from seg3dcam.targets.combined import AnyTarget

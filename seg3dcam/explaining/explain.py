@@ -17,13 +17,14 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.calls import explain_targets
 from seg3dcam.cams.catalogue import ALL_METHODS
-from seg3dcam.engine.passes import Progress, check_resolution, silent
+from seg3dcam.engine.passes import check_resolution
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
 from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.placement import place_scan
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily
 from seg3dcam.targets.combined import AnyTarget

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from seg3dcam.cams.feature_maps import FeatureMaps, feature_maps
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.explaining.explain import target_of_class
 from seg3dcam.explaining.placement import place_scan
 from seg3dcam.geometry import anatomical_axis
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import placed
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
 

@@ -12,10 +12,10 @@ import torch
 from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.engine.passes import Progress
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import ras_affine, resample, resample_labels
 from seg3dcam.models.seg_model import SegModel
+from seg3dcam.progress import Progress
 from seg3dcam.scan import Scan
 from seg3dcam.targets.ground_truth import check_on_grid
 

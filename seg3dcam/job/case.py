@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import InputError, OutputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
@@ -49,6 +48,7 @@ from seg3dcam.job.writers import (
     write_format,
     write_prediction,
 )
+from seg3dcam.progress import Progress, silent
 
 
 def write_case(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from seg3dcam.engine.layer_map import Status
+from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
 from seg3dcam.files import digest_of, read_small, write_json
 from seg3dcam.job.folder import Name, is_link_free
