@@ -5,7 +5,8 @@ found.values                       # (C, h, w)
 found.order                        # channels, those that speak most for class 1 first
 save_features("features", found)   # of seg3dcam.review: pictures and a mosaic
 
-Through windows only the slice is blended: a layer's channels never lie in memory for the volume.
+Through windows only the slice is blended: the channels of the whole volume are never in memory
+together.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def feature_maps(
         ref = _one_layer(model, layer, reshape_transform, x, windows, output)
     with telling_axes(member, x), capturing(model, [ref], output) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
-        first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
+        first = _first_pass(capture, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
         grid = measured_in_window(capture, example, first.shapes)[ref]
         whole = grid_over_volume(grid, windows)
@@ -203,13 +204,12 @@ def _one_layer(
 
 def _first_pass(
     capture: Capture,
-    layer: LayerRef,
     x: torch.Tensor,
     windows: Windows,
     with_logits: bool,
     progress: Progress,
 ) -> FirstPass:
-    """Predict the volume; or, where nobody asks for the logits, look at the first window alone."""
+    """Predict the volume; if its logits are not needed, run the first window alone."""
     if with_logits:
         return predict(capture, x, windows, graph=True, keep=True, progress=progress)
     at_once = AtOnce(windows.plan.sw_batch_size)

@@ -121,7 +121,8 @@ def _incomplete(
 
     Contributions that lie in padding count, too.
     """
-    silent = first.capture.shapes  # those of which the score does not depend on lose nothing
+    # Layers that the score does not depend on contribute nothing, so nothing is lost.
+    silent = first.capture.shapes
     lost = [str(layer) for layer in first.capture.dropped if layer not in silent]
     why = (
         f"The biases of {', '.join(lost[:5])}{' and more' * (len(lost) > 5)} are left out: "
@@ -146,7 +147,7 @@ def _differ(one: float, other: float, precision: torch.dtype) -> bool:
 
 
 def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> torch.Tensor:
-    """Spread every feature voxel's value over the voxels around it; the sum stays the same."""
+    """Distribute every feature voxel's value over the voxels around it; the sum stays the same."""
     first = values.ndim - len(grid.shape)
     for axis, (size, length) in enumerate(zip(grid.shape, voxels.shape, strict=True)):
         line = grid.line(axis)

@@ -1,4 +1,4 @@
-"""Maps by rescoring: how the score changes when the network sees less.
+"""Maps by rescoring: how the score changes if a part of the input or of a layer is missing.
 
 Score-CAM multiplies the input with each channel's map, Ablation-CAM sets each channel to zero. The
 network runs once per channel, through all windows that the target's region lies in.
@@ -101,7 +101,7 @@ class _Item:
 
 
 class _ItemAtLayer:
-    """One item at one layer, and the logits of the network when channels are used or lost."""
+    """One item at one layer: the network's logits with only one channel, or without one."""
 
     def __init__(self, item: _Item, layer: LayerRef, grid: FeatureGrid) -> None:
         self.item, self.layer, self.grid = item, layer, grid

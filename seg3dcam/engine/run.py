@@ -91,7 +91,8 @@ def maps_of(
         route: [number for number, formula in enumerate(formulas) if formula.route == route]
         for route in ("gradients", "curvature")
     }
-    # These two need the graph of the first pass, which the others overwrite by running again.
+    # These two come first, since they need the graph of the first pass. The other methods run the
+    # network again, which overwrites the graph.
     passes = {
         "gradients": partial(gradient_pass, keep_graph=bool(on_route["curvature"])),
         "curvature": partial(corrected_pass, targets=[one.target for one in targets]),
