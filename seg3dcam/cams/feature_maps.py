@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from seg3dcam.engine.gradients import gradient_pass
-from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.memory import BatchLimit
 from seg3dcam.engine.passes import FirstPass, activation_pass, predict, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import InputError, LayerError
@@ -212,7 +212,7 @@ def _first_pass(
     """Predict the volume; if its logits are not needed, run the first window alone."""
     if with_logits:
         return predict(capture, x, windows, graph=True, keep=True, progress=progress)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     return FirstPass.of_first_window(capture, windows, x, at_once)
 
 

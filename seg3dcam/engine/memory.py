@@ -20,10 +20,10 @@ Arguments = ParamSpec("Arguments")
 
 
 @dataclass
-class AtOnce:
-    """How many windows, or inputs, go through the network at once; fewer once they did not fit.
+class BatchLimit:
+    """How many windows, or inputs, go through the network at once; fewer after they did not fit.
 
-    >>> at_once = AtOnce(4)
+    >>> at_once = BatchLimit(4)
     >>> [(part.start, part.stop) for part in at_once.each(10, lambda part: part)]
     [(0, 4), (4, 8), (8, 10)]
     """

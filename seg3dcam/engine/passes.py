@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.memory import BatchLimit
 from seg3dcam.engine.seed import index_of
 from seg3dcam.errors import ModelError
 from seg3dcam.network.capture import Capture
@@ -90,11 +90,11 @@ class FirstPass:
     activations: Activations = field(default_factory=dict)
     cache: ActivationCache | None = None
     own: torch.Tensor | None = None
-    at_once: AtOnce = field(default_factory=lambda: AtOnce(1))
+    at_once: BatchLimit = field(default_factory=lambda: BatchLimit(1))
 
     @classmethod
     def of_first_window(
-        cls, capture: Capture, windows: Windows, x: torch.Tensor, at_once: AtOnce
+        cls, capture: Capture, windows: Windows, x: torch.Tensor, at_once: BatchLimit
     ) -> FirstPass:
         """Run the first item's first window as far as the layers, and nothing else.
 
@@ -180,7 +180,7 @@ def predict(
     if len(windows) == 1:
         return _predict_in_one(capture, x, windows, graph, keep, progress)
     cache = ActivationCache(int(windows.plan.cache_gb * 1e9) if keep else 0, x.device)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     done = 0
 
     def predicted(batch: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,7 @@ def predict_member(
     if len(windows) == 1 or keep or own:
         first = predict(capture, x, windows, graph=graph, keep=keep, progress=progress)
         return replace(first, logits=logits, own=first.logits)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     first = FirstPass(capture, windows, x, logits, {}, at_once=at_once)
     capture.observe_layers(first.cut([0], [0]))
     return replace(first, shapes=capture.shapes)

@@ -14,7 +14,7 @@ import torch
 
 from seg3dcam.engine.layer_map import LayerMap, joined
 from seg3dcam.engine.maps import Maps
-from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.memory import BatchLimit
 from seg3dcam.engine.passes import FirstPass, activation_pass, scored_alone, stitch, wide
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
@@ -172,7 +172,7 @@ PERTURBED = {
 
 
 def _map(
-    here: _ItemAtLayer, formula: Perturbation, at_once: AtOnce, progress: Progress
+    here: _ItemAtLayer, formula: Perturbation, at_once: BatchLimit, progress: Progress
 ) -> LayerMap:
     """Return the map of one item at one layer."""
     item, perturbed = here.item, PERTURBED[formula.by]
@@ -203,9 +203,9 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
-def _at_once(first: FirstPass, memory_gb: float) -> AtOnce:
+def _at_once(first: FirstPass, memory_gb: float) -> BatchLimit:
     """Return how many changed inputs fit in memory."""
     if first.capture.known.draws:  # a batch draws other random numbers than its items do
-        return AtOnce(1, "changed inputs", "memory_gb")
+        return BatchLimit(1, "changed inputs", "memory_gb")
     count = max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))
-    return AtOnce(count, "changed inputs", "memory_gb")
+    return BatchLimit(count, "changed inputs", "memory_gb")

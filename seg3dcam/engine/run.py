@@ -17,7 +17,7 @@ from seg3dcam.engine.curvature import corrected_pass
 from seg3dcam.engine.full_gradients import full_gradient_map
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.input_attributions import input_map
-from seg3dcam.engine.maps import Maps, attribute
+from seg3dcam.engine.maps import Attribution, Maps
 from seg3dcam.engine.passes import FirstPass
 from seg3dcam.engine.rescoring import rescore_maps
 from seg3dcam.engine.seed import Seed
@@ -101,7 +101,9 @@ def maps_of(
         if numbers:
             seeds = [one.seed for one in targets]
             chosen: list[Any] = [formulas[number] for number in numbers]
-            found = attribute(run.first, seeds, chosen, run.grids, passes[route], run.progress)
+            found = Attribution(
+                run.first, seeds, chosen, run.grids, passes[route], run.progress
+            ).maps()
             for column, number in enumerate(numbers):
                 columns[number] = [row[column] for row in found]
     run.first.release_graph()

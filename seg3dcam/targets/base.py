@@ -24,8 +24,8 @@ class Target(Protocol):
     def __call__(self, logits: torch.Tensor) -> torch.Tensor: ...
 
 
-Own = TypeVar("Own", bound="OwnTarget")
-Made = TypeVar("Made")
+Self = TypeVar("Self", bound="OwnTarget")
+T = TypeVar("T")
 
 
 class OwnTarget:
@@ -87,15 +87,15 @@ class OwnTarget:
         """Return the score (B,) of logits (B, K, *S)."""
         raise NotImplementedError
 
-    def activated(self: Own, activation: Activation) -> Own:
+    def activated(self: Self, activation: Activation) -> Self:
         """Return the target with this activation, where none was given."""
         return self
 
-    def fixed(self: Own, logits: torch.Tensor) -> Own:
+    def fixed(self: Self, logits: torch.Tensor) -> Self:
         """Return the target with all that depends on the prediction fixed at these logits."""
         return self
 
-    def placed(self: Own, move: Move) -> Own:
+    def placed(self: Self, move: Move) -> Self:
         """Return the target with its masks brought onto the network's grid."""
         return self
 
@@ -143,7 +143,7 @@ def as_own_target(target: Callable[[torch.Tensor], torch.Tensor]) -> OwnTarget:
     return target if isinstance(target, OwnTarget) else UserTarget(target)
 
 
-def changed(target: Made, **fields: Any) -> Made:
+def changed(target: T, **fields: Any) -> T:
     """Return a copy of a frozen dataclass with other values in some of its fields."""
     return replace(cast(Any, target), **fields)
 

@@ -35,7 +35,7 @@ def overlapping(logits: torch.Tensor, activation: Activation | None) -> bool:
     return activation == "sigmoid" or logits.shape[1] == 1
 
 
-SumOver = TypeVar("SumOver", bound="SumOverRegion")
+Self = TypeVar("Self", bound="SumOverRegion")
 
 
 class SumOverRegion(OwnTarget):
@@ -107,18 +107,18 @@ class SumOverRegion(OwnTarget):
                 )
         return masks
 
-    def activated(self: SumOver, activation: Activation) -> SumOver:
+    def activated(self: Self, activation: Activation) -> Self:
         """Return the target with this activation, where none was given."""
         return self if self.activation else changed(self, activation=activation)
 
-    def fixed(self: SumOver, logits: torch.Tensor) -> SumOver:
+    def fixed(self: Self, logits: torch.Tensor) -> Self:
         """Return the target over the voxels that its region has at these logits."""
         region = self.region_kind
         if not region.follows_prediction:
             return self
         return changed(self, region=FixedRegion(self.regions(logits), region))
 
-    def placed(self: SumOver, move: Move) -> SumOver:
+    def placed(self: Self, move: Move) -> Self:
         """Return the target with its mask or truth brought onto the network's grid."""
         return changed(self, region=placed_region(self.region, move))
 
