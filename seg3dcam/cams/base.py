@@ -4,7 +4,8 @@ cam = GradCAM(model, target_layers="auto")
 result = cam(x, target=1)          # x (B, C, D, H, W) or (B, C, H, W)
 result.volume()                    # (B, D, H, W) in [0, 1]
 
-`catalogue` has the methods, `calls` the steps of a call, and `result` what comes out.
+The methods are in `catalogue`; what happens in a call is in `calls` and `steps`; what a call
+returns is in `result`.
 """
 
 from __future__ import annotations
