@@ -176,7 +176,8 @@ def _map(
 ) -> LayerMap:
     """Return the map of one item at one layer."""
     item, perturbed = here.item, PERTURBED[formula.by]
-    # A softmax over sums of a thousand voxels would give all its weight to one channel.
+    # Sums over a thousand voxels differ so much that a softmax would give one channel all the
+    # weight. Means do not.
     voxels = 1.0
     if formula.by == "masking" and item.summed and item.region is not None:
         voxels = float(item.region.sum())

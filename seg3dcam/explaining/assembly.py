@@ -36,7 +36,7 @@ PACKAGES = ("seg3dcam", "torch", "monai", "nibabel")
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """What all explanations of one scan by one network share, and how each one is put together.
+    """Puts together the explanations of one scan by one network, and holds what they share.
 
     Attributes:
         placement: where scan and network lie to each other.
@@ -53,7 +53,7 @@ class Assembly:
     report: Progress
 
     def explanation(self, target: AnyTarget, result: CamResult) -> Explanation:
-        """Bring one result to the scan's grid, with its words and its provenance.
+        """Return one result as an explanation on the scan's grid.
 
         Args:
             target: what was explained, with its masks on the network's grid.
