@@ -15,7 +15,7 @@ Scale = Literal["max", "minmax", "raw", "signed"]
 #: The words for a map without a positive value, of which the usual view shows nothing.
 ALL_AGAINST = "all evidence speaks against the target"
 
-#: Status -> the words in pictures, pages and files for why no heat is shown. `LayerMap.reason` gives
+#: Status -> why no heat is shown, in the words of pictures, pages and files. `LayerMap.reason` gives
 #: the reason with the numbers of the map.
 NO_HEAT = {
     "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
