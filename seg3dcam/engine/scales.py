@@ -15,8 +15,8 @@ Scale = Literal["max", "minmax", "raw", "signed"]
 #: The words for a map without a positive value, of which the usual view shows nothing.
 ALL_AGAINST = "all evidence speaks against the target"
 
-#: Status -> why no heat is shown, in the words of pictures, pages and files. `LayerMap.reason` gives
-#: the reason with the numbers of the map.
+#: Status -> why no heat is shown, in the words of pictures, pages and files. With the numbers of a
+#: map, `LayerMap.reason` says the same.
 NO_HEAT = {
     "zero": "no CAM: no voxel speaks for the target, or contributions cancel to rounding noise",
     "nonfinite": "no CAM: the map holds NaN or infinite values",
