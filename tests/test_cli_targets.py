@@ -20,7 +20,8 @@ from helpers_cases import (
 )
 
 from seg3dcam.cams.attributions import ATTRIBUTIONS
-from seg3dcam.cams.catalogue import CAMS, CARD
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.method_cards import ENTRIES
 
 BOTTLENECK = "model.1.submodule"
 
@@ -275,7 +276,7 @@ def test_methods_lists_what_each_is():
     words = " ".join(lines.split())
     for key in (*CAMS, *ATTRIBUTIONS):
         assert f"{key} " in words
-    for name in CARD:
+    for name in ENTRIES:
         assert lines.count(f"    {name}: ") == len(CAMS) + len(ATTRIBUTIONS)
 
 

@@ -4,7 +4,8 @@ cam = GradCAM(model, target_layers="auto")
 result = cam(x, target=1)          # x (B, C, D, H, W) or (B, C, H, W)
 result.volume()                    # (B, D, H, W) in [0, 1]
 
-`catalogue` has the methods, `calls` the steps of a call, and `result` what comes out.
+The methods are in `catalogue`; what happens in a call is in `calls` and `steps`; what a call
+returns is in `result`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import nn
 from seg3dcam.cams.calls import TargetLike, each_by
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.memory import advising
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError, LayerError, TargetError, nearest
 from seg3dcam.methods.base import Formula
 from seg3dcam.methods.pooled import PooledGradient
@@ -28,6 +28,7 @@ from seg3dcam.network.ensemble import members_of, unwrap
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
+from seg3dcam.progress import Progress, silent
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan, Windows
 

@@ -14,13 +14,13 @@ import typer
 from rich.padding import Padding
 from rich.table import Table
 
+from seg3dcam.cams.method_cards import method_cards
 from seg3dcam.cli.explain import run
 from seg3dcam.cli.options import axis_of, help_of, overrides
 from seg3dcam.cli.printing import err, out, print_file, progress_bar, shown
 from seg3dcam.errors import ConfigError
 from seg3dcam.files import check_writable, unique_names
 from seg3dcam.job.checks import check_apart
-from seg3dcam.job.method_cards import method_cards
 from seg3dcam.job.settings import Job
 
 if TYPE_CHECKING:

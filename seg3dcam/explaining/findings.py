@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
 
@@ -173,12 +173,12 @@ def _highest_voxel(
 
 
 def _is_whole(explanation: Explanation) -> bool:
-    """Tell whether a whole mask or lesion is measured, which a Dice can compare with the truth."""
+    """Tell whether a whole mask or a whole lesion is measured, so that a Dice makes sense."""
     return explanation.region is None or explanation.of_component
 
 
 def _truth_of(explanation: Explanation) -> torch.Tensor | None:
-    """Return the truth of what is measured: for a region, the whole parts of it that touch it."""
+    """Return the truth to compare with: for a region, the connected parts that touch it."""
     truth, region = explanation.truth, explanation.region
     if truth is None or region is None:
         return truth
@@ -269,7 +269,10 @@ def _warnings(
 
 
 def _outside(explanation: Explanation, found: dict[str, Any], volume: torch.Tensor) -> str:
-    """Say that the CAM lies outside of the explained region, if that is large enough to hold it."""
+    """Say that the CAM lies outside of the explained region.
+
+    Say nothing if the region is smaller than a voxel of the layer, which cannot resolve it.
+    """
     region = explanation.explained
     voxel_ml = abs(float(np.linalg.det(explanation.affine[:3, :3]))) / 1000
     size = (_count(region) or 0) * voxel_ml

@@ -15,7 +15,7 @@ from torch import nn
 
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.checks import is_meta_tensor
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.network.layers import LayerSpec
 

@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import InputError, OutputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
@@ -30,7 +29,7 @@ from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import Keys, case_name, keys_of_explanation, look_of, settings_of
 from seg3dcam.job.record import (
     Record,
-    Run,
+    RunEntry,
     damaged,
     is_somebody_elses,
     listed_files,
@@ -49,6 +48,7 @@ from seg3dcam.job.writers import (
     write_format,
     write_prediction,
 )
+from seg3dcam.progress import Progress, silent
 
 
 def write_case(
@@ -103,7 +103,7 @@ def write_case(
             voxels_sha256=new.keys.voxels,
             key=run["key"],
             job=run["job"],
-            runs=[*(others.runs if others else []), Run(**run)],
+            runs=[*(others.runs if others else []), RunEntry(**run)],
             files={**(others.files if others else {}), **files},
             explanations=[*(others.explanations if others else []), *entries],
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from seg3dcam.cams.method_cards import method_names
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.files import resolved
-from seg3dcam.job.method_cards import method_names
 from seg3dcam.job.settings import OUT, Job
 from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion, NamedScore
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
@@ -22,6 +21,7 @@ from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
 from seg3dcam.job.settings import Job
 from seg3dcam.job.targets import check_truth, targets_of
 from seg3dcam.models import SegModel, load_model
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_labels, load_scan
 
 

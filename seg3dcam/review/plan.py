@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seg3dcam.engine.layer_map import NO_HEAT
+from seg3dcam.engine.scales import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import Axis, peak_voxel, size_text

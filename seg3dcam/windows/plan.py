@@ -1,4 +1,4 @@
-"""Sliding windows: where they lie, how much each counts at a voxel, and how maps are blended.
+"""Where the windows of a volume lie, and how much each of them counts at a voxel.
 
 The windows and their importance are MONAI's, so the prediction is the one that
 `monai.inferers.sliding_window_inference` gives; or those of nnU-Net's own predictor.
@@ -166,6 +166,13 @@ class Windows:
         for window in range(len(self)):
             total[box_of(self.starts[window], self.roi)] += self.importance.to(total)
         return total
+
+    def weigh_by_share(
+        self, values: torch.Tensor, window: int, total_importance: torch.Tensor
+    ) -> None:
+        """Multiply the values (..., *roi) of a window by its share at each voxel, in place."""
+        values *= self.importance.to(values)
+        values /= self.cut(total_importance, [window])
 
     def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:
         """Group the windows that differ only in where they lie along `whole_axes`."""
