@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
 
+from seg3dcam.checks import Frame
 from seg3dcam.geometry.planes import Axis
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.settings import Settings
@@ -53,7 +54,7 @@ class Job(Settings):
     model: str = Field(
         description="a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
     )
-    frame: Literal["sform", "qform"] | None = Field(
+    frame: Frame | None = Field(
         None,
         description="sform or qform: which says where a NIfTI scan lies; default: the sform if it "
         "has one",

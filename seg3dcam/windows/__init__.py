@@ -2,10 +2,9 @@
 
 from seg3dcam.windows.blend import Blend, GroupBlend, stitched
 from seg3dcam.windows.part import blend_onto, grid_over_volume, part_in_window
-from seg3dcam.windows.plan import PADDING_MODES, WindowPlan, Windows, plan_windows
+from seg3dcam.windows.plan import WindowPlan, Windows, plan_windows
 
 __all__ = [
-    "PADDING_MODES",
     "Blend",
     "GroupBlend",
     "WindowPlan",
