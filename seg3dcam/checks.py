@@ -14,8 +14,8 @@ from seg3dcam.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from monai.data import MetaTensor
 
-# The legal words of settings that several rooms have. They stand here, where nothing imports PyTorch,
-# so that YAML files and the options of the command line are checked by the same words.
+# The legal words of settings that several rooms have. They stand here, where nothing imports
+# PyTorch, so that YAML files and the command line are checked by the same words.
 Activation = Literal["softmax", "sigmoid"]
 Frame = Literal["sform", "qform"]
 WindowMode = Literal["gaussian", "constant"]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from seg3dcam.cli.explain import Terminated, explain
+from seg3dcam.cli.explain import Termination, explain
 from seg3dcam.cli.others import demo, features, layers, methods
 from seg3dcam.cli.printing import complain, out, plain_warnings
 from seg3dcam.errors import ConfigError, EmptyRegionError, LayerError, Seg3dcamError, TargetError
@@ -91,7 +91,7 @@ def _ended_in_order() -> Iterator[None]:
     """Clean up where the process is asked to end, as after Ctrl-C."""
 
     def end(*_: Any) -> None:
-        raise Terminated
+        raise Termination
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals

@@ -174,6 +174,11 @@ class Job(Settings):
         return list(dict.fromkeys(given))
 
     @property
+    def region_name(self) -> str:
+        """The region that counts, also where none is named."""
+        return self.region or SCORES[self.score].default_region
+
+    @property
     def layers(self) -> list[str] | str:
         """Target layers; one alone may be a word such as "auto"."""
         return (
