@@ -14,8 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
+from seg3dcam.cli.demo import demo
 from seg3dcam.cli.explain import Termination, explain
-from seg3dcam.cli.others import demo, features, layers, methods
+from seg3dcam.cli.features import features
+from seg3dcam.cli.layers import layers
+from seg3dcam.cli.methods import methods
 from seg3dcam.cli.printing import complain, out, plain_warnings
 from seg3dcam.errors import ConfigError, EmptyRegionError, LayerError, Seg3dcamError, TargetError
 

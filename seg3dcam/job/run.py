@@ -110,7 +110,7 @@ def _loaded_model(job: Job, trust: bool) -> SegModel:
 
 def _loaded_scans(job: Job, model: SegModel) -> tuple[Scan, Scan | None]:
     """Return the scan and the truth, if there is one, both found to fit the job."""
-    scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0], frame=job.frame)
+    scan = load_scan(job.scans, frame=job.frame)
     _check_slice(scan, job)
     check_formats(scan, job.formats)
     if job.truth is None:
