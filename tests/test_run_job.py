@@ -54,9 +54,10 @@ def test_a_job_that_is_done_is_skipped(place):
     again = run_job(job_at(place), verify=True)
     assert again == JobResult(first.folder, first.record, was_done=True)
     assert contents(place.out) == written
-    said = []
-    (forced,) = run_job(job_at(place), force=True, say=said.append).notes
-    assert said == [forced]
+    events = []
+    steps = {"progress": lambda step, *_: events.append(step), "say": events.append}
+    (forced,) = run_job(job_at(place), force=True, **steps).notes
+    assert events[:2] == ["reading", forced]
     assert forced == f"{place.out} holds this job from before: it is done again, and replaced"
 
 

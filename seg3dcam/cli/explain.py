@@ -43,7 +43,7 @@ explain.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> None:
-    """Run a job and print what it found; where it is interrupted, end in order."""
+    """Run a job and print what it found; where it is interrupted, say so and end."""
     started = time.monotonic()
     try:
         check_job(job)  # before PyTorch is imported, which takes seconds

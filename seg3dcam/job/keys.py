@@ -53,7 +53,7 @@ def scan_code(scan: Scan) -> str:
 
 
 def case_name(scan: Scan, job: Job) -> str:
-    """Return the scan's name for everybody's eyes: what the job says, else a code."""
+    """Return the name under which a scan is shown: what the job says, else a code."""
     return printable(job.case or "") or f"scan {scan_code(scan)[:8]}"
 
 

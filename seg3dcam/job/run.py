@@ -61,7 +61,7 @@ def run_job(
         trust: allow the model's own Python code to run.
         force: do again what is done.
         verify: look at the content of every file of what is done, not at its size alone.
-        progress: called with (step, done, total).
+        progress: called with (step, done, total); a step of one part has nothing to count.
         say: called with each of the result's notes as soon as it is known, before the scan is
             explained.
 
@@ -175,7 +175,7 @@ def device_of(name: str) -> torch.device:
 
 
 def _notes(folder: Path, job: Job, keys: Keys) -> Iterator[str]:
-    """Say where a case goes if it is not where it was asked for, and what it replaces."""
+    """Yield what the user should know: that a case goes elsewhere, or replaces an earlier run."""
     if job.out is not None and folder != Path(job.out):
         what = "another scan's case"
         if is_somebody_elses(Path(job.out)):

@@ -1,4 +1,4 @@
-"""What one run of `seg3dcam explain` is asked for."""
+"""The settings of a job, which is one run of `seg3dcam explain`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
     RegionName = Literal[tuple(REGIONS)]
     FormatName = Literal[tuple(FORMATS)]
 
-#: A class by its name or index; nothing else is taken for one, such as true for 1.
+#: A class by its name or index. Other values, such as true, are not turned into an index.
 ClassName = StrictStr | StrictInt
 
 #: Where cases go by default, each in a folder of its own.
@@ -42,7 +42,7 @@ def _formats_in_words() -> str:
 
 
 class Job(Settings):
-    """One run of `seg3dcam explain`, which has an option for every setting, described as here."""
+    """One run of `seg3dcam explain`. The command has an option for every setting."""
 
     scan: (
         str
@@ -154,12 +154,12 @@ class Job(Settings):
 
     @property
     def image_keys(self) -> list[str] | None:
-        """The image keys of a bundle that the scan's files are for, None where none are named."""
+        """The image keys of a bundle, one for each file of the scan; None where none are named."""
         return list(self.scan) if isinstance(self.scan, dict) else None
 
     @property
     def formats(self) -> list[FormatName]:
-        """What is written, each once."""
+        """The formats to write, each once."""
         return list(dict.fromkeys(self.format))
 
     @property
@@ -175,7 +175,7 @@ class Job(Settings):
 
     @property
     def region_name(self) -> str:
-        """The region that counts, also where none is named."""
+        """The region that is explained; the score's own one where the job names none."""
         return self.region or SCORES[self.score].default_region
 
     @property

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from seg3dcam import targets
-from seg3dcam.errors import ConfigError, EmptyRegionError
+from seg3dcam.errors import ConfigError, EmptyRegionError, some
 from seg3dcam.job.checks import check_together
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
@@ -77,9 +77,9 @@ def _mask(truth: Scan, job: Job, index: int) -> Scan:
     label = index if job.label is None else job.label
     mask = truth.data == label
     if not mask.any():
-        found = ", ".join(f"{value:g}" for value in truth.data.unique().tolist()[:12])
+        found = [f"{value:g}" for value in truth.data.unique().tolist()]
         raise EmptyRegionError(
-            f"{job.truth} has no voxel of label {label}; it has {found}. Say with label (--label) "
+            f"{job.truth} has no voxel of label {label}; it has {some(found, 12)}. Say with label (--label) "
             "which is the class's"
         )
     return replace(truth, data=mask.float())

@@ -81,5 +81,6 @@ def test_the_table_and_shared_settings_load_no_framework(name):
         "pydantic",
         "seg3dcam.checks",
         "seg3dcam.errors",
+        "seg3dcam.importing",
         "seg3dcam.settings",
     }
