@@ -57,6 +57,7 @@ COMMANDS = {
     "a setting of no method": (" ".join([*JOB, "--settings", "progress=1"]), 2),
     "no class": (" ".join([*JOB, "--score", "contrast"]), 2),
     "unknown setting of a job file": ("explain --config job.yaml", 2),
+    "unknown frame of features": ("features ct.nii.gz --model model.yaml --frame pform", 2),
     "unknown plane of features": ("features ct.nii.gz --model model.yaml --axis axail", 2),
 }
 

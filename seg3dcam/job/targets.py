@@ -79,8 +79,8 @@ def _mask(truth: Scan, job: Job, index: int) -> Scan:
     if not mask.any():
         found = [f"{value:g}" for value in truth.data.unique().tolist()]
         raise EmptyRegionError(
-            f"{job.truth} has no voxel of label {label}; it has {some(found, 12)}. Say with label (--label) "
-            "which is the class's"
+            f"{job.truth} has no voxel of label {label}; it has {some(found, 12)}. Say with "
+            "label (--label) which is the class's"
         )
     return replace(truth, data=mask.float())
 
