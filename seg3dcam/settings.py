@@ -51,6 +51,8 @@ def validate(
     Raises:
         ConfigError: every problem in one message, an unknown key with the nearest legal ones.
 
+    >>> class Window(Settings):
+    ...     roi_size: int
     >>> validate({"roi_siz": 96}, Window, "model.yaml")
     Traceback (most recent call last):
         ...
