@@ -54,8 +54,10 @@ COMMANDS = {
     "unknown score": (" ".join([*JOB, "--score", "odds"]), 2),
     "unknown format": (" ".join([*JOB, "--format", "pdf"]), 2),
     "unknown method": (" ".join([*JOB, "--method", "gradcam"]), 2),
+    "a setting of no method": (" ".join([*JOB, "--settings", "progress=1"]), 2),
     "no class": (" ".join([*JOB, "--score", "contrast"]), 2),
     "unknown setting of a job file": ("explain --config job.yaml", 2),
+    "unknown frame of features": ("features ct.nii.gz --model model.yaml --frame pform", 2),
     "unknown plane of features": ("features ct.nii.gz --model model.yaml --axis axail", 2),
 }
 

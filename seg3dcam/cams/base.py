@@ -111,7 +111,7 @@ class BaseCAM:
             )
         if not callable(self.progress):
             raise ConfigError(f"progress {progress!r}: a function of (step, done, total), or None")
-        self._check_names(settings)
+        self.check_settings(settings)
         self.formula = self.formula.with_settings(settings)
         self.layers: list[LayerRef] | None = None  # "auto" is settled when the first input comes
         if self.formula.explains == "input":
@@ -167,13 +167,14 @@ class BaseCAM:
             self.layers = [auto_layer(self.model, window, self.output)]
         return self.layers
 
-    def _check_names(self, settings: Mapping[str, Any]) -> None:
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError for a setting that the method does not have."""
-        legal = tuple(self.formula.own_settings)
+        legal = tuple(cls.formula.own_settings)
         for name in settings:
             if name not in legal:
                 choices = nearest(name, legal) if legal else "this method has none"
-                raise ConfigError(f"{type(self).__name__} has no setting {name!r}: {choices}")
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}: {choices}")
 
 
 def _signature_with_settings(formula: Formula) -> inspect.Signature:

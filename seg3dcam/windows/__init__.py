@@ -7,10 +7,9 @@ part   the windows' values blended onto a part of the volume, such as one slice 
 
 from seg3dcam.windows.blend import Blend, GroupBlend, stitched
 from seg3dcam.windows.part import blend_onto, grid_over_volume, part_in_window
-from seg3dcam.windows.plan import PADDING_MODES, WindowPlan, Windows, plan_windows
+from seg3dcam.windows.plan import WindowPlan, Windows, plan_windows
 
 __all__ = [
-    "PADDING_MODES",
     "Blend",
     "GroupBlend",
     "WindowPlan",

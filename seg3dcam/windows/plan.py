@@ -12,16 +12,23 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from seg3dcam.checks import check_number, check_whole_number, is_number, is_whole
+from seg3dcam.checks import (
+    PaddingMode,
+    WindowConvention,
+    WindowMode,
+    check_number,
+    check_whole_number,
+    check_word,
+    is_number,
+    is_whole,
+)
 from seg3dcam.errors import ConfigError, MissingExtraError
-
-PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,13 @@ class WindowPlan:
 
     roi_size: int | Sequence[int]
     overlap: float | Sequence[float] = 0.25
-    mode: Literal["gaussian", "constant"] = "gaussian"
+    mode: WindowMode = "gaussian"
     sw_batch_size: int = 1
     sigma_scale: float = 0.125
-    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
+    padding_mode: PaddingMode = "constant"
     cval: float = 0.0
     cache_gb: float = 2.0
-    convention: Literal["monai", "nnunet"] = "monai"
+    convention: WindowConvention = "monai"
 
     def __post_init__(self) -> None:
         sizes = _as_tuple(self.roi_size)
@@ -60,19 +67,11 @@ class WindowPlan:
             raise ConfigError(
                 f"roi_size {self.roi_size!r}: whole numbers of voxels from 1 up, -1: a whole axis"
             )
-        if self.mode not in ("gaussian", "constant"):
-            raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
-        if self.convention not in ("monai", "nnunet"):
-            raise ConfigError(
-                f"window convention {self.convention!r}: legal are 'monai' and 'nnunet'"
-            )
+        check_word("window mode", self.mode, WindowMode)
+        check_word("window convention", self.convention, WindowConvention)
         if not all(is_number(part) and 0 <= part < 1 for part in _as_tuple(self.overlap)):
             raise ConfigError(f"overlap {self.overlap!r}: a fraction, 0 <= overlap < 1")
-        if self.padding_mode not in PADDING_MODES:
-            raise ConfigError(
-                f"padding_mode {self.padding_mode!r}: legal are "
-                f"{', '.join(map(repr, PADDING_MODES))}"
-            )
+        check_word("padding_mode", self.padding_mode, PaddingMode)
         check_whole_number("sw_batch_size", self.sw_batch_size)
         check_number("sigma_scale", self.sigma_scale, above=0)
         check_number("cval", self.cval)

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
+from seg3dcam.checks import Frame
 from seg3dcam.errors import InputError, ScanError, tell
 from seg3dcam.geometry import checked_affine, corner_gap, size_text, spacing_of
 
 __all__ = ["FORMS_AGREE_MM", "FRAMES", "Frame", "agree", "best_affine", "form_of"]
 
-Frame = Literal["sform", "qform"]
 Affine = npt.NDArray[np.float64]
 
 #: In the order in which they are taken where both are there.
-FRAMES: tuple[Frame, ...] = ("sform", "qform")
+FRAMES: tuple[Frame, ...] = get_args(Frame)
 
 #: Two forms that put no voxel further apart than this, or a tenth of a voxel, are one place.
 FORMS_AGREE_MM = 0.05
