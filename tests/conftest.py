@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and the third-party tool that needs help to be imported."""
+"""Shared by all tests: one thread, a case to explain, and tools that need help to be imported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ import torch
 
 # The networks of the tests are tiny: more threads cost more than they bring.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a scan and a model, see `helpers_cases.Place`."""
+    from helpers_cases import Place  # imports much, which few tests need
+
+    return Place.at(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Page, open_browser, serve
+from browser import Page, serve
 from helpers_phantom import (
     against_mm,
     make_phantom,
@@ -58,12 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, phantom: Explanation) -> Pa
     save_report(folder / "case.html", [phantom, *others], Look(window="soft tissue"), case="case 7")
     (folder / "notebook.html").write_text(notebook_view(phantom), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    with open_browser() as page:
-        yield page
 
 
 @pytest.fixture
