@@ -8,6 +8,7 @@ import warnings
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,21 @@ def place(tmp_path):
     from helpers_cases import Place  # imports much, which few tests need
 
     return Place.at(tmp_path)
+
+
+@pytest.fixture
+def voxels():
+    """Voxels (4, 5, 6) for a small file, none of them 0."""
+    return np.random.default_rng(0).integers(1, 90, (4, 5, 6)).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A page in Chromium, in which the tests of a module open one address after another."""
+    from browser import open_browser  # a module of tests/review
+
+    with open_browser() as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

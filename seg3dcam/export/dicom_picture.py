@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.review.look import GreyWindow, Look, choose_window
 from seg3dcam.review.pictures.display import OPPOSITE, Letters, Size
 from seg3dcam.review.pictures.draw import (
     Palette,
@@ -68,7 +68,7 @@ class PicturePlan:
     blank: Picture
     letters: Letters
     look: Look
-    window: Window
+    window: GreyWindow
     palette: Palette
 
     @property
@@ -135,7 +135,7 @@ def _blank(
     explanation: Explanation,
     look: Look,
     case: str,
-    window: Window,
+    window: GreyWindow,
     palette: Palette,
     letters: Letters,
     zoom: int,

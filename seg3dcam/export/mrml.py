@@ -72,7 +72,7 @@ class SceneVolume:
 
 
 @dataclass(frozen=True)
-class Place:
+class Viewpoint:
     """Where the slice views look, in RAS mm: slices through `point`; the scan fills a box."""
 
     point: NDArray[np.float64]
@@ -83,7 +83,7 @@ class Place:
 
 def scene_xml(
     volumes: Sequence[SceneVolume],
-    place: Place,
+    viewpoint: Viewpoint,
     *,
     table: tuple[str, str],
     masks: str | None,
@@ -95,7 +95,7 @@ def scene_xml(
 
     Args:
         volumes: scans, then CAMs.
-        place: where the slice views look.
+        viewpoint: where the slice views look.
         table: name and file of the CAMs' colours.
         masks: the segmentation's file, if there is one.
         hidden: its segments that are not visible at first.
@@ -109,7 +109,7 @@ def scene_xml(
     if masks is not None:
         _add_masks(root, folder + masks, hidden)
     front = next((n for n, volume in enumerate(volumes, 1) if volume.heat), None)
-    _add_views(root, front, opacity, place)
+    _add_views(root, front, opacity, viewpoint)
     ET.indent(root)
     return ET.tostring(root, encoding="UTF-8", xml_declaration=True) + b"\n"
 
@@ -167,7 +167,7 @@ def _add_masks(root: ET.Element, file: str, hidden: Sequence[str]) -> None:
     _add(root, "Segmentation", "vtkMRMLSegmentationNode1", {"name": "Masks"}, links)
 
 
-def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place) -> None:
+def _add_views(root: ET.Element, front: int | None, opacity: float, viewpoint: Viewpoint) -> None:
     shown = {"backgroundVolume": _volume_id(1)}
     chosen = {"ActiveVolume": _volume_id(1)}
     if front is not None:
@@ -175,15 +175,15 @@ def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place
     # A singleton's tag or a layout's name: the application's own nodes take the settings over.
     singleton = {"singletonTag": "Singleton"}
     _add(root, "Selection", "vtkMRMLSelectionNodeSingleton", singleton, chosen)
-    side = float(place.size.max()) * MARGIN
+    side = float(viewpoint.size.max()) * MARGIN
     for view, axes in VIEWS.items():
         blend = {"layoutName": view, "foregroundOpacity": repr(opacity), "linkedControl": "1"}
         # Slicer fits no view to a scene: without these the slices lie at the origin.
         where = {
             "name": view,
             "layoutName": view,
-            "fieldOfView": _numbers([side, side, place.spacing]),
-            "sliceToRAS": _numbers(_slice_to_ras(axes, place).ravel()),
+            "fieldOfView": _numbers([side, side, viewpoint.spacing]),
+            "sliceToRAS": _numbers(_slice_to_ras(axes, viewpoint).ravel()),
             "rulerType": "thin",
             "orientationMarkerType": "axes",  # with the letters R, A and S
             "orientationMarkerSize": "medium",
@@ -192,12 +192,12 @@ def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place
         _add(root, "Slice", f"vtkMRMLSliceNode{view}", where)
 
 
-def _slice_to_ras(axes: Sequence[Sequence[float]], place: Place) -> NDArray[np.float64]:
+def _slice_to_ras(axes: Sequence[Sequence[float]], viewpoint: Viewpoint) -> NDArray[np.float64]:
     """The slice goes through the point, the middle of the picture is that of the scan."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(axes).T
     normal = matrix[:3, 2]
-    matrix[:3, 3] = place.middle + normal * (normal @ (place.point - place.middle))
+    matrix[:3, 3] = viewpoint.middle + normal * (normal @ (viewpoint.point - viewpoint.middle))
     return matrix
 
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, SceneVolume, scene_xml
+from seg3dcam.export.mrml import LEAST_THRESHOLD, SceneVolume, Viewpoint, scene_xml
 from seg3dcam.files import atomic
 from seg3dcam.files.writers.nrrd import (
     Segment,
@@ -232,7 +232,7 @@ class SlicerScene:
         shown = [self._segments[key] for key in front.masks]
         return scene_xml(
             [*self._scans, *self._cams],
-            _place(grid, front.peak, shown),
+            _viewpoint(grid, front.peak, shown),
             table=(f"CAM {self._look.colormap}", _TABLE),
             masks=_MASKS if self._segments else None,
             hidden=[segment_id(n) for n, k in enumerate(self._segments) if k not in front.masks],
@@ -253,7 +253,7 @@ def _check_same(scan: Scan, grid: Grid) -> None:
         )
 
 
-def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment]) -> Place:
+def _viewpoint(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment]) -> Viewpoint:
     """Look at the CAM's peak, else at the first mask, else at the middle of the scan."""
     corners = np.array(list(itertools.product(*((-0.5, size - 0.5) for size in grid.shape))))
     corners = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
@@ -264,7 +264,7 @@ def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment])
         centre = [(part.start + part.stop - 1) / 2 for part in mask.box]
         peak = to_world(grid.affine, centre)
     point = middle if peak is None else np.array(peak)
-    return Place(point, middle, high - low, min(spacing_of(grid.affine)))
+    return Viewpoint(point, middle, high - low, min(spacing_of(grid.affine)))
 
 
 # ----------------------------------------------------------------------------------------- files

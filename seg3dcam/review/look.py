@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import ConfigError, nearest
 
-__all__ = ["WINDOWS", "Look", "Window", "choose_window", "colours"]
+__all__ = ["WINDOWS", "GreyWindow", "Look", "choose_window", "colours"]
 
 #: CT windows in Hounsfield units: name -> (width, level).
 WINDOWS: dict[str, tuple[float, float]] = {
@@ -59,7 +59,7 @@ BLUE_ORANGE = (
 )
 
 
-class Window(NamedTuple):
+class GreyWindow(NamedTuple):
     """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
 
     low: float
@@ -200,7 +200,7 @@ def _opencv_colormaps() -> dict[str, int]:
 # ---------------------------------------------------------------- grey window
 
 
-def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
+def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> GreyWindow:
     """Turn a preset's name, (width, level) or None into the values drawn black and white.
 
     None takes soft tissue for a scan that holds air in Hounsfield units, as a CT does and MR and
@@ -211,15 +211,15 @@ def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> W
         ConfigError: an unknown preset, or a width that is not above 0.
 
     >>> choose_window(np.zeros((2, 2, 2)), "brain")
-    Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
+    GreyWindow(low=0.0, high=80.0, text='W 80 L 40 (brain)')
     """
     if window is None:
         low, high, source = _auto_range(scan)
-        return Window(low, high, f"{_in_words(low, high)} ({source})")
+        return GreyWindow(low, high, f"{_in_words(low, high)} ({source})")
     width, level = width_level(window)
     low, high = level - width / 2, level + width / 2
     suffix = f" ({_preset(window)})" if isinstance(window, str) else ""
-    return Window(low, high, _in_words(low, high) + suffix)
+    return GreyWindow(low, high, _in_words(low, high) + suffix)
 
 
 def width_level(window: str | Sequence[float]) -> tuple[float, float]:

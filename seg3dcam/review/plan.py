@@ -19,7 +19,7 @@ from seg3dcam.engine.layer_map import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import Axis, peak_voxel, size_text
-from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.review.look import GreyWindow, Look, choose_window
 from seg3dcam.review.pictures import display, draw, frame
 from seg3dcam.review.pictures.text import clean_text
 
@@ -70,7 +70,7 @@ class Review:
     masks: dict[str, NDArray[np.bool_]]
     affine: NDArray[np.float64]
     look: Look
-    window: Window
+    window: GreyWindow
     notice: str
     peak: tuple[int, ...] | None
     view: display.View

@@ -24,7 +24,7 @@ from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarnin
 from seg3dcam.explaining.explain import explain
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.models import SegModel
-from seg3dcam.review.look import Look, Window, choose_window, colours
+from seg3dcam.review.look import GreyWindow, Look, choose_window, colours
 from seg3dcam.review.report import Report, notebook_view, save_report
 from seg3dcam.review.report import data as report_data
 from seg3dcam.scan import Scan, load_scan
@@ -474,6 +474,6 @@ def test_notebook_view_is_the_page_in_a_closed_frame(phantom):
 def test_window_is_part_of_the_curve_even_when_outside_of_the_scan():
     scan = np.zeros((4, 4, 4), np.float32)
     frame = report_data.plan_frame(scan.shape, np.eye(4))
-    greys = report_data.grey_codes(scan, frame, Window(100, 300, ""), False)
+    greys = report_data.grey_codes(scan, frame, GreyWindow(100, 300, ""), False)
     assert greys.values[[0, -1]].tolist() == [0, 300]
     assert (greys.codes == 0).all()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from seg3dcam.errors import ScanError
 from seg3dcam.files.readers.frames import FRAMES, Frame
-from seg3dcam.files.readers.meta import plan_meta
+from seg3dcam.files.readers.metaimage import plan_meta
 from seg3dcam.files.readers.mgh import plan_mgh
 from seg3dcam.files.readers.nifti import plan_nifti
 from seg3dcam.files.readers.nrrd import plan_nrrd

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
-from seg3dcam.network.capture.draws import RepeatedDraws
 from seg3dcam.network.capture.modes import COUNT, LEAF, OBSERVE, OFF, REPLAY, Mode, change
 from seg3dcam.network.capture.record import LayersReached, PassRecord
+from seg3dcam.network.capture.repeated_draws import RepeatedDraws
 from seg3dcam.network.capture.target_layers import TargetLayers, fault_of_runs
 from seg3dcam.network.ensemble import Member
 from seg3dcam.network.facts import NetworkFacts

@@ -115,7 +115,7 @@ def _gradients(
     return found
 
 
-class _AlsoInCheckpoints(TorchFunctionMode):
+class _ChangedOperations(TorchFunctionMode):
     """Changes operations, also when a checkpoint runs them again in the backward pass."""
 
     def __torch_function__(
@@ -132,7 +132,7 @@ class _AlsoInCheckpoints(TorchFunctionMode):
         raise NotImplementedError
 
 
-class MirroredOperations(_AlsoInCheckpoints):
+class MirroredOperations(_ChangedOperations):
     """Mirrors every kernel in space, or none; what is upsampled becomes small.
 
     The receptive field of a network with mirrored kernels is itself mirrored. So the middle of both
@@ -155,7 +155,7 @@ class MirroredOperations(_AlsoInCheckpoints):
         return output * FADED if upsampled else output
 
 
-class RandomOperations(_AlsoInCheckpoints):
+class RandomOperations(_ChangedOperations):
     """Turns a network into one of the same structure that looks as if it had never been trained.
 
     The weights of kernels get random signs, and activation functions are replaced by the identity.

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from seg3dcam.review.look import Look, Window, colours
+from seg3dcam.review.look import GreyWindow, Look, colours
 from seg3dcam.review.pictures.display import Size
 
 Picture = NDArray[np.uint8]
@@ -105,7 +105,7 @@ def resize_mask(plane: NDArray[np.bool_], size: Size) -> Picture:
     return cv2.resize(mask, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def draw_grey(plane: NDArray[Any], window: Window, size: Size) -> Picture:
+def draw_grey(plane: NDArray[Any], window: GreyWindow, size: Size) -> Picture:
     """Draw a slice of the scan in its window, (height, width) uint8; NaN is black."""
     values = turned_copy(plane, np.float32)
     if not np.isfinite(values).all():

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.geometry import spacing_of
-from seg3dcam.review.look import CT_AIR, WINDOWS, Look, Window
+from seg3dcam.review.look import CT_AIR, WINDOWS, GreyWindow, Look
 from seg3dcam.review.pictures.display import plan_view
 
 #: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
@@ -110,7 +110,7 @@ def is_ct(lowest: float, window: Any = None) -> bool:
     return isinstance(window, str) or lowest <= CT_AIR
 
 
-def grey_codes(volume: NDArray[np.floating], frame: Frame, window: Window, ct: bool) -> Greys:
+def grey_codes(volume: NDArray[np.floating], frame: Frame, window: GreyWindow, ct: bool) -> Greys:
     """Turn a scan into 8-bit codes that lie densely where a reader looks.
 
     Most codes lie in the chosen window, some in each CT window, few in the rest of the range, so
@@ -130,7 +130,7 @@ def grey_codes(volume: NDArray[np.floating], frame: Frame, window: Window, ct: b
 
 
 def _code_curve(
-    lowest: float, highest: float, window: Window, ct: bool
+    lowest: float, highest: float, window: GreyWindow, ct: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return values and the part of all codes that lies below each: linear in between."""
     presets = WINDOWS.values() if ct else ()
