@@ -22,8 +22,9 @@ from seg3dcam.geometry import peak_voxel, same_grid, spacing_of
 from seg3dcam.review.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review.pictures.closeup import closeup_mm
 from seg3dcam.review.pictures.display import edge_letters, obliquity_degrees, plan_view
-from seg3dcam.review.report import data
 from seg3dcam.review.report import maps as report_maps
+from seg3dcam.review.report import packing
+from seg3dcam.review.report.display_order import plan_order
 
 #: Letters of base64 for each byte.
 BASE64 = 4 / 3
@@ -52,9 +53,9 @@ class Page:
     def __init__(self, first: Explanation, look: Look, case: str, limit_mb: float) -> None:
         self.look, self.case, self.limit = look, case, limit_mb * 1e6
         self.affine = first.affine
-        self.frame = data.plan_frame(first.scan.shape, first.affine)
+        self.order = plan_order(first.scan.shape, first.affine)
         self.scan, self.greys = self._scan_of(first)
-        lossless = data.foreseen_bytes(self.greys.codes, data.ENCODINGS[0]) * BASE64
+        lossless = packing.foreseen_bytes(self.greys.codes, packing.ENCODINGS[0]) * BASE64
         self.map_room = self.limit - min(lossless, self.limit / 2)
         self.items: list[dict[str, Any]] = []
         self.maps: list[dict[str, Any]] = []
@@ -63,10 +64,10 @@ class Page:
     def add(self, explanation: Explanation, name: str) -> None:
         """Take one more explanation, of the same scan, under a name that tells it from others."""
         shape, affine = explanation.scan.shape, explanation.affine
-        if shape != self.frame.shape or not same_grid(self.affine, affine, shape):
+        if shape != self.order.shape or not same_grid(self.affine, affine, shape):
             raise InputError(
                 f"{explanation.label}: its scan lies on another grid ({shape} voxels) than that of "
-                f"the first explanation ({self.frame.shape}). A report is about one scan: write "
+                f"the first explanation ({self.order.shape}). A report is about one scan: write "
                 "one for each"
             )
         numbers = self._add_maps(explanation)
@@ -88,21 +89,21 @@ class Page:
             }
         )
 
-    def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], data.Greys]:
+    def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], packing.Greys]:
         """Return what the page says of the scan, and the scan in 8 bits."""
-        scan, affine, frame = explanation.scan, explanation.affine, self.frame
+        scan, affine, order = explanation.scan, explanation.affine, self.order
         voxels = scan.data[0].numpy()
         window = choose_window(voxels, self.look.window)
-        ct = data.is_ct(float(voxels.min()), self.look.window)
-        greys = data.grey_codes(voxels, frame, window, ct)
+        ct = packing.is_ct(float(voxels.min()), self.look.window)
+        greys = packing.grey_codes(voxels, order, window, ct)
         degrees = obliquity_degrees(affine)
         planes = ("axial", "coronal", "sagittal")
         said = {
-            "shape": frame.by_axis(scan.shape),
-            "spacing": frame.by_axis(spacing_of(affine)),
-            "affine": frame.affine.tolist(),
-            "axes": frame.by_axis("ijk"),
-            "flipped": list(reversed(frame.flips)),
+            "shape": order.by_axis(scan.shape),
+            "spacing": order.by_axis(spacing_of(affine)),
+            "affine": order.affine.tolist(),
+            "axes": order.by_axis("ijk"),
+            "flipped": list(reversed(order.flips)),
             "letters": {p: edge_letters(plan_view(scan.shape, affine, p)) for p in planes},
             "oblique": round(degrees) if degrees > 1 else 0,
             "channels": len(scan.data),
@@ -117,16 +118,16 @@ class Page:
         """Add a mask, unless the page has the very same one already, and return its number."""
         if mask is None:
             return None
-        packed = _base64(data.pack_mask(mask, self.frame))
+        packed = _base64(packing.pack_mask(mask, self.order))
         if packed not in self.masks:
-            self.masks[packed] = {"profile": data.mask_profile(mask, self.frame)}
+            self.masks[packed] = {"profile": packing.mask_profile(mask, self.order)}
         return list(self.masks).index(packed)
 
     def _layer(
         self, explanation: Explanation, layer: str | None, numbers: MapNumbers
     ) -> dict[str, Any]:
         """Return what the page says of one layer, or of all together."""
-        frame, look = self.frame, self.look
+        order, look = self.order, self.look
         notice = explanation.notice(layer, look.scale)
         found = findings(explanation, layer, look.scale)
         shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
@@ -135,7 +136,7 @@ class Page:
         if look.signed and volume is not None:
             listed = [peak._asdict() for peak in find_signed_peaks(volume, explanation.affine)]
         peaks = [
-            {**peak, "at": frame.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
+            {**peak, "at": order.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
             for peak in listed
         ]
         names = explanation.maps if layer is None else [layer]
@@ -146,7 +147,7 @@ class Page:
             "peaks": peaks,
             "closeup": _closeup(explanation, volume, look),
             "maps": [] if volume is None else _weights(explanation, names, volume, numbers, look),
-            "profile": None if volume is None else data.map_profile(volume, frame, look),
+            "profile": None if volume is None else packing.map_profile(volume, order, look),
         }
 
     def _add_maps(self, explanation: Explanation) -> MapNumbers:
@@ -163,7 +164,7 @@ class Page:
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             share = self.map_room * MAP_SHARE / BASE64
             packed = report_maps.pack_map(
-                values.float() / largest, self.frame, lattice, cells, share, self.look.signed
+                values.float() / largest, self.order, lattice, cells, share, self.look.signed
             )
             self.map_room -= len(packed.data) * BASE64
             numbers[layer] = len(self.maps), largest
@@ -192,7 +193,7 @@ class Page:
         page = _source("page.html")
         taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
         room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # rounding, lines
-        slices = data.pack_slices(self.greys.codes, room)
+        slices = packing.pack_slices(self.greys.codes, room)
         content["slices"] = "\n".join(map(_base64, slices.pictures))
         content["meta"] = _json(self._meta(slices))
         for number, part in enumerate(PAGE_SLOT.split(page)):
@@ -204,7 +205,7 @@ class Page:
         held += [one["name"] for one in self.items]
         return hashlib.sha256("\n".join(held).encode()).hexdigest()[:16]
 
-    def _meta(self, slices: data.Slices | None) -> dict[str, Any]:
+    def _meta(self, slices: packing.Slices | None) -> dict[str, Any]:
         stored = (
             {}
             if slices is None

@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool3d, max_pool3d
 
 from seg3dcam.explaining.provenance import LayerRecord
 from seg3dcam.geometry import FeatureGrid, interpolate
-from seg3dcam.review.report.data import Frame
+from seg3dcam.review.report.display_order import DisplayOrder
 
 #: A map may be drawn this far from its value; a finer grid is taken where it is further off.
 MAP_ERROR = 0.02
@@ -60,7 +60,7 @@ class Lattice(NamedTuple):
 
 def pack_map(
     values: torch.Tensor,
-    frame: Frame,
+    order: DisplayOrder,
     lattice: Lattice | None,
     cells: Sequence[float],
     limit: float,
@@ -76,14 +76,14 @@ def pack_map(
         signed: what is below 0 is drawn too; 1 is then the largest absolute value.
     """
     ways = _ways_to_read(values, lattice, cells, signed)
-    candidates = (_packed(*read, values, frame, signed) for read in ways)
+    candidates = (_packed(*read, values, order, signed) for read in ways)
     best: PackedMap | None = None
     for packed in candidates:
         if len(packed.data) <= limit and (best is None or packed.error < best.error):
             best = packed
         if len(packed.data) > limit or packed.error <= MAP_ERROR:
             break
-    return best or _packed_blocks(values, frame, limit, signed)
+    return best or _packed_blocks(values, order, limit, signed)
 
 
 def zero_code(signed: bool) -> int:
@@ -134,19 +134,21 @@ def _ways_to_read(
     yield values if signed else values.clamp(min=0), own
 
 
-def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float, signed: bool) -> PackedMap:
+def _packed_blocks(
+    values: torch.Tensor, order: DisplayOrder, limit: float, signed: bool
+) -> PackedMap:
     """Average blocks of voxels, the larger the smaller `limit` is."""
-    side = min(frame.spacing)
+    side = min(order.spacing)
     while True:
         side *= 1.5
         block = [
             min(size, max(1, round(side / mm)))
-            for mm, size in zip(frame.spacing, values.shape, strict=True)
+            for mm, size in zip(order.spacing, values.shape, strict=True)
         ]
         means = avg_pool3d(values[None], block, ceil_mode=True)[0]
         offset = tuple((by - 1) / 2 for by in block)
         grid = FeatureGrid(tuple(means.shape), tuple(map(float, block)), offset)
-        packed = _packed(means, grid, values, frame, signed)
+        packed = _packed(means, grid, values, order, signed)
         if len(packed.data) <= limit or side > MAX_BLOCK_MM:
             return packed
 
@@ -192,7 +194,7 @@ def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
 
 
 def _packed(
-    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame, signed: bool
+    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, order: DisplayOrder, signed: bool
 ) -> PackedMap:
     if not signed:
         # What is below zero, and has no neighbour above, is never seen: zeros need no room.
@@ -202,22 +204,22 @@ def _packed(
     ends = [min(-1e-6, float(coarse.min())), max(1e-6 if signed else 1.0, float(coarse.max()))]
     above, below = (255 - zero) / ends[1], zero / -ends[0]
     codes = (torch.where(coarse < 0, coarse * below, coarse * above) + zero).round_().byte()
-    arranged = frame.arrange(codes.numpy())
+    arranged = order.arrange(codes.numpy())
     data = zlib.compress(np.diff(arranged, axis=2, prepend=np.uint8(0)).tobytes(), 3)
     levels = codes.float() - zero
     drawn = torch.where(levels < 0, levels / below, levels / above)
     first = [
         size - 1 - offset - step * (count - 1) if flip else offset
         for size, offset, step, count, flip in zip(
-            values.shape, grid.offset, grid.stride, grid.shape, frame.flipped, strict=True
+            values.shape, grid.offset, grid.stride, grid.shape, order.flipped, strict=True
         )
     ]
     return PackedMap(
         data,
         ends,
-        frame.by_axis(grid.shape),
-        frame.by_axis(first),
-        frame.by_axis(grid.stride),
+        order.by_axis(grid.shape),
+        order.by_axis(first),
+        order.by_axis(grid.stride),
         _largest_error(values, drawn, grid, signed),
     )
 
@@ -245,9 +247,9 @@ def _largest_error(
 
 
 def _axis_first(grid: FeatureGrid, axis: int) -> FeatureGrid:
-    order = [axis, *(other for other in range(3) if other != axis)]
+    axes = [axis, *(other for other in range(3) if other != axis)]
     return FeatureGrid(
-        tuple(grid.shape[n] for n in order),
-        tuple(grid.stride[n] for n in order),
-        tuple(grid.offset[n] for n in order),
+        tuple(grid.shape[n] for n in axes),
+        tuple(grid.stride[n] for n in axes),
+        tuple(grid.offset[n] for n in axes),
     )

@@ -3,8 +3,8 @@
     save_report("case.html", explanations, Look(window="abdomen"), case="case 12")
 
 The page draws three planes from the slices of the scan, stored once as 8-bit pictures, from maps on
-coarser grids, and from masks of one bit a voxel. `content` collects them, `data` and `maps` make
-them small, and `assets` holds the page's own HTML, CSS and JavaScript.
+coarser grids, and from masks of one bit a voxel. `content` collects them, `packing` and `maps`
+make them small, and `assets` holds the page's own HTML, CSS and JavaScript.
 """
 
 from __future__ import annotations

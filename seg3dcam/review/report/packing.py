@@ -1,7 +1,6 @@
 """What a page needs of scan, maps and masks, made small enough for a mail.
 
-Everything is put into display order, (Z, Y, X): x towards the patient's left, y towards the back,
-z upwards. A page cuts all three planes out of that without knowing how the file was stored.
+All arrays are put into display order, see `seg3dcam.review.report.display_order`.
 """
 
 from __future__ import annotations
@@ -11,88 +10,18 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
-import nibabel
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seg3dcam.geometry import spacing_of
 from seg3dcam.review.look import CT_AIR, WINDOWS, GreyWindow, Look
-from seg3dcam.review.pictures.display import plan_view
+from seg3dcam.review.report.display_order import DisplayOrder
 
 #: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
 SHARES = {"window": 0.5, "range": 0.1, "presets": 0.4}
-
-
-# ---------------------------------------------------------------- display order
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """How arrays of a scan are turned into display order.
-
-    Attributes:
-        axes: the array's own axes for slices, rows and columns.
-        flips: which of them run the other way.
-        shape: (X, Y, Z) of the array.
-        affine: (4, 4), display index (x, y, z) -> RAS mm.
-    """
-
-    axes: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
-    shape: tuple[int, ...]
-    affine: NDArray[np.float64]
-
-    def arrange(self, volume: NDArray[Any]) -> NDArray[Any]:
-        """Return a view of (X, Y, Z) as (slices, rows, columns)."""
-        steps = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return volume.transpose(self.axes)[steps]
-
-    def by_axis(self, values: Sequence[Any]) -> list[Any]:
-        """Order one value for each of the array's axes as columns, rows, slices (x, y, z)."""
-        return [values[axis] for axis in reversed(self.axes)]
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """The array's own spacing in mm."""
-        of_axis = dict(zip(self.axes, reversed(spacing_of(self.affine)), strict=True))
-        return tuple(of_axis[axis] for axis in range(3))
-
-    @property
-    def flipped(self) -> list[bool]:
-        """Which of the array's own axes run the other way."""
-        return [flip for _, flip in sorted(zip(self.axes, self.flips, strict=True))]
-
-    def place(self, voxel: Sequence[int]) -> list[int]:
-        """Return the display index (x, y, z) of one of the array's voxels."""
-        shown = [
-            self.shape[axis] - 1 - voxel[axis] if flip else voxel[axis]
-            for axis, flip in zip(self.axes, self.flips, strict=True)
-        ]
-        return [int(index) for index in reversed(shown)]
-
-
-def plan_frame(shape: Sequence[int], affine: NDArray[np.float64]) -> Frame:
-    """Plan the display order of a grid; it agrees with `plan_view` of all three planes.
-
-    >>> frame = plan_frame((2, 3, 4), np.eye(4))  # x to the right and y to the front: flipped
-    >>> frame.place((0, 0, 0)), frame.arrange(np.zeros((2, 3, 4))).shape
-    ([1, 2, 0], (4, 3, 2))
-    """
-    view = plan_view(shape, affine, "axial")
-    axes = (view.slice_axis, view.row_axis, view.column_axis)
-    downwards = nibabel.aff2axcodes(view.affine)[view.slice_axis] == "I"
-    flips = (downwards, view.flip_rows, view.flip_columns)
-    to_own = np.zeros((4, 4))
-    to_own[3, 3] = 1
-    for shown, (axis, flip) in enumerate(zip(reversed(axes), reversed(flips), strict=True)):
-        to_own[axis, shown] = -1 if flip else 1
-        to_own[axis, 3] = view.shape[axis] - 1 if flip else 0
-    return Frame(axes, flips, view.shape, view.affine @ to_own)
 
 
 # ---------------------------------------------------------------- grey values
@@ -110,7 +39,9 @@ def is_ct(lowest: float, window: Any = None) -> bool:
     return isinstance(window, str) or lowest <= CT_AIR
 
 
-def grey_codes(volume: NDArray[np.floating], frame: Frame, window: GreyWindow, ct: bool) -> Greys:
+def grey_codes(
+    volume: NDArray[np.floating], order: DisplayOrder, window: GreyWindow, ct: bool
+) -> Greys:
     """Turn a scan into 8-bit codes that lie densely where a reader looks.
 
     Most codes lie in the chosen window, some in each CT window, few in the rest of the range, so
@@ -119,7 +50,7 @@ def grey_codes(volume: NDArray[np.floating], frame: Frame, window: GreyWindow, c
     """
     lowest, highest = float(volume.min()), float(volume.max())
     knots, parts = _code_curve(min(lowest, window.low), max(highest, window.high), window, ct)
-    arranged = frame.arrange(volume)
+    arranged = order.arrange(volume)
     codes = np.empty(arranged.shape, np.uint8)
 
     def encode(index: int) -> None:
@@ -247,13 +178,15 @@ def _each(task: Callable[[int], Any], count: int) -> list[Any]:
 # ---------------------------------------------------------------- masks and profiles
 
 
-def pack_mask(mask: torch.Tensor, frame: Frame) -> bytes:
+def pack_mask(mask: torch.Tensor, order: DisplayOrder) -> bytes:
     """Pack a mask, (X, Y, Z) bool: one bit a voxel, the first in the lowest bit."""
-    bits = np.packbits(frame.arrange(mask.numpy()), axis=None, bitorder="little")
+    bits = np.packbits(order.arrange(mask.numpy()), axis=None, bitorder="little")
     return zlib.compress(bits.tobytes(), 6)
 
 
-def map_profile(volume: torch.Tensor, frame: Frame, look: Look) -> list[dict[str, list[float]]]:
+def map_profile(
+    volume: torch.Tensor, order: DisplayOrder, look: Look
+) -> list[dict[str, list[float]]]:
     """Return the largest value and the sum of every slice, across x, y and z.
 
     Of a signed look the lowest value too, and the sum of the values' sizes.
@@ -273,19 +206,19 @@ def map_profile(volume: torch.Tensor, frame: Frame, look: Look) -> list[dict[str
     if look.signed:
         for axis, profile in enumerate(profiles):
             profile["min"] = volume.amin([other for other in range(3) if other != axis]).numpy()
-    return _ordered(frame, profiles)
+    return _ordered(order, profiles)
 
 
-def mask_profile(mask: torch.Tensor, frame: Frame) -> list[dict[str, list[float]]]:
+def mask_profile(mask: torch.Tensor, order: DisplayOrder) -> list[dict[str, list[float]]]:
     """Return the voxels in every slice, across x, y and z."""
     inside = mask.numpy()
     first = np.count_nonzero(inside, axis=2)
     last = np.count_nonzero(inside, axis=(0, 1))
-    return _ordered(frame, [{"voxels": first.sum(1)}, {"voxels": first.sum(0)}, {"voxels": last}])
+    return _ordered(order, [{"voxels": first.sum(1)}, {"voxels": first.sum(0)}, {"voxels": last}])
 
 
 def _ordered(
-    frame: Frame, profiles: Sequence[dict[str, NDArray[Any]]]
+    order: DisplayOrder, profiles: Sequence[dict[str, NDArray[Any]]]
 ) -> list[dict[str, list[float]]]:
     """Put profiles along the array's own axes into display order, with 4 digits."""
     turned = [
@@ -293,6 +226,6 @@ def _ordered(
             name: [float(f"{value:.4g}") for value in (line[::-1] if flip else line)]
             for name, line in profile.items()
         }
-        for flip, profile in zip(frame.flipped, profiles, strict=True)
+        for flip, profile in zip(order.flipped, profiles, strict=True)
     ]
-    return frame.by_axis(turned)
+    return order.by_axis(turned)
