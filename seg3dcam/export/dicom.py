@@ -18,7 +18,6 @@ UID whatever comes later.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.errors import tell
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.export.dicom_picture import (
     CAUTION,
@@ -53,6 +52,7 @@ from seg3dcam.export.dicom_source import (
 )
 from seg3dcam.files import unique_names
 from seg3dcam.review.look import Look
+from seg3dcam.review.writing import write_all
 
 __all__ = ["DicomExport", "save_dicom"]
 
@@ -98,13 +98,13 @@ def save_dicom(
 
     Warns (`Seg3dcamWarning`) where a map or a segmentation is not written.
     """
-    export = DicomExport(folder, look, case)
-    listed = [explanations] if isinstance(explanations, Explanation) else explanations
     names: list[str] = []
-    for explanation in listed:
+
+    def file_name(explanation: Explanation) -> str:
         names.append(explanation.label)
-        export.add(explanation, unique_names(names)[-1])
-    return export.finish()
+        return unique_names(names)[-1]
+
+    return write_all(DicomExport(folder, look, case), explanations, file_name)
 
 
 class DicomExport:
@@ -295,7 +295,7 @@ def _place(plan: _Plan, image: Any, header: Any) -> None:
 def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
     """Write the CAM itself, unless it is not finite."""
     if "nonfinite" in plan.explanation.status.values():
-        _warn(f"no DICOM Parametric Map was written: {plan.explanation.notice()}")
+        tell(f"no DICOM Parametric Map was written: {plan.explanation.notice()}")
         return []
     from highdicom import VOILUTTransformation
     from highdicom.pm import ParametricMap, RealWorldValueMapping
@@ -342,7 +342,7 @@ def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.b
 def _write_segments(plan: _Plan, segments: Masks, path: Path) -> list[Path]:
     """Write the slices that hold a segment."""
     if not segments:
-        _warn(
+        tell(
             "no DICOM Segmentation was written: the prediction is empty, and no CAM reaches the "
             "threshold"
         )
@@ -401,7 +401,3 @@ def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
         )
         found.append(described)
     return found
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, Seg3dcamWarning, stacklevel=4)

@@ -44,6 +44,7 @@ from seg3dcam.files.writers.nrrd import (
 )
 from seg3dcam.geometry import peak_voxel, same_grid, spacing_of, to_world
 from seg3dcam.review.look import Look, choose_window, colours
+from seg3dcam.review.writing import write_all
 from seg3dcam.scan import Scan
 
 __all__ = ["SlicerScene", "save_scene"]
@@ -93,11 +94,7 @@ def save_scene(
         InputError: no explanation, or explanations of different scans.
         OutputError: the folder cannot be written.
     """
-    scene = SlicerScene(folder, look, case)
-    listed = [explanations] if isinstance(explanations, Explanation) else explanations
-    for explanation in listed:
-        scene.add(explanation, explanation.label)
-    return scene.finish()
+    return write_all(SlicerScene(folder, look, case), explanations, lambda one: one.label)
 
 
 class SlicerScene:

@@ -26,21 +26,6 @@ import numpy as np
 import psutil
 
 from seg3dcam.errors import ConfigError, OutputError
-from seg3dcam.files.names import unique_names
-
-__all__ = [
-    "as_path",
-    "atomic",
-    "check_writable",
-    "digest_of",
-    "plain",
-    "read_small",
-    "remove_left_behind",
-    "resolved",
-    "temporary_name",
-    "unique_names",
-    "write_json",
-]
 
 #: What begins every temporary name; then come the machine, the process, and a random part.
 PREFIX = ".seg3dcam-"

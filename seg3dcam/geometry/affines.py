@@ -37,6 +37,15 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
     return tuple(float(size) for size in np.linalg.norm(columns, axis=0))
 
 
+def voxel_ml(affine: np.ndarray) -> float:
+    """Return the volume of a voxel in ml.
+
+    >>> voxel_ml(np.diag([2.0, 2.0, 5.0, 1.0]))
+    0.02
+    """
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
 def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4) -> str:
     """Write sizes along several axes in words.
 

@@ -152,15 +152,19 @@ class EpochCams:
 
 
 class ValidationCases:
-    """Explains the chosen cases of one validation after another: what handler and callback share.
+    """Counts the cases of a validation and explains those that are chosen.
+
+    The handler and the callback share this.
 
     Args:
-        cams: which cases are explained, and how.
-        batch_transform: from the batch to the images, (B, C, *S) or a list of (C, *S).
+        batch_transform: a function from the batch to the images, (B, C, *S) or a list of (C, *S).
+        out, settings: see `EpochCams`.
     """
 
-    def __init__(self, cams: EpochCams, batch_transform: Callable[[Any], Any]) -> None:
-        self._cams, self._batch_transform = cams, batch_transform
+    def __init__(
+        self, batch_transform: Callable[[Any], Any], out: str | Path, **settings: Any
+    ) -> None:
+        self._cams, self._batch_transform = EpochCams(out, **settings), batch_transform
         self._next = 0
 
     def begin(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
+from seg3dcam.integrations.epoch_cams import ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class CamHandler:
         mlflow: bool = False,
         **settings: Any,
     ) -> None:
-        cams = EpochCams(
+        self._cases = ValidationCases(
+            batch_transform,
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -76,7 +77,6 @@ class CamHandler:
         self.global_epoch_transform = global_epoch_transform
         self.summary_writer = summary_writer
         self.mlflow = mlflow
-        self._cases = ValidationCases(cams, batch_transform)
 
     def attach(self, engine: Engine) -> None:
         """Explain cases whenever this engine runs an epoch."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
+from seg3dcam.integrations.epoch_cams import ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 
@@ -62,7 +62,8 @@ class CamCallback(_callback()):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        cams = EpochCams(
+        self._cases = ValidationCases(
+            batch_transform,
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -71,7 +72,6 @@ class CamCallback(_callback()):  # type: ignore[misc]
             **settings,
         )
         self.network = network
-        self._cases = ValidationCases(cams, batch_transform)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the cases from 0."""

@@ -42,13 +42,13 @@ from seg3dcam.job.record import (
 )
 from seg3dcam.job.settings import Job
 from seg3dcam.job.writers import (
-    JointWriter,
     joint_writer,
     own_masks,
     raw_files,
     write_format,
     write_prediction,
 )
+from seg3dcam.review.writing import JointWriter
 
 
 def write_case(

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from seg3dcam.engine.layer_map import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.geometry import Axis, peak_voxel, size_text
+from seg3dcam.geometry import Axis, peak_voxel, size_text, voxel_ml
 from seg3dcam.review.look import GreyWindow, Look, choose_window
 from seg3dcam.review.pictures import display, draw, frame
 from seg3dcam.review.pictures.text import clean_text
@@ -312,8 +312,8 @@ def _profile(
 ) -> Profile:
     """Measure every slice along the axis of a view."""
     others = (view.row_axis, view.column_axis)
-    voxel_ml = abs(float(np.linalg.det(view.affine[:3, :3]))) / 1000
-    volumes = {name: np.count_nonzero(mask, axis=others) * voxel_ml for name, mask in masks.items()}
+    ml = voxel_ml(view.affine)
+    volumes = {name: np.count_nonzero(mask, axis=others) * ml for name, mask in masks.items()}
     if cam is None:
         return Profile(None, None, volumes)
     largest, total = display.slice_profile(view, cam)

@@ -10,6 +10,6 @@ voxels, whatever their compression; both come with the extra `seg3dcam[dicom]`.
 """
 
 from seg3dcam.files.series.slices import is_dicom
-from seg3dcam.files.series.stack import Series, read_series
+from seg3dcam.files.series.stack import read_series
 
-__all__ = ["Series", "is_dicom", "read_series"]
+__all__ = ["is_dicom", "read_series"]

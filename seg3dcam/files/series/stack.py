@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.errors import ScanError, Seg3dcamWarning
+from seg3dcam.errors import ScanError, tell
 from seg3dcam.files.series.elements import in_words
 from seg3dcam.files.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
 from seg3dcam.geometry import LPS_TO_RAS, size_text
@@ -299,13 +298,11 @@ def _warn_of_tilt(images: Sequence[Slice], across: Array, where: str) -> None:
     sideways = np.linalg.norm(_unit_directions(images) @ across)
     if sideways > TOLERANCE_MM:
         tilt = np.degrees(np.arctan2(sideways, _normal(images) @ across))
-        warnings.warn(
+        tell(
             f"{where}: the slices are stacked at {tilt:.3g} degrees to their normal (gantry tilt). "
             "The affine is exact, but a network sees sheared anatomy, and programs that know only "
             "a qform cannot place the result: resample the scan to a right-angled grid if that "
-            "matters.",
-            Seg3dcamWarning,
-            stacklevel=2,
+            "matters."
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 from nibabel.spatialimages import HeaderDataError
 
-from seg3dcam.errors import OutputError, Seg3dcamWarning
+from seg3dcam.errors import OutputError, tell
 from seg3dcam.files.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
 from seg3dcam.files.writers.volumes import (
     as_stored,
@@ -202,12 +201,10 @@ def _copy(fields: tuple[str, ...], source: nib.Nifti1Header, target: nib.Nifti1H
 def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], path: Path) -> None:
     if is_sheared(affine):
         gap = corner_gap(header.get_qform(), affine, header.get_data_shape())
-        warnings.warn(
+        tell(
             f"{path}: the affine is sheared (gantry tilt?), which a qform cannot say. The sform "
             f"is exact; programs that read the qform (ITK, 3D Slicer) place voxels up to "
-            f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters.",
-            Seg3dcamWarning,
-            stacklevel=5,
+            f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters."
         )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from seg3dcam.files import atomic
 from seg3dcam.review.pictures import display
-from seg3dcam.review.pictures.page import check_suffix, each_slice, make_folder
+from seg3dcam.review.pictures.page import each_slice, file_to_write
 from seg3dcam.review.pictures.slices import draw_slice_page
 from seg3dcam.review.pictures.text import MARGIN
 from seg3dcam.review.plan import Review
@@ -53,8 +53,7 @@ def save_cine(path: str | os.PathLike[str], review: Review) -> Path:
         ...         film.n_frames, film.info["loop"]
         (3, 0)
     """
-    file = check_suffix(path, ".webp", "film's")
-    make_folder(file.parent)
+    file = file_to_write(path, ".webp", "film's")
     first, *others = draw_frames(review)
     with atomic(file) as temporary:
         first.save(

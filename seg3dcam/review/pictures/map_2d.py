@@ -17,7 +17,7 @@ from seg3dcam.review.look import Look, choose_window
 from seg3dcam.review.pictures import draw, frame
 from seg3dcam.review.pictures.display import Size
 from seg3dcam.review.pictures.draw import Picture
-from seg3dcam.review.pictures.page import RESEARCH_ONLY, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import RESEARCH_ONLY, file_to_write, write_png
 from seg3dcam.review.pictures.text import (
     AMBER,
     GAP,
@@ -100,14 +100,13 @@ def write_map(
     words: Sequence[str] = (),
 ) -> Path:
     """Write a map (H, W) as PNG, with its colours and words; see `save_map`."""
-    file = check_suffix(path, ".png", "2D map's")
+    file = file_to_write(path, ".png", "2D map's")
     cam: NDArray[np.float32] = values.detach().float().cpu().numpy()
     largest = float(np.abs(cam).max())
     if look is None:
         look = Look(signed=bool(cam.min() < 0), threshold=0)
     if largest > 0:
         cam = (cam / largest).astype(np.float32)
-    make_folder(file.parent)
     return write_png(file, _draw(cam, image, look, words))
 
 

@@ -12,9 +12,8 @@ from seg3dcam.review.pictures.closeup import closeup_of, draw_closeup
 from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.page import (
     build_page,
-    check_suffix,
     each_slice,
-    make_folder,
+    file_to_write,
     write_png,
 )
 from seg3dcam.review.pictures.slices import draw_framed_pair
@@ -54,10 +53,9 @@ def save_montage(path: str | os.PathLike[str], review: Review, columns: int | No
         ...     save_montage(folder + "/case.png", review).name
         'case.png'
     """
-    file = check_suffix(path, ".png", "montage's")
     if columns is not None and columns < 1:
         raise ConfigError(f"columns must be 1 or more, or None, not {columns!r}")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "montage's")
     return write_png(file, draw_montage(review, columns))
 
 

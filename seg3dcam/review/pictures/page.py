@@ -96,11 +96,21 @@ def _footer(review: Review, width: int) -> Picture:
 # ---------------------------------------------------------------- files
 
 
-def check_suffix(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
-    """Return the path; ConfigError where it does not end as its format wants."""
+def file_to_write(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
+    """Return the path of a file that is to be written, and make its folder.
+
+    Args:
+        suffix: what the path must end in.
+        what: what the file shows, for messages, such as "montage's".
+
+    Raises:
+        ConfigError: the path ends in something else.
+        OutputError: it is no path, or its folder cannot be made.
+    """
     file = as_path(path)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"the {what} path must end in {suffix}, not {file.name!r}")
+    make_folder(file.parent)
     return file
 
 

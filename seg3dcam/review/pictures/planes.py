@@ -12,7 +12,7 @@ from seg3dcam.geometry import spacing_of, to_world
 from seg3dcam.review.pictures import display, frame
 from seg3dcam.review.pictures.closeup import closeup_of, draw_closeup
 from seg3dcam.review.pictures.draw import Picture
-from seg3dcam.review.pictures.page import build_page, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import build_page, file_to_write, write_png
 from seg3dcam.review.pictures.slices import draw_framed_pair
 from seg3dcam.review.pictures.text import GAP, MARGIN, text_block, wrap_items
 from seg3dcam.review.plan import Review
@@ -47,8 +47,7 @@ def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
         ...     save_planes(folder + "/planes.png", review_volumes(volume, volume, np.eye(4))).name
         'planes.png'
     """
-    file = check_suffix(path, ".png", "planes'")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "planes'")
     return write_png(file, draw_planes(review))
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from seg3dcam.review.pictures import display
 from seg3dcam.review.pictures.draw import LINES, Colour, Picture
 from seg3dcam.review.pictures.frame import stack_rows
-from seg3dcam.review.pictures.page import build_page, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import build_page, file_to_write, write_png
 from seg3dcam.review.pictures.text import AMBER, GREY, MARGIN, WHITE, text_block, wrap_items
 from seg3dcam.review.plan import Review
 
@@ -46,8 +46,7 @@ def save_profile(path: str | os.PathLike[str], review: Review) -> Path:
         ...     save_profile(folder + "/z.png", review_volumes(volume, volume, np.eye(4))).name
         'z.png'
     """
-    file = check_suffix(path, ".png", "profile's")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "profile's")
     return write_png(file, draw_profile(review))
 
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import html
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
+from seg3dcam.errors import ConfigError, InputError, tell
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import atomic
 from seg3dcam.review.look import Look
 from seg3dcam.review.report.content import Page
+from seg3dcam.review.writing import write_all
 
 __all__ = ["LIMIT_MB", "Report", "notebook_view", "save_report"]
 
@@ -76,9 +76,7 @@ def save_report(
         True
     """
     report = Report(path, look or Look(), case, limit_mb=limit_mb)
-    for one in [explanations] if isinstance(explanations, Explanation) else explanations:
-        report.add(one, f"{one.label} {one.method}")
-    return report.finish()[0]
+    return write_all(report, explanations, lambda one: f"{one.label} {one.method}")[0]
 
 
 def notebook_view(explanation: Explanation, look: Look | None = None) -> str:
@@ -136,11 +134,9 @@ class Report:
             file.writelines(self._page.parts())
         size = self.path.stat().st_size
         if size > self._page.limit:
-            warnings.warn(
+            tell(
                 f"{self.path.name} has {size / 1e6:.1f} MB, more than {self._page.limit / 1e6:g}: "
                 "the scan cannot be stored any smaller. Explain fewer targets and layers in one "
-                "report, crop the scan, or raise limit_mb",
-                Seg3dcamWarning,
-                stacklevel=2,
+                "report, crop the scan, or raise limit_mb"
             )
         return [self.path]
