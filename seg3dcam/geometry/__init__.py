@@ -1,4 +1,4 @@
-"""Where things are: voxel grids, affines, and moving values between grids."""
+"""Geometry: voxel grids, affines, and values moved from one grid to another."""
 
 from typing import TYPE_CHECKING
 

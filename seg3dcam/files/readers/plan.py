@@ -221,9 +221,7 @@ def read_voxels(plan: Plan, out: npt.NDArray[np.float32]) -> None:
             if len(raw) < wanted:
                 raise _cut_short(plan, str(read))
             slab = np.frombuffer(raw, plan.dtype).reshape((x, y, stop - start), order="F")
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # the check of voxels refuses infinity
+            with np.errstate(over="ignore", invalid="ignore"):  # refused later, as infinity
                 # The scaling is done in float64, for one slab at a time.
                 out[channel, :, :, start:stop] = (
                     slab.astype(np.float64) * plan.slope + plan.intercept if scaled else slab
