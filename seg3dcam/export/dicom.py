@@ -57,7 +57,7 @@ from seg3dcam.review.writing import write_all
 __all__ = ["DicomExport", "save_dicom"]
 
 _NAME = "seg3dcam"
-#: DICOM's letters for the patient's sides: negative and positive ends of the axes R, A and S.
+#: DICOM's letters for the patient's sides, at the negative and positive ends of R, A and S.
 _SIDES = (("L", "R"), ("P", "A"), ("F", "H"))
 
 #: Series numbers stay below this, since whole numbers in DICOM have 32 bits.
@@ -76,10 +76,10 @@ def save_dicom(
 ) -> list[Path]:
     """Write explanations of a DICOM series as Secondary Capture, Parametric Map and Segmentation.
 
-    If there are several layers, their mean is written, as given by `Explanation.volume`. If there is
-    no heat, the pictures say so in words, and the segmentation holds only the prediction. A map of
-    NaN or infinite values is not written. An empty region gives no segment, and without any segment
-    no segmentation is written.
+    If there are several layers, their mean is written, as given by `Explanation.volume`. If there
+    is no heat, the pictures say so in words, and the segmentation holds only the prediction. A map
+    of NaN or infinite values is not written. An empty region gives no segment, and without any
+    segment no segmentation is written.
 
     Args:
         folder: created if it is missing.

@@ -32,8 +32,8 @@ def write_fused(
     """Write the scan with the CAM over it in colours, as RGB24 in a `.nii` or `.nii.gz`.
 
     The scan is grey, in the look's window. The CAM has the look's colours and opacity, see
-    `Look.alpha`. The grid is that of the scan, of which the first channel is shown. A CAM without heat
-    (`Explanation.notice`) leaves the scan grey.
+    `Look.alpha`. The grid is that of the scan, of which the first channel is shown. A CAM without
+    heat (`Explanation.notice`) leaves the scan grey.
 
     Args:
         path: the file, ending in .nii or .nii.gz.

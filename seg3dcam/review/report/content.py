@@ -1,4 +1,4 @@
-"""What a page holds: what it says of each explanation, and its text."""
+"""Collect the content of a page, and write the text of the page."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from seg3dcam.review.report import maps as report_maps
 from seg3dcam.review.report import packing
 from seg3dcam.review.report.display_order import plan_order
 
-#: Letters of base64 for each byte.
+#: Characters of base64 per byte.
 BASE64 = 4 / 3
-#: All maps together may take what the scan, stored without loss, leaves of the file, and at least
-#: half of the file. Each map may take this part of what the maps before it have left.
+#: The maps together get the room that the lossless scan leaves, but at least half of the file. Each
+#: map may take this part of the room that the maps before it have left.
 MAP_SHARE = 1 / 3
 
-#: Figures that are left out, since the list of peaks says them.
+#: Findings that are left out, since the page has a list of peaks.
 PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}
 
 SCRIPTS = ("volume.js", "draw.js", "view.js", "panels.js", "feedback.js", "controls.js")
 
-#: A place in page.html where a part of the page goes, such as {{script}}.
+#: A place in page.html that is replaced by a part of the page, such as {{script}}.
 PAGE_SLOT = re.compile(r"\{\{(\w+)\}\}")
 
-#: Layer -> the number of its map in the page, and the raw value that is 1 in that map.
+#: Layer -> number of its map in the page, and the raw value that became 1 in that map.
 MapNumbers = dict[str, tuple[int, float]]
 
 
 class Page:
-    """What a page about one scan holds.
+    """The content of a page about one scan.
 
-    `add` reduces one explanation after the other to small data; `parts` makes the page's text.
+    `add` takes one explanation after another and keeps only what the page needs; `parts` returns
+    the text of the page.
     """
 
     def __init__(self, first: Explanation, look: Look, case: str, limit_mb: float) -> None:
@@ -59,10 +60,10 @@ class Page:
         self.map_room = self.limit - min(lossless, self.limit / 2)
         self.items: list[dict[str, Any]] = []
         self.maps: list[dict[str, Any]] = []
-        self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile, each mask once
+        self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile; equal masks are stored once
 
     def add(self, explanation: Explanation, name: str) -> None:
-        """Take one more explanation, of the same scan, under a name that tells it from others."""
+        """Add an explanation of the same scan; `name` distinguishes it from the others."""
         shape, affine = explanation.scan.shape, explanation.affine
         if shape != self.order.shape or not same_grid(self.affine, affine, shape):
             raise InputError(
@@ -90,7 +91,7 @@ class Page:
         )
 
     def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], packing.Greys]:
-        """Return what the page says of the scan, and the scan in 8 bits."""
+        """Return the facts about the scan that the page needs, and the scan in 8 bits."""
         scan, affine, order = explanation.scan, explanation.affine, self.order
         voxels = scan.data[0].numpy()
         window = choose_window(voxels, self.look.window)
@@ -115,7 +116,7 @@ class Page:
         return said, greys
 
     def _add_mask(self, mask: torch.Tensor | None) -> int | None:
-        """Add a mask, unless the page has the very same one already, and return its number."""
+        """Add a mask, unless the page has an equal one already, and return its number."""
         if mask is None:
             return None
         packed = _base64(packing.pack_mask(mask, self.order))
@@ -126,7 +127,7 @@ class Page:
     def _layer(
         self, explanation: Explanation, layer: str | None, numbers: MapNumbers
     ) -> dict[str, Any]:
-        """Return what the page says of one layer, or of all together."""
+        """Return what the page says about one layer, or about all layers together."""
         order, look = self.order, self.look
         notice = explanation.notice(layer, look.scale)
         found = findings(explanation, layer, look.scale)
@@ -172,7 +173,7 @@ class Page:
         return numbers
 
     def parts(self) -> Iterator[str]:
-        """Yield the page's text, piece by piece."""
+        """Yield the text of the page, piece by piece."""
         script = "".join(map(_source, SCRIPTS))
         style = _source("view.css")
         content = {
@@ -192,7 +193,7 @@ class Page:
         }
         page = _source("page.html")
         taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
-        room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # rounding, lines
+        room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # for rounding
         slices = packing.pack_slices(self.greys.codes, room)
         content["slices"] = "\n".join(map(_base64, slices.pictures))
         content["meta"] = _json(self._meta(slices))
@@ -200,7 +201,7 @@ class Page:
             yield content[part] if number % 2 else part
 
     def _id(self) -> str:
-        """Return a code of the page's content: a browser stores a reader's notes under it."""
+        """Return a hash of the page's content, under which a browser stores a reader's notes."""
         held = [self.case, *(one["data"] for one in self.maps), *self.masks]
         held += [one["name"] for one in self.items]
         return hashlib.sha256("\n".join(held).encode()).hexdigest()[:16]
@@ -238,7 +239,7 @@ class Page:
 
 
 def _closeup(explanation: Explanation, volume: torch.Tensor | None, look: Look) -> float | None:
-    """Return the mm around the peak that a close-up shows; None where there is no peak."""
+    """Return the side in mm of the close-up of the peak; None if there is no peak."""
     if volume is None:
         return None
     strength = look.strength(volume.numpy())
@@ -253,10 +254,10 @@ def _weights(
     numbers: MapNumbers,
     look: Look,
 ) -> list[tuple[int, float]]:
-    """Say which maps the page adds up to draw `volume`: their numbers and weights.
+    """Return the numbers and weights of the maps that the page adds up to draw `volume`.
 
-    `Explanation.volume` adds layers in their own units and divides by the sum's largest value;
-    each of the page's maps is divided by its own.
+    `Explanation.volume` adds layers in their own units and divides the sum by its largest value.
+    The maps of the page, however, have each been divided by their own largest value.
     """
     peak = peak_voxel(look.strength(volume))
     found = {name: numbers[name] for name in names if name in numbers}
@@ -277,11 +278,11 @@ def _base64(blob: bytes) -> str:
 
 
 def _digest(text: str) -> str:
-    """Return the name by which the page's policy allows a script or a style."""
+    """Return the hash by which the page's security policy allows a script or a style."""
     return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
 
 
 def _json(value: Any) -> str:
-    """Return JSON without the characters < > &, so that no text in it can end the script."""
+    """Return JSON without the characters < > &, so that no text can end the script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

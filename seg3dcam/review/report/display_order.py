@@ -1,7 +1,7 @@
-"""The order in which a page has the voxels of a scan: as a reader looks at the patient.
+"""Display order: the order of a scan's voxels in a page.
 
-Everything is put into display order, (Z, Y, X): x towards the patient's left, y towards the back,
-z upwards. A page cuts all three planes out of that without knowing how the file was stored.
+In a page all arrays are (Z, Y, X), with x towards the patient's left, y towards the back and z
+upwards. So the page can cut all three planes without knowing how the scan's file was stored.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from seg3dcam.review.pictures.display import plan_view
 
 @dataclass(frozen=True, eq=False)
 class DisplayOrder:
-    """How arrays of a scan are turned into display order.
+    """How to turn arrays of a scan into display order.
 
     Attributes:
-        axes: the array's own axes for slices, rows and columns.
-        flips: which of them run the other way.
-        shape: (X, Y, Z) of the array.
+        axes: the axes of the array that become slices, rows and columns.
+        flips: whether each of them is reversed.
+        shape: shape (X, Y, Z) of the array.
         affine: (4, 4), display index (x, y, z) -> RAS mm.
     """
 
@@ -35,27 +35,27 @@ class DisplayOrder:
     affine: NDArray[np.float64]
 
     def arrange(self, volume: NDArray[Any]) -> NDArray[Any]:
-        """Return a view of (X, Y, Z) as (slices, rows, columns)."""
+        """Return a view of an array (X, Y, Z) as (slices, rows, columns)."""
         steps = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
         return volume.transpose(self.axes)[steps]
 
     def by_axis(self, values: Sequence[Any]) -> list[Any]:
-        """Order one value for each of the array's axes as columns, rows, slices (x, y, z)."""
+        """Reorder one value per axis of the array to columns, rows, slices (x, y, z)."""
         return [values[axis] for axis in reversed(self.axes)]
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """The array's own spacing in mm."""
+        """Spacing in mm along the axes of the array."""
         of_axis = dict(zip(self.axes, reversed(spacing_of(self.affine)), strict=True))
         return tuple(of_axis[axis] for axis in range(3))
 
     @property
     def flipped(self) -> list[bool]:
-        """Which of the array's own axes run the other way."""
+        """Whether each axis of the array is reversed."""
         return [flip for _, flip in sorted(zip(self.axes, self.flips, strict=True))]
 
     def place(self, voxel: Sequence[int]) -> list[int]:
-        """Return the display index (x, y, z) of one of the array's voxels."""
+        """Return the display index (x, y, z) of a voxel of the array."""
         shown = [
             self.shape[axis] - 1 - voxel[axis] if flip else voxel[axis]
             for axis, flip in zip(self.axes, self.flips, strict=True)
@@ -64,7 +64,7 @@ class DisplayOrder:
 
 
 def plan_order(shape: Sequence[int], affine: NDArray[np.float64]) -> DisplayOrder:
-    """Plan the display order of a grid; it agrees with `plan_view` of all three planes.
+    """Return the display order for a grid, which agrees with `plan_view` for all three planes.
 
     >>> order = plan_order((2, 3, 4), np.eye(4))  # x to the right and y to the front: flipped
     >>> order.place((0, 0, 0)), order.arrange(np.zeros((2, 3, 4))).shape

@@ -1,6 +1,6 @@
-"""What a page needs of scan, maps and masks, made small enough for a mail.
+"""Pack what a page needs of scan and masks, small enough for an e-mail.
 
-All arrays are put into display order, see `seg3dcam.review.report.display_order`.
+All arrays are put into display order (see `seg3dcam.review.report.display_order`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from seg3dcam.review.look import CT_AIR, WINDOWS, GreyWindow, Look
 from seg3dcam.review.report.display_order import DisplayOrder
 
-#: Parts of the 256 grey codes: for the chosen window, for the whole range, and for all CT windows.
+#: Shares of the 256 grey codes for the chosen window, the whole range, and all CT windows.
 SHARES = {"window": 0.5, "range": 0.1, "presets": 0.4}
 
 
@@ -28,25 +28,25 @@ SHARES = {"window": 0.5, "range": 0.1, "presets": 0.4}
 
 
 class Greys(NamedTuple):
-    """A scan in 8 bits: `codes` (Z, Y, X), and the scan's value that each code stands for."""
+    """A scan in 8 bits: `codes` (Z, Y, X), and `values` (256,), the scan's value for each code."""
 
     codes: NDArray[np.uint8]
     values: NDArray[np.float64]
 
 
 def is_ct(lowest: float, window: Any = None) -> bool:
-    """Tell whether a scan is in Hounsfield units: by its window's name, or by the air in it."""
+    """Tell whether a scan is in Hounsfield units, by the name of its window or the air in it."""
     return isinstance(window, str) or lowest <= CT_AIR
 
 
 def grey_codes(
     volume: NDArray[np.floating], order: DisplayOrder, window: GreyWindow, ct: bool
 ) -> Greys:
-    """Turn a scan into 8-bit codes that lie densely where a reader looks.
+    """Turn a scan into 8-bit codes, which are densest where a reader looks.
 
-    Most codes lie in the chosen window, some in each CT window, few in the rest of the range, so
-    that other windows can be chosen in the page. The value of a code is off by at most half a step
-    to the next code.
+    Most codes lie in the chosen window, some in each CT window, and a few in the rest of the range,
+    so that another window can be chosen in the page. A value is at most half the distance between
+    two codes away from the value of its code.
     """
     lowest, highest = float(volume.min()), float(volume.max())
     knots, parts = _code_curve(min(lowest, window.low), max(highest, window.high), window, ct)
@@ -63,9 +63,10 @@ def grey_codes(
 def _code_curve(
     lowest: float, highest: float, window: GreyWindow, ct: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return values and the part of all codes that lies below each: linear in between."""
+    """Return values, and for each of them the fraction of all codes that lie below it."""
     presets = WINDOWS.values() if ct else ()
-    roots = sum(math.sqrt(width) for width, _ in presets)  # wide ones need more codes, not in step
+    # A wider window gets more codes, but not in proportion to its width.
+    roots = sum(math.sqrt(width) for width, _ in presets)
     spans = [
         (lowest, highest, SHARES["range"]),
         (window.low, window.high, SHARES["window"]),
@@ -87,15 +88,15 @@ def _code_curve(
 
 
 class Encoding(NamedTuple):
-    """One way to store the slices: shrink both sides by a factor, then PNG or WebP."""
+    """A way to store the slices: both sides shrunk by a factor, then PNG or WebP."""
 
     text: str
     shrink: float = 1
     webp: int | None = None
 
 
-#: From the best to the smallest; the first one that fits is taken. WebP needs half of JPEG's
-#: bytes for the same error in noisy scans, and every browser since 2020 reads it.
+#: From the best to the smallest; the first one that fits is taken. For the same error in noisy
+#: scans, WebP needs half as many bytes as JPEG. Every browser since 2020 can read it.
 ENCODINGS = (
     Encoding("every grey code kept"),
     *(
@@ -107,12 +108,16 @@ ENCODINGS = (
         for by, q in ((1.5, 90), (2, 90), (2, 80), (3, 80), (4, 75))
     ),
 )
-#: Slices that are encoded to foresee the size of all.
+#: How many slices are encoded to estimate the size of all.
 SAMPLE_SLICES = 12
 
 
 class Slices(NamedTuple):
-    """Encoded slices, lowest first; `shape` (X, Y, Z) and the scan's voxels to one of theirs."""
+    """Encoded slices, the lowest first.
+
+    `shape` is their shape (X, Y, Z), and `step` tells how many voxels of the scan make one of
+    theirs along x, y and z.
+    """
 
     encoding: Encoding
     pictures: list[bytes]
@@ -121,15 +126,15 @@ class Slices(NamedTuple):
 
     @property
     def mime(self) -> str:
-        """What a browser is told to decode."""
+        """The MIME type of the pictures."""
         return "image/png" if self.encoding.webp is None else "image/webp"
 
 
 def pack_slices(codes: NDArray[np.uint8], limit: float) -> Slices:
-    """Encode slices by the first of `ENCODINGS` whose bytes stay within `limit`, else the last.
+    """Encode slices by the first of `ENCODINGS` that needs at most `limit` bytes, else the last.
 
-    A shrunk voxel is the mean of the area that it covers: voxel k lies at the scan's voxel
-    `step * k + (step - 1) / 2`.
+    A voxel of shrunk slices is the mean of the area that it covers, so voxel k lies at
+    `step * k + (step - 1) / 2` in voxels of the scan.
     """
     for encoding in ENCODINGS:
         if foreseen_bytes(codes, encoding) > limit and encoding is not ENCODINGS[-1]:
@@ -143,7 +148,7 @@ def pack_slices(codes: NDArray[np.uint8], limit: float) -> Slices:
 
 
 def foreseen_bytes(codes: NDArray[np.uint8], encoding: Encoding) -> float:
-    """Foresee from some slices what all will need."""
+    """Estimate from some slices how many bytes all slices will need."""
     sample = codes[:: max(1, len(codes) // SAMPLE_SLICES)]
     return sum(map(len, _encode(sample, encoding))) * len(codes) / len(sample)
 
@@ -164,13 +169,13 @@ def _encode(codes: NDArray[np.uint8], encoding: Encoding) -> list[bytes]:
 
 
 def _shrunk(picture: NDArray[Any], by: float) -> tuple[int, int]:
-    """Width and height after shrinking."""
+    """Return width and height of a picture after shrinking."""
     height, width = picture.shape
     return max(1, round(width / by)), max(1, round(height / by))
 
 
 def _each(task: Callable[[int], Any], count: int) -> list[Any]:
-    """Do something for each slice, on all cores: numpy and OpenCV let threads run."""
+    """Do something for each slice in threads; numpy and OpenCV release Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(task, range(count)))
 
@@ -179,7 +184,7 @@ def _each(task: Callable[[int], Any], count: int) -> list[Any]:
 
 
 def pack_mask(mask: torch.Tensor, order: DisplayOrder) -> bytes:
-    """Pack a mask, (X, Y, Z) bool: one bit a voxel, the first in the lowest bit."""
+    """Pack a boolean mask (X, Y, Z) with one bit per voxel, the first voxel in the lowest bit."""
     bits = np.packbits(order.arrange(mask.numpy()), axis=None, bitorder="little")
     return zlib.compress(bits.tobytes(), 6)
 
@@ -187,12 +192,12 @@ def pack_mask(mask: torch.Tensor, order: DisplayOrder) -> bytes:
 def map_profile(
     volume: torch.Tensor, order: DisplayOrder, look: Look
 ) -> list[dict[str, list[float]]]:
-    """Return the largest value and the sum of every slice, across x, y and z.
+    """Return the largest value and the sum of every slice along x, y and z.
 
-    Of a signed look the lowest value too, and the sum of the values' sizes.
+    For a signed look the sum is that of absolute values, and the lowest values are added.
     """
     strength = look.strength(volume)
-    # Two axes are left after the first step, so a large volume is read only twice.
+    # After this step two axes are left, so a large volume is read only twice.
     largest = [volume.amax(2), volume.amax(0)]
     total = [strength.sum(2), strength.sum(0)]
     profiles = [
@@ -210,7 +215,7 @@ def map_profile(
 
 
 def mask_profile(mask: torch.Tensor, order: DisplayOrder) -> list[dict[str, list[float]]]:
-    """Return the voxels in every slice, across x, y and z."""
+    """Return how many voxels of a mask lie in every slice along x, y and z."""
     inside = mask.numpy()
     first = np.count_nonzero(inside, axis=2)
     last = np.count_nonzero(inside, axis=(0, 1))
@@ -220,7 +225,7 @@ def mask_profile(mask: torch.Tensor, order: DisplayOrder) -> list[dict[str, list
 def _ordered(
     order: DisplayOrder, profiles: Sequence[dict[str, NDArray[Any]]]
 ) -> list[dict[str, list[float]]]:
-    """Put profiles along the array's own axes into display order, with 4 digits."""
+    """Put profiles along the array's axes into display order, rounded to 4 digits."""
     turned = [
         {
             name: [float(f"{value:.4g}") for value in (line[::-1] if flip else line)]
