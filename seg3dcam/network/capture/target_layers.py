@@ -1,4 +1,4 @@
-"""Which target layers give maps, and why others do not."""
+"""Keep track of which target layers give maps, and why others do not."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from seg3dcam.network.layers import LayerRef
 
 
 class TargetLayers:
-    """The target layers of a capture, of which those that give no map are dropped on the way.
+    """The target layers of a capture; those that give no map are dropped on the way.
 
-    A layer that is `required`, since the user named it, is never dropped: an error is raised.
+    A layer that is `required`, because the user named it, is never dropped. Instead, an error is
+    raised.
 
     Attributes:
         all: every target layer.
         dropped: layer -> why it gives no map. A layer without a gradient is dropped too, but its
-            activations are still shown.
+            activations are still returned.
     """
 
     def __init__(self, layers: Sequence[LayerRef]) -> None:
@@ -30,7 +31,7 @@ class TargetLayers:
         return [layer for layer in self.all if layer not in self._refused]
 
     def refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
-        """Drop a layer whose activations cannot be read; later passes do not look at it."""
+        """Drop a layer whose activations cannot be read; later passes do not record it."""
         self.drop(layer, reason)
         self._refused.add(layer)
 
@@ -54,7 +55,7 @@ class TargetLayers:
 
 
 def fault_of_runs(layer: LayerRef, runs: int) -> str:
-    """Say what is wrong with a layer that did not run exactly once, "" for one that did."""
+    """Return what is wrong with a layer that did not run exactly once, "" for one that did."""
     if runs == 0:
         return f"layer '{layer}' did not run in the forward pass, so it explains nothing"
     if runs > 1:
