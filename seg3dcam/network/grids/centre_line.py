@@ -109,8 +109,8 @@ def line_of_two_voxels(moments: torch.Tensor, place: torch.Tensor) -> CentreLine
     """Return how far two voxels are off, even if both also see the whole image.
 
     What both see alike, and how widely each looks, adds the same to the moments of both, so it
-    cancels in their differences. With the centres a and b, the difference of the first moments is b
-    - a, that of the second is b^2 - a^2, and (b^2 - a^2) / (b - a) is twice the middle between
+    cancels in their differences. With the centres a and b, the difference of the first moments is
+    b - a, that of the second is b^2 - a^2, and (b^2 - a^2) / (b - a) is twice the middle between
     them.
 
     Args:
