@@ -42,8 +42,8 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
 def voxel_ml(affine: np.ndarray) -> float:
     """Return the volume of a voxel in ml.
 
-    >>> voxel_ml(np.diag([2.0, 2.0, 5.0, 1.0]))
-    0.02
+    >>> voxel_ml(np.eye(4))
+    0.001
     """
     return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 

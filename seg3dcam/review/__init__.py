@@ -5,14 +5,15 @@
 
 A `Review` holds what all pictures of a case share. `review_volumes` makes one from arrays.
 
-save_slices       one PNG for each slice
-save_montage      several slices in one PNG
-save_planes       the three planes through the peak
-save_profile      curves along the slices
-save_cine         a film
-save_report       one HTML page with everything
-save_features     the channels of a layer
-map_2d.save_map   the map of a 2D network
+save_slices     one PNG for each slice
+save_montage    several slices in one PNG
+save_planes     the three planes through the peak
+save_profile    curves along the slices
+save_cine       a film
+save_report     one HTML page with everything
+save_features   the channels of a layer
+
+`seg3dcam.review.pictures.map_2d.save_map` writes the map of a 2D network.
 """
 
 from seg3dcam.review.look import WINDOWS, Look

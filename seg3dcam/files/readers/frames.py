@@ -25,7 +25,7 @@ __all__ = ["FORMS_AGREE_MM", "FRAMES", "Frame", "agree", "best_affine", "form_of
 Frame = Literal["sform", "qform"]
 Affine = npt.NDArray[np.float64]
 
-#: If both are there, the first one is taken.
+#: In the order in which they are taken where both are there.
 FRAMES: tuple[Frame, ...] = ("sform", "qform")
 
 #: Two forms mean the same place if no voxel lies further apart than this and a tenth of a voxel.

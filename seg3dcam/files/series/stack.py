@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.errors import ScanError, tell
+from seg3dcam.errors import ScanError, some, tell
 from seg3dcam.files.series.elements import in_words
 from seg3dcam.files.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
 from seg3dcam.geometry import LPS_TO_RAS, size_text
@@ -97,7 +97,7 @@ def _check_one_series(images: Sequence[Slice], where: str) -> None:
     if len(series) > 1:
         largest_first = sorted(series.values(), key=len, reverse=True)
         each = [f"{_in_words(part)}, such as {part[0].path.name}" for part in largest_first]
-        found = _some(each, 8, "; ")
+        found = some(each, 8, "; ")
         raise ScanError(f"{where} holds {len(series)} series: {found}. {_HOW_TO_CHOOSE}")
 
 
@@ -171,7 +171,7 @@ def _check_alike(images: Sequence[Slice], found: str) -> None:
     if (np.ptp(steps, axis=0) * extent).max() > TOLERANCE_MM:
         spacings = sorted({size_text(step, 6) for step in steps.tolist()})
         raise ScanError(
-            f"{found}. They have different pixel spacings: {_some(spacings)} mm. {_HOW_TO_CHOOSE}"
+            f"{found}. They have different pixel spacings: {some(spacings, 4)} mm. {_HOW_TO_CHOOSE}"
         )
     directions = np.array([image.directions for image in images])
     apart = np.linalg.norm(directions - directions[0], axis=2).max()
@@ -256,7 +256,7 @@ def _differences(images: Sequence[Slice]) -> Iterator[str]:
     for keyword in _PHASES:
         values = {in_words(image.header, keyword) for image in images}
         if len(values) > 1:
-            yield f"{keyword} {_some(sorted(values))}"
+            yield f"{keyword} {some(sorted(values), 4)}"
 
 
 def _gaps(depths: Array, missing: Array, step: float, where: str) -> ScanError:
@@ -266,7 +266,7 @@ def _gaps(depths: Array, missing: Array, step: float, where: str) -> ScanError:
     ]
     total = int(missing.sum())
     return ScanError(
-        f"{where}: {total} slice{'s are' if total > 1 else ' is'} missing: {_some(gaps, 6)} along "
+        f"{where}: {total} slice{'s are' if total > 1 else ' is'} missing: {some(gaps, 6)} along "
         f"the slices' normal, where slices are {step:.4g} mm apart. {len(depths)} slices were "
         "found. Copy or export the series again: all slices between the first and the last are "
         "needed."
@@ -320,11 +320,3 @@ def _read_voxels(images: Sequence[Slice]) -> npt.NDArray[np.float32]:
             planes = np.stack(list(pool.map(read_pixels, images[start : start + _TOGETHER])))
             voxels[:, :, start : start + _TOGETHER] = planes.transpose(2, 1, 0)
     return voxels
-
-
-# ------------------------------------------------------------------------------------------ words
-
-
-def _some(values: Sequence[str], most: int = 4, link: str = ", ") -> str:
-    rest = len(values) - most
-    return link.join(values[:most]) + (f" and {rest} more" if rest > 0 else "")

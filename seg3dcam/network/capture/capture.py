@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
+from seg3dcam.errors import LayerError, ModelError, Seg3dcamError, some
 from seg3dcam.network.capture.modes import COUNT, LEAF, OBSERVE, OFF, REPLAY, Mode, change
 from seg3dcam.network.capture.record import LayersReached, PassRecord
 from seg3dcam.network.capture.repeated_draws import RepeatedDraws
@@ -174,8 +174,7 @@ class Capture:
         logits = self._forward(x, LEAF)
         if not logits.requires_grad:
             layers = self._targets.all
-            names = ", ".join(map(str, layers[:3])) or "its input"
-            names += f" and {len(layers) - 3} more" * (len(layers) > 3)
+            names = some([str(layer) for layer in layers], 3) or "its input"
             raise LayerError(
                 f"the network's output does not depend on {names} through a graph: the layer "
                 "feeds another output, or the network's forward() switches gradients off "

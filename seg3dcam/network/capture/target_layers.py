@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seg3dcam.errors import LayerError
+from seg3dcam.errors import LayerError, some
 from seg3dcam.network.layers import LayerRef
 
 
@@ -45,12 +45,9 @@ class TargetLayers:
             raise reason if isinstance(reason, LayerError) else LayerError(reason)
         self.dropped[layer] = str(reason)
         if len(self.dropped) == len(self.all):
-            shown = [f"{name}: {why}" for name, why in list(self.dropped.items())[:3]]
-            more = len(self.dropped) - len(shown)
+            reasons = [f"{name}: {why}" for name, why in self.dropped.items()]
             raise LayerError(
-                f"none of the {len(self.all)} target layers gives a map. "
-                + "; ".join(shown)
-                + (f"; and {more} more" if more else "")
+                f"none of the {len(self.all)} target layers gives a map. {some(reasons, 3, '; ')}"
             )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from seg3dcam.errors import ModelError, tell
+from seg3dcam.errors import ModelError, some, tell
 from seg3dcam.network.attributes import attribute_values, in_words
 from seg3dcam.network.untouched.buffers import copies_of_buffers
 from seg3dcam.network.untouched.process import eager, full_precision
@@ -152,10 +152,9 @@ def _tell_failed(failed: Sequence[str]) -> None:
     """Warn about what could not be put back."""
     if failed:
         tell(
-            f"the network is not as it was before: {'; '.join(failed[:3])}"
-            f"{f'; and {len(failed) - 3} more' * (len(failed) > 3)}. Its own forward pass changes "
-            "this, also when it only predicts, in a way that cannot be undone: load the network "
-            "again, and keep such values in buffers"
+            f"the network is not as it was before: {some(failed, 3, '; ')}. Its own forward pass "
+            "changes this, also when it only predicts, in a way that cannot be undone: load the "
+            "network again, and keep such values in buffers"
         )
 
 
