@@ -19,12 +19,12 @@ _WEIGHTED = re.compile(r"conv|mm|^linear|attention", re.IGNORECASE)
 #: Operations that may pool to a size of their own.
 _POOLING = re.compile(r"^(adaptive|mean|sum|amax)", re.IGNORECASE)
 
-#: A tensor in a graph: the node that made it, and which of the node's tensors it is.
+#: A tensor in a graph: the node that made it, and its number among the outputs of that node.
 Edge = tuple[Any, int]
 
 
 def edge_of(tensor: torch.Tensor) -> Edge:
-    """Return how a tensor is listed among the `next_functions` of what was made from it."""
+    """Return a tensor's entry in the `next_functions` of the nodes that use it."""
     return tensor.grad_fn, tensor.output_nr
 
 

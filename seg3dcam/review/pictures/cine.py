@@ -16,7 +16,7 @@ from seg3dcam.review.pictures.slices import draw_slice_page
 from seg3dcam.review.pictures.text import MARGIN
 from seg3dcam.review.plan import Review
 
-# Side of a picture in pixels, which is larger in a short film, and the least of it.
+# The largest and the smallest side of a picture in pixels; in a long film pictures are smaller.
 CINE_SHORT, CINE_SMALLEST = 384, 256
 CINE_PIXELS = 80_000_000  # of all frames together, which are in memory at once
 MOST_FRAMES = 300

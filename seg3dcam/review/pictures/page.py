@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 def build_page(review: Review, body: Picture, lines: Sequence[str] = ()) -> Picture:
-    """Put the title above a picture, and the legend, its own lines and the footer below it."""
+    """Put the title above a picture, and below it the legend, more lines, and the footer."""
     width = body.shape[1]
     own = [text_block(lines, width)] if lines else []
     return frame.stack_rows(
