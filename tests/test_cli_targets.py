@@ -12,7 +12,6 @@ from helpers_cases import (
     OBLIQUE,
     ORGAN,
     SHAPE,
-    Place,
     contents,
     seg3dcam,
     voxels,
@@ -24,11 +23,6 @@ from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.cams.method_cards import ENTRIES
 
 BOTTLENECK = "model.1.submodule"
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def write_truth(place, labels, affine=OBLIQUE):

@@ -18,7 +18,7 @@ from seg3dcam import GradCAM, HiResCAM, SegModel, WindowPlan, explain_each, load
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError, Seg3dcamWarning
 from seg3dcam.network.capture import FoundLateError, begun_again, capturing
-from seg3dcam.network.capture.draws import MOST_TRIALS
+from seg3dcam.network.capture.repeated_draws import MOST_TRIALS
 from seg3dcam.network.capture.retry import MOST_ATTEMPTS
 from seg3dcam.network.facts import facts_of
 from seg3dcam.network.layers import resolve_layers

@@ -23,11 +23,6 @@ from seg3dcam.targets.named import REGIONS, SCORES
 from seg3dcam.targets.regions import as_region
 
 
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
-
-
 def job_at(place, **settings):
     where = {"scan": str(place.scan), "model": str(place.model), "out": str(place.out)}
     return Job(**{**where, "format": "nifti", **settings})

@@ -41,7 +41,6 @@ from seg3dcam.job.record import (
 )
 from seg3dcam.job.settings import Job
 from seg3dcam.job.writers import (
-    JointWriter,
     joint_writer,
     own_masks,
     raw_files,
@@ -49,6 +48,7 @@ from seg3dcam.job.writers import (
     write_prediction,
 )
 from seg3dcam.progress import Progress, silent
+from seg3dcam.review.writing import JointWriter
 
 
 def write_case(

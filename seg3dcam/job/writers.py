@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,17 +51,8 @@ from seg3dcam.review import (
     save_slices,
 )
 from seg3dcam.review.look import Look
+from seg3dcam.review.writing import JointWriter
 from seg3dcam.scan import Scan
-
-
-class JointWriter(Protocol):
-    """Writes files that show several explanations together; it keeps none of their volumes."""
-
-    def add(self, explanation: Explanation, name: str) -> None:
-        """Take one more explanation."""
-
-    def finish(self) -> list[Path]:
-        """Write what shows all, and return every file."""
 
 
 def write_format(

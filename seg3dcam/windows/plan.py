@@ -1,9 +1,9 @@
 """Where the windows of a volume lie, and how much each of them counts at a voxel.
 
-The windows and their importance are MONAI's, so the prediction is the one that
-`monai.inferers.sliding_window_inference` gives; or those of nnU-Net's own predictor.
-At a voxel the *share* of a window is its importance divided by the sum over all windows there;
-shares sum to 1.
+The windows and their importance are those of MONAI, so that the prediction is the same as that of
+`monai.inferers.sliding_window_inference`, or those of nnU-Net's own predictor. At a voxel, the
+*share* of a window is its importance divided by the sum over all windows there. So the shares sum
+to 1.
 """
 
 from __future__ import annotations
