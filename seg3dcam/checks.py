@@ -1,11 +1,11 @@
-"""Checks of what a user gives: numbers of settings, and tensors that know where they lie."""
+"""Checks of what a user gives: words, numbers, and tensors that know where they lie."""
 
 from __future__ import annotations
 
 import math
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import numpy as np
 
@@ -13,6 +13,32 @@ from seg3dcam.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
+
+# The legal words of settings that several rooms have. They stand here, where nothing imports
+# PyTorch, so that YAML files and the command line are checked by the same words.
+Activation = Literal["softmax", "sigmoid"]
+Frame = Literal["sform", "qform"]
+WindowMode = Literal["gaussian", "constant"]
+PaddingMode = Literal["constant", "reflect", "replicate", "circular"]
+WindowConvention = Literal["monai", "nnunet"]
+
+
+def check_word(
+    what: str, value: Any, words: Any, error_class: type[InputError] = ConfigError
+) -> None:
+    """Raise ConfigError unless `value` is one of the words of a Literal.
+
+    Args:
+        error_class: what is raised instead.
+
+    >>> check_word("window mode", "hann", WindowMode)
+    Traceback (most recent call last):
+        ...
+    seg3dcam.errors.ConfigError: window mode 'hann': legal are 'gaussian' and 'constant'
+    """
+    if value not in get_args(words):
+        *first, last = map(repr, get_args(words))
+        raise error_class(f"{what} {value!r}: legal are {', '.join(first)} and {last}")
 
 
 def check_whole_number(what: str, value: Any, least: int = 1) -> None:

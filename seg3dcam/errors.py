@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 
@@ -100,8 +100,26 @@ def nearest(name: str, legal: Iterable[str], count: int = 3) -> str:
     close = difflib.get_close_matches(name, choices, n=count)
     if close:
         return "did you mean " + " or ".join(map(repr, close)) + "?"
-    shown = ", ".join(map(repr, choices[:12]))
-    return f"legal: {shown}" + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
+    return "legal: " + some(list(map(repr, choices)), 12)
+
+
+def some(names: Sequence[str], most: int = 5, link: str = ", ") -> str:
+    """Join the first names of a list, and say how many more there are.
+
+    Args:
+        names: words or lines.
+        most: how many of them are shown.
+        link: stands between them, such as a line break.
+
+    >>> some(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    >>> some(["a", "b", "c", "d"], 2, "; ")
+    'a; b; and 2 more'
+    """
+    shown, rest = link.join(names[:most]), len(names) - most
+    if rest <= 0:
+        return shown
+    return f"{shown}{' ' if link == ', ' else link}and {rest} more"
 
 
 def tell(message: str) -> None:

@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning, nearest, tell
 
@@ -32,7 +28,7 @@ class Settings(BaseModel):
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
-#: Problems that one message names.
+#: Most problems that one message names.
 _MOST_PROBLEMS = 12
 
 #: Shortens a value for a message.
@@ -118,17 +114,18 @@ def _keys(kind: type[BaseModel], path: list[Any]) -> list[str]:
     return list(kind.model_fields)
 
 
-#: Bytes of a file, at most. YAML, of which a model or a job has a thousand, takes seconds to parse;
-#: the JSON files of nnU-Net and of MONAI's bundles list cases and have up to some millions.
+#: Most bytes of a file. A model or a job has about a thousand bytes of YAML, and this many take
+#: seconds to parse. The JSON files of nnU-Net and of MONAI's bundles list cases; some have millions
+#: of bytes.
 LARGEST = {"YAML": 250_000, "JSON": 50_000_000}
 
-#: Levels of lists and mappings in each other, at most.
+#: Most levels at which lists and mappings may lie in each other.
 DEEPEST = 64
 
-#: Values in all, at most, an alias counted as what it stands for.
+#: Most values in a document. An alias counts as all that it stands for.
 MOST = {"YAML": 50_000, "JSON": 2_000_000}
 
-#: What an escape in a text can stand for and no text can hold: it could not be written again.
+#: Surrogate characters from escapes: they cannot be encoded.
 _HALF = re.compile("[\ud800-\udfff]")
 
 _TOO_DEEP = f"lists and mappings are nested too deeply; legal are {DEEPEST} levels"
@@ -151,7 +148,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
-    Of a key that is given twice the last counts, as JSON's readers have it; that is said.
+    Where a key is given twice, the last one counts, as in other readers of JSON; a warning says so.
 
     Raises:
         ConfigError: missing, unreadable, not JSON, not an object, or not made of plain values.
@@ -181,7 +178,7 @@ def _mapping(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, An
 
 
 def _plain(text: str, kind: str, source: str, parse: Callable[[str], Any]) -> Any:
-    """Parse a text; whatever is wrong with it, the error names its source."""
+    """Parse a text. The error for whatever is wrong with it names its source."""
     refused = "not valid YAML" if kind == "YAML" else "cannot be read as JSON"
     try:
         content = parse(text)
@@ -196,7 +193,7 @@ def _plain(text: str, kind: str, source: str, parse: Callable[[str], Any]) -> An
 
 
 def _text(path: Path, kind: str) -> str:
-    """Return a file's text, and never more of it than a file of its kind has."""
+    """Return a file's text; ConfigError where it is larger than its kind may be."""
     try:
         if path.is_fifo() and not path.is_relative_to("/dev"):  # nobody may ever write to it
             raise ValueError("it is a pipe, not a file")
@@ -213,7 +210,7 @@ def _text(path: Path, kind: str) -> str:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from error
 
 
-#: What YAML knows beside plain values, and does not here: dates, merged mappings and the like.
+#: Kinds of values that are not read as YAML means them: dates, merged mappings and the like.
 _NOT_PLAIN = [
     f"tag:yaml.org,2002:{name}"
     for name in ("timestamp", "merge", "value", "binary", "omap", "pairs", "set")
@@ -221,7 +218,7 @@ _NOT_PLAIN = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values; refuses a key that is given twice, of which YAML keeps the last."""
+    """Reads plain values, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and the third-party tool that needs help to be imported."""
+"""Shared by all tests: one thread, a case to explain, and tools that need help to be imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,35 @@ import warnings
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 # The networks of the tests are tiny: more threads cost more than they bring.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a scan and a model, see `helpers_cases.Place`."""
+    from helpers_cases import Place  # imports much, which few tests need
+
+    return Place.at(tmp_path)
+
+
+@pytest.fixture
+def voxels():
+    """Voxels (4, 5, 6) for a small file, none of them 0."""
+    return np.random.default_rng(0).integers(1, 90, (4, 5, 6)).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A page in Chromium, in which the tests of a module open one address after another."""
+    from browser import open_browser  # a module of tests/review
+
+    with open_browser() as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

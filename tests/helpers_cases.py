@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,16 @@ GAINS, BIASES = [[0], [10], [30]], [0, -3, -17]
 
 #: Everything that a spec says beside factory, weights and classes.
 SETTINGS: Mapping[str, Any] = {"window": {"roi_size": 16}}
+
+
+class Calls:
+    """An object of a stranger's file: a function is called when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *given: Any) -> None:
+        self.call = (function, given)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
 
 
 def voxels(*, lesion: bool = True, organ: bool = True) -> np.ndarray:

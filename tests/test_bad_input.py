@@ -22,6 +22,7 @@ from helpers_cases import (
     OBLIQUE,
     PICTURES,
     SHAPE,
+    Calls,
     Place,
     arguments,
     brightness_network,
@@ -33,11 +34,6 @@ from helpers_cases import (
     write_yaml,
 )
 from safetensors.torch import save_file
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def refused(place, code, said, *options, scans=()):
@@ -277,21 +273,11 @@ def test_bad_pytorch_file(place, content):
     refused(place, 1, ["net.pt: cannot be read as weights", "Legal are .safetensors"])
 
 
-class Malicious:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 @pytest.mark.parametrize("trust", [(), ("--trust",)], ids=["", "--trust"])
 def test_a_malicious_pickle_does_not_run(place, writer, trust, tmp_path_factory):
     mark = tmp_path_factory.mktemp("elsewhere") / "mark"
-    state = {**brightness_network().state_dict(), "extra": Malicious(mark)}
+    state = {**brightness_network().state_dict(), "extra": Calls(open, str(mark), "w")}
     if writer == "torch":
         torch.save(state, place.folder / "net.pt")
     else:

@@ -12,7 +12,6 @@ from helpers_cases import (
     LESION,
     OBLIQUE,
     SHAPE,
-    Place,
     brightness_network,
     contents,
     voxels,
@@ -48,11 +47,6 @@ from seg3dcam.targets import ClassLogit, EveryComponent, FalseNegatives, SoftDic
 from seg3dcam.targets.use import as_target, as_targets
 
 NAN, INFINITE = math.nan, math.inf
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def small_model(**changes) -> SegModel:

@@ -25,11 +25,6 @@ from seg3dcam.files import unique_names
 from seg3dcam.job.record import record_of
 
 
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
-
-
 def file_names(place):
     return {str(path.relative_to(place.out)) for path in place.out.rglob("*") if path.is_file()}
 

@@ -19,7 +19,6 @@ import pytest
 from helpers_cases import (
     IN_ORGAN,
     PICTURES,
-    Place,
     contents,
     seg3dcam,
     voxels,
@@ -32,11 +31,6 @@ from seg3dcam.files import temporary_name
 from seg3dcam.job import case, writers
 from seg3dcam.job.folder import LOCK, locked
 from seg3dcam.job.record import is_done, listed_files, record_of
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def files_of(folder):

@@ -11,7 +11,7 @@ import pydicom
 import pytest
 import torch
 from helpers_bundles import SPLEEN, write_bundle
-from helpers_cases import LESION, OBLIQUE, Place, voxels, write_model, write_scan, write_yaml
+from helpers_cases import LESION, OBLIQUE, voxels, write_model, write_scan, write_yaml
 from helpers_dicom import write_series
 from helpers_nnunet import write_folder
 
@@ -42,11 +42,6 @@ SETTINGS = {
     "colormap": "jet",
     "signed": True,
 }
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def key_of(place, model=None, truth=None, **settings):

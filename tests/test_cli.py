@@ -36,11 +36,6 @@ from seg3dcam.job.settings import Job
 BOTTLENECK = "model.1.submodule"
 
 
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
-
-
 def explained(place):
     """Return class (or target name) -> what case.json says about it."""
     cases = place.record["explanations"]

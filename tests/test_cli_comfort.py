@@ -21,12 +21,6 @@ from seg3dcam.job.case import write_case
 from seg3dcam.job.settings import Job
 from seg3dcam.models import load_model
 
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
-
-
 # ------------------------------------------------------------------------------- how it is called
 
 

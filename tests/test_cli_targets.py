@@ -12,7 +12,6 @@ from helpers_cases import (
     OBLIQUE,
     ORGAN,
     SHAPE,
-    Place,
     contents,
     seg3dcam,
     voxels,
@@ -20,14 +19,10 @@ from helpers_cases import (
 )
 
 from seg3dcam.cams.attributions import ATTRIBUTIONS
-from seg3dcam.cams.catalogue import CAMS, CARD
+from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.cams.method_cards import ENTRIES
 
 BOTTLENECK = "model.1.submodule"
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def write_truth(place, labels, affine=OBLIQUE):
@@ -275,7 +270,7 @@ def test_methods_lists_what_each_is():
     words = " ".join(lines.split())
     for key in (*CAMS, *ATTRIBUTIONS):
         assert f"{key} " in words
-    for name in CARD:
+    for name in ENTRIES:
         assert lines.count(f"    {name}: ") == len(CAMS) + len(ATTRIBUTIONS)
 
 

@@ -18,7 +18,7 @@ from seg3dcam import GradCAM, HiResCAM, SegModel, WindowPlan, explain_each, load
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ModelError, Seg3dcamWarning
 from seg3dcam.network.capture import FoundLateError, begun_again, capturing
-from seg3dcam.network.capture.draws import MOST_TRIALS
+from seg3dcam.network.capture.repeated_draws import MOST_TRIALS
 from seg3dcam.network.capture.retry import MOST_ATTEMPTS
 from seg3dcam.network.facts import facts_of
 from seg3dcam.network.layers import resolve_layers
@@ -356,6 +356,16 @@ def test_a_pass_that_is_ended_early_shows_it_too():
             capture.observe_layers(image())
         capture.observe_layers(image())
         assert capture.known.draws == "rand_like"
+
+
+def test_targets_of_a_scan_are_the_same_when_the_call_begins_again():
+    """The draws show after the targets were evaluated: when masked, the scan is dark enough."""
+    net = Drawing(lambda a: F.dropout(a, 0.5, True) if net.seen < 0.4 else a)
+    net.register_forward_pre_hook(lambda module, args: setattr(net, "seen", float(args[0].mean())))
+    scan = load_scan(image()[0, 0].numpy(), affine=np.eye(4))
+    with pytest.warns(Seg3dcamWarning, match=SAID):
+        found = list(explain_each(scan, SegModel(net), [VOLUME], layers="relu", method="score_cam"))
+    assert len(found) == 1
 
 
 def test_what_is_found_late_again_and_again_is_an_error():

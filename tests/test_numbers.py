@@ -14,6 +14,7 @@ import torch
 import toy
 from reference import maps, recipe, scores
 from torch import nn
+from toy import deviation
 
 from seg3dcam import METHODS, BaseCAM, GradCAM, HiResCAM, SliceGradCAM, XResCAM, targets
 from seg3dcam.errors import Seg3dcamWarning
@@ -39,13 +40,6 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 
 # A random network may well find nothing that speaks for a class; its numbers count all the same.
 signed_maps = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-
-
-def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value."""
-    expected = torch.as_tensor(expected)
-    assert found.shape == expected.shape
-    return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 def log_odds(c: int, logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ ROOT = PACKAGE / "__init__.py"
 
 # A module may import from the levels before its own, and a folder from itself.
 LEVELS = [
-    {"errors", "importing"},
+    {"errors", "importing", "progress"},
     {"checks", "geometry"},
     {"files"},
     {"scan", "network", "windows"},

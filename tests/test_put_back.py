@@ -80,10 +80,6 @@ class WritesInference(nn.Module):
         return x
 
 
-def bytes_of(tensor):
-    return tensor.to_dense() if tensor.is_sparse else tensor
-
-
 EXPLAINED = {
     "a scripted block": lambda: blocks(head=torch.jit.script(nn.Conv3d(4, 2, 1))),
     "a scripted block with buffers": lambda: blocks(torch.jit.script(nn.BatchNorm3d(4))),

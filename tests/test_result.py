@@ -15,7 +15,8 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.utils import SpaceKeys
 
 from seg3dcam import CamResult, GradCAM, HiResCAM, SliceGradCAM, WindowPlan, targets
-from seg3dcam.engine.layer_map import Evidence, LayerMap, scaled
+from seg3dcam.engine.evidence import Evidence, scaled
+from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.errors import InputError, OutputError, Seg3dcamWarning
 from seg3dcam.geometry import FeatureGrid
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from typing import get_args
 
 import pytest
 from helpers_cases import Place, contents, voxels, write_scan
 
 from seg3dcam import targets
+from seg3dcam.cams.base import BaseCAM
 from seg3dcam.errors import ConfigError, InputError, ScanError
+from seg3dcam.explaining.explain import explain_each
 from seg3dcam.files.readers import FRAMES
 from seg3dcam.geometry import Axis
 from seg3dcam.job import Job, JobResult, load_explanation, run_job, settings, writers
+from seg3dcam.job.checks import OF_CALLS
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.review import WINDOWS
 from seg3dcam.targets.named import REGIONS, SCORES
 from seg3dcam.targets.regions import as_region
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place.at(tmp_path)
 
 
 def job_at(place, **settings):
@@ -50,7 +49,10 @@ def test_a_job_that_is_done_is_skipped(place):
     again = run_job(job_at(place), verify=True)
     assert again == JobResult(first.folder, first.record, was_done=True)
     assert contents(place.out) == written
-    (forced,) = run_job(job_at(place), force=True).notes
+    events = []
+    steps = {"progress": lambda step, *_: events.append(step), "say": events.append}
+    (forced,) = run_job(job_at(place), force=True, **steps).notes
+    assert events[:2] == ["reading", forced]
     assert forced == f"{place.out} holds this job from before: it is done again, and replaced"
 
 
@@ -90,6 +92,7 @@ def test_progress_is_told(place):
         ({"method": ["fem", "grad_cam"], "settings": {"window": 4}}, "those of one method"),
         ({"settings": {"threshold": 4}}, "'threshold' is none of a method"),
         ({"settings": {"sliding_window": 4}}, "'sliding_window' is none of a method"),
+        ({"settings": {"windo": 4}, "method": "xres_cam"}, "no setting 'windo'.*'window'"),
         ({"score": "contrast"}, "score 'contrast' needs a class"),
         ({"score": "mask_output", "target": 1}, "mask_output is about no class: leave out the tar"),
         ({"score": "mask_output", "region": "boundary"}, "about one: take predicted or volume"),
@@ -118,15 +121,21 @@ def test_a_missing_scan_or_model_is_an_error_of_its_own(place):
 # ------------------------------------------------------------------------------- tables
 
 
+def test_arguments_of_calls_are_no_settings_of_a_method():
+    calls = (BaseCAM.__init__, explain_each)
+    names = {name for call in calls for name in inspect.signature(call).parameters}
+    assert names - set(Job.model_fields) == OF_CALLS
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score_is_a_target(score):
-    assert SCORES[score].target in targets.__all__
+    assert SCORES[score].type_name in targets.__all__
 
 
 @pytest.mark.parametrize("region", REGIONS)
 def test_every_region_is_known(region):
-    kind = REGIONS[region].kind
-    assert kind in targets.__all__ or (not kind and as_region(region))
+    name = REGIONS[region].type_name
+    assert name in targets.__all__ or (not name and as_region(region))
 
 
 def test_what_settings_say_again_is_what_the_other_rooms_say():

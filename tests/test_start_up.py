@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pickle
 import subprocess
@@ -18,10 +19,9 @@ from helpers_cases import write_yaml
 import seg3dcam
 import seg3dcam.job
 from seg3dcam import errors
-from seg3dcam.cams.catalogue import card
+from seg3dcam.cams.method_cards import card_of, method_cards, method_names
 from seg3dcam.explaining.explain import ALL_METHODS
 from seg3dcam.importing import OLD_NAMES, OldNames, find_old_names, imports_for_type_checkers, lazy
-from seg3dcam.job.method_cards import method_cards, method_names
 
 #: What takes seconds to import, and what nothing but results needs.
 HEAVY = {"cv2", "matplotlib", "monai", "nibabel", "scipy", "torch"}
@@ -54,8 +54,10 @@ COMMANDS = {
     "unknown score": (" ".join([*JOB, "--score", "odds"]), 2),
     "unknown format": (" ".join([*JOB, "--format", "pdf"]), 2),
     "unknown method": (" ".join([*JOB, "--method", "gradcam"]), 2),
+    "a setting of no method": (" ".join([*JOB, "--settings", "progress=1"]), 2),
     "no class": (" ".join([*JOB, "--score", "contrast"]), 2),
     "unknown setting of a job file": ("explain --config job.yaml", 2),
+    "unknown frame of features": ("features ct.nii.gz --model model.yaml --frame pform", 2),
     "unknown plane of features": ("features ct.nii.gz --model model.yaml --axis axail", 2),
 }
 
@@ -165,9 +167,10 @@ def test_the_error_of_memory_is_one_of_both_trees_and_can_be_pickled():
 
 def test_methods_read_as_text_are_those_of_their_classes():
     assert method_names() == list(ALL_METHODS)
-    assert method_cards() == {key: card(cam) for key, cam in ALL_METHODS.items()}
-    assert [list(entries) for entries in method_cards().values()] == [
-        list(card(cam)) for cam in ALL_METHODS.values()
+    cards = {key: card_of(inspect.getdoc(cam)) for key, cam in ALL_METHODS.items()}
+    assert method_cards() == cards
+    assert [list(card) for card in method_cards().values()] == [
+        list(card) for card in cards.values()
     ]
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from helpers_networks import CLASSES, dynunet, nnunet, unet
 from monai.networks import nets
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -15,40 +16,6 @@ from torch.nn import functional as F  # noqa: N812
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets
 from seg3dcam.errors import InputError, LayerError, ModelError
 from seg3dcam.network.layers import resolve_layers
-
-CLASSES = 3
-
-
-def unet(ndim=3, channels=(4, 6, 8, 10), **settings):
-    strides = (2,) * (len(channels) - 1)
-    return nets.UNet(ndim, 1, CLASSES, channels=channels, strides=strides, **settings)
-
-
-def dynunet(**settings):
-    kernels, strides = [[1, 3, 3], 3, 3, 3], [1, [1, 2, 2], 2, 2]
-    return nets.DynUNet(
-        3, 1, CLASSES, kernels, strides, strides[1:], filters=[4, 6, 8, 10], **settings
-    )
-
-
-def nnunet(kind, blocks, **settings):
-    return kind(
-        1,
-        4,
-        (4, 6, 8, 10),
-        nn.Conv3d,
-        3,
-        [1, [1, 2, 2], 2, 2],
-        num_classes=CLASSES,
-        n_conv_per_stage_decoder=[1] * 3,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        **{blocks: [2] * 4},
-        **settings,
-    )
 
 
 def plain_conv_unet(**settings):

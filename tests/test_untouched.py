@@ -267,11 +267,6 @@ def network_fails_at_last(net, x):
     network_fails(12, WindowPlan(4))(net, x)
 
 
-def suggestion_fails(net, x):
-    net.failing_call = net.calls() + 1
-    suggest_layers(net, x.shape)
-
-
 FAILING_CALLS = {
     "target raises": (explain(target=breaks(BrokenError())), BrokenError),
     "target raises, windows": (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +22,15 @@ NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 #: Odd, so that blocks of 2 and of 3 end raggedly.
 SHAPES = {1: (11,), 2: (7, 5), 3: (5, 4, 7)}
+
+
+def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value."""
+    expected = torch.as_tensor(expected)
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    assert expected.abs().max() > 0
+    return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 @dataclass(frozen=True)

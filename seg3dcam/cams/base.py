@@ -4,7 +4,8 @@ cam = GradCAM(model, target_layers="auto")
 result = cam(x, target=1)          # x (B, C, D, H, W) or (B, C, H, W)
 result.volume()                    # (B, D, H, W) in [0, 1]
 
-`catalogue` has the methods, `calls` the steps of a call, and `result` what comes out.
+The methods are in `catalogue`; what happens in a call is in `calls` and `steps`; what a call
+returns is in `result`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import nn
 from seg3dcam.cams.calls import TargetLike, each_by
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.memory import advising
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.errors import ConfigError, LayerError, TargetError, nearest
 from seg3dcam.methods.base import Formula
 from seg3dcam.methods.pooled import PooledGradient
@@ -28,6 +28,7 @@ from seg3dcam.network.ensemble import members_of, unwrap
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
+from seg3dcam.progress import Progress, silent
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan, Windows
 
@@ -110,7 +111,7 @@ class BaseCAM:
             )
         if not callable(self.progress):
             raise ConfigError(f"progress {progress!r}: a function of (step, done, total), or None")
-        self._check_names(settings)
+        self.check_settings(settings)
         self.formula = self.formula.with_settings(settings)
         self.layers: list[LayerRef] | None = None  # "auto" is settled when the first input comes
         if self.formula.explains == "input":
@@ -166,13 +167,14 @@ class BaseCAM:
             self.layers = [auto_layer(self.model, window, self.output)]
         return self.layers
 
-    def _check_names(self, settings: Mapping[str, Any]) -> None:
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError for a setting that the method does not have."""
-        legal = tuple(self.formula.own_settings)
+        legal = tuple(cls.formula.own_settings)
         for name in settings:
             if name not in legal:
                 choices = nearest(name, legal) if legal else "this method has none"
-                raise ConfigError(f"{type(self).__name__} has no setting {name!r}: {choices}")
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}: {choices}")
 
 
 def _signature_with_settings(formula: Formula) -> inspect.Signature:

@@ -4,14 +4,13 @@ A method is one class here, with a key, a formula of `seg3dcam.methods` and a do
 at the end of the file are made of the classes. The fields of the formula are the method's settings.
 
 Every docstring states formula, paper, cost, whether the map depends on the class, and where it is
-undefined; `card` reads them, and `seg3dcam methods` prints them. A (B, C, *S) are activations,
-G = dS/dA gradients, S the score, u a voxel of the layer's grid.
+undefined; `seg3dcam.cams.method_cards` reads these entries, and `seg3dcam methods` prints them. In
+the formulas A (B, C, *S) are activations, G = dS/dA gradients, S is the score, and u a voxel of the
+layer's grid.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,22 +32,6 @@ from seg3dcam.methods.statistics import (
     FarAboveMean,
     RandomWeights,
 )
-
-CARD = ("Formula", "Paper", "Cost", "Class-specific", "Undefined")
-
-
-def card(cam: type[BaseCAM]) -> dict[str, str]:
-    """Return what a method's docstring says: "Summary" and the entries of `CARD`.
-
-    >>> card(GradCAM)["Cost"]
-    '1 forward, 1 backward.'
-    """
-    text = inspect.cleandoc(cam.__doc__ or "")
-    found = {"Summary": text.splitlines()[0]}
-    for name in CARD:
-        match = re.search(rf"^{name}: (.*(?:\n    .*)*)", text, re.MULTILINE)
-        found[name] = re.sub(r"\s+", " ", match[1]) if match else ""
-    return found
 
 
 class GradCAM(BaseCAM):
@@ -116,7 +99,8 @@ class GradCAMPlusPlus(BaseCAM):
 
     Formula: w (B, C) = sum_u g / (2 + S_k g), g = ReLU(G), S_k = sum_u A_k; map = sum_k w_k A_k.
     Paper: Chattopadhay et al. 2018, arXiv:1710.11063; its alpha with G^2 cancelled, no epsilon.
-    Cost: 1 forward, 1 backward; through windows the activations twice more where not kept.
+    Cost: 1 forward, 1 backward; with windows, activations that were not kept are computed twice
+        more.
     Class-specific: yes, with a target that is.
     Undefined: for activations < 0 (a warning); the score's scale changes the map's shape.
     """
@@ -129,7 +113,8 @@ class XGradCAM(BaseCAM):
 
     Formula: w (B, C) = sum_u G A / S_k, S_k = sum_u A_k; map (B, *S) = sum_k w_k A_k.
     Paper: Fu et al. 2020, arXiv:2008.02312.
-    Cost: 1 forward, 1 backward; through windows the activations twice more where not kept.
+    Cost: 1 forward, 1 backward; with windows, activations that were not kept are computed twice
+        more.
     Class-specific: yes, with a target that is.
     Undefined: where S_k is 0, as after InstanceNorm: weight 0 and status "degenerate".
     """
@@ -168,8 +153,8 @@ class EigenCAM(BaseCAM):
 
     Formula: X (N, C) = A, centred; map = X v, v the first eigenvector of the C x C matrix X'X.
     Paper: Muhammad & Yeasin 2020, arXiv:2008.00299.
-    Cost: 1 forward; through windows the activations twice more where not kept. Memory C x C, never
-        N x N.
+    Cost: 1 forward; with windows, activations that were not kept are computed twice more. Memory
+        C x C, never N x N.
     Class-specific: no: the same map for every target.
     Undefined: the sign is a convention (the larger side is positive); constant activations.
     """
@@ -182,7 +167,7 @@ class EigenGradCAM(BaseCAM):
 
     Formula: X (N, C) = G A, centred; map = X v, v the first eigenvector of X'X.
     Paper: none; known from pytorch-grad-cam.
-    Cost: 1 forward, 1 backward; through windows 2 and 2.
+    Cost: 1 forward, 1 backward; with windows, 2 forward and 2 backward.
     Class-specific: yes, with a target that is.
     Undefined: the sign is chosen to agree with HiResCAM.
     """
@@ -195,7 +180,7 @@ class SegEigenCAM(BaseCAM):
 
     Formula: X (N, C) = |G| A, centred; map = X v, v the first eigenvector of X'X.
     Paper: Chung & Ying 2025, Applied Sciences 15, 7562.
-    Cost: 1 forward, 1 backward; through windows 2 and 2.
+    Cost: 1 forward, 1 backward; with windows, 2 forward and 2 backward.
     Class-specific: in where, not in for or against: |G| has no sign.
     Undefined: the sign is a convention (the larger side is positive).
     """
@@ -208,8 +193,8 @@ class KPCACAM(BaseCAM):
 
     Formula: K (N, N) = kernel of the centred activations, centred; map = first component of K.
     Paper: Karmani et al. 2024, arXiv:2410.00267.
-    Cost: 1 forward; through windows the activations twice more where not kept. Memory N x N:
-        refused above 16^3 feature voxels, those of all windows together.
+    Cost: 1 forward; with windows, activations that were not kept are computed twice more. Memory
+        N x N: refused above 16^3 feature voxels, those of all windows together.
     Class-specific: no: the same map for every target.
     Undefined: the sign is a convention (the larger side is positive); constant activations.
 
@@ -226,7 +211,7 @@ class FEM(BaseCAM):
 
     Formula: map (B, *S) = sum_k mean(A_k) [A_k > mu_k + 2 sigma_k].
     Paper: Ahmed Asif Fuad et al. 2020, feature-based explanation method.
-    Cost: 1 forward; through windows the activations twice more where not kept.
+    Cost: 1 forward; with windows, activations that were not kept are computed twice more.
     Class-specific: no: the same map for every target.
     Undefined: never; zero where no voxel stands out.
     """
@@ -237,18 +222,18 @@ class FEM(BaseCAM):
 class ScoreCAM(BaseCAM):
     """Score-CAM: channels weighted by the score of the input seen through them. No gradients.
 
-    Formula: map = sum_k w_k A_k, w = softmax over k of s_k, the score of x times A_k scaled to
-        [0, 1] on the input's grid; of a target that is a sum over a region the mean, of any other
-        the score itself.
+    Formula: map = sum_k w_k A_k, w = softmax over k of s_k. s_k is the score of x multiplied by
+        A_k, scaled to [0, 1] on the input's grid. If the target sums over a region, its mean is
+        used.
     Paper: Wang et al. 2020, arXiv:1910.01279.
-    Cost: 2 + C forward, through windows those that the region lies in; activations that are not
-        kept once more for every batch of channels.
+    Cost: 2 + C forward. With windows, only those that contain the region. Activations that were
+        not kept are computed again for each batch of channels.
     Class-specific: yes, with a target that is.
     Undefined: never; weights are positive, so evidence against the class is not seen.
 
     Args:
-        memory_gb: memory that a batch of masked inputs may take, with all that the network makes
-            of it.
+        memory_gb: memory that a batch of masked inputs may take, together with everything that
+            the network computes from it.
     """
 
     method, formula = "score_cam", MaskedInputs()
@@ -259,7 +244,7 @@ class AblationCAM(BaseCAM):
 
     Formula: map = sum_k w_k A_k, w_k = (S - S_k) / |S|, S_k the score with channel k at zero.
     Paper: Desai & Ramaswamy 2020, WACV; with |S|, so that a negative score flips nothing.
-    Cost: 2 + C forward, through windows those that the region lies in.
+    Cost: 2 + C forward. With windows, only those that contain the region.
     Class-specific: yes, with a target that is.
     Undefined: for a score of 0 the weights are not divided.
 
@@ -275,7 +260,7 @@ class ShapleyCAM(BaseCAM):
 
     Formula: w (B, C) = mean over u of G - HA / 2, H the Hessian of the score; map = sum_k w_k A_k.
     Paper: Cai 2025, arXiv:2501.06261.
-    Cost: 1 forward, 5 backward; through windows 2 forward.
+    Cost: 1 forward, 5 backward; with windows, 2 forward.
     Class-specific: yes, with a target that is.
     Undefined: for networks that cannot be differentiated twice. Equals Grad-CAM where the score
         is piecewise linear, as a logit of a ReLU network is.
@@ -285,16 +270,16 @@ class ShapleyCAM(BaseCAM):
 
 
 class FullGrad(BaseCAM):
-    """FullGrad: a score linear in the logits, taken apart into what input and biases contribute.
+    """FullGrad: a score linear in the logits, split into contributions of the input and the biases.
 
     Formula: map = psi(x G_x) + sum over layers of psi(b_k G_k), on the input's own voxels.
     Paper: Srinivas & Fleuret 2019, arXiv:1905.00780.
     Cost: 2 forward, 1 backward, with the activations of all layers in memory, and two small passes
         for each axis; one more forward for a network with nn.Linear.
     Class-specific: yes, with a target that is.
-    Undefined: of a score that is not linear in the logits (log-odds) it takes the slope apart;
-        incomplete with InstanceNorm, GroupNorm, LayerNorm, attention and smooth activations. A
-        warning says so and gives both sums ("signed" alone for the latter).
+    Undefined: if the score is not linear in the logits (as log-odds), its slope is decomposed
+        instead. Incomplete with InstanceNorm, GroupNorm, LayerNorm, attention and smooth
+        activations. A warning says so and gives both sums (for the latter only with "signed").
 
     It explains the input, under the name "input"; target layers are not asked for.
 
@@ -310,7 +295,7 @@ class RandomCAM(BaseCAM):
 
     Formula: map (B, *S) = sum_k w_k A_k, w_k drawn evenly from -1 to 1.
     Paper: none.
-    Cost: 1 forward; through windows the activations once more where not kept.
+    Cost: 1 forward; with windows, activations that were not kept are computed once more.
     Class-specific: no: the same map for every target.
     Undefined: never.
 

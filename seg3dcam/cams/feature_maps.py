@@ -5,7 +5,8 @@ found.values                       # (C, h, w)
 found.order                        # channels, those that speak most for class 1 first
 save_features("features", found)   # of seg3dcam.review: pictures and a mosaic
 
-Through windows only the slice is blended: a layer's channels never lie in memory for the volume.
+Through windows only the slice is blended: the channels of the whole volume are never in memory
+together.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from seg3dcam.engine.gradients import gradient_pass
-from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, predict, silent, wide
+from seg3dcam.engine.memory import BatchLimit
+from seg3dcam.engine.passes import FirstPass, activation_pass, predict, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import InputError, LayerError
 from seg3dcam.geometry import FeatureGrid, spacing_of
@@ -35,6 +36,7 @@ from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef, LayerSpec, Layout, resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import auto_layer
+from seg3dcam.progress import Progress, silent
 from seg3dcam.targets import Activation, as_target, name_of, placed, score_and_seed
 from seg3dcam.windows import (
     WindowPlan,
@@ -146,7 +148,7 @@ def feature_maps(
         ref = _one_layer(model, layer, reshape_transform, x, windows, output)
     with telling_axes(member, x), capturing(model, [ref], output) as capture:
         x = x.to(torch.promote_types(x.dtype, capture.dtype))
-        first = _first_pass(capture, ref, x, windows, chosen is not None, progress)
+        first = _first_pass(capture, x, windows, chosen is not None, progress)
         example = capture.to_model(x.new_empty(1, x.shape[1], *windows.roi))
         grid = measured_in_window(capture, example, first.shapes)[ref]
         whole = grid_over_volume(grid, windows)
@@ -202,16 +204,15 @@ def _one_layer(
 
 def _first_pass(
     capture: Capture,
-    layer: LayerRef,
     x: torch.Tensor,
     windows: Windows,
     with_logits: bool,
     progress: Progress,
 ) -> FirstPass:
-    """Predict the volume; or, where nobody asks for the logits, look at the first window alone."""
+    """Predict the volume; if its logits are not needed, run the first window alone."""
     if with_logits:
         return predict(capture, x, windows, graph=True, keep=True, progress=progress)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     return FirstPass.of_first_window(capture, windows, x, at_once)
 
 

@@ -1,4 +1,4 @@
-"""What a call says aloud: warnings about layers, gradients and maps, in words."""
+"""The warnings of a call, in words: about layers, gradients and maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def tell_dropped(dropped: Mapping[LayerRef, str]) -> None:
 
 
 def tell_draws(operation: str) -> None:
-    """Say that the network draws random numbers, if it does; "" says that it does not."""
+    """Say that the network draws random numbers.
+
+    Args:
+        operation: the operation with which it draws; "" if it draws none, and nothing is said.
+    """
     if operation:
         tell(
             f"the network draws random numbers when it predicts ({operation}): prediction and "
@@ -40,7 +44,7 @@ def tell_unmeasured(grids: Mapping[LayerRef, FeatureGrid]) -> None:
 
 
 def tell_unchecked(layers: Sequence[LayerRef], reason: str) -> None:
-    """Say which layers' gradients are believed without a check."""
+    """Say which layers' gradients could not be checked."""
     if not layers:
         return
     which = ", ".join("the input" if la is INPUT else f"layer '{la}'" for la in layers[:3])
@@ -54,7 +58,7 @@ def tell_unchecked(layers: Sequence[LayerRef], reason: str) -> None:
 
 
 def tell_map(name: str, layer: LayerMap, target: str) -> None:
-    """Say what the reader of a layer's map must know, and why a map explains nothing."""
+    """Say what a reader of a layer's map must know, such as why the map is empty."""
     for flag in layer.flags:
         tell(f"layer '{name}', '{target}': {flag}")
     if caution := layer.caution:

@@ -11,15 +11,9 @@ import numpy as np
 import torch
 
 from seg3dcam.checks import checked_index
-from seg3dcam.engine.layer_map import (
-    LayerMap,
-    Scale,
-    Status,
-    _check_scale,
-    display_range,
-    scaled,
-    shown_part,
-)
+from seg3dcam.engine.evidence import scaled, shown_part
+from seg3dcam.engine.layer_map import LayerMap
+from seg3dcam.engine.scales import Scale, Status, check_scale, display_range
 from seg3dcam.errors import InputError
 from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import FeatureGrid, interpolate, spacing_of
@@ -131,7 +125,7 @@ class CamResult:
         An item whose map is zero, constant or not finite gives zeros; see `status`. A map that
         holds only evidence against the target is shown by "signed" alone.
         """
-        _check_scale(scale)
+        check_scale(scale)
         names = [layer] if layer is not None else list(self.layers)
         voxels = FeatureGrid.of_voxels(self.shape)
         views = []

@@ -14,8 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from seg3dcam.cli.explain import Terminated, explain
-from seg3dcam.cli.others import demo, features, layers, methods
+from seg3dcam.cli.demo import demo
+from seg3dcam.cli.explain import Termination, explain
+from seg3dcam.cli.features import features
+from seg3dcam.cli.layers import layers
+from seg3dcam.cli.methods import methods
 from seg3dcam.cli.printing import complain, out, plain_warnings
 from seg3dcam.errors import ConfigError, EmptyRegionError, LayerError, Seg3dcamError, TargetError
 
@@ -32,7 +35,10 @@ _YES_OR_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 a failure, 2 wrong use; 130 and 143 ended."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a failure, 2 wrong use, 130 ended by Ctrl-C, 143 ended by SIGTERM.
+    """
     try:
         with plain_warnings(), _ended_in_order():
             _check_flags(sys.argv[1:])
@@ -70,7 +76,7 @@ def _before_every_command(
 
 
 def _check_flags(words: list[str]) -> None:
-    """Raise ConfigError where a flag is given a value: it would be taken for a scan."""
+    """Raise ConfigError where a flag is given a value, which would be read as another scan."""
     group = typer.main.get_command(app)
     commands = [group, *getattr(group, "commands", {}).values()]
     parameters = [parameter for command in commands for parameter in command.params]
@@ -88,10 +94,10 @@ def _check_flags(words: list[str]) -> None:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Clean up where the process is asked to end, as after Ctrl-C."""
+    """Let SIGTERM end the process as Ctrl-C does, with everything cleaned up."""
 
     def end(*_: Any) -> None:
-        raise Terminated
+        raise Termination
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals

@@ -21,7 +21,7 @@ _FLAGS = {
 }
 
 
-class Terminated(KeyboardInterrupt):
+class Termination(KeyboardInterrupt):
     """The system or a cluster asks the process to end."""
 
 
@@ -43,7 +43,7 @@ explain.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> None:
-    """Run a job and print what it found; where it is interrupted, end in order."""
+    """Run a job and print what it found; where it is interrupted, say so and end."""
     started = time.monotonic()
     try:
         check_job(job)  # before PyTorch is imported, which takes seconds
@@ -54,7 +54,7 @@ def run(job: Job, *, force: bool, trust: bool = False, verify: bool = False) -> 
                 job, trust=trust, force=force, verify=verify, progress=progress, say=say
             )
     except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, Terminated) else 130
+        code = 143 if isinstance(error, Termination) else 130
         complain("interrupted; nothing half-written was left behind", code)
     if result.was_done:
         say(f"{result.folder} holds this case already, complete; --force does it again")

@@ -1,4 +1,8 @@
-"""The options of the commands: those of a job are made from its settings, and read back to them."""
+"""The options of the commands, and how their texts are read.
+
+The options of `explain` are made from a job's settings, and read back to a job. Those that other
+commands have too are types, such as `ModelSource`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import types
 from collections.abc import Callable, Mapping
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import typer
 
+from seg3dcam.checks import Frame, check_word
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.checks import check_job
 from seg3dcam.job.settings import Axis, Job
@@ -18,7 +23,7 @@ from seg3dcam.settings import parse_yaml, read_yaml, validate
 #: Options of pairs -> an example.
 _PAIRS = {"settings": "window=4", "input": "t1=t1.nii.gz", "set": "inferer#roi_size=[64,64,64]"}
 
-#: What a command line needs at least.
+#: The usage of `explain`, shown where scan or model are missing.
 _USAGE = (
     "Usage: seg3dcam explain SCAN --model MODEL, such as\n"
     "  seg3dcam explain ct.nii.gz --model liver.yaml\n"
@@ -223,7 +228,13 @@ _READ: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# ------------------------------------------------------------------ words of other commands
+# ---------------------------------------------------------------- options of other commands
+
+ModelSource = Annotated[str, typer.Option(help=help_of("model"))]
+FrameName = Annotated[str | None, typer.Option(help=help_of("frame"))]
+Overrides = Annotated[list[str] | None, typer.Option(help=help_of("set"))]
+DeviceName = Annotated[str, typer.Option(help=help_of("device"))]
+Trust = Annotated[bool, typer.Option("--trust", help="allow the model's own code")]
 
 
 def axis_of(text: str) -> int | str:
@@ -234,3 +245,10 @@ def axis_of(text: str) -> int | str:
     if text in planes:
         return text
     raise ConfigError(f"--axis {text!r}: legal are {', '.join(planes)}, and 0, 1, 2")
+
+
+def frame_of(text: str | None) -> Frame | None:
+    """Return a form of a NIfTI header; ConfigError for another word."""
+    if text is not None:
+        check_word("--frame", text, Frame)
+    return cast("Frame | None", text)

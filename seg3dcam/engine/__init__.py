@@ -8,7 +8,9 @@ curvature           gradients corrected by the Hessian (ShapleyCAM)
 rescoring           Score-CAM and Ablation-CAM
 full_gradients      FullGrad
 input_attributions  captum's attributions of the input
-layer_map           what comes out: a raw, signed map, its status and its scaling
+layer_map           what comes out: a raw, signed map and its status
+evidence            what speaks for the target and against it in raw maps
+scales              the scales at which maps are shown
 gradient_check      whether the gradient follows the score
 memory              what happens where memory does not suffice
 """

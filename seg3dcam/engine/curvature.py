@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from seg3dcam.engine.gradients import Gradients, gradient_pass, upstream_of
-from seg3dcam.engine.passes import FirstPass, Progress, stitch
+from seg3dcam.engine.passes import FirstPass, stitch
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import ModelError
 from seg3dcam.methods.pooled import corrected
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 
 
 def corrected_pass(

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, wide
+from seg3dcam.engine.passes import FirstPass, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
@@ -24,6 +24,7 @@ from seg3dcam.network.grids.measurement import measured_in_window
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Blend
 
 #: A map that misses more than this fraction of the score is flagged.
@@ -120,7 +121,8 @@ def _incomplete(
 
     Contributions that lie in padding count, too.
     """
-    silent = first.capture.shapes  # those of which the score does not depend on lose nothing
+    # Layers that the score does not depend on contribute nothing, so nothing is lost.
+    silent = first.capture.shapes
     lost = [str(layer) for layer in first.capture.dropped if layer not in silent]
     why = (
         f"The biases of {', '.join(lost[:5])}{' and more' * (len(lost) > 5)} are left out: "
@@ -145,7 +147,7 @@ def _differ(one: float, other: float, precision: torch.dtype) -> bool:
 
 
 def _spread(values: torch.Tensor, grid: FeatureGrid, voxels: FeatureGrid) -> torch.Tensor:
-    """Spread every feature voxel's value over the voxels around it; the sum stays the same."""
+    """Distribute every feature voxel's value over the voxels around it; the sum stays the same."""
     first = values.ndim - len(grid.shape)
     for axis, (size, length) in enumerate(zip(grid.shape, voxels.shape, strict=True)):
         line = grid.line(axis)

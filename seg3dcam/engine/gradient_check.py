@@ -1,4 +1,4 @@
-"""Whether the gradient tells the truth: the change that it promises, and the change of the score.
+"""Whether the gradient is right: the change that it predicts, and how the score really changes.
 
 A branch without a gradient (quantised weights, `.detach()`, `no_grad`, argmax, rounding, a function
 with a backward of its own) takes part in the prediction, but in no map that is made of gradients.
@@ -41,7 +41,7 @@ JUMP = 15
 FEW, MANY = 3, 8
 FIRST, FIRST_OF_HALF = (1, 3), (1, 2)
 
-#: Layers that are nudged together at most, unless that makes more than this many groups.
+#: At most TOGETHER layers are nudged at once, or more if there would be more than GROUPS groups.
 TOGETHER, GROUPS = 3, 8
 
 #: Voxels along each axis of the part of the image that is used; the larger only if need be.
@@ -142,12 +142,12 @@ def _groups(layers: list[LayerRef]) -> Iterator[list[LayerRef]]:
 
 
 def _direction(activations: torch.Tensor, number: int) -> torch.Tensor:
-    """Return a random direction of changes, as large as one all over.
+    """Return a random direction of changes, whose mean square is about one.
 
-    Each voxel goes by itself, or every other time a whole channel grows or shrinks: what a branch
-    sees of the whole image (a mean, a quantile) would not notice the former. What is exactly 0
-    stays: behind a ReLU it ties with its neighbours in a pooling, where no gradient is right for
-    steps to both sides.
+    With an even number each voxel changes by itself, with an odd one whole channels grow or shrink:
+    a branch that sees the image as a whole (its mean, a quantile) would not notice changes of
+    single voxels. Voxels that are exactly 0 stay 0. Behind a ReLU such voxels are equal to their
+    neighbours in a pooling, and no gradient is right for steps to both sides there.
     """
     generator = torch.Generator("cpu").manual_seed(number)
     if number % 2:

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from seg3dcam.engine.passes import (
-    Activations,
-    FirstPass,
-    Progress,
-)
+from seg3dcam.engine.passes import Activations, FirstPass
 from seg3dcam.engine.seed import Seed
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -153,6 +150,5 @@ def upstream_of(
     parts = [seed.cut(items, *first.place(window)) for window in which]
     if len(windows) > 1:
         for window, part in zip(which, parts, strict=True):
-            part *= windows.importance.to(part)
-            part /= windows.cut(first.total_importance, [window])
+            windows.weigh_by_share(part, window, first.total_importance)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -13,16 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from seg3dcam import targets as score
 from seg3dcam.engine.gradients import seeded_windows, upstream_of
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, scored_alone
+from seg3dcam.engine.passes import FirstPass, scored_alone
 from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid, cropped
 from seg3dcam.methods.input_attributions import InputFormula
 from seg3dcam.network.capture import Capture, capturing
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.random_draws import drawing_from, random_state
+from seg3dcam.progress import Progress
+from seg3dcam.targets import fixed
 from seg3dcam.windows import Blend
 
 Target = Callable[[torch.Tensor], torch.Tensor]
@@ -90,7 +91,7 @@ def _map(
 
 def _of_all(first: FirstPass, item: int, target: Target) -> Score:
     """Return the score as a function of the logits of the one window that there is."""
-    alone = scored_alone(score.fixed(target, first.logits), first.logits, item)
+    alone = scored_alone(fixed(target, first.logits), first.logits, item)
     return lambda logits: alone(first.windows.crop(logits))
 
 

@@ -1,7 +1,7 @@
 """Maps from gradients and activations: the steps of every method, over all windows of a volume.
 
-`attribute` explains several targets by several methods at several layers with one forward pass per
-window, and one backward pass per window and target that has a seed there.
+`Attribution` explains several targets by several methods at several layers with one forward pass
+per window, and one backward pass per window and target that has a seed there.
 """
 
 from __future__ import annotations
@@ -15,42 +15,83 @@ import torch
 
 from seg3dcam.engine.gradients import Gradients
 from seg3dcam.engine.layer_map import LayerMap, joined
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, wide
+from seg3dcam.engine.passes import FirstPass, activation_pass, wide
 from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid, cropped
 from seg3dcam.methods.base import StepwiseFormula, Sums
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Blend, GroupBlend
 
 #: Layer -> its map.
 Maps = dict[LayerRef, LayerMap]
 
 
-def attribute(
-    first: FirstPass,
-    seeds: Sequence[Seed],
-    methods: Sequence[StepwiseFormula],
-    grids: dict[LayerRef, FeatureGrid],
-    passes: Callable[..., Iterator[Gradients]],
-    progress: Progress,
-) -> list[list[Maps]]:
-    """Return the maps of every layer: for every target a list with those of every method.
+@dataclass(frozen=True)
+class Attribution:
+    """Several targets, methods and layers, and the passes that their maps are made of.
 
-    Args:
+    Attributes:
+        first: the results of the prediction.
         seeds: dS/dlogits of every target.
+        methods: the formulas.
         grids: layer -> its grid in one window.
-        passes: `gradient_pass`, or what gives other gradients in the same way.
+        passes: `gradient_pass`, or a function that yields other gradients in the same way.
+        progress: called after every batch of windows.
     """
-    of_items = [
-        _attribute(first, items, seeds, methods, grids, passes, progress) for items in first.items
-    ]
-    return [
-        [
-            {layer: joined([of[target][method][layer] for of in of_items]) for layer in grids}
-            for method in range(len(methods))
+
+    first: FirstPass
+    seeds: Sequence[Seed]
+    methods: Sequence[StepwiseFormula]
+    grids: dict[LayerRef, FeatureGrid]
+    passes: Callable[..., Iterator[Gradients]]
+    progress: Progress
+
+    def maps(self) -> list[list[Maps]]:
+        """Return the maps of every layer: for every target a list with those of every method."""
+        of_items = [self._maps_of_items(items) for items in self.first.items]
+        return [
+            [
+                {
+                    layer: joined([of[target][method][layer] for of in of_items])
+                    for layer in self.grids
+                }
+                for method in range(len(self.methods))
+            ]
+            for target in range(len(self.seeds))
         ]
-        for target in range(len(seeds))
-    ]
+
+    def _maps_of_items(self, items: Sequence[int]) -> list[list[Maps]]:
+        """Lead the makers of all maps of some items through their steps."""
+        first, progress = self.first, self.progress
+        tasks = [
+            _Task(target, number, layer, MapMaker(first, len(items), method, grid))
+            for number, method in enumerate(self.methods)
+            for target in ([None] if method.agnostic else range(len(self.seeds)))
+            for layer, grid in self.grids.items()
+        ]
+        _over_activations(first, items, [task for task in tasks if task.maker.surveys], progress)
+        _over_gradients(self._gradients(items), tasks)
+        for task in tasks:
+            task.maker.conclude()
+        again = [task for task in tasks if task.maker.waits_for_gradients]
+        _over_gradients(self._gradients(items), again)
+        _over_activations(first, items, [task for task in tasks if task.maker.waits], progress)
+
+        found = {(task.target, task.method, task.layer): task.maker.result() for task in tasks}
+        return [
+            [
+                {
+                    layer: found[None if method.agnostic else target, number, layer]
+                    for layer in self.grids
+                }
+                for number, method in enumerate(self.methods)
+            ]
+            for target in range(len(self.seeds))
+        ]
+
+    def _gradients(self, items: Sequence[int]) -> Iterator[Gradients]:
+        return self.passes(self.first, items, self.seeds, self.progress)
 
 
 @dataclass(frozen=True)
@@ -61,40 +102,6 @@ class _Task:
     method: int
     layer: LayerRef
     maker: MapMaker
-
-
-def _attribute(
-    first: FirstPass,
-    items: Sequence[int],
-    seeds: Sequence[Seed],
-    methods: Sequence[StepwiseFormula],
-    grids: dict[LayerRef, FeatureGrid],
-    passes: Callable[..., Iterator[Gradients]],
-    progress: Progress,
-) -> list[list[Maps]]:
-    """Lead the makers of all maps of some items through their steps."""
-    tasks = [
-        _Task(target, number, layer, MapMaker(first, len(items), method, grid))
-        for number, method in enumerate(methods)
-        for target in ([None] if method.agnostic else range(len(seeds)))
-        for layer, grid in grids.items()
-    ]
-    _over_activations(first, items, [task for task in tasks if task.maker.surveys], progress)
-    _over_gradients(passes(first, items, seeds, progress), tasks)
-    for task in tasks:
-        task.maker.conclude()
-    again = [task for task in tasks if task.maker.waits_for_gradients]
-    _over_gradients(passes(first, items, seeds, progress), again)
-    _over_activations(first, items, [task for task in tasks if task.maker.waits], progress)
-
-    found = {(task.target, task.method, task.layer): task.maker.result() for task in tasks}
-    return [
-        [
-            {layer: found[None if m.agnostic else target, number, layer] for layer in grids}
-            for number, m in enumerate(methods)
-        ]
-        for target in range(len(seeds))
-    ]
 
 
 def _over_gradients(gradients: Iterator[Gradients], tasks: Sequence[_Task]) -> None:
@@ -251,7 +258,7 @@ class MapMaker:
         values = method.map(a, g, weights)
         highest = method.ceiling(a, g, weights).flatten(1).amax(1)
         self._ceiling = torch.maximum(self._ceiling, highest.to(self._ceiling))
-        if getattr(weights, "degenerate", None) is not None:
+        if weights is not None and weights.degenerate is not None:
             self._degenerate |= weights.degenerate.to(self._degenerate)
         if method.finishes:
             self._last = weights

@@ -1,6 +1,6 @@
-"""Where memory does not suffice: fewer windows go through the network at once, or an error.
+"""If memory runs out: fewer windows go through the network at once, or an error gives advice.
 
-Windows do not see each other, so that a batch in two halves gives what it gives as a whole.
+Windows do not influence each other, so two halves of a batch give the same as the whole batch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from seg3dcam.errors import OutOfMemoryError, tell
 from seg3dcam.windows import WindowPlan
 
 Result = TypeVar("Result")
-Rest = ParamSpec("Rest")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass
-class AtOnce:
-    """How many windows, or inputs, go through the network at once; fewer once they did not fit.
+class BatchLimit:
+    """How many windows, or inputs, go through the network at once; fewer after they did not fit.
 
-    >>> at_once = AtOnce(4)
+    >>> at_once = BatchLimit(4)
     >>> [(part.start, part.stop) for part in at_once.each(10, lambda part: part)]
     [(0, 4), (4, 8), (8, 10)]
     """
@@ -33,10 +33,14 @@ class AtOnce:
     setting: str = "sw_batch_size"
 
     def each(self, number: int, run: Callable[[slice], Result]) -> Iterator[Result]:
-        """Yield what `run` returns for every part of so many, each tried again while it is large.
+        """Yield the result of `run` for each part; a part that does not fit is halved.
+
+        Args:
+            number: how many windows or inputs there are.
+            run: called with the part as a slice of them.
 
         Raises:
-            torch.OutOfMemoryError: one alone does not fit.
+            torch.OutOfMemoryError: a single one does not fit.
         """
         start = 0
         while start < number:
@@ -50,10 +54,14 @@ class AtOnce:
             start = part.stop
 
     def halve(self, tried: int, error: torch.OutOfMemoryError) -> None:
-        """Take half as many from now on, since so many did not fit.
+        """Take half as many from now on.
+
+        Args:
+            tried: how many did not fit.
+            error: the error that said so.
 
         Raises:
-            torch.OutOfMemoryError: the one given, where one alone did not fit.
+            torch.OutOfMemoryError: the given error, if a single item does not fit.
         """
         if tried == 1:
             raise error
@@ -64,21 +72,24 @@ class AtOnce:
         )
 
 
-class _HasPlan(Protocol):
+class _WindowUser(Protocol):
     @property
     def sliding_window(self) -> WindowPlan | None: ...
 
 
-Explains = TypeVar("Explains", bound=_HasPlan)
+Caller = TypeVar("Caller", bound=_WindowUser)
 
 
 def advising(
-    run: Callable[Concatenate[Explains, Rest], Result],
-) -> Callable[Concatenate[Explains, Rest], Result]:
-    """Let a function of something with a window plan say what to do when memory runs out."""
+    run: Callable[Concatenate[Caller, Arguments], Result],
+) -> Callable[Concatenate[Caller, Arguments], Result]:
+    """Decorate a function so that it says what to do if memory runs out.
+
+    The advice depends on the window plan of the function's first argument.
+    """
 
     @functools.wraps(run)
-    def advised(cam: Explains, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+    def advised(cam: Caller, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return run(cam, *args, **kwargs)
         except OutOfMemoryError:

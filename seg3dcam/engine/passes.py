@@ -1,6 +1,7 @@
 """Passes over a volume, window by window: predict it, and look at its activations again.
 
-`FirstPass` is what the prediction leaves for all that follows; `gradients` has the backward passes.
+`FirstPass` holds the results of the prediction, on which all other passes build. The backward
+passes are in `gradients`.
 """
 
 from __future__ import annotations
@@ -12,32 +13,26 @@ from typing import Any
 
 import torch
 
-from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.memory import BatchLimit
 from seg3dcam.engine.seed import index_of
 from seg3dcam.errors import ModelError
 from seg3dcam.network.capture import Capture
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.outputs import tensors_in
+from seg3dcam.progress import Progress
 from seg3dcam.windows import Windows, stitched
-
-#: Called with (step, windows done, windows in all).
-Progress = Callable[[str, int, int], None]
 
 Activations = dict[LayerRef, torch.Tensor]
 
 
-def silent(step: str, done: int, total: int) -> None:
-    """Report no progress."""
-
-
 class ActivationCache:
-    """Activations of windows that later passes need again, kept while they fit.
+    """Activations of windows that later passes need again, kept as long as there is room.
 
     They lie on the scan's device, which is the CPU for a scan that is larger than the GPU.
 
     Args:
-        room: bytes that they may take in all.
+        room: the memory in bytes that all of them together may take.
         device: where they are kept.
     """
 
@@ -73,7 +68,7 @@ class ActivationCache:
 
 @dataclass
 class FirstPass:
-    """What the first pass leaves behind.
+    """The results of the first pass, on which all others build.
 
     Attributes:
         x: the input (B, C, *S).
@@ -95,11 +90,11 @@ class FirstPass:
     activations: Activations = field(default_factory=dict)
     cache: ActivationCache | None = None
     own: torch.Tensor | None = None
-    at_once: AtOnce = field(default_factory=lambda: AtOnce(1))
+    at_once: BatchLimit = field(default_factory=lambda: BatchLimit(1))
 
     @classmethod
     def of_first_window(
-        cls, capture: Capture, windows: Windows, x: torch.Tensor, at_once: AtOnce
+        cls, capture: Capture, windows: Windows, x: torch.Tensor, at_once: BatchLimit
     ) -> FirstPass:
         """Run the first item's first window as far as the layers, and nothing else.
 
@@ -126,7 +121,7 @@ class FirstPass:
 
     @cached_property
     def footprint(self) -> int:
-        """Bytes that one input takes in a forward pass in which no output is let go of."""
+        """Memory in bytes of one forward pass if all outputs are kept."""
         taken = 0
 
         def count(module: torch.nn.Module, args: object, output: object) -> None:
@@ -149,20 +144,21 @@ class FirstPass:
 
     def cut(self, items: Sequence[int], which: Sequence[int]) -> torch.Tensor:
         """Return windows of the input as the network takes them: (items x windows, C, *roi)."""
-        # A copy, as whatever is cut: a network may work in place on its input.
+        # `cut` copies, because a network may change its input in place.
         return self.capture.to_model(self.windows.cut(self.padded[list(items)], which))
 
     def place(self, window: int) -> tuple[Sequence[int], Sequence[int]]:
         """Return where a window's logits lie in those of the volume: start and size."""
         windows = self.windows
         if len(windows) == 1 and windows.padded_shape == windows.shape:
-            size = self.logits.shape[2:]  # of any resolution; a classifier's have no place at all
+            # The logits may have any resolution; those of a classifier have no spatial axes.
+            size = self.logits.shape[2:]
             return (0,) * len(size), size
         starts = zip(windows.starts[window], windows.before, strict=True)
         return [start - before for start, before in starts], windows.roi
 
     def release_graph(self) -> None:
-        """Let go of the graph, which takes memory, once no gradient of it is needed any more."""
+        """Free the memory of the graph, when no further gradient needs it."""
         self.graph = None
 
 
@@ -184,7 +180,7 @@ def predict(
     if len(windows) == 1:
         return _predict_in_one(capture, x, windows, graph, keep, progress)
     cache = ActivationCache(int(windows.plan.cache_gb * 1e9) if keep else 0, x.device)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     done = 0
 
     def predicted(batch: torch.Tensor) -> torch.Tensor:
@@ -211,7 +207,7 @@ def _predict_in_one(
 ) -> FirstPass:
     """Run the first pass of one window, which is the whole volume."""
     progress("predicting", 0, 1)
-    # Cloned: a network may work in place on its input, and that is the caller's.
+    # A copy: a network may change its input in place, and this one belongs to the caller.
     padded = capture.to_model(windows.pad(x).clone())
     output = capture.forward(padded) if graph else capture.observe(padded, copy=keep)
     if windows.padded_shape != windows.shape:
@@ -278,7 +274,7 @@ def predict_member(
     if len(windows) == 1 or keep or own:
         first = predict(capture, x, windows, graph=graph, keep=keep, progress=progress)
         return replace(first, logits=logits, own=first.logits)
-    at_once = AtOnce(windows.plan.sw_batch_size)
+    at_once = BatchLimit(windows.plan.sw_batch_size)
     first = FirstPass(capture, windows, x, logits, {}, at_once=at_once)
     capture.observe_layers(first.cut([0], [0]))
     return replace(first, shapes=capture.shapes)
@@ -319,8 +315,8 @@ def stitch(
     for window, part in zip(which, values.detach().to(total).chunk(len(which)), strict=True):
         start, size = first.place(window)
         if len(windows) > 1:
-            part = part * windows.importance.to(part)
-            part /= windows.cut(first.total_importance, [window])
+            part = part.clone()
+            windows.weigh_by_share(part, window, first.total_importance)
         low = [max(0, s) for s in start]
         high = [min(s + n, end) for s, n, end in zip(start, size, total.shape[2:], strict=True)]
         inside = total[slice(items[0], items[-1] + 1)]

@@ -1,4 +1,4 @@
-"""Maps by rescoring: how the score changes when the network sees less.
+"""Maps by rescoring: how the score changes if a part of the input or of a layer is missing.
 
 Score-CAM multiplies the input with each channel's map, Ablation-CAM sets each channel to zero. The
 network runs once per channel, through all windows that the target's region lies in.
@@ -12,15 +12,17 @@ from functools import cached_property
 
 import torch
 
-from seg3dcam import targets as score
 from seg3dcam.engine.layer_map import LayerMap, joined
 from seg3dcam.engine.maps import Maps
-from seg3dcam.engine.memory import AtOnce
-from seg3dcam.engine.passes import FirstPass, Progress, activation_pass, scored_alone, stitch, wide
+from seg3dcam.engine.memory import BatchLimit
+from seg3dcam.engine.passes import FirstPass, activation_pass, scored_alone, stitch, wide
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
 from seg3dcam.methods.base import for_each_item, weighted_sum
 from seg3dcam.methods.perturbation import Perturbation
 from seg3dcam.network.layers import LayerRef
+from seg3dcam.progress import Progress
+from seg3dcam.targets import fixed, region_of
+from seg3dcam.targets.base import as_own_target
 from seg3dcam.windows import Blend
 
 Target = Callable[[torch.Tensor], torch.Tensor]
@@ -39,9 +41,9 @@ def rescore_maps(
         grids: layer -> its grid in one window.
     """
     at_once = _at_once(first, formula.memory_gb)
-    summed = _is_sum(target)
-    target = score.fixed(target, first.logits)
-    regions = score.region_of(target, first.logits)
+    summed = as_own_target(target).is_sum
+    target = fixed(target, first.logits)
+    regions = region_of(target, first.logits)
     items = [
         _Item(
             first,
@@ -99,7 +101,7 @@ class _Item:
 
 
 class _ItemAtLayer:
-    """One item at one layer, and the logits of the network when channels are used or lost."""
+    """One item at one layer: the network's logits with only one channel, or without one."""
 
     def __init__(self, item: _Item, layer: LayerRef, grid: FeatureGrid) -> None:
         self.item, self.layer, self.grid = item, layer, grid
@@ -162,7 +164,7 @@ class _ItemAtLayer:
         return total
 
 
-#: What is done for a channel -> the logits that follow for some channels.
+#: Kind of change -> function that returns the logits for some channels.
 PERTURBED = {
     "masking": _ItemAtLayer.through_channels,
     "ablation": _ItemAtLayer.without_channels,
@@ -170,11 +172,12 @@ PERTURBED = {
 
 
 def _map(
-    here: _ItemAtLayer, formula: Perturbation, at_once: AtOnce, progress: Progress
+    here: _ItemAtLayer, formula: Perturbation, at_once: BatchLimit, progress: Progress
 ) -> LayerMap:
     """Return the map of one item at one layer."""
     item, perturbed = here.item, PERTURBED[formula.by]
-    # A softmax over sums of a thousand voxels would give all its weight to one channel.
+    # Sums over a thousand voxels differ so much that a softmax would give one channel all the
+    # weight. Means do not.
     voxels = 1.0
     if formula.by == "masking" and item.summed and item.region is not None:
         voxels = float(item.region.sum())
@@ -194,13 +197,6 @@ def _map(
     return LayerMap(values[:1], grid, here.grid, ceiling, here.precision)
 
 
-def _is_sum(target: Target) -> bool:
-    """Tell a score that is a sum over the voxels of its region from others, such as a Dice."""
-    if isinstance(target, score.WeightedSum):
-        return all(_is_sum(part) for _, part in target.parts)
-    return isinstance(target, score.SumOverRegion)
-
-
 def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
     """Scale each map (n, *S) to [0, 1]; a constant one becomes zeros."""
     flat = maps.flatten(1)
@@ -208,9 +204,9 @@ def _zero_to_one(maps: torch.Tensor) -> torch.Tensor:
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
-def _at_once(first: FirstPass, memory_gb: float) -> AtOnce:
+def _at_once(first: FirstPass, memory_gb: float) -> BatchLimit:
     """Return how many changed inputs fit in memory."""
     if first.capture.known.draws:  # a batch draws other random numbers than its items do
-        return AtOnce(1, "changed inputs", "memory_gb")
+        return BatchLimit(1, "changed inputs", "memory_gb")
     count = max(1, int(min(memory_gb * 1e9 / first.footprint, 1e9)))
-    return AtOnce(count, "changed inputs", "memory_gb")
+    return BatchLimit(count, "changed inputs", "memory_gb")

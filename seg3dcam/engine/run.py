@@ -17,8 +17,8 @@ from seg3dcam.engine.curvature import corrected_pass
 from seg3dcam.engine.full_gradients import full_gradient_map
 from seg3dcam.engine.gradients import gradient_pass
 from seg3dcam.engine.input_attributions import input_map
-from seg3dcam.engine.maps import Maps, attribute
-from seg3dcam.engine.passes import FirstPass, Progress
+from seg3dcam.engine.maps import Attribution, Maps
+from seg3dcam.engine.passes import FirstPass
 from seg3dcam.engine.rescoring import rescore_maps
 from seg3dcam.engine.seed import Seed
 from seg3dcam.geometry import FeatureGrid
@@ -28,6 +28,7 @@ from seg3dcam.methods.input_attributions import InputFormula
 from seg3dcam.methods.perturbation import Perturbation
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.progress import Progress
 from seg3dcam.targets import fixed, region_of, score_and_seed
 
 Target = Callable[[torch.Tensor], torch.Tensor]
@@ -90,7 +91,8 @@ def maps_of(
         route: [number for number, formula in enumerate(formulas) if formula.route == route]
         for route in ("gradients", "curvature")
     }
-    # These two need the graph of the first pass, which the others overwrite by running again.
+    # These two come first, since they need the graph of the first pass. The other methods run the
+    # network again, which overwrites the graph.
     passes = {
         "gradients": partial(gradient_pass, keep_graph=bool(on_route["curvature"])),
         "curvature": partial(corrected_pass, targets=[one.target for one in targets]),
@@ -99,7 +101,9 @@ def maps_of(
         if numbers:
             seeds = [one.seed for one in targets]
             chosen: list[Any] = [formulas[number] for number in numbers]
-            found = attribute(run.first, seeds, chosen, run.grids, passes[route], run.progress)
+            found = Attribution(
+                run.first, seeds, chosen, run.grids, passes[route], run.progress
+            ).maps()
             for column, number in enumerate(numbers):
                 columns[number] = [row[column] for row in found]
     run.first.release_graph()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
 
-import numpy as np
 import torch
 
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.engine.passes import Progress
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.placement import Placement
 from seg3dcam.explaining.provenance import (
@@ -28,17 +25,10 @@ from seg3dcam.explaining.provenance import (
 )
 from seg3dcam.geometry import spacing_of
 from seg3dcam.models.seg_model import SegModel
-from seg3dcam.targets import name_of, uses_truth
+from seg3dcam.progress import Progress
+from seg3dcam.targets import OwnTarget, region_of
+from seg3dcam.targets.base import as_own_target
 from seg3dcam.targets.combined import AnyTarget
-from seg3dcam.targets.regions import (
-    Component,
-    FixedComponent,
-    Predicted,
-    RegionKind,
-    Volume,
-    as_region,
-)
-from seg3dcam.targets.use import region_of
 
 #: Packages whose version may change a map.
 PACKAGES = ("seg3dcam", "torch", "monai", "nibabel")
@@ -46,7 +36,7 @@ PACKAGES = ("seg3dcam", "torch", "monai", "nibabel")
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """What all explanations of one scan by one network share, and how each one is put together.
+    """Puts together the explanations of one scan by one network, and holds what they share.
 
     Attributes:
         placement: where scan and network lie to each other.
@@ -63,37 +53,33 @@ class Assembly:
     report: Progress
 
     def explanation(self, target: AnyTarget, result: CamResult) -> Explanation:
-        """Bring one result to the scan's grid, with its words and its provenance.
+        """Return one result as an explanation on the scan's grid.
 
         Args:
             target: what was explained, with its masks on the network's grid.
             result: the maps of that target, for a batch of one.
         """
-        class_index = _class_of(target)
-        label = _label(self.model, class_index, target)
-        result = replace(
-            result,
-            affine=self.placement.affine,
-            target=_with_class_names(self.model, result.target),
-        )
+        own = as_own_target(target)
+        label = _label(self.model, own)
+        name = _with_class_names(self.model, result.target)
         return Explanation(
             scan=self.placement.scan,
             maps=self._maps_on_scan(result, label),
             status=result.status,
             prediction=self.prediction,
             class_names=[self.model.class_name(index) for index in range(len(self.prediction))],
-            target=result.target,
+            target=name,
             method=result.method,
-            class_index=class_index,
+            class_index=own.class_index,
             score=float(result.score[0]),
             native_spacing=result.native_spacing,
             label=label,
-            region=self._region_on_scan(target, result),
-            over_mask=_is_over_mask(target),
-            of_component=_is_component(target),
+            region=self._region_on_scan(target, result) if own.over_special_region else None,
+            over_mask=own.over_mask,
+            of_component=own.of_component,
             only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
             has_background=result.activation == "softmax" and len(self.prediction) > 1,
-            provenance=self._provenance(target, class_index, result).as_dict(),
+            provenance=self._provenance(own, name, result).as_dict(),
         )
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:
@@ -105,16 +91,13 @@ class Assembly:
         return maps
 
     def _region_on_scan(self, target: AnyTarget, result: CamResult) -> torch.Tensor | None:
-        """Return the target's voxels on the scan's grid; None for a class's mask or the volume."""
-        if isinstance(_region_kind(target), Predicted | Volume):
-            return None
+        """Return the target's voxels on the scan's grid; None if it does not tell them."""
         region = region_of(target, result.logits)
         return None if region is None else self.placement.region_to_scan(region[0])
 
-    def _provenance(
-        self, target: AnyTarget, class_index: int | None, result: CamResult
-    ) -> Provenance:
+    def _provenance(self, target: OwnTarget, name: str, result: CamResult) -> Provenance:
         """Return everything that is needed to make the maps again."""
+        class_index = target.class_index
         place, voxels = self.placement, result.region_voxels
         spacing = result.native_spacing
         return Provenance(
@@ -126,11 +109,11 @@ class Assembly:
             prepared=InputRecord(shape=place.shape, affine=place.affine),
             model=self._model_record(result),
             target=TargetRecord(
-                name=result.target,
+                name=name,
                 class_=None if class_index is None else self.model.class_name(class_index),
                 class_index=class_index,
                 region_voxels=None if voxels is None else int(voxels[0]),
-                uses_truth=uses_truth(target),
+                uses_truth=target.uses_truth,
                 score=float(result.score[0]),
             ),
             method=MethodRecord(name=result.method, settings=result.settings),
@@ -183,22 +166,15 @@ def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord
 # ------------------------------------------------------------------------------- words of a target
 
 
-def _class_of(target: AnyTarget) -> int | None:
-    """Return the class that a target is about, None for a target of the user's own."""
-    index = getattr(target, "index", None)
-    return int(index) if isinstance(index, int | np.integer) else None
-
-
-def _label(model: SegModel, index: int | None, target: AnyTarget) -> str:
+def _label(model: SegModel, target: OwnTarget) -> str:
     """Return class and region in a few words, such as "lesion component 0"."""
-    if index is None:
-        return name_of(target)
-    against = getattr(target, "against", None)
-    region: Any = getattr(target, "region", "predicted")
-    over = "" if isinstance(region, str) and region == "predicted" else as_region(region).name
+    if target.class_index is None:
+        return target.name
+    other, region = target.other_class_index, target.region_kind
+    over = "" if region is None or target.over_mask else region.name
     words = [
-        model.class_name(index),
-        "" if against is None else f"against {model.class_name(against)}",
+        model.class_name(target.class_index),
+        "" if other is None else f"against {model.class_name(other)}",
         over.removeprefix("the ").removesuffix(" of the predicted mask"),
     ]
     return " ".join(word for word in words if word)
@@ -207,21 +183,3 @@ def _label(model: SegModel, index: int | None, target: AnyTarget) -> str:
 def _with_class_names(model: SegModel, target: str) -> str:
     """Return a target's name with "class 2" replaced by the class's name, "lesion"."""
     return re.sub(r"\bclass (\d+)", lambda found: model.class_name(int(found[1])), target)
-
-
-def _region_kind(target: AnyTarget) -> RegionKind:
-    """Return the region that a target's score sums over; without one, the predicted mask."""
-    region: Any = getattr(target, "region", "predicted")
-    return as_region(region)
-
-
-def _is_component(target: AnyTarget) -> bool:
-    """Tell whether a target's region is one connected component of the predicted mask."""
-    region = _region_kind(target)
-    return isinstance(getattr(region, "origin", region), Component | FixedComponent)
-
-
-def _is_over_mask(target: AnyTarget) -> bool:
-    """Tell whether a target's score sums over the predicted mask of its class."""
-    region: Any = getattr(target, "region", None)
-    return region is not None and isinstance(as_region(region), Predicted)

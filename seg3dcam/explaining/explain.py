@@ -15,17 +15,18 @@ import numpy as np
 import torch
 
 from seg3dcam.cams.base import BaseCAM
-from seg3dcam.cams.calls import each_by
+from seg3dcam.cams.calls import explain_targets
 from seg3dcam.cams.catalogue import ALL_METHODS
-from seg3dcam.engine.passes import Progress, check_resolution, silent
+from seg3dcam.engine.passes import check_resolution
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
 from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.placement import place_scan
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily, as_targets, placed
+from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily
 from seg3dcam.targets.combined import AnyTarget
 
 #: What may be given as a target: a class name or index, a target, or a family of targets.
@@ -111,7 +112,6 @@ def explain_each(
     targets = _listed(targets)
     report = progress or silent
     placement = place_scan(load_scan(scan), model, report)
-    x = placement.network_input
     cams = [
         kind(
             model.module,
@@ -124,27 +124,24 @@ def explain_each(
         )
         for kind in kinds
     ]
-    chosen: list[AnyTarget] = []
 
-    def choose(logits: torch.Tensor) -> list[AnyTarget]:
+    def check(logits: torch.Tensor) -> None:
         model.check_logits(logits)
-        check_resolution(logits, x.shape[2:])
-        expanded = as_targets(_named_targets(model, targets), logits, model.activation)
-        # A call that begins again, since draws were found out late, evaluates the targets again.
-        chosen[:] = [placed(target, placement.mask_to_network) for target in expanded]
-        if not chosen:
-            raise TargetError("the targets stand for none at this prediction: there is no target")
-        return chosen
+        check_resolution(logits, placement.shape)
 
-    table = each_by(cams, x, choose)
-    report("resampling the prediction", 0, 1)
-    prediction = placement.prediction_on_scan(model, table[0][0], report)
-    assembly = Assembly(placement, model, prediction, model.fingerprint(), report)
-    return (
-        assembly.explanation(target, result)
-        for target, row in zip(chosen, table, strict=True)
-        for result in row
+    rows = explain_targets(
+        cams,
+        placement.network_input,
+        _named_targets(model, targets),
+        check=check,
+        move=placement.mask_to_network,
     )
+    if not rows:
+        raise TargetError("the targets stand for none at this prediction: there is no target")
+    report("resampling the prediction", 0, 1)
+    prediction = placement.prediction_on_scan(model, rows[0].results[0], report)
+    assembly = Assembly(placement, model, prediction, model.fingerprint(), report)
+    return (assembly.explanation(row.target, result) for row in rows for result in row.results)
 
 
 def target_of_class(model: SegModel, name: str | int | np.integer) -> ClassLogOdds:

@@ -12,16 +12,8 @@ import numpy as np
 import torch
 
 from seg3dcam.checks import checked_index
-from seg3dcam.engine.layer_map import (
-    ALL_AGAINST,
-    NO_HEAT,
-    Evidence,
-    Scale,
-    Status,
-    display_range,
-    scaled,
-    shown_part,
-)
+from seg3dcam.engine.evidence import Evidence, scaled, shown_part
+from seg3dcam.engine.scales import ALL_AGAINST, NO_HEAT, Scale, Status, display_range
 from seg3dcam.errors import InputError, TargetError
 from seg3dcam.explaining.provenance import Provenance
 from seg3dcam.files.writers.nifti import write_nifti

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from seg3dcam.cams.feature_maps import FeatureMaps, feature_maps
-from seg3dcam.engine.passes import Progress, silent
 from seg3dcam.explaining.explain import target_of_class
 from seg3dcam.explaining.placement import place_scan
 from seg3dcam.geometry import anatomical_axis
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
-from seg3dcam.targets import as_target, placed
+from seg3dcam.targets import placed
 
 
 def features_of_scan(
@@ -52,8 +52,6 @@ def features_of_scan(
         >>> features_of_scan(scan, model, "0", index=2).values.shape
         (2, 7, 8)
     """
-    from monai.data import MetaTensor
-
     placement = place_scan(load_scan(scan), model, progress or silent)
     if isinstance(axis, str):
         axis = anatomical_axis(placement.affine, axis)  # type: ignore[arg-type]
@@ -62,10 +60,10 @@ def features_of_scan(
         target = target_of_class(model, target)
         class_index = target.index
     if target is not None:
-        target = placed(as_target(target, model.activation), placement.mask_to_network)
+        target = placed(target, placement.mask_to_network)
     found = feature_maps(
         model.module,
-        MetaTensor(placement.network_input, affine=placement.affine),
+        placement.network_input,
         layer,
         sliding_window=model.window,
         target=target,

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world
+from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world, voxel_ml
 
 __all__ = ["Peak", "find_peaks", "find_signed_peaks", "findings"]
 
@@ -126,14 +126,14 @@ def findings(
     names = list(explanation.maps) if layer is None else [layer]
     resolution = min((explanation.native_spacing[name] for name in names), key=math.prod)
     peaks = find_peaks(volume, affine, above=0.2) if not explanation.notice(layer) else []
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    ml = voxel_ml(affine)
     cell_ml = math.prod(resolution) / 1000
     predicted, true = _count(prediction), _count(truth)
     found: dict[str, Any] = {
         "predicted_voxels": predicted,
-        "predicted_ml": None if predicted is None else predicted * voxel_ml,
+        "predicted_ml": None if predicted is None else predicted * ml,
         "truth_voxels": true,
-        "truth_ml": None if true is None else true * voxel_ml,
+        "truth_ml": None if true is None else true * ml,
         "dice": _dice(prediction, truth) if _is_whole(explanation) else None,
         "peak_voxel": peaks[0].voxel if peaks else None,
         "peak_mm": peaks[0].mm if peaks else None,
@@ -173,12 +173,12 @@ def _highest_voxel(
 
 
 def _is_whole(explanation: Explanation) -> bool:
-    """Tell whether a whole mask or lesion is measured, which a Dice can compare with the truth."""
+    """Tell whether a whole mask or a whole lesion is measured, so that a Dice makes sense."""
     return explanation.region is None or explanation.of_component
 
 
 def _truth_of(explanation: Explanation) -> torch.Tensor | None:
-    """Return the truth of what is measured: for a region, the whole parts of it that touch it."""
+    """Return the truth to compare with: for a region, the connected parts that touch it."""
     truth, region = explanation.truth, explanation.region
     if truth is None or region is None:
         return truth
@@ -269,10 +269,12 @@ def _warnings(
 
 
 def _outside(explanation: Explanation, found: dict[str, Any], volume: torch.Tensor) -> str:
-    """Say that the CAM lies outside of the explained region, if that is large enough to hold it."""
+    """Say that the CAM lies outside of the explained region.
+
+    Say nothing if the region is smaller than a voxel of the layer, which cannot resolve it.
+    """
     region = explanation.explained
-    voxel_ml = abs(float(np.linalg.det(explanation.affine[:3, :3]))) / 1000
-    size = (_count(region) or 0) * voxel_ml
+    size = (_count(region) or 0) * voxel_ml(explanation.affine)
     if not 0 < size >= found["cell_ml"]:
         return ""
     heat = volume.numpy()

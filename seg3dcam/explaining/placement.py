@@ -12,10 +12,10 @@ import torch
 from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.engine.passes import Progress
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import ras_affine, resample, resample_labels
 from seg3dcam.models.seg_model import SegModel
+from seg3dcam.progress import Progress
 from seg3dcam.scan import Scan
 from seg3dcam.targets.ground_truth import check_on_grid
 
@@ -39,9 +39,11 @@ class Placement:
     prepared: MetaTensor
 
     @property
-    def network_input(self) -> torch.Tensor:
-        """The prepared scan as a batch of one, (1, C, *S)."""
-        return self.prepared.as_tensor()[None].contiguous()
+    def network_input(self) -> MetaTensor:
+        """The prepared scan as a batch of one, (1, C, *S), with the affine of its voxels."""
+        from monai.data import MetaTensor
+
+        return MetaTensor(self.prepared.as_tensor()[None].contiguous(), affine=self.affine)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""What an explanation came from: the scan, the network, the target, the method and the layers.
+"""What an explanation was made from: the scan, the network, the target, the method and the layers.
 
-`explain` fills in a `Provenance`; `Explanation.provenance` and `case.json` hold it as a dictionary,
-and `Explanation.origin` reads that dictionary back into the same types.
+`explain` fills in a `Provenance`. `Explanation.provenance` and `case.json` hold it as a dictionary,
+to which a user may add anything. `Explanation.origin` reads the known entries of the dictionary
+back into the types of this file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Provenance(Part):
 
 
 def _written(value: Any) -> Any:
-    """Return records as dictionaries, however deep they lie; other values stay what they are."""
+    """Return a value in which all records, at any depth, are replaced by dictionaries."""
     if isinstance(value, Part):
         return value.as_dict()
     if isinstance(value, Mapping):
@@ -189,8 +190,8 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _read(kind: type[_T], written: Mapping[str, Any] | None) -> _T:
-    """Return a record with the fields that are known; other keys are left out."""
+def _read(kind: type[T], written: Mapping[str, Any] | None) -> T:
+    """Return a record of a dictionary's known keys; other keys are ignored."""
     known = {part.name.rstrip("_"): part.name for part in fields(kind)}  # type: ignore[arg-type]
     found = {known[key]: value for key, value in (written or {}).items() if key in known}
     return kind(**found)

@@ -1,4 +1,4 @@
-"""Results for other programs: one writer, one file."""
+"""Write results for other programs, each format in a module of its own."""
 
 from seg3dcam.export.fused import write_fused
 from seg3dcam.export.slicer import save_scene

@@ -1,24 +1,23 @@
-"""Explanations as DICOM objects of the patient's own study, beside the series they explain.
+"""Write explanations as DICOM objects in the patient's own study, beside the explained series.
 
     save_dicom("dicom", explanations, Look(window="lung"))
 
 <name>_pictures/0001.dcm ..    Secondary Capture: slices in colour, for every viewer
-<name>_map.dcm                 Parametric Map: the CAM itself, 0 to 1, float32; signed -1 to 1
-<name>_segments.dcm            Segmentation: the prediction, and the CAM from the threshold on
+<name>_map.dcm                 Parametric Map: the CAM in float32, 0 to 1, or -1 to 1 if signed
+<name>_segments.dcm            Segmentation: the prediction, and the CAM above the threshold
 
 All of them lie in the frame of reference of the source series and name its slices, so that a viewer
-can link them; frames are found by their position. Pictures are not compressed, since that is what
-every viewer takes: about 1.1 MB for a slice of 512 x 512.
+can link them. A viewer finds the frames by their positions. Pictures are not compressed, since
+every viewer can read them then; a slice of 512 x 512 takes about 1.1 MB.
 
-UIDs are made of the content: a second run with the same result gives the same objects, which an
-archive has already; another result gets other UIDs, since an archive keeps the first object of a
-UID whatever comes later.
+UIDs follow from the content. A second run with the same result gives the same objects, which the
+archive has already. Another result gets other UIDs, since an archive ignores an object whose UID it
+knows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.errors import Seg3dcamWarning
+from seg3dcam.errors import tell
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.export.dicom_picture import (
     CAUTION,
@@ -53,14 +52,15 @@ from seg3dcam.export.dicom_source import (
 )
 from seg3dcam.files import unique_names
 from seg3dcam.review.look import Look
+from seg3dcam.review.writing import write_all
 
 __all__ = ["DicomExport", "save_dicom"]
 
 _NAME = "seg3dcam"
-#: The letters of a picture's edges in DICOM: along R, A and S, for less and for more.
+#: DICOM's letters for the patient's sides, at the negative and positive ends of R, A and S.
 _SIDES = (("L", "R"), ("P", "A"), ("F", "H"))
 
-#: Series numbers stay below it: DICOM's whole numbers have 32 bits.
+#: Series numbers stay below this, since whole numbers in DICOM have 32 bits.
 _MOST = 2_000_000_000
 
 Frames = NDArray[np.float32]
@@ -76,39 +76,39 @@ def save_dicom(
 ) -> list[Path]:
     """Write explanations of a DICOM series as Secondary Capture, Parametric Map and Segmentation.
 
-    Of several layers the mean is written, as `Explanation.volume` gives it. Where there is no heat
-    the pictures say so in words, and the segmentation holds the prediction alone; a map of NaN or
-    infinite values is not written. An empty region is no segment, and without a segment there is no
-    segmentation.
+    If there are several layers, their mean is written, as given by `Explanation.volume`. If there
+    is no heat, the pictures say so in words, and the segmentation holds only the prediction. A map
+    of NaN or infinite values is not written. An empty region gives no segment, and without any
+    segment no segmentation is written.
 
     Args:
-        folder: is created if it is missing.
-        explanations: one or several.
-        look: window, threshold, opacity and colours of the pictures; the threshold also of the
-            segment.
+        folder: created if it is missing.
+        explanations: one or several explanations.
+        look: window, threshold, opacity and colours of the pictures. The threshold is also that of
+            the segment.
         case: the scan's name in the pictures.
 
     Returns:
         The files.
 
     Raises:
-        ConfigError: the scan was not loaded from a DICOM series, or not left as it was.
+        ConfigError: the scan was not loaded from a DICOM series, or was changed afterwards.
         MissingExtraError: highdicom is not installed.
         OutputError: the folder cannot be written.
 
-    Warns (`Seg3dcamWarning`) where a map or a segmentation is not written.
+    Warns (`Seg3dcamWarning`) if a map or a segmentation is not written.
     """
-    export = DicomExport(folder, look, case)
-    listed = [explanations] if isinstance(explanations, Explanation) else explanations
     names: list[str] = []
-    for explanation in listed:
+
+    def file_name(explanation: Explanation) -> str:
         names.append(explanation.label)
-        export.add(explanation, unique_names(names)[-1])
-    return export.finish()
+        return unique_names(names)[-1]
+
+    return write_all(DicomExport(folder, look, case), explanations, file_name)
 
 
 class DicomExport:
-    """DICOM objects, written one explanation at a time; arguments are those of `save_dicom`."""
+    """Writes DICOM objects one explanation at a time; arguments are those of `save_dicom`."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class DicomExport:
         self._files: list[Path] = []
 
     def add(self, explanation: Explanation, name: str) -> None:
-        """Write the objects of one explanation; `name` is for file names."""
+        """Write the objects of one explanation; `name` becomes part of the file names."""
         check_installed()
         headers = checked_series(explanation)
         heat = _as_frames(explanation.volume(scale=self._look.scale).float().numpy())
@@ -132,7 +132,7 @@ class DicomExport:
         self._files += _write_pictures(plan, heat, masks, self._folder / f"{name}_pictures")
         self._files += _write_map(plan, heat, self._folder / f"{name}_map.dcm")
         segments = _segments(plan, heat, masks)
-        del heat, masks  # what comes next takes the most memory
+        del heat, masks  # the next step needs the most memory
         self._files += _write_segments(plan, segments, self._folder / f"{name}_segments.dcm")
         self._count += 1
 
@@ -146,9 +146,10 @@ class DicomExport:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What the objects of one explanation share.
+    """What all objects of one explanation share.
 
-    `content` is a hash of what they show; `names_patient`: so does the case's name in the pictures.
+    `content` is a hash of everything that they show. `names_patient` tells whether the case's name,
+    which is in the pictures, contains the patient's name.
     """
 
     explanation: Explanation
@@ -162,7 +163,7 @@ class _Plan:
 
     @property
     def words(self) -> str:
-        """What is shown, and why there is no heat if there is none."""
+        """What is shown, and if there is no heat, the reason."""
         notice = self.explanation.notice(scale=self.look.scale)
         shown = ", ".join(shown_words(self.explanation, self.look))
         return f"{shown}; {notice}" if notice else shown
@@ -177,7 +178,7 @@ class _Plan:
         return make_uid(self.content, *parts)
 
     def identity(self, kind: str, number: int) -> dict[str, Any]:
-        """Return what highdicom asks of the one object of a series."""
+        """Return the arguments of highdicom that identify the only object of a series."""
         return {
             "series_instance_uid": self.uid(kind),
             "sop_instance_uid": self.uid(kind, 0),
@@ -206,7 +207,7 @@ def _plan(
     digest = hashlib.sha256(heat.data)
     for mask in masks.values():
         digest.update(mask.data)
-    digest.update(picture.blank.data)  # all the words
+    digest.update(picture.blank.data)  # with all the words in it
     shown = (headers[0].SeriesInstanceUID, version(_NAME), look, list(masks), explanation.target)
     digest.update(repr(shown).encode())
     return _Plan(
@@ -275,7 +276,7 @@ def _capture(plan: _Plan, picture: NDArray[np.uint8], k: int) -> Any:
 
 
 def _place(plan: _Plan, image: Any, header: Any) -> None:
-    """Say where a picture lies: its first pixel is in the margin, outside of the slice."""
+    """Set the place of a picture, whose first pixel is in the margin, outside of the slice."""
     position = np.array(header.ImagePositionPatient, np.float64)
     right, down = np.array(header.ImageOrientationPatient, np.float64).reshape(2, 3)
     down_mm, right_mm = (float(step) for step in header.PixelSpacing)
@@ -293,9 +294,9 @@ def _place(plan: _Plan, image: Any, header: Any) -> None:
 
 
 def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
-    """Write the CAM itself, unless it is not finite."""
+    """Write the CAM itself, unless it holds values that are not finite."""
     if "nonfinite" in plan.explanation.status.values():
-        _warn(f"no DICOM Parametric Map was written: {plan.explanation.notice()}")
+        tell(f"no DICOM Parametric Map was written: {plan.explanation.notice()}")
         return []
     from highdicom import VOILUTTransformation
     from highdicom.pm import ParametricMap, RealWorldValueMapping
@@ -332,7 +333,7 @@ def _write_map(plan: _Plan, heat: Frames, path: Path) -> list[Path]:
 
 
 def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.bool_]]:
-    """Return what is not empty: the prediction or explained region, and the CAM."""
+    """Return the segments that are not empty: prediction or explained region, and CAM."""
     found = {name: mask for name, mask in masks.items() if name != "truth"}
     if not plan.explanation.notice(scale=plan.look.scale):
         found["CAM"] = (heat >= plan.look.threshold) & (heat > 0)
@@ -340,9 +341,9 @@ def _segments(plan: _Plan, heat: Frames, masks: Masks) -> dict[str, NDArray[np.b
 
 
 def _write_segments(plan: _Plan, segments: Masks, path: Path) -> list[Path]:
-    """Write the slices that hold a segment."""
+    """Write the segmentation of those slices that hold a segment."""
     if not segments:
-        _warn(
+        tell(
             "no DICOM Segmentation was written: the prediction is empty, and no CAM reaches the "
             "threshold"
         )
@@ -365,7 +366,7 @@ def _write_segments(plan: _Plan, segments: Masks, path: Path) -> list[Path]:
 
 
 def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
-    """Say what each segment is and what made it."""
+    """Describe what each segment shows and which algorithm made it."""
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.seg import SegmentDescription
     from pydicom.sr.codedict import codes
@@ -401,7 +402,3 @@ def _described(plan: _Plan, names: Sequence[str]) -> list[Any]:
         )
         found.append(described)
     return found
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, Seg3dcamWarning, stacklevel=4)

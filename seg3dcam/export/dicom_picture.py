@@ -1,8 +1,8 @@
-"""Slices as any DICOM viewer shows them: scan, heat and outlines in colour, words in the margins.
+"""Draw slices for DICOM viewers: scan, heat and outlines in colour, with words in the margins.
 
-`plan_picture` decides once for a series what all slices share; `draw_picture` fills in a slice.
-A picture keeps the rows and columns of its source slice, enlarged by a whole number where they are
-few, so its place in the patient is exact. Letters and words stand in black margins.
+`plan_picture` prepares once what all slices of a series share, and `draw_picture` adds one slice. A
+picture keeps the rows and columns of its slice. Small slices are enlarged by a whole number, so the
+place in the patient stays exact. Letters and words stand in black margins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.review.look import GreyWindow, Look, choose_window
 from seg3dcam.review.pictures.display import OPPOSITE, Letters, Size
 from seg3dcam.review.pictures.draw import (
     Palette,
@@ -43,7 +43,7 @@ from seg3dcam.review.pictures.text import (
     wrap_items,
 )
 
-#: A slice with fewer pixels along its longer side is enlarged: words would be too wide for it.
+#: A slice with fewer pixels along its longer side is enlarged, to make room for the words.
 SMALLEST_SIDE = 400
 
 CAUTION = "CAM, research use only, not for diagnosis"
@@ -55,11 +55,11 @@ class PicturePlan:
     """What all pictures of a series share.
 
     Attributes:
-        rows, columns: of the source slices.
-        zoom: pixels of the picture for one of the source, along each side.
-        blank: a picture without its slice, (height, width, 3) in OpenCV's order.
-        letters: the patient's sides at the edges.
-        look, window, palette: how it is drawn.
+        rows, columns: size of the source slices.
+        zoom: how many pixels of the picture show one pixel of the source along each side.
+        blank: a picture without its slice, (height, width, 3), in OpenCV's order of colours.
+        letters: the sides of the patient at the edges.
+        look, window, palette: how scan and heat are drawn.
     """
 
     rows: int
@@ -68,19 +68,19 @@ class PicturePlan:
     blank: Picture
     letters: Letters
     look: Look
-    window: Window
+    window: GreyWindow
     palette: Palette
 
     @property
     def corner(self) -> tuple[float, float]:
-        """The source's (column, row) at the centre of the picture's first pixel: outside of it."""
-        # Enlarged 2 times, the first part of a source pixel lies 1/4 to the left of its centre.
+        """Position of the picture's first pixel as (column, row) of the source, outside of it."""
+        # If pixels are enlarged 2 times, the first half of one lies 1/4 to the left of its centre.
         outside = -(MARGIN + (self.zoom - 1) / 2) / self.zoom
         return outside, outside
 
 
 def plan_picture(explanation: Explanation, look: Look, case: str) -> PicturePlan:
-    """Choose size, window and words; the array's axes are columns, rows and slices."""
+    """Plan the pictures of an explanation, whose arrays have the axes columns, rows, slices."""
     columns, rows, _ = explanation.scan.shape
     zoom = max(1, math.ceil(SMALLEST_SIDE / max(rows, columns)))
     letters = _edge_letters(explanation.affine)
@@ -108,8 +108,9 @@ def draw_picture(
     """Draw one slice, (height, width, 3) uint8 in the order red, green, blue.
 
     Args:
-        scan, heat, masks: (rows, columns); masks by a name of `review.draw.LINES`.
-        title: which slice it is, above it at the left.
+        scan, heat: (rows, columns).
+        masks: name in `review.pictures.draw.LINES` -> mask (rows, columns).
+        title: words above the slice, at the left, which say which slice it is.
     """
     height, width = plan.rows * plan.zoom, plan.columns * plan.zoom
     size = Size(height, width, 1.0)
@@ -135,12 +136,12 @@ def _blank(
     explanation: Explanation,
     look: Look,
     case: str,
-    window: Window,
+    window: GreyWindow,
     palette: Palette,
     letters: Letters,
     zoom: int,
 ) -> Picture:
-    """Draw everything but the slice: letters beside it, words below it."""
+    """Draw everything except the slice: the letters beside it and the words below it."""
     columns, rows, _ = explanation.scan.shape
     height, width = rows * zoom + 2 * MARGIN, columns * zoom + 2 * MARGIN
     frame = np.zeros((height, width, 3), np.uint8)
@@ -168,7 +169,7 @@ def _blank(
 
 
 def _colour_bar(palette: Palette, width: int) -> Picture:
-    """Draw the colours of all values in one line; what is not shown stays black."""
+    """Draw a horizontal colour bar; values that are not shown stay black."""
     look = palette.look
     first, last = ("against -1", "1 for, relative") if look.signed else ("0", "1   relative")
     line = text_block([first], width)
@@ -184,13 +185,13 @@ def _colour_bar(palette: Palette, width: int) -> Picture:
 
 
 def shown_words(explanation: Explanation, look: Look) -> list[str]:
-    """Return class, layer and method, and which layers are left out of the mean."""
+    """Return class, layer, method, the layers that the mean leaves out, and a caution if any."""
     words = [
         explanation.label or explanation.class_name,
         explanation.layer_name(),
         explanation.method,
     ]
-    if explanation.notice(scale=look.scale):  # which leaves nothing to say of the map
+    if explanation.notice(scale=look.scale):  # then nothing more is to be said about the map
         return words
     if silent := explanation.left_out(scale=look.scale):
         words.append(f"without {', '.join(silent)}, whose map is not usable")
@@ -200,6 +201,6 @@ def shown_words(explanation: Explanation, look: Look) -> list[str]:
 
 
 def masks_of(explanation: Explanation) -> dict[str, NDArray[np.bool_]]:
-    """Return truth, and prediction or explained region, (columns, rows, slices), where known."""
+    """Return truth, and prediction or explained region, if known: (columns, rows, slices)."""
     masks = {"truth": explanation.truth, explanation.measured_as: explanation.measured}
     return {name: mask.numpy() for name, mask in masks.items() if mask is not None}

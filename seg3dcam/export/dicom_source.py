@@ -1,7 +1,8 @@
-"""The series that DICOM objects are made of: what is asked of it, and what is carried over.
+"""The source series of DICOM objects: which elements are required, and which are copied.
 
-Values of a real or anonymised header may be unusual or missing. So highdicom is shown copies of the
-headers that hold only what it needs, and patient and study are then copied as they are.
+In real or anonymised headers, values may be unusual or missing. So highdicom gets copies of the
+headers with only those elements that it needs. The elements about patient and study are copied
+afterwards, as they are.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from seg3dcam.review.pictures.text import clean_text
 
 _UTF8 = "ISO_IR 192"
 
-#: Without these nothing can refer to a slice.
+#: Elements without which nothing can refer to a slice.
 _NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 
-#: Patient, study and part of the body.
+#: Elements about the patient, the study and the part of the body, which are copied.
 _CARRIED = (
     "PatientName",
     "PatientID",
@@ -54,9 +55,9 @@ _CARRIED = (
     "BodyPartExamined",
     "Laterality",
 )
-#: What highdicom reads of every slice.
+#: Elements of a slice that highdicom reads.
 _OF_SLICE = (*_NEEDED, "Modality", "Rows", "Columns", "ImagePositionPatient")
-#: What it must find, but is carried over later.
+#: Elements that highdicom requires; they are copied from the source later.
 _OF_PATIENT = (
     "PatientID",
     "PatientName",
@@ -70,7 +71,7 @@ _OF_PATIENT = (
 
 
 def checked_series(explanation: Explanation) -> Sequence[Any]:
-    """Return the source's headers, one per slice; ConfigError where nothing can refer to them."""
+    """Return the headers of the slices; raise ConfigError if nothing can refer to them."""
     headers, shape = explanation.scan.series, tuple(explanation.scan.shape)
     if headers is None:
         raise ConfigError(
@@ -94,7 +95,7 @@ def checked_series(explanation: Explanation) -> Sequence[Any]:
 
 
 def references(headers: Sequence[Any], step_mm: float) -> list[Any]:
-    """Return what highdicom needs of each slice, and nothing else of it."""
+    """Return, for each slice, a header with nothing but the elements that highdicom needs."""
     from pydicom.dataset import Dataset
 
     first = headers[0]
@@ -124,7 +125,7 @@ def names_patient(text: str, header: Any) -> bool:
 
 
 def source_item(header: Any) -> Any:
-    """Return the item of a Source Image Sequence that names a slice."""
+    """Return an item of a Source Image Sequence that refers to a slice."""
     from highdicom.sr import CodedConcept
     from pydicom.dataset import Dataset
     from pydicom.sr.codedict import codes
@@ -138,22 +139,22 @@ def source_item(header: Any) -> Any:
 
 
 def save_object(image: Any, header: Any, path: Path) -> Path:
-    """Write an object with the patient and the study of a source header, in UTF-8."""
+    """Write an object, in UTF-8, with the elements of patient and study of a source header."""
     image.SpecificCharacterSet = _UTF8
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a value that pydicom finds odd is carried over as it is
+        warnings.simplefilter("ignore")  # values that pydicom finds unusual are copied, too
         for name in _CARRIED:
             if name in header:
                 image[name] = _copy(header[name])
     if image.Modality != "SEG" and not ("BodyPartExamined" in image or "Laterality" in image):
-        image.Laterality = ""  # unknown, as is whether the part of the body is one of a pair
+        image.Laterality = ""  # not known
     with atomic(path) as temporary:
         image.save_as(temporary, enforce_file_format=True)
     return path
 
 
 def _copy(element: Any) -> Any:
-    """Return an element without the bytes that it was read from, which may not be UTF-8."""
+    """Return a copy of an element without the bytes of the file, which may not be UTF-8."""
     from pydicom import config
     from pydicom.dataelem import DataElement
 
@@ -165,7 +166,7 @@ def _copy(element: Any) -> Any:
 
 
 def make_uid(*parts: object) -> str:
-    """Return a UID made of a UUID; the same parts give the same one.
+    """Return a UID made from a UUID; the same parts always give the same UID.
 
     >>> make_uid("a", 1) == make_uid("a", 1) != make_uid("a", 2)
     True
@@ -174,9 +175,9 @@ def make_uid(*parts: object) -> str:
 
 
 def one_line(text: str, length: int = 64) -> str:
-    r"""Make a text one that DICOM takes: one line, no backslash, at most `length` bytes of UTF-8.
+    r"""Make a text legal in DICOM: one line, no backslash, at most `length` bytes of UTF-8.
 
-    The standard counts characters, many programs bytes.
+    The standard counts characters, but many programs count bytes.
 
     >>> one_line("left\\right\nkidney"), one_line("a long name", 9)
     ('left/right kidney', 'a long…')
@@ -188,14 +189,14 @@ def one_line(text: str, length: int = 64) -> str:
 
 
 def decimals(values: Iterable[float]) -> list[Any]:
-    """Return numbers as DICOM writes them, with all the digits that fit into 16 characters."""
+    """Return numbers as DICOM's decimal strings, with as many digits as 16 characters allow."""
     from pydicom.valuerep import DS
 
     return [DS(float(value), auto_format=True) for value in values]
 
 
 def check_installed() -> None:
-    """Raise MissingExtraError where highdicom is not installed."""
+    """Raise MissingExtraError if highdicom is not installed."""
     try:
         import highdicom  # noqa: F401
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Scan and CAM blended into one picture volume, for viewers that cannot lay one over the other.
+"""Blend scan and CAM into one volume of colours, for viewers that cannot overlay two volumes.
 
     write_fused("fused.nii.gz", explanation)
 
-The values of both are lost in it: it is for looking at, and nothing can be measured in it.
+The values of both are lost, so it is meant for viewing and not for measuring.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def write_fused(
     look: Look = Look(),  # noqa: B008 (frozen)
     layer: str | None = None,
 ) -> Path:
-    """Write scan and CAM as they look, in colour: an RGB24 `.nii` or `.nii.gz` on the scan's grid.
+    """Write the scan with the CAM over it in colours, as RGB24 in a `.nii` or `.nii.gz`.
 
-    Grey by the look's window; over it the CAM in the look's colours, see `Look.alpha`. Of a scan
-    with several channels the first is shown. A CAM without heat (`Explanation.notice`) leaves the
-    scan grey.
+    The scan is grey, in the look's window. The CAM has the look's colours and opacity, see
+    `Look.alpha`. The grid is that of the scan, of which the first channel is shown. A CAM without
+    heat (`Explanation.notice`) leaves the scan grey.
 
     Args:
-        path: ends in .nii or .nii.gz.
+        path: the file, ending in .nii or .nii.gz.
         explanation: what `explain` returns.
         look: window, threshold, opacity and colours.
-        layer: one layer's name; None averages all.
+        layer: name of a layer; None averages all layers.
 
     Raises:
-        OutputError: another suffix, a place that cannot be written.
-        InputError: no such layer.
+        OutputError: the path has another suffix, or the file cannot be written.
+        InputError: there is no such layer.
     """
     path, scan = as_path(path), explanation.scan
     header = placed_header(path, scan.shape, RGB, explanation.affine, scan.header)
@@ -66,16 +66,16 @@ def blended(
     look: Look,
     table: npt.NDArray[np.floating],
 ) -> npt.NDArray[np.uint8]:
-    """Lay heat over grey.
+    """Draw heat over grey values.
 
     Args:
-        level: grey in 0..255, (*S).
-        cam: (*S) in [0, 1], of a signed look in [-1, 1].
-        look: gives the heat's opacity.
-        table: (256, 3), the heat's colours.
+        level: (*S), grey values in 0..255.
+        cam: (*S) in [0, 1], or in [-1, 1] for a signed look.
+        look: gives threshold and opacity.
+        table: (256, 3), the colours of the heat.
 
     Returns:
-        (*S, 3), red, green and blue.
+        (*S, 3) red, green and blue.
 
     >>> look = Look(threshold=0.2, opacity=0.5, colormap="gray")
     >>> table = colours("gray").astype(float)

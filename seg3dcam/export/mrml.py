@@ -1,7 +1,7 @@
-"""The text of a 3D Slicer scene: which nodes there are, and how they refer to each other.
+"""Write the XML of a 3D Slicer scene: its nodes and the references between them.
 
-Slicer takes a scene apart without a word where a reference leads nowhere, so everything that the
-scene names is in it. What each setting is for stands beside it.
+If a reference leads nowhere, Slicer drops parts of the scene without a word. So every node that is
+referred to is in the scene. Comments say what the settings are for.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 
 from seg3dcam.files import printable
 
-#: Slice view -> its x and y axis and its normal in RAS: radiological, as Slicer has them.
+#: Slice view -> its x axis, y axis and normal in RAS, in Slicer's radiological convention.
 VIEWS = {
     "Red": ((-1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "Green": ((-1, 0, 0), (0, 0, 1), (0, 1, 0)),
     "Yellow": ((0, -1, 0), (0, 0, 1), (-1, 0, 0)),
 }
-#: CAMs from here on are drawn at least: where there is nothing there is no heat.
+#: The lowest CAM value that is drawn, whatever the threshold is; 0 is never drawn.
 LEAST_THRESHOLD = 0.01
-#: Around the scan in a slice view.
+#: The field of view of a slice view, relative to the scan's size.
 MARGIN = 1.05
 
-#: No fill, which would hide the CAM.
+#: Masks are not filled, which would hide the CAM.
 OUTLINES = {
     "visibility": "true",
     "visibility2D": "true",
@@ -51,14 +51,15 @@ _GREY = "vtkMRMLColorTableNodeGrey"
 
 @dataclass(frozen=True)
 class SceneVolume:
-    """A volume as the scene shows it.
+    """A volume of the scene and how it is shown.
 
-    - `name`, `description`, `attributes`: what its node says in words.
-    - `file`: in the scene's folder; letters, digits, dots, hyphens and underscores.
+    - `name`, `description`, `attributes`: the texts of its node.
+    - `file`: its file in the scene's folder, named with letters, digits, dots, hyphens and
+      underscores only.
     - `low`, `high`: the values drawn in the first and the last colour. If `low` of a CAM is below
-      0, the colour table says what is transparent.
+      0, the colour table decides what is transparent.
     - `threshold`: a CAM is transparent below it; None for a scan, which is drawn in grey.
-    - `heat`: whether there is heat to show in a CAM.
+    - `heat`: whether it is a CAM with heat to show.
     """
 
     name: str
@@ -72,8 +73,12 @@ class SceneVolume:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the slice views look, in RAS mm: slices through `point`; the scan fills a box."""
+class Viewpoint:
+    """What the slice views show, in RAS mm.
+
+    The slices go through `point`. `middle` and `size` are those of the scan's bounding box, and
+    `spacing` is the scan's smallest spacing.
+    """
 
     point: NDArray[np.float64]
     middle: NDArray[np.float64]
@@ -83,7 +88,7 @@ class Place:
 
 def scene_xml(
     volumes: Sequence[SceneVolume],
-    place: Place,
+    viewpoint: Viewpoint,
     *,
     table: tuple[str, str],
     masks: str | None,
@@ -91,16 +96,16 @@ def scene_xml(
     opacity: float,
     folder: str = "",
 ) -> bytes:
-    """Write a scene: the first volume in the background, the first CAM with heat over it.
+    """Write a scene with the first volume in the background and the first CAM with heat over it.
 
     Args:
-        volumes: scans, then CAMs.
-        place: where the slice views look.
-        table: name and file of the CAMs' colours.
-        masks: the segmentation's file, if there is one.
-        hidden: its segments that are not visible at first.
-        opacity: of the CAM.
-        folder: of the files, relative to the scene's: "" or such as "Data/".
+        volumes: first the scans, then the CAMs.
+        viewpoint: what the slice views show.
+        table: name and file of the CAMs' colour table.
+        masks: the file of the segmentation; None if there is none.
+        hidden: identifiers of its segments that are not visible at first.
+        opacity: opacity of the CAM.
+        folder: folder of the files, relative to that of the scene: "", or such as "Data/".
     """
     root = ET.Element("MRML")
     _add_table(root, *table, folder)
@@ -109,7 +114,7 @@ def scene_xml(
     if masks is not None:
         _add_masks(root, folder + masks, hidden)
     front = next((n for n, volume in enumerate(volumes, 1) if volume.heat), None)
-    _add_views(root, front, opacity, place)
+    _add_views(root, front, opacity, viewpoint)
     ET.indent(root)
     return ET.tostring(root, encoding="UTF-8", xml_declaration=True) + b"\n"
 
@@ -117,7 +122,7 @@ def scene_xml(
 def _add_table(root: ET.Element, name: str, file: str, folder: str) -> None:
     storage = "vtkMRMLColorTableStorageNodeCAM1"
     _add(root, "ColorTableStorage", storage, {"fileName": folder + file})
-    table = {"name": name, "type": "13", "numcolors": "256"}  # 13: a table from a file
+    table = {"name": name, "type": "13", "numcolors": "256"}  # type 13: a table from a file
     _add(root, "ColorTable", _TABLE, table, {"storage": storage})
 
 
@@ -128,7 +133,7 @@ def _add_volume(root: ET.Element, number: int, volume: SceneVolume, folder: str)
     is_cam = volume.threshold is not None
     colour = {
         "colorNodeID": _TABLE if is_cam else _GREY,
-        "autoWindowLevel": "0",  # else window and level are made anew from the voxels
+        "autoWindowLevel": "0",  # otherwise Slicer would compute window and level from the voxels
         "window": repr(volume.high - volume.low),
         "level": repr((volume.high + volume.low) / 2),
     }
@@ -167,37 +172,38 @@ def _add_masks(root: ET.Element, file: str, hidden: Sequence[str]) -> None:
     _add(root, "Segmentation", "vtkMRMLSegmentationNode1", {"name": "Masks"}, links)
 
 
-def _add_views(root: ET.Element, front: int | None, opacity: float, place: Place) -> None:
+def _add_views(root: ET.Element, front: int | None, opacity: float, viewpoint: Viewpoint) -> None:
     shown = {"backgroundVolume": _volume_id(1)}
     chosen = {"ActiveVolume": _volume_id(1)}
     if front is not None:
         shown["foregroundVolume"] = chosen["SecondaryVolume"] = _volume_id(front)
-    # A singleton's tag or a layout's name: the application's own nodes take the settings over.
+    # Nodes with a singleton tag or a layout name do not become new nodes: Slicer applies their
+    # settings to its own nodes.
     singleton = {"singletonTag": "Singleton"}
     _add(root, "Selection", "vtkMRMLSelectionNodeSingleton", singleton, chosen)
-    side = float(place.size.max()) * MARGIN
+    side = float(viewpoint.size.max()) * MARGIN
     for view, axes in VIEWS.items():
         blend = {"layoutName": view, "foregroundOpacity": repr(opacity), "linkedControl": "1"}
-        # Slicer fits no view to a scene: without these the slices lie at the origin.
+        # Slicer does not fit views to a scene. Without these the slices would lie at the origin.
         where = {
             "name": view,
             "layoutName": view,
-            "fieldOfView": _numbers([side, side, place.spacing]),
-            "sliceToRAS": _numbers(_slice_to_ras(axes, place).ravel()),
+            "fieldOfView": _numbers([side, side, viewpoint.spacing]),
+            "sliceToRAS": _numbers(_slice_to_ras(axes, viewpoint).ravel()),
             "rulerType": "thin",
-            "orientationMarkerType": "axes",  # with the letters R, A and S
+            "orientationMarkerType": "axes",  # labelled R, A and S
             "orientationMarkerSize": "medium",
         }
         _add(root, "SliceComposite", f"vtkMRMLSliceCompositeNode{view}", blend, shown)
         _add(root, "Slice", f"vtkMRMLSliceNode{view}", where)
 
 
-def _slice_to_ras(axes: Sequence[Sequence[float]], place: Place) -> NDArray[np.float64]:
-    """The slice goes through the point, the middle of the picture is that of the scan."""
+def _slice_to_ras(axes: Sequence[Sequence[float]], viewpoint: Viewpoint) -> NDArray[np.float64]:
+    """Return the matrix of a slice through the viewpoint's point, centred on the scan's middle."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(axes).T
     normal = matrix[:3, 2]
-    matrix[:3, 3] = place.middle + normal * (normal @ (place.point - place.middle))
+    matrix[:3, 3] = viewpoint.middle + normal * (normal @ (viewpoint.point - viewpoint.middle))
     return matrix
 
 
@@ -211,7 +217,7 @@ def _add(
     settings: Mapping[str, str],
     links: Mapping[str, str] | None = None,
 ) -> None:
-    """Append a node; `links` is role -> identifiers of other nodes."""
+    """Append a node; `links` maps a role to the identifiers of the nodes that have it."""
     found = {"id": identifier} | {key: printable(text) for key, text in settings.items() if text}
     if links:
         found["references"] = "".join(f"{role}:{to};" for role, to in links.items())
@@ -223,7 +229,7 @@ def _volume_id(number: int) -> str:
 
 
 def _attributes(values: Mapping[str, str]) -> str:
-    """Write a node's own attributes as Slicer does.
+    """Write the attributes of a node in Slicer's form.
 
     >>> _attributes({"Layer": "a;b", "Class": "50% stenosis"})
     'Layer:a%3Bb;Class:50%25 stenosis'

@@ -1,17 +1,17 @@
-"""A case for 3D Slicer: opened with one click, everything in its place, colour and window.
+"""Write a case for 3D Slicer, which opens it with one click, in the right place and colours.
 
     save_scene("slicer", explanations, Look(window="soft tissue"))
 
-scene.mrml             what to open in the folder
-case.mrb               the same in one file, ready to be sent
-scan.nrrd              of several channels, scan_1.nrrd and so on
-cam_<n>_<target>.nrrd  what `Explanation.volume` shows; of several layers also each by itself
-cam.ctbl               the CAMs' colours; of a signed look transparent in the middle
-masks.seg.nrrd         prediction and truth of every class, and every region explained: lesions
+scene.mrml             the file to open
+case.mrb               the whole folder in one file, ready to be sent
+scan.nrrd              the scan; if it has several channels, scan_1.nrrd and so on
+cam_<n>_<target>.nrrd  what `Explanation.volume` gives; of several layers, also each by itself
+cam.ctbl               the colours of the CAMs; for a signed look the middle is transparent
+masks.seg.nrrd         prediction and truth of every class, and every explained region, as a lesion
 
-Volumes are NRRD, Slicer's own format: NIfTI rounds a place to float32, and Slicer reads no shear
-(gantry tilt) from it. Slicer draws a CAM with one opacity from the threshold on. All masks are in
-the scene; those of the CAM that is shown are visible at first.
+Volumes are NRRD, Slicer's own format. NIfTI rounds affines to float32, and Slicer ignores shear
+(gantry tilt) in it. Slicer draws a CAM with the same opacity everywhere above the threshold. All
+masks are in the scene; at first only those of the CAM that is shown are visible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.export.mrml import LEAST_THRESHOLD, Place, SceneVolume, scene_xml
+from seg3dcam.export.mrml import LEAST_THRESHOLD, SceneVolume, Viewpoint, scene_xml
 from seg3dcam.files import atomic
 from seg3dcam.files.writers.nrrd import (
     Segment,
@@ -44,13 +44,14 @@ from seg3dcam.files.writers.nrrd import (
 )
 from seg3dcam.geometry import peak_voxel, same_grid, spacing_of, to_world
 from seg3dcam.review.look import Look, choose_window, colours
+from seg3dcam.review.writing import write_all
 from seg3dcam.scan import Scan
 
 __all__ = ["SlicerScene", "save_scene"]
 
-#: Hue of the first class's outlines, and how far those of further classes may lie from it.
+#: Kind of mask -> hue of the first class, and how far the hues of other classes may lie from it.
 HUES = {"prediction": (1 / 2, 0.2), "truth": (1 / 3, -0.15), "region": (0.8, 0.15)}
-_GOLDEN = 0.618  # a fraction of a range that never comes near an earlier one
+_GOLDEN = 0.618  # multiples of this, modulo 1, are spread evenly
 
 _TABLE, _MASKS = "cam.ctbl", "masks.seg.nrrd"
 
@@ -58,14 +59,14 @@ CAUTION = "Relative, not a probability. Research use only, not for diagnosis."
 
 
 class Grid(NamedTuple):
-    """Voxels along each axis, and voxel -> RAS mm."""
+    """Number of voxels along each axis, and the affine to RAS mm."""
 
     shape: tuple[int, ...]
     affine: NDArray[np.float64]
 
 
 class Front(NamedTuple):
-    """What is seen at first: the keys of its masks, and the CAM's peak in RAS mm."""
+    """What is visible at first: the keys of the masks, and the CAM's peak in RAS mm."""
 
     masks: list[tuple[str, str]]
     peak: tuple[float, ...] | None
@@ -78,11 +79,11 @@ def save_scene(
     *,
     case: str = "case",
 ) -> list[Path]:
-    """Write a 3D Slicer scene of one scan's explanations; open `scene.mrml` or `case.mrb`.
+    """Write a 3D Slicer scene of the explanations of one scan; open `scene.mrml` or `case.mrb`.
 
     Args:
-        folder: is created if it is missing.
-        explanations: one or several of the same scan; the first with heat is shown.
+        folder: created if it is missing.
+        explanations: one or several of the same scan. The first one with heat is shown.
         look: window, threshold, opacity and colours.
         case: the scan's name in Slicer.
 
@@ -90,20 +91,16 @@ def save_scene(
         The files, the scene first.
 
     Raises:
-        InputError: no explanation, or explanations of different scans.
+        InputError: there is no explanation, or they are of different scans.
         OutputError: the folder cannot be written.
     """
-    scene = SlicerScene(folder, look, case)
-    listed = [explanations] if isinstance(explanations, Explanation) else explanations
-    for explanation in listed:
-        scene.add(explanation, explanation.label)
-    return scene.finish()
+    return write_all(SlicerScene(folder, look, case), explanations, lambda one: one.label)
 
 
 class SlicerScene:
-    """A 3D Slicer scene that grows by one explanation at a time and keeps none of their volumes.
+    """Writes a 3D Slicer scene one explanation at a time, and keeps none of their volumes.
 
-    Arguments are those of `save_scene`.
+    The arguments are those of `save_scene`.
     """
 
     def __init__(
@@ -122,7 +119,7 @@ class SlicerScene:
         self._front: Front | None = None
 
     def add(self, explanation: Explanation, name: str) -> None:
-        """Write an explanation's volumes and remember its masks; `name` is for file names."""
+        """Write the volumes of an explanation and remember its masks; file names contain `name`."""
         scan = explanation.scan
         if self._grid is None:
             self._grid = Grid(tuple(scan.shape), scan.affine)
@@ -135,7 +132,7 @@ class SlicerScene:
             self._front = Front(masks, peak)
 
     def finish(self) -> list[Path]:
-        """Write what belongs to all of them, and return every file, the scene first."""
+        """Write the files about all explanations, and return every file, the scene first."""
         if self._grid is None:
             raise InputError("no explanation was given, so there is nothing to show in 3D Slicer")
         files = [self._folder / volume.file for volume in (*self._scans, *self._cams)]
@@ -150,11 +147,11 @@ class SlicerScene:
 
     @property
     def scan_files(self) -> list[Path]:
-        """The volumes of the scan's channels, in their order."""
+        """Files of the scan's channels, in the order of the channels."""
         return [self._folder / volume.file for volume in self._scans]
 
     def _add_channels(self, scan: Scan) -> None:
-        """Write every channel as a volume of its own: Slicer refuses 4-D ones."""
+        """Write every channel as a volume of its own, since Slicer refuses 4-D volumes."""
         several = len(scan.data) > 1
         for number, channel in enumerate(scan.data, 1):
             low, high, words = choose_window(channel.numpy(), self._look.window)
@@ -171,9 +168,9 @@ class SlicerScene:
     def _add_cam(
         self, explanation: Explanation, name: str, layer: str | None
     ) -> tuple[float, ...] | None:
-        """Write a CAM and return its peak in RAS mm.
+        """Write a CAM and return its peak in RAS mm, None if there is no heat.
 
-        One without heat is written too, so that its name can say why there is none.
+        A CAM without heat is written too, so that its name can say why there is none.
         """
         look = self._look
         volume = explanation.volume(layer, scale=look.scale)
@@ -207,7 +204,7 @@ class SlicerScene:
         return to_world(explanation.affine, peak_voxel(look.strength(volume)))
 
     def _add_masks(self, explanation: Explanation) -> list[tuple[str, str]]:
-        """Remember an explanation's masks, each once, and return their keys."""
+        """Remember the masks of an explanation, equal ones only once, and return their keys."""
         name = explanation.class_name
         masks = {
             ("prediction", f"{name}, prediction"): explanation.mask,
@@ -217,7 +214,10 @@ class SlicerScene:
         return [self._kept(*key, mask) for key, mask in masks.items() if mask is not None]
 
     def _kept(self, kind: str, title: str, mask: torch.Tensor) -> tuple[str, str]:
-        """Return a mask's key: kept once, and beside another mask of its name under a number."""
+        """Remember a mask and return its key.
+
+        Equal masks share a key; different masks with the same name get numbers.
+        """
         before = sum(earlier == kind for earlier, _ in self._segments)
         new = segment(mask, title, outline(kind, before))
         keys = ((kind, title if n == 1 else f"{title} {n}") for n in itertools.count(1))
@@ -232,7 +232,7 @@ class SlicerScene:
         shown = [self._segments[key] for key in front.masks]
         return scene_xml(
             [*self._scans, *self._cams],
-            _place(grid, front.peak, shown),
+            _viewpoint(grid, front.peak, shown),
             table=(f"CAM {self._look.colormap}", _TABLE),
             masks=_MASKS if self._segments else None,
             hidden=[segment_id(n) for n, k in enumerate(self._segments) if k not in front.masks],
@@ -253,8 +253,8 @@ def _check_same(scan: Scan, grid: Grid) -> None:
         )
 
 
-def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment]) -> Place:
-    """Look at the CAM's peak, else at the first mask, else at the middle of the scan."""
+def _viewpoint(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment]) -> Viewpoint:
+    """Look at the CAM's peak, or else at the first mask, or else at the middle of the scan."""
     corners = np.array(list(itertools.product(*((-0.5, size - 0.5) for size in grid.shape))))
     corners = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     low, high = corners.min(0), corners.max(0)
@@ -264,14 +264,14 @@ def _place(grid: Grid, peak: tuple[float, ...] | None, masks: Iterable[Segment])
         centre = [(part.start + part.stop - 1) / 2 for part in mask.box]
         peak = to_world(grid.affine, centre)
     point = middle if peak is None else np.array(peak)
-    return Place(point, middle, high - low, min(spacing_of(grid.affine)))
+    return Viewpoint(point, middle, high - low, min(spacing_of(grid.affine)))
 
 
 # ----------------------------------------------------------------------------------------- files
 
 
 def outline(kind: str, number: int) -> tuple[float, float, float]:
-    """Colour of the outlines of one class's masks, 0 the first: red, green and blue in 0..1.
+    """Return the colour of a class's outlines, counted from 0: red, green and blue in 0..1.
 
     >>> outline("prediction", 0), outline("truth", 0)
     ((0.0, 1.0, 1.0), (0.0, 1.0, 0.0))
@@ -281,10 +281,10 @@ def outline(kind: str, number: int) -> tuple[float, float, float]:
 
 
 def _write_table(path: Path, look: Look) -> Path:
-    """Write a colour table as Slicer reads it: number, name, red, green, blue, opacity.
+    """Write a colour table for Slicer, with number, name, red, green, blue and opacity in a row.
 
-    Slicer's own threshold keeps one range of values. Of a signed look that would be one sign, so
-    there the colours of weak values are transparent instead.
+    Slicer's own threshold keeps a single range of values, which would show only one sign of a
+    signed CAM. So for a signed look the colours of weak values are made transparent instead.
     """
     values = np.linspace(*look.ends, 256)
     hidden = look.signed & (look.strength(values) < max(look.threshold, LEAST_THRESHOLD))
@@ -300,18 +300,18 @@ def _write_table(path: Path, look: Look) -> Path:
 
 
 def _write_bundle(path: Path, case: str, scene: bytes, files: Iterable[Path]) -> None:
-    """Zip scene and files, uncompressed: the volumes are compressed already."""
+    """Zip the scene and its files without compression; the volumes are compressed already."""
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as bundle:
         bundle.writestr(zipfile.ZipInfo(f"{case}/scene.mrml"), scene)
         for file in files:
             entry = zipfile.ZipInfo(f"{case}/Data/{file.name}")
-            entry.file_size = file.stat().st_size  # from 2 GiB on an entry is another
+            entry.file_size = file.stat().st_size  # entries of 2 GiB or more need ZIP64
             with file.open("rb") as source, bundle.open(entry, "w") as target:
                 shutil.copyfileobj(source, target, 2**20)
 
 
 def _safe(name: str) -> str:
-    """Return a name that Slicer takes in a file's.
+    """Return a name with only those characters that Slicer accepts in file names.
 
     >>> _safe("../Läsion 1")
     'L_sion_1'

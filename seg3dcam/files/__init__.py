@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, and read whoever made them.
+"""Files of all kinds: how they are named, written and read.
 
-`writing` makes files complete or leaves none, `names` finds names for them, `readers` and `series`
-read scans, `writers` write volumes that lie exactly on their scan.
+`writing` makes files that are complete or not there at all, and `names` finds names for them.
+`readers` and `series` read scans, whichever program made them. `writers` write volumes that lie
+exactly on their scan.
 """
 
 from seg3dcam.files.names import printable, shortened, unique_names, visible
@@ -13,7 +14,6 @@ from seg3dcam.files.writing import (
     digest_of_all,
     plain,
     read_small,
-    remove_left_behind,
     resolved,
     temporary_name,
     write_json,
@@ -28,7 +28,6 @@ __all__ = [
     "plain",
     "printable",
     "read_small",
-    "remove_left_behind",
     "resolved",
     "shortened",
     "temporary_name",

@@ -11,7 +11,7 @@ from seg3dcam.errors import ScanError
 
 
 def is_torchio(source: Any) -> bool:
-    """Tell whether something is an image or a subject of TorchIO, by its class's home."""
+    """Tell whether something is an image or a subject of TorchIO, by the module of its class."""
     return any(cls.__module__.partition(".")[0] == "torchio" for cls in type(source).__mro__)
 
 
@@ -19,7 +19,7 @@ def images_of(source: Any) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
     """Return name -> (voxels (C, X, Y, Z), affine to RAS mm) of the images that are no label maps.
 
     Raises:
-        ScanError: there is none.
+        ScanError: there is no such image.
     """
     if hasattr(source, "data") and hasattr(source, "affine"):
         images = {"scan": source}

@@ -1,9 +1,9 @@
 """Files that are either complete or not there.
 
-Everything is written under a temporary name in the same folder and renamed when it is complete and
-on the disk. Whatever fails in between, no half file carries a final name, and the file that was
-there before stays as it was. A temporary name says which process made it, so that what one leaves
-behind that was killed is known as such.
+Every file is written under a temporary name in the same folder, and renamed when it is complete and
+on the disk. If anything fails in between, no incomplete file has the final name, and the file that
+was there before stays as it was. A temporary name says which process made it, so that files left by
+a killed process can be recognised.
 """
 
 from __future__ import annotations
@@ -26,34 +26,19 @@ import numpy as np
 import psutil
 
 from seg3dcam.errors import ConfigError, OutputError
-from seg3dcam.files.names import unique_names
 
-__all__ = [
-    "as_path",
-    "atomic",
-    "check_writable",
-    "digest_of",
-    "plain",
-    "read_small",
-    "remove_left_behind",
-    "resolved",
-    "temporary_name",
-    "unique_names",
-    "write_json",
-]
-
-#: What begins every temporary name; then come the machine, the process, and a random part.
+#: Every temporary name begins with this. The machine, the process and a random part follow.
 PREFIX = ".seg3dcam-"
 
-#: Characters of a path that a message shows.
+#: A message shows at most this many characters of a path.
 _SHOWN = 200
 
 
 def as_path(path: Any) -> Path:
-    """Return where something is to be written; OutputError for anything but a path."""
+    """Return a path to write to; raise OutputError for anything that is no path."""
     try:
         raw = os.fsencode(path)
-    except (TypeError, ValueError):  # no text, or half a character
+    except (TypeError, ValueError):  # no text, or a character that cannot be encoded
         raw = b""
     if not raw or b"\0" in raw:
         raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
@@ -62,13 +47,14 @@ def as_path(path: Any) -> Path:
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes `path` when the block ends without error.
+    """Give a temporary path to write to, which becomes `path` when the block ends without error.
 
-    The temporary file lies in the same folder, which is created if it is missing, starts with a
-    dot, and keeps the suffix, since many writers choose the format by it. After any exception,
-    Ctrl-C included, it is removed and `path` is as it was before.
+    The temporary file lies in the same folder, which is created if it is missing. Its name starts
+    with a dot and keeps the suffix, since many writers choose the format by it. After any
+    exception, including Ctrl-C, it is removed and `path` is as it was before.
 
-    Raises `OutputError`, which names `path`, for every `OSError`: also those raised in the block.
+    Every `OSError`, including those raised in the block, becomes an `OutputError` that names
+    `path`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +88,8 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
     numpy numbers and arrays become numbers and lists, paths become text. NaN and infinity, which
     JSON does not know, become the texts "nan", "inf" and "-inf": Python's `float` reads them back.
 
-    Raises `OutputError` if the file cannot be written, `TypeError` for what JSON cannot hold.
+    Raises `OutputError` if the file cannot be written, and `TypeError` for objects that JSON cannot
+    hold.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +107,8 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Create `folder` and prove that a file can be written in it, before hours of work.
 
-    Raises `OutputError` if not. The file written for the proof is removed again, and so is what
-    killed processes left there.
+    Raises `OutputError` if no file can be written. The file that proves it is removed again, and so
+    are the files that killed processes left there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +134,8 @@ def read_small(path: Path, most: int) -> bytes:
     """Return a file's content.
 
     Raises:
-        OSError: it is missing, larger than `most` bytes, or no file but a pipe or a device, which
-            nobody could read to the end.
+        OSError: it is missing, larger than `most` bytes, or a pipe or device, which might never
+            end.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -159,7 +146,7 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def resolved(path: str | Path) -> Path:
-    """Return a path without links; ConfigError for an impossible path, or links in a circle."""
+    """Return a path without links; raise ConfigError if it is illegal or its links form a loop."""
     try:
         found = Path(path).resolve()
         os.fsencode(found)
@@ -181,7 +168,7 @@ def digest_of(path: Path) -> str:
 
 
 def digest_of_all(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of the names and contents of files, whatever their order and folder."""
+    """Return the SHA-256 of the names and contents of files; order and folders do not count."""
     found = []
     for path in paths:
         with suppress(OSError):  # no result depends on a file that nobody can read
@@ -190,14 +177,14 @@ def digest_of_all(paths: Iterable[Path]) -> str:
 
 
 def temporary_name(folder: Path, suffix: str) -> Path:
-    """Return a new hidden name in a folder, of this process."""
+    """Return a new hidden file name in a folder, which names this process."""
     return folder / f"{PREFIX}{_machine()}-{os.getpid()}-{secrets.token_hex(8)}{suffix[-32:]}"
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove the temporary files and folders in one that processes left which were killed.
+    """Remove the temporary files and folders that killed processes left in a folder.
 
-    Those of processes that run, or ran on another machine, stay.
+    Those of processes that still run, or that ran on another machine, stay.
     """
     ours = re.compile(re.escape(f"{PREFIX}{_machine()}-") + r"([0-9]{1,9})-")
     for path in list(folder.iterdir()):
@@ -210,13 +197,14 @@ def remove_left_behind(folder: Path) -> None:
 
 
 def _machine() -> str:
-    """Return a few characters that stand for this machine, since a process's number does not."""
+    """Return a few characters that identify this machine; a process number alone would not do."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _create(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    # 0o666 less the umask, as any program's new file; tempfile's 0o600 would lock colleagues out.
+    # Less the umask, these are the usual permissions of a new file. The 0o600 of `tempfile` would
+    # keep colleagues from reading it.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
@@ -226,7 +214,7 @@ def _onto_disk(path: Path) -> None:
 
 
 def _folder_onto_disk(folder: Path) -> None:
-    # Makes the new name survive a power cut. Not every system lets a folder be opened.
+    # The new name then survives a power cut. Not every system lets a folder be opened.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -258,7 +246,7 @@ def _explained(error: OSError, path: Path) -> OutputError:
 
 
 def plain(obj: Any) -> Any:
-    """Return the same in types that JSON knows, see `write_json`."""
+    """Return an object in types that JSON knows; see `write_json`."""
     if isinstance(obj, dict):
         return {key: plain(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where things are: voxel grids, affines, and moving values between grids."""
+"""Geometry: voxel grids, affines, and values moved from one grid to another."""
 
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
         size_text,
         spacing_of,
         to_world,
+        voxel_ml,
     )
     from seg3dcam.geometry.grids import FeatureGrid, cropped, interpolate
     from seg3dcam.geometry.peaks import peak_voxel, plateau_middle
@@ -45,4 +46,5 @@ __all__ = [
     "size_text",
     "spacing_of",
     "to_world",
+    "voxel_ml",
 ]

@@ -1,4 +1,4 @@
-"""Affines: from voxels to RAS mm, checked, compared, and read in words."""
+"""Affines from voxels to RAS mm: check them, compare them, and describe them in words."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import numpy.typing as npt
 from seg3dcam.errors import InputError, Seg3dcamError, nearest
 from seg3dcam.geometry.planes import WORLD_AXIS, Axis
 
-#: Multiplied from the left, it turns an affine to LPS mm (DICOM, ITK) into one to RAS mm, and back.
+#: An affine to LPS mm (as in DICOM and ITK), multiplied by this from the left, becomes one to RAS
+#: mm, and the other way round.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-#: Two grids are the same where no voxel's centre lies farther apart than this: what is left when
-#: one affine is written to a file, in float32 or as text, and read again.
+#: Two grids are the same if no voxel's centre lies farther apart than this. So much may be lost
+#: when an affine is written to a file, in float32 or as text, and read again.
 SAME_GRID_MM = 1e-3
 
-#: The same for a mask that another program made for a scan, as a part of the scan's smallest
-#: spacing: such programs round what they write, and a tenth of a voxel moves no voxel of a mask.
+#: The same for a mask that another program made for a scan, as a fraction of the scan's smallest
+#: spacing. Such programs round what they write. A shift by a tenth of a voxel does no harm to a
+#: mask.
 SAME_GRID_VOXELS = 0.1
 
-#: No voxel of a patient lies farther away.
+#: No voxel of a patient can lie farther away than this.
 _FARTHEST_MM = 1e9
 
 
@@ -37,8 +39,17 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
     return tuple(float(size) for size in np.linalg.norm(columns, axis=0))
 
 
+def voxel_ml(affine: np.ndarray) -> float:
+    """Return the volume of a voxel in ml.
+
+    >>> voxel_ml(np.eye(4))
+    0.001
+    """
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
 def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4) -> str:
-    """Write sizes along several axes in words.
+    """Write the sizes along several axes as a text.
 
     >>> size_text((0.8, 0.8, 5.0))
     '0.8 x 0.8 x 5'
@@ -47,9 +58,9 @@ def size_text(sizes: Sequence[float] | npt.NDArray[np.floating], digits: int = 4
 
 
 def corner_gap(one: npt.ArrayLike, other: npt.ArrayLike, shape: Sequence[int]) -> float:
-    """Return the largest distance in mm between the places that two affines give one voxel.
+    """Return the largest distance in mm between the places that two affines give to one voxel.
 
-    It is reached at one of the corners, since the difference of two affines is affine.
+    It is found at one of the corners, since the difference of two affines is affine.
 
     >>> corner_gap(np.diag([1, 1, 1, 1]), np.diag([1, 1, 1.5, 1]), (10, 10, 5))
     2.0
@@ -88,8 +99,8 @@ def ras_affine(affine: np.ndarray, space: str | Sequence[str] | None) -> np.ndar
     """Return (4, 4) or (B, 4, 4) affines in RAS.
 
     Args:
-        space: the space that they are written in, "RAS", "LPS" or None for RAS; a list of them,
-            one for each item, as a collated batch has.
+        space: the space that the affines lead to, "RAS", "LPS" or None for RAS; for a collated
+            batch, a list with one space for each item.
     """
     affine = np.asarray(affine, dtype=np.float64)
     if isinstance(space, list | tuple):
@@ -109,9 +120,9 @@ def checked_affine(
     """Return an affine as a (4, 4) float64 matrix that can be inverted.
 
     Args:
-        affine: anything that numpy makes a matrix of.
-        name: whose affine it is, such as a file's path; the error begins with it.
-        error_class: what is raised for anything else.
+        affine: anything that numpy can turn into a matrix.
+        name: what the affine belongs to, such as a file's path; the error begins with it.
+        error_class: the class of the error that is raised if the affine is illegal.
 
     >>> checked_affine(np.eye(3), "the map")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -128,7 +139,7 @@ def checked_affine(
         raise error_class(f"{name}: the affine has shape {matrix.shape}. {repair}")
     if not np.isfinite(matrix).all():
         raise error_class(f"{name}: the affine holds NaN or infinite values. {repair}")
-    # A product of affines and inverses may end in a row that is rounded.
+    # In a product of affines and inverses, rounding may have changed the last row.
     if not np.allclose(matrix[3], [0, 0, 0, 1], rtol=0, atol=1e-6):
         raise error_class(f"{name}: the affine's last row is {matrix[3].tolist()}. {repair}")
     matrix[3] = [0, 0, 0, 1]
@@ -157,7 +168,9 @@ def scale_and_shift(scale: Sequence[float], shift: Sequence[float]) -> np.ndarra
 
 
 def anatomical_axis(affine: np.ndarray, axis: Axis) -> int:
-    """Return the array axis nearest to the one that a plane cuts: axial cuts along S.
+    """Return the array axis along which the slices of an anatomical plane follow one another.
+
+    It is the axis nearest to the anatomical direction; axial slices, for example, follow S.
 
     >>> anatomical_axis(np.diag([1.0, 1.0, 3.0, 1.0]), "axial")
     2

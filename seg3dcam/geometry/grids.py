@@ -1,4 +1,4 @@
-"""Voxel grids of layers, in voxels of the network's input, and moving values between them."""
+"""Voxel grids of layers, in voxels of the network's input, and interpolation between grids."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FeatureGrid:
     Attributes:
         shape: feature voxels along each spatial axis.
         stride: input voxels from one feature voxel to the next.
-        offset: input voxel at which feature voxel 0 has its centre.
-        measured: False where the offset could not be measured; it is then the usual
+        offset: position of the centre of feature voxel 0, in input voxels.
+        measured: False if the offset could not be measured; it is then the usual
             `(stride - 1) / 2`.
 
     >>> grid = FeatureGrid(shape=(3,), stride=(8.0,), offset=(3.5,))
@@ -34,7 +34,7 @@ class FeatureGrid:
 
     @classmethod
     def of_voxels(cls, shape: Sequence[int]) -> FeatureGrid:
-        """Return the input's own grid: stride 1, offset 0."""
+        """Return the grid of the input itself, with stride 1 and offset 0."""
         return cls(tuple(shape), (1.0,) * len(shape), (0.0,) * len(shape))
 
     def line(self, axis: int) -> FeatureGrid:
@@ -56,7 +56,7 @@ class FeatureGrid:
 def interpolate(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) -> torch.Tensor:
     """Interpolate linearly from one feature grid to another of the same input.
 
-    Outside the outermost source voxels the value of the nearest one is held.
+    Beyond the outermost source voxels, the value of the nearest one is used.
 
     Args:
         values: (..., *source.shape).
@@ -80,11 +80,11 @@ def interpolate(values: torch.Tensor, source: FeatureGrid, target: FeatureGrid) 
 def cropped(
     values: torch.Tensor, grid: FeatureGrid, shape: Sequence[int]
 ) -> tuple[torch.Tensor, FeatureGrid]:
-    """Drop the voxels of a map that no voxel of the volume needs for its interpolation.
+    """Leave out the voxels of a map that the interpolation to the volume does not need.
 
     Args:
         values: (..., *grid.shape).
-        shape: voxels of the volume, whose first voxel is at 0.
+        shape: size of the volume in voxels; its first voxel is at 0.
     """
     offset = []
     for axis, size in enumerate(shape):

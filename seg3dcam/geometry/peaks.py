@@ -9,7 +9,7 @@ import torch
 
 
 def peak_voxel(volume: np.ndarray | torch.Tensor) -> tuple[int, ...]:
-    """Return the voxel with the highest value; of equally high neighbours, one in their middle.
+    """Return the voxel with the highest value, or the middle of neighbours that are equally high.
 
     >>> volume = np.zeros((5, 5, 2))
     >>> volume[1:4, 1:4, 1] = 1

@@ -1,4 +1,8 @@
-"""The planes in which a patient is looked at."""
+"""The anatomical planes.
+
+This is a module of its own, which loads neither NumPy nor nibabel, so that a job can be checked
+without them.
+"""
 
 from __future__ import annotations
 

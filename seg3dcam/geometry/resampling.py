@@ -1,4 +1,4 @@
-"""Volumes and label maps moved to another grid in patient space."""
+"""Resample volumes and label maps onto another grid in patient space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from seg3dcam.geometry.affines import checked_affine, scale_and_shift
 
-#: Voxels resampled at a time: bounds the memory of a resampling beyond its output.
+#: Voxels that are resampled at a time. This limits the memory that is needed beside the result.
 SLAB_VOXELS = 4_000_000
 
 
@@ -30,9 +30,9 @@ def resample(
         volume: (X, Y, Z) on the grid of `affine`.
         affine: (4, 4) voxel -> mm of `volume`.
         to_affine, to_shape: the grid of the result.
-        seen_affine, seen_shape: the grid that the network saw. Inside its outermost voxels' faces
-            the nearest value is held where `volume`, being coarser, ends earlier; outside the
-            result is 0. Default: the grid of `volume` itself.
+        seen_affine, seen_shape: the grid that the network saw; by default that of `volume`. Outside
+            of its outermost voxels the result is 0. Where `volume`, which may be coarser, ends
+            inside of it, the nearest value is used.
 
     Returns:
         (X', Y', Z') on the CPU, in the dtype of `volume`.
@@ -53,7 +53,8 @@ def resample(
         slab_affine = to_affine @ scale_and_shift((1, 1, 1), (start, 0, 0))
         moved = _moved(source, affine, slab_affine, slab, mode="bilinear", padding_mode="border")
         seen = _inside(slab_affine, slab, seen_affine, seen_shape)
-        result[start : start + slab[0]] = moved.masked_fill(~seen, 0)  # it may be the volume itself
+        # Not in place, since `moved` may share its memory with the volume.
+        result[start : start + slab[0]] = moved.masked_fill(~seen, 0)
     return result
 
 
@@ -63,8 +64,7 @@ def resample_labels(
     """Return each voxel's nearest label on another grid in patient space, 0 outside.
 
     Args:
-        labels: (X, Y, Z) on the grid of `affine`, whole numbers, bool, or a mask's values: they
-            are moved as they are, without a rounding.
+        labels: (X, Y, Z) on the grid of `affine`. Values of any type are moved without rounding.
         to_affine, to_shape: the grid of the result.
     """
     affine = checked_affine(affine, "the labels")
@@ -83,7 +83,7 @@ def _moved(
     mode: str,
     padding_mode: str,
 ) -> torch.Tensor:
-    """Return a volume (X, Y, Z) on another grid, as MONAI moves it; both are on the CPU."""
+    """Return a volume (X, Y, Z), resampled onto another grid by MONAI on the CPU."""
     from monai.data import MetaTensor
     from monai.transforms import SpatialResample
 

@@ -1,12 +1,12 @@
-"""CAMs in the middle of training and inference code.
+"""CAMs inside of code for training and inference.
 
-EpochCams     chosen validation cases, every so many epochs, in a loop of your own
-CamHandler    the same, attached to a MONAI or ignite engine (extra `ignite`)
-CamCallback   the same, for Lightning (extra `lightning`)
-CamInferer    a MONAI inferer that gives maps in place of logits
-Camd          a MONAI dictionary transform for post-processing
+EpochCams     explains chosen validation cases, every few epochs, in a training loop of your own
+CamHandler    does the same, attached to a MONAI or ignite engine (extra `ignite`)
+CamCallback   does the same for Lightning (extra `lightning`)
+CamInferer    is a MONAI inferer that gives maps instead of logits
+Camd          is a MONAI dictionary transform for post-processing
 
-In a plain loop one line does it, of a batch of plain tensors too:
+In a plain loop one line is enough, also for a batch of plain tensors:
 `GradCAM(model, "decoder.2")(batch, 1).save("cam.nii.gz", affine=np.eye(4), item=0)`.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-#: Name -> the module that it is in; loaded when it is asked for.
+#: Name -> its module, which is imported when the name is first used.
 _PLACES = {
     "CamCallback": "lightning_callback",
     "CamHandler": "ignite_handler",

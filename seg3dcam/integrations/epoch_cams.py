@@ -1,4 +1,4 @@
-"""CAMs of chosen cases, every so many epochs: what handlers and callbacks write."""
+"""CAMs of chosen cases, every few epochs: the part that handlers and callbacks share."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ from seg3dcam.windows import WindowPlan
 class EpochCams:
     """Explains chosen cases during training, and writes a folder for every epoch and case.
 
-    A case gets `epoch_0005/case_0/cam_<target>.nii.gz`, where the network's input lies in the
-    patient, and a picture of its slices, `cam_<target>.png`. A run that is repeated replaces them.
-    The network, its statistics and all random states are as before, so that training goes on as
-    it would have without.
+    A case gets `epoch_0005/case_0/cam_<target>.nii.gz`, in the place of the network's input in the
+    patient, and a picture of its slices, `cam_<target>.png`. A repeated run replaces these files.
+    The network, its statistics and all random states are put back, so training goes on exactly as
+    it would without CAMs.
 
-    Problems that may pass do not stop a training: a class that is not predicted yet, an empty
-    image, a full disk or a lack of memory gives a warning. A wrong setting is an error at once.
+    Temporary problems do not stop a training: a class that is not predicted yet, an empty image, a
+    full disk or a lack of memory only gives a warning. A wrong setting is an error at once.
 
     Args:
-        out: folder for everything.
-        targets: class names, indices or targets, one or a list, see `explain_each`; None is every
-            class that is predicted. A class index c means its log-odds over the predicted mask.
-        target_layers, sliding_window, output, activation: see `BaseCAM`. Windows must be those of
-            the validation.
+        out: folder for all results.
+        targets: class names, indices or targets, one or a list, see `explain_each`; None explains
+            every class that is predicted. A class index stands for the log-odds of the class over
+            its predicted mask.
+        target_layers, sliding_window, output, activation: see `BaseCAM`. The windows must be those
+            of the validation.
         method: a key of `METHODS`.
-        cases: numbers of validation cases, counted from 0 in the order in which they come.
-        interval: explain in every so many epochs.
-        class_names: one for each channel, for the files' names.
+        cases: numbers of validation cases, counted from 0 in the order of the validation.
+        interval: number of epochs from one explanation to the next.
+        class_names: one for each channel, for the names of files.
 
     Raises:
-        ConfigError: an unknown method, or an interval or cases that are not whole numbers.
+        ConfigError: the method is unknown, or the interval or a case is no whole number.
 
     Example:
         >>> import tempfile
@@ -95,7 +96,7 @@ class EpochCams:
         check_writable(self.out)
 
     def wants(self, epoch: int, case: int) -> bool:
-        """Tell whether a case is explained in an epoch."""
+        """Tell whether a case is to be explained in an epoch."""
         return epoch % self.interval == 0 and case in self.cases
 
     def write(
@@ -104,8 +105,8 @@ class EpochCams:
         """Explain one image (C, D, H, W) and return the pictures that were written.
 
         Args:
-            image: as the network takes it; a MetaTensor says where it lies, any other tensor lies
-                on a grid of 1 mm.
+            image: the network's input. A MetaTensor has its own place; any other tensor is put on a
+                grid of 1 mm.
         """
         try:
             return self._write(network, image, epoch, case)
@@ -152,19 +153,23 @@ class EpochCams:
 
 
 class ValidationCases:
-    """Explains the chosen cases of one validation after another: what handler and callback share.
+    """Counts the cases of a validation and explains those that are chosen.
+
+    The handler and the callback share this.
 
     Args:
-        cams: which cases are explained, and how.
-        batch_transform: from the batch to the images, (B, C, *S) or a list of (C, *S).
+        batch_transform: a function from the batch to the images, (B, C, *S) or a list of (C, *S).
+        out, settings: see `EpochCams`.
     """
 
-    def __init__(self, cams: EpochCams, batch_transform: Callable[[Any], Any]) -> None:
-        self._cams, self._batch_transform = cams, batch_transform
+    def __init__(
+        self, batch_transform: Callable[[Any], Any], out: str | Path, **settings: Any
+    ) -> None:
+        self._cams, self._batch_transform = EpochCams(out, **settings), batch_transform
         self._next = 0
 
     def begin(self) -> None:
-        """Count the cases from 0, as a validation begins."""
+        """Begin a validation: count the cases from 0."""
         self._next = 0
 
     def explain(
@@ -173,7 +178,8 @@ class ValidationCases:
         """Explain the chosen cases of a batch, and yield their pictures.
 
         Args:
-            first_process: the other processes of a distributed training explain nothing.
+            first_process: whether this is the first process of a distributed training; the others
+                explain nothing.
         """
         for image in images_of(self._batch_transform(batch)):
             case, self._next = self._next, self._next + 1
@@ -184,11 +190,11 @@ class ValidationCases:
 def images_of(batch: Any) -> list[torch.Tensor]:
     """Return the images (C, *S) of a batch.
 
-    It is a tensor (B, C, *S), a dict with "image", a list of such dicts as MONAI decollates them,
-    or a tuple or list whose first element is the images.
+    The batch may be a tensor (B, C, *S), a dict with "image", a list of such dicts (as decollated
+    by MONAI), or a tuple or list whose first element holds the images.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the batch is none of these.
 
     >>> [tuple(image.shape) for image in images_of({"image": torch.zeros(2, 1, 4, 4, 4)})]
     [(1, 4, 4, 4), (1, 4, 4, 4)]

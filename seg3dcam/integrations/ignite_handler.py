@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
+from seg3dcam.integrations.epoch_cams import ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 if TYPE_CHECKING:
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
 
 
 class CamHandler:
-    """Explains chosen validation cases every so many epochs.
+    """Explains chosen validation cases every few epochs.
 
-    Attach it to the evaluator. Of a MONAI evaluator it explains what the network saw, before
-    post-processing; decollated or not, with AMP or without: CAMs are computed in full precision.
-    In distributed training the first process explains its own cases.
+    Attach it to the evaluator. For a MONAI evaluator, it explains the network's input before any
+    post-processing, whether batches are decollated or not. CAMs are computed in full precision,
+    with AMP as well. In distributed training, the first process explains its own cases.
 
     Args:
         network: the network that the engine evaluates.
         out, target_layers, cases, interval, settings: see `EpochCams`.
-        class_idx: class indices or names, or targets; one or a list. None: every class that is
-            predicted.
-        global_epoch_transform: from the engine's epoch to the training's, for an ignite evaluator,
-            whose epoch is always 1: `lambda _: trainer.state.epoch`. A MONAI evaluator that is run
-            by a `ValidationHandler` knows it.
-        batch_transform: from the batch to the images, (B, C, *S) or a list of (C, *S).
+        class_idx: class indices, class names or targets, one or a list; None explains every class
+            that is predicted.
+        global_epoch_transform: a function from the engine's epoch to the epoch of the training. An
+            ignite evaluator, whose own epoch is always 1, needs `lambda _: trainer.state.epoch`. A
+            MONAI evaluator that is run by a `ValidationHandler` knows the epoch.
+        batch_transform: a function from the batch to the images, (B, C, *S) or a list of (C, *S).
         summary_writer: a TensorBoard `SummaryWriter` that gets the pictures.
         mlflow: whether the pictures become artifacts of the active MLflow run.
 
     Raises:
-        ConfigError: a setting is wrong; MissingExtraError: ignite is not installed.
+        ConfigError: a setting is wrong.
+        MissingExtraError: ignite is not installed.
 
     Example:
         handler = CamHandler(network, out="cams", interval=10, cases=[0, 3], class_idx=1)
@@ -59,7 +60,8 @@ class CamHandler:
         mlflow: bool = False,
         **settings: Any,
     ) -> None:
-        cams = EpochCams(
+        self._cases = ValidationCases(
+            batch_transform,
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -76,10 +78,9 @@ class CamHandler:
         self.global_epoch_transform = global_epoch_transform
         self.summary_writer = summary_writer
         self.mlflow = mlflow
-        self._cases = ValidationCases(cams, batch_transform)
 
     def attach(self, engine: Engine) -> None:
-        """Explain cases whenever this engine runs an epoch."""
+        """Explain the chosen cases whenever this engine runs an epoch."""
         try:
             from ignite.engine import Events
             from monai.engines import Evaluator

@@ -1,4 +1,4 @@
-"""A MONAI inferer that gives class activation maps in place of logits."""
+"""A MONAI inferer that gives class activation maps instead of logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import is_meta_tensor
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.network.layers import LayerSpec
 
@@ -22,15 +22,15 @@ _MONAI_NAMES = {"gradcam": "grad_cam", "gradcampp": "grad_cam_plus_plus"}
 
 
 class CamInferer(Inferer):
-    """Explains in place of predicting; arguments are named as those of `SaliencyInferer`.
+    """Explains instead of predicting; its arguments are named like those of `SaliencyInferer`.
 
     Args:
         cam_name: a key of `METHODS`, or MONAI's "GradCAM" or "GradCAMpp".
         target_layers: see `BaseCAM`.
-        class_idx: a class index (its log-odds over the predicted mask) or a target; None is the
-            original recipe, which is about no class.
-        scale: "max" gives maps in [0, 1]; "raw" positive evidence in its own units.
-        settings: more arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
+        class_idx: a class index (for its log-odds over the predicted mask) or a target; None is the
+            method's original recipe, which is not about a class.
+        scale: "max" gives maps in [0, 1], "raw" gives positive evidence in its own units.
+        settings: further arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
 
     Example:
         >>> network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 2, 1))
@@ -66,11 +66,11 @@ class CamInferer(Inferer):
     ) -> torch.Tensor:
         """Return the maps (B, 1, *S) of inputs (B, C, *S).
 
-        Of a MetaTensor they are one too, with its place and its applied operations, so that
-        `Invertd` leads them back.
+        For a MetaTensor the maps are a MetaTensor, too, with the same place and applied operations,
+        so that `Invertd` can take them back to the scan.
 
         Raises:
-            ConfigError: more inputs for the network than one.
+            ConfigError: there is more than one input for the network.
         """
         if args or kwargs:
             raise ConfigError("CAMs are of networks with one input; conditions cannot be passed on")
@@ -79,7 +79,7 @@ class CamInferer(Inferer):
 
 
 def as_map_of(inputs: torch.Tensor, result: CamResult, scale: Scale) -> torch.Tensor:
-    """Return the volumes of a result, (B, 1, *S), on the grid that the inputs say."""
+    """Return the volumes of a result, (B, 1, *S), in the place of the inputs."""
     volume = result.volume(scale=scale)[:, None]
     return volume.to(inputs.device) if not is_meta_tensor(inputs) else _like(inputs, volume)
 
@@ -89,7 +89,7 @@ def _like(inputs: MetaTensor, volume: torch.Tensor) -> MetaTensor:
         placed = MetaTensor(
             volume.to(inputs.device),
             meta=deepcopy(inputs.meta),
-            applied_operations=deepcopy(inputs.applied_operations),  # Invertd takes them off
+            applied_operations=deepcopy(inputs.applied_operations),  # for Invertd
         )
     placed.is_batch = inputs.is_batch
     return placed

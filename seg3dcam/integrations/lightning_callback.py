@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from seg3dcam.errors import ConfigError, MissingExtraError
-from seg3dcam.integrations.epoch_cams import EpochCams, ValidationCases, images_of
+from seg3dcam.integrations.epoch_cams import ValidationCases, images_of
 from seg3dcam.integrations.logs import add_to_mlflow, add_to_tensorboard
 
 
 def _callback() -> Any:
-    """Return the base class of the Lightning that is in use: it has two names."""
+    """Return the class `Callback` of the Lightning in use; the package has two names."""
     try:
         if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
             from pytorch_lightning import Callback
@@ -29,18 +29,18 @@ def _callback() -> Any:
 
 
 class CamCallback(_callback()):  # type: ignore[misc]
-    """Explains chosen validation cases every so many epochs, in `fit` and in `validate`.
+    """Explains chosen validation cases every few epochs, in `fit` and in `validate`.
 
-    Pictures go to the trainer's TensorBoard and MLflow loggers, if it has some. The first process
-    explains its own cases.
+    Pictures go to the trainer's TensorBoard and MLflow loggers, if there are any. In distributed
+    training, the first process explains its own cases.
 
     Args:
         out, target_layers, cases, interval, settings: see `EpochCams`. Epochs count from 1.
-        class_idx: class indices or names, or targets; one or a list. None: every class that is
-            predicted.
-        network: name of the attribute of the LightningModule that is the network; None is the
-            module itself, whose `forward` then takes an image.
-        batch_transform: from the batch to the images, (B, C, *S) or a list of (C, *S).
+        class_idx: class indices, class names or targets, one or a list; None explains every class
+            that is predicted.
+        network: name of the LightningModule's attribute that holds the network; None if the module
+            itself is the network, whose `forward` takes an image.
+        batch_transform: a function from the batch to the images, (B, C, *S) or a list of (C, *S).
 
     Raises:
         ConfigError: a setting is wrong.
@@ -62,7 +62,8 @@ class CamCallback(_callback()):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        cams = EpochCams(
+        self._cases = ValidationCases(
+            batch_transform,
             out,
             targets=class_idx,
             target_layers=target_layers,
@@ -71,7 +72,6 @@ class CamCallback(_callback()):  # type: ignore[misc]
             **settings,
         )
         self.network = network
-        self._cases = ValidationCases(cams, batch_transform)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the cases from 0."""
@@ -107,7 +107,7 @@ def _network(module: nn.Module, name: str | None) -> nn.Module:
 
 
 def _log(trainer: Any, picture: Path, epoch: int) -> None:
-    """Hand a picture to the loggers that take pictures."""
+    """Give a picture to the loggers that accept pictures."""
     for logger in trainer.loggers:
         experiment = logger.experiment
         if hasattr(experiment, "add_image"):

@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard and MLflow, under a name that stays the same from epoch to epoch."""
+"""Log pictures to TensorBoard and MLflow, under names that are the same in every epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seg3dcam.errors import MissingExtraError
 
 
 def tag_of(picture: Path) -> str:
-    """Return the name of a picture among all epochs.
+    """Return the name of a picture, which is the same in every epoch.
 
     >>> tag_of(Path("cams/epoch_0005/case_0/cam_lesion.png"))
     'case_0/cam_lesion'
@@ -31,7 +31,7 @@ def add_to_mlflow(picture: Path, client: Any = None, run_id: str | None = None) 
     """Log a picture as an artifact.
 
     Args:
-        client, run_id: a `MlflowClient` and its run; None is the active run.
+        client, run_id: an `MlflowClient` and its run; None for the active run.
     """
     place = f"cams/{picture.parents[1].name}/{picture.parent.name}"
     if client is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.checks import is_meta_tensor
-from seg3dcam.engine.layer_map import Scale
+from seg3dcam.engine.scales import Scale
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.network.layers import LayerSpec
 
@@ -23,23 +23,24 @@ from seg3dcam.network.layers import LayerSpec
 class Camd(MapTransform):
     """Adds the map of an image (C, *S) as a MetaTensor (1, *S) in the same place.
 
-    For post-processing: `Invertd(keys="cam", transform=preprocessing, orig_keys="image",
-    nearest_interp=False)` leads it back to the scan's grid, and `SaveImaged(keys="cam")` writes it
-    there. (`seg3dcam.explaining.explain` goes there in one interpolation instead of two.)
+    Use it for post-processing: `Invertd(keys="cam", transform=preprocessing, orig_keys="image",
+    nearest_interp=False)` takes the map back to the scan's grid, and `SaveImaged(keys="cam")`
+    writes it. (`seg3dcam.explaining.explain` needs one interpolation for this instead of two.)
 
     Args:
-        keys: of the images, as the network takes them.
-        network: the transform refuses to run in a DataLoader's workers, since each would copy it.
+        keys: keys of the images, which are inputs of the network.
+        network: the network. The transform refuses to run in a DataLoader's workers, since each of
+            them would copy it.
         target_layers: see `BaseCAM`.
-        class_idx: a class index or target, see `CamInferer`.
+        class_idx: a class index or a target, see `CamInferer`.
         cam_name: a key of `METHODS`.
         names: keys of the maps.
-        scale: "max" gives [0, 1], "raw" positive evidence in its own units.
-        settings: more arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
+        scale: "max" gives maps in [0, 1], "raw" gives positive evidence in its own units.
+        settings: further arguments of the method's class, such as `sliding_window=WindowPlan(96)`.
 
     Raises:
-        ConfigError: an unknown method, or a DataLoader's worker.
-        InputError: the image does not say where it lies.
+        ConfigError: the method is unknown, or the transform runs in a DataLoader's worker.
+        InputError: the image is no MetaTensor, so its place is not known.
     """
 
     def __init__(
@@ -84,6 +85,6 @@ class Camd(MapTransform):
                 found[name] = MetaTensor(
                     result.volume(scale=self.scale),
                     meta=deepcopy(image.meta),
-                    applied_operations=deepcopy(image.applied_operations),  # Invertd takes them off
+                    applied_operations=deepcopy(image.applied_operations),  # for Invertd
                 )
         return found

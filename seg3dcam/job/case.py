@@ -3,11 +3,11 @@
 `case.json` says what was done and found; it is written last. `seg3dcam.job.writers` lists the
 files of each format.
 
-A target is named by its class, and by its region and method where there are several; `case.json`
-says which name is whose, and the size and SHA-256 of every file. A run that differs, in its target
-or in any setting, adds its files; where they would have the name of another file, a number comes
-behind it. No file's name or content tells the scan's own file name, which may be a patient's: see
-`Job.case`.
+A target's files are named by its class, and by its region and method where there are several.
+`case.json` says which explanation each name stands for, and the size and SHA-256 of every file. A
+run with another target or other settings adds its files; where a name is already in use, a number
+is added to it. The scan's own file name, which may be a patient's, appears in no file's name or
+content: see `Job.case`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from seg3dcam.engine.passes import Progress, silent
-from seg3dcam.errors import InputError, OutputError
+from seg3dcam.errors import InputError, OutputError, some
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
 from seg3dcam.export.slicer import SlicerScene
@@ -30,7 +29,7 @@ from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import Keys, case_name, keys_of_explanation, look_of, settings_of
 from seg3dcam.job.record import (
     Record,
-    Run,
+    RunEntry,
     damaged,
     is_somebody_elses,
     listed_files,
@@ -42,13 +41,14 @@ from seg3dcam.job.record import (
 )
 from seg3dcam.job.settings import Job
 from seg3dcam.job.writers import (
-    JointWriter,
     joint_writer,
     own_masks,
     raw_files,
     write_format,
     write_prediction,
 )
+from seg3dcam.progress import Progress, silent
+from seg3dcam.review.writing import JointWriter
 
 
 def write_case(
@@ -59,13 +59,13 @@ def write_case(
     keys: Keys | None = None,
     progress: Progress = silent,
 ) -> Mapping[str, Any]:
-    """Write one run of a case; what other runs left in its folder stays.
+    """Write one run of a case; the files of other runs in its folder stay.
 
     A run of the same job is replaced. Explanations may be made while they are iterated over; no
     other process can write to the folder meanwhile.
 
     Args:
-        keys: see `seg3dcam.job.keys`; None takes them from what the explanations say.
+        keys: see `seg3dcam.job.keys`; None makes them from the explanations' provenance.
         progress: called with (step, done, total) before each format is written.
 
     Returns:
@@ -90,8 +90,8 @@ def write_case(
         replaced = _files_of(before) - _files_of(others)
         names = placed_as(folder, staged, new.files, replaced)
         files = described(staged, names)
-        # A run that dies from here on leaves new files, which the next one removes; what it
-        # replaces stays listed, old or new, as a run that has to be done again.
+        # If this run is killed from here on, the next one removes its new files. The files that it
+        # replaces stay listed, whether replaced yet or not, under a run that has to be done again.
         lock.announce(final for final in names.values() if not os.path.lexists(folder / final))
         if before is not None and replaced:
             write_record(folder, unfinished(before, new.keys.job))
@@ -103,7 +103,7 @@ def write_case(
             voxels_sha256=new.keys.voxels,
             key=run["key"],
             job=run["job"],
-            runs=[*(others.runs if others else []), Run(**run)],
+            runs=[*(others.runs if others else []), RunEntry(**run)],
             files={**(others.files if others else {}), **files},
             explanations=[*(others.explanations if others else []), *entries],
         )
@@ -114,10 +114,10 @@ def write_case(
 
 
 def write_apart(folder: str | Path, name: str, write: Callable[[Path], object]) -> list[Path]:
-    """Write files that belong together to a folder of their own, where nothing else is lost.
+    """Write files that belong together to a folder of their own, which replaces no other one.
 
-    What another call wrote under this name stays, and a number is added to the name; where it is
-    the very same, it is not written twice.
+    Where another call wrote other files under this name, they stay, and a number is added to the
+    name. Where it wrote the very same files, they are not written again.
 
     Args:
         folder: gets the new folder.
@@ -146,23 +146,24 @@ def _files_of(record: Record | None) -> set[str]:
 
 
 def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
-    """Raise OutputError where files went while the run went on."""
+    """Raise OutputError where files disappeared or changed during the run."""
     if gone := damaged(folder, record, files):
         raise OutputError(
-            f"{folder}: {', '.join(gone[:3])}{', ...' * (len(gone) > 3)} went while the run went "
+            f"{folder}: {some(gone, 3)} went while the run went "
             "on: something else deletes or writes there. Choose another folder, or run it again"
         )
 
 
 @dataclass
 class _NewRun:
-    """What one run has written, in a folder of its own.
+    """The files that one run has written to a folder of its own, and what it found.
 
     Attributes:
         staged: that folder.
-        keys, case: known from the first explanation on.
-        found: entries of `case.json`, with names of files in `staged`.
-        files, scan, prediction: all files, and of them the scan's and the prediction's.
+        keys, case: of the run; they are set with the first explanation.
+        found: entries of `case.json`, in which files have their names in `staged`.
+        files: all files.
+        scan, prediction: those of them that hold the scan and the prediction.
     """
 
     staged: Path
@@ -174,7 +175,11 @@ class _NewRun:
     prediction: list[Path] = field(default_factory=list)
 
     def run(self, names: Mapping[str, str], job: Job) -> dict[str, Any]:
-        """Return what `case.json` says of the run; `names` in `staged` -> names in the case."""
+        """Return what `case.json` says of the run.
+
+        Args:
+            names: name in `staged` -> name in the case.
+        """
         final = {self.staged / name: final for name, final in names.items()}
         return {
             "key": self.keys.all,
@@ -186,7 +191,7 @@ class _NewRun:
         }
 
     def entries(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Return what `case.json` says of the explanations, with the names that files have now."""
+        """Return what `case.json` says of the explanations; `names` as for `run`."""
         return [
             entry
             | {"raw_files": {layer: names[file] for layer, file in entry["raw_files"].items()}}
@@ -238,7 +243,7 @@ def _write_run(
 
 
 def _names_of_others(others: Record | None, explanation: Explanation) -> list[str]:
-    """Return the names of other explanations, but of the very same one in other formats."""
+    """Return the names already in use, without those of this same explanation in other formats."""
 
     def told(provenance: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in provenance.items() if key != "versions"}

@@ -1,15 +1,21 @@
-"""What can be said against a job before anything is loaded: nothing here imports PyTorch."""
+"""Checks of a job that need neither its scan nor its network; nothing here imports PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from seg3dcam.cams.method_cards import method_names
 from seg3dcam.errors import ConfigError, nearest
 from seg3dcam.files import resolved
-from seg3dcam.job.method_cards import method_names
 from seg3dcam.job.settings import OUT, Job
 from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion, NamedScore
+
+#: Arguments of calls that every method takes. A job has them elsewhere, or its model says them.
+OF_CALLS = {
+    *("self", "targets", "layers", "target_layers", "sliding_window", "output", "activation"),
+    *("reshape_transform", "progress"),
+}
 
 
 def check_job(job: Job) -> None:
@@ -20,32 +26,19 @@ def check_job(job: Job) -> None:
 
 
 def check_methods(job: Job) -> None:
-    """Raise ConfigError for an unknown method, or settings that are no method's."""
+    """Raise ConfigError for an unknown method, or settings that belong to no method."""
     for method in job.methods:
         if method not in method_names():
             raise ConfigError(f"method {method!r}: {nearest(method, method_names())}")
     if job.settings and len(job.methods) > 1:
         raise ConfigError("settings are those of one method, and several are named")
     for name in job.settings:
-        if name in Job.model_fields or name in _of_every_method():
+        if name in Job.model_fields or name in OF_CALLS:
             raise ConfigError(f"setting {name!r} is none of a method: it has an option of its own")
 
 
-def _of_every_method() -> set[str]:
-    """Return the settings that every method has: a job asks for them elsewhere."""
-    import inspect
-
-    from seg3dcam.cams.base import BaseCAM
-    from seg3dcam.explaining.explain import explain_each
-
-    return {
-        *inspect.signature(BaseCAM.__init__).parameters,
-        *inspect.signature(explain_each).parameters,
-    }
-
-
 def check_places(job: Job) -> None:
-    """Raise ConfigError where results would lie among the scan's files, or the other way."""
+    """Raise ConfigError where results and the files of scan or truth would share a folder."""
     out = resolved(job.out or OUT)
     scans = [resolved(scan) for scan in job.scans]
     truth = [resolved(job.truth)] if job.truth else []
@@ -57,7 +50,7 @@ def check_places(job: Job) -> None:
 
 
 def check_apart(out: Path, scans: Iterable[str]) -> None:
-    """Raise ConfigError where results would lie in the folder that is a scan."""
+    """Raise ConfigError where results would be written into a folder that holds a scan."""
     for scan in map(resolved, scans):
         if scan.is_dir() and resolved(out).is_relative_to(scan):
             raise ConfigError(f"out {out}: it lies in the scan's own folder; choose another")

@@ -1,6 +1,7 @@
 """A folder that only one run at a time writes to.
 
-So nothing in it is half-written, lost or mixed up, and files of somebody else stay as they are.
+No file in it is half-written, lost or mixed up with another run's, and files of somebody else stay
+as they are.
 
     with locked("results") as lock, staging("results") as staged:
         ...                             # write to `staged`, a hidden folder in "results"
@@ -34,19 +35,19 @@ from seg3dcam.files import check_writable, digest_of, read_small, temporary_name
 #: The file that says who is at work in a folder.
 LOCK = ".seg3dcam-lock"
 
-#: A lock that cannot be read may just be written. After so many seconds its run must have died.
+#: A lock that cannot be read may be half-written. After so many seconds its run must have died.
 UNREADABLE = 10
 
-#: Folders that hold one folder for each explanation; other folders belong together as a whole.
+#: Folders in which each explanation has a folder of its own. The files in any other folder belong
+#: together.
 OF_EACH = ("slices",)
 
-
-#: Bytes of a lock, at most.
+#: Most bytes of a lock.
 _LARGEST = 50_000_000
 
 
 def _inside(name: str) -> str:
-    """Return the name of a file below a folder; ValueError for any other."""
+    """Return a name that leads to a file inside a folder; ValueError for any other name."""
     parts = name.split("/")
     if any(p in ("", ".", "..") or len(os.fsencode(p)) > 255 for p in parts) or "\0" in name:
         raise ValueError("a name of a file in the folder is needed, such as slices/a/axial_001.png")
@@ -93,7 +94,7 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
 
     Args:
         folder: is created if it is missing.
-        listed: tells the files, relative to the folder, of complete runs, which stay.
+        listed: returns the files of complete runs, relative to the folder; they stay.
 
     Raises:
         OutputError: another run is at work there, or the folder cannot be written.
@@ -128,9 +129,9 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder to write to, which is gone at the end, however that comes.
+    """Give a hidden folder to write to, which is always removed at the end.
 
-    Errors of writing name the file as if it lay in `folder` already.
+    Errors of writing name a file by the place in `folder` where it is to go.
     """
     staged = temporary_name(folder, ".run")
     staged.mkdir(parents=True)
@@ -147,10 +148,11 @@ def staging(folder: Path) -> Iterator[Path]:
 def placed_as(
     folder: Path, staged: Path, files: Iterable[Path], replaceable: Collection[str]
 ) -> dict[str, str]:
-    """Return under which names staged files are to lie in the folder, so that nothing is lost.
+    """Return the names that staged files are to have in the folder, so that nothing is lost.
 
-    A file has its own name where that is free, may be replaced, or is that of a file with the very
-    same content; else a number is added, for folders of files that belong together to the folder's.
+    A file keeps its name where that is free, may be replaced, or belongs to a file with the same
+    content. Otherwise a number is added to the name, or to that of the folder where several files
+    belong together.
 
     Args:
         files: in `staged`.
@@ -178,7 +180,7 @@ def described(staged: Path, names: Mapping[str, str]) -> dict[str, dict[str, int
     """Return the size and SHA-256 of each staged file, by the name that it is to have.
 
     Raises:
-        OutputError: a file is gone, as where the folder was deleted meanwhile.
+        OutputError: a file is gone, such as after the folder was deleted.
     """
     found: dict[str, dict[str, int | str]] = {}
     for name, final in names.items():
@@ -192,7 +194,7 @@ def move(folder: Path, staged: Path, names: Mapping[str, str]) -> None:
     """Move staged files to their names.
 
     Raises:
-        OutputError: a file is gone, as where the folder was deleted meanwhile.
+        OutputError: a file is gone, such as after the folder was deleted.
     """
     for name, final in names.items():
         target = folder / final
@@ -216,7 +218,7 @@ def _errors_in_words(file: Path) -> Iterator[None]:
 
 
 def remove(folder: Path, files: Iterable[str]) -> None:
-    """Remove files of a folder, and the folders that are empty then; never what a link points to.
+    """Remove files of a folder, and folders that are empty then. No link is followed.
 
     Args:
         files: names that lie in the folder, see `Name`.
@@ -242,7 +244,7 @@ def is_link_free(folder: Path, name: str) -> bool:
 
 
 def _taken(path: Path, holder: _Holder) -> bool:
-    """Make the lock file; False where there is one."""
+    """Create the lock file; return False where there is one already."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -253,14 +255,14 @@ def _taken(path: Path, holder: _Holder) -> bool:
 
 
 def _holder_of(path: Path) -> _Holder | None:
-    """Return who holds a lock; None where it is gone, or nobody can have written it like that."""
+    """Return who holds a lock; None where it is gone or stays unreadable."""
     for _ in range(2 * UNREADABLE):
         try:
             return _Holder.model_validate_json(read_small(path, _LARGEST))
         except FileNotFoundError:
             return None
         except ValidationError:
-            # Somebody may be about to write it.
+            # Its run may be writing it right now.
             if time.time() - path.lstat().st_mtime > UNREADABLE:
                 return None
             time.sleep(0.5)
@@ -268,10 +270,10 @@ def _holder_of(path: Path) -> _Holder | None:
 
 
 def _is_at_work(holder: _Holder) -> bool:
-    """Tell whether a lock's process is there; of another machine nobody can tell, so it may be."""
+    """Tell whether a lock's process is running. One on another machine counts as running."""
     if holder.host != socket.gethostname():
         return True
-    # Numbers of processes are used again.
+    # The number of a process that has ended is given to another one.
     return psutil.pid_exists(holder.process) and _started(holder.process) == holder.since
 
 
@@ -320,7 +322,7 @@ def _numbered(unit: PurePosixPath) -> Iterator[PurePosixPath]:
 
 
 def _candidates(folder: Path, unit: PurePosixPath) -> Iterator[PurePosixPath]:
-    """Yield names for a file or folder, in a folder that is none of somebody else's."""
+    """Yield names for a file or folder, outside of folders that belong to somebody else."""
     if unit.parent == PurePosixPath():
         return _numbered(unit)
     usable = (
@@ -339,7 +341,7 @@ def _is_free(
     staged: Path,
     replaceable: Collection[str],
 ) -> bool:
-    """Tell whether files may have their names: nothing of somebody else's lies there."""
+    """Tell whether files may have their names: no file of somebody else has one of them."""
     if _has_link(folder, folder / unit):
         return False
     if (folder / unit).is_file() and list(names.values()) != [str(unit)]:
@@ -354,7 +356,7 @@ def _is_free(
 
 
 def _is_same(there: Path, staged: Path) -> bool:
-    """Tell whether a file holds what was staged; not where nobody may read it."""
+    """Tell whether a file has the same content as a staged one; False where it cannot be read."""
     with contextlib.suppress(OSError):
         return there.is_file() and digest_of(there) == digest_of(staged)
     return False

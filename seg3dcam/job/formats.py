@@ -1,4 +1,4 @@
-"""The formats of a case: a line says how one is written and what it holds.
+"""The formats of a case, in a table: one line says how a format is written and which files it has.
 
 Writers stand here by their names in `seg3dcam.job.writers`, so that nothing here imports PyTorch.
 """
@@ -37,9 +37,9 @@ class Format:
     Attributes:
         writer: its function in `seg3dcam.job.writers`, called by `write_format`, or by
             `joint_writer` where it is joint.
-        files: patterns of what it writes to the case's folder; * is a target, a layer or a class.
-        joint: its files show all explanations together, else each explanation has its own.
-        by_default: it is written where no format is named.
+        files: patterns of the files in the case's folder; * is a target, a layer or a class.
+        joint: its files show all explanations together; otherwise each explanation has its own.
+        by_default: it is written where a job names no format.
         check: raises ConfigError where it cannot be written for a scan.
     """
 

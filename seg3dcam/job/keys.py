@@ -1,4 +1,4 @@
-"""Which case a run belongs to, where the case goes, and hashes that tell what was done before."""
+"""Which case a run belongs to, where the case goes, and hashes by which a run is known again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import digest_of_all, printable, unique_names
 from seg3dcam.job.record import is_somebody_elses, record_of, voxels_sha256
 from seg3dcam.job.settings import OUT, Job
+from seg3dcam.job.targets import class_indices
 from seg3dcam.models import SegModel
 from seg3dcam.review.look import Look
 from seg3dcam.scan import Scan, place_code
 
-#: Settings that say where something is; they do not change what is written.
+#: Settings that name inputs, or where and on what a run works; they do not change what is written.
 _WHERE = {"scan", "model", "out", "device", "truth"}
 
 #: Packages that make volumes and pictures.
@@ -30,12 +31,13 @@ _MAKERS = ("seg3dcam", "torch", "monai", "numpy", "scipy", "nibabel", "matplotli
 
 
 class Keys(NamedTuple):
-    """Hashes of what a run is asked for: runs with the same hash write the same.
+    """Hashes of what a run is asked for.
 
     Attributes:
-        voxels: of the scan's voxels alone. It says which scan it is, wherever a header places it.
+        voxels: of the scan's voxels alone. It tells scans apart, wherever their headers place them.
         job: of the scan's voxels, the model, the truth and the settings.
-        all: of all that, of the scan's place, and of the versions of the packages that write.
+        all: of all that, the scan's place and the versions of the packages that write. Runs with
+            the same hash write the same files.
     """
 
     voxels: str
@@ -51,28 +53,29 @@ def scan_code(scan: Scan) -> str:
 
 
 def case_name(scan: Scan, job: Job) -> str:
-    """Return the scan's name for everybody's eyes: what the job says, else a code."""
+    """Return the name under which a scan is shown: what the job says, else a code."""
     return printable(job.case or "") or f"scan {scan_code(scan)[:8]}"
 
 
 def case_folder(scan: Scan, job: Job, keys: Keys) -> Path:
     """Return where a scan's case goes: what the job says, or a folder of its own by default.
 
-    Beside another scan's case, or another program's, it gets a folder of its own in that folder.
+    Where the job's folder holds another scan's case, or a `case.json` of another program, the case
+    goes to a folder of its own inside of it.
     """
     name = case_name(scan, job)
-    # A file of this name is for the writer to refuse.
+    # Where a file has this name, the writer raises the error.
     if job.out is not None and (Path(job.out).is_file() or _may_hold(Path(job.out), keys)):
         return Path(job.out)
     parent = Path(OUT if job.out is None else job.out)
-    # The third name and more are for where links or files of others have the first two.
+    # More than two names are needed only where somebody else's links or files have them.
     names = unique_names([name, *[f"{name} {keys.voxels[:8]}"] * 99])
     below = (parent / one for one in names)
     return next(place for place in below if not place.is_symlink() and _may_hold(place, keys))
 
 
 def _may_hold(folder: Path, keys: Keys) -> bool:
-    """Tell whether a scan's case may go to a folder: nothing is there that it would mix with."""
+    """Tell whether a scan's case may go to a folder: one that holds no other scan's case."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
     record = record_of(folder)
@@ -84,9 +87,7 @@ def _may_hold(folder: Path, keys: Keys) -> bool:
 def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) -> Keys:
     """Return the hashes of a run, by which it is found to be done already."""
     voxels = voxels_sha256(scan)
-    digest = hashlib.sha256(voxels.encode())
-    if truth is not None:
-        digest.update(voxels_sha256(truth).encode())
+    of_truth = "" if truth is None else voxels_sha256(truth)
     use = [
         model.name,
         model.fingerprint(),
@@ -96,15 +97,36 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
         repr(model.window),
         str(model.output),
         _code_of(model.module),
-        settings_of(job) | {"target": _classes_of(job, model)},
+        settings_of(job) | {"target": class_indices(job, model) or None},
     ]
-    digest.update(json.dumps(use, sort_keys=True, default=str).encode())
-    of_job = digest.hexdigest()[:16]
-    digest.update(place_code(scan).encode())
-    # OpenCV is asked itself: its package has several names.
+    # Packages of several names install OpenCV, so the module itself is asked for its version.
     versions = {package: version(package) for package in _MAKERS} | {"opencv": cv2.__version__}
-    digest.update(json.dumps(versions).encode())
-    return Keys(voxels, of_job, digest.hexdigest()[:16])
+    return _keys(scan, voxels, voxels + of_truth + _json(use), json.dumps(versions))
+
+
+def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
+    """Return the keys of a run whose model is known only by an explanation's provenance."""
+    scan, model = explanation.scan, explanation.provenance.get("model")
+    voxels = voxels_sha256(scan)
+    return _keys(scan, voxels, _json([voxels, model, settings_of(job)]))
+
+
+def _keys(scan: Scan, voxels: str, of_job: str, of_makers: str = "") -> Keys:
+    """Return hashes of texts.
+
+    Args:
+        voxels: the hash of the scan's voxels.
+        of_job: says what is asked for.
+        of_makers: says by which versions of packages it is made.
+    """
+    digest = hashlib.sha256(of_job.encode())
+    job_key = digest.hexdigest()[:16]
+    digest.update((place_code(scan) + of_makers).encode())
+    return Keys(voxels, job_key, digest.hexdigest()[:16])
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 def _code_of(module: nn.Module) -> str:
@@ -115,12 +137,6 @@ def _code_of(module: nn.Module) -> str:
     return digest_of_all(file for file in files if file.is_file())
 
 
-def _classes_of(job: Job, model: SegModel) -> list[int] | None:
-    """Return the indices of the classes that a job names, by name or by index."""
-    named = job.target if isinstance(job.target, list) else [job.target]
-    return None if job.target is None else [model.class_index(name) for name in named]  # type: ignore[arg-type]
-
-
 def settings_of(job: Job) -> dict[str, Any]:
     """Return the settings that decide on the results, in one form however a job writes them."""
     settings = {k: v for k, v in job.model_dump().items() if k not in _WHERE}
@@ -129,22 +145,11 @@ def settings_of(job: Job) -> dict[str, Any]:
         "layer": job.layers,
         "format": sorted(job.formats),
         "axis": job.axes,
-        "region": job.region or ("volume" if job.score == "mask_output" else "predicted"),
+        "region": job.region_name,
         "case": job.case or None,
         "colormap": look_of(job).colormap,
     }
     return settings | same
-
-
-def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:
-    """Return the keys of a run whose model is known only from what an explanation says of it."""
-    scan, model = explanation.scan, explanation.provenance.get("model")
-    voxels = voxels_sha256(scan)
-    use = [voxels, model, settings_of(job)]
-    digest = hashlib.sha256(json.dumps(use, sort_keys=True, default=str).encode())
-    of_job = digest.hexdigest()[:16]
-    digest.update(place_code(scan).encode())
-    return Keys(voxels, of_job, digest.hexdigest()[:16])
 
 
 def look_of(job: Job) -> Look:

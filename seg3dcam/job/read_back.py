@@ -13,15 +13,16 @@ from seg3dcam.errors import InputError, nearest
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import plain
 from seg3dcam.files.readers import FRAMES, Frame
+from seg3dcam.geometry import SAME_GRID_VOXELS, same_grid, spacing_of
 from seg3dcam.job.folder import is_link_free
 from seg3dcam.job.record import (
     NAME,
     Entry,
-    Method,
-    Model,
+    MethodSchema,
+    ModelSchema,
     Record,
-    Run,
-    Target,
+    RunEntry,
+    TargetSchema,
     damaged,
     provenance_of,
     read_record,
@@ -108,7 +109,7 @@ def _entry(record: Record, name: str | None, folder: Path) -> Entry:
     return named[name] if name in named else labelled[0]
 
 
-def _run_with_maps(folder: Path, record: Record, entry: Entry) -> Run:
+def _run_with_maps(folder: Path, record: Record, entry: Entry) -> RunEntry:
     """Return the run that wrote an entry's raw maps."""
     run = run_with(record, entry.run)
     if run is None or not entry.raw_files:
@@ -119,7 +120,7 @@ def _run_with_maps(folder: Path, record: Record, entry: Entry) -> Run:
     return run
 
 
-def _parts_by_explain(folder: Path, entry: Entry) -> tuple[Target, Method, Model]:
+def _parts_by_explain(folder: Path, entry: Entry) -> tuple[TargetSchema, MethodSchema, ModelSchema]:
     """Return the parts of an entry that `explain` fills in and that an explanation needs."""
     target, method, model = entry.target, entry.method, entry.model
     if (
@@ -136,7 +137,7 @@ def _parts_by_explain(folder: Path, entry: Entry) -> tuple[Target, Method, Model
     return target, method, model
 
 
-def _own_files(entry: Entry, run: Run) -> list[str]:
+def _own_files(entry: Entry, run: RunEntry) -> list[str]:
     """Return the names of an entry's maps and masks, and of its run's prediction."""
     masks = [file for file in (entry.region_file, entry.truth_file) if file is not None]
     return [*entry.raw_files.values(), *run.prediction_files, *masks]
@@ -157,7 +158,7 @@ def _check_files(folder: Path, record: Record, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------ scan and volumes
 
 
-def _frame(run: Run) -> Frame | None:
+def _frame(run: RunEntry) -> Frame | None:
     """Return the form of a NIfTI header by which a run read its scan; None: the usual one."""
     return next((frame for frame in FRAMES if frame == run.job.get("frame")), None)
 
@@ -182,7 +183,8 @@ def _check_is_scan_of(folder: Path, record: Record, scan: Scan, affine: np.ndarr
     """Refuse a scan with other voxels than the case's, or in another place than its maps."""
     if voxels_sha256(scan) != record.voxels_sha256:
         raise InputError(f"{scan.name} is another scan than that of {folder}: its voxels differ")
-    if not np.allclose(scan.affine, affine, atol=1e-3):
+    within_mm = SAME_GRID_VOXELS * min(spacing_of(affine))
+    if not same_grid(scan.affine, affine, scan.shape, within_mm=within_mm):
         raise InputError(f"{scan.name} lies elsewhere in the patient than the maps in {folder}")
 
 
@@ -191,8 +193,14 @@ def _volume(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(nib.load(path).dataobj, dtype=np.float32))
 
 
-def _prediction(folder: Path, run: Run, classes: Sequence[str], exclusive: bool) -> torch.Tensor:
-    """Return the masks (K, X, Y, Z) of all classes."""
+def _prediction(
+    folder: Path, run: RunEntry, classes: Sequence[str], exclusive: bool
+) -> torch.Tensor:
+    """Return the masks (K, X, Y, Z) of all classes.
+
+    Args:
+        exclusive: True where the classes exclude each other, so that one file of labels holds all.
+    """
     volumes = [_volume(folder / file) for file in run.prediction_files]
     if len(volumes) != (len(classes) if len(volumes) > 1 or not exclusive else 1):
         raise InputError(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from seg3dcam.engine.layer_map import Status
+from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
 from seg3dcam.files import digest_of, read_small, write_json
 from seg3dcam.job.folder import Name, is_link_free
@@ -25,20 +25,20 @@ NAME = "case.json"
 _LARGEST = 200_000_000
 
 
-class _Part(BaseModel):
-    """A part of a record. Keys that are not known here are kept, and written again."""
+class _Schema(BaseModel):
+    """A part of a record. Unknown keys are accepted, and written back as they are."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class File(_Part):
+class FileEntry(_Schema):
     """One file of a case: its size in bytes and its SHA-256."""
 
     bytes: int
     sha256: str
 
 
-class Run(_Part):
+class RunEntry(_Schema):
     """One run: its settings, and the files of the case that it wrote.
 
     Attributes:
@@ -60,11 +60,12 @@ class Run(_Part):
     prediction_files: list[Name] = []
 
 
-# The parts of a provenance (see `seg3dcam.explaining.provenance`) that are needed to read an
-# explanation back. They are checked, since anybody may have written the file.
+# What must be right in an entry before an explanation can be read back from it. Anybody may have
+# written the file, so these fields are checked. All others are read as they are, into the
+# `Provenance` of `seg3dcam.explaining`, which has a default for each.
 
 
-class Target(_Part):
+class TargetSchema(_Schema):
     """What was explained."""
 
     name: str
@@ -72,20 +73,20 @@ class Target(_Part):
     score: float
 
 
-class Method(_Part):
+class MethodSchema(_Schema):
     """The method that made the maps."""
 
     name: str
 
 
-class Layer(_Part):
+class LayerSchema(_Schema):
     """What one target layer gave."""
 
     status: Status
     spacing_mm: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
-class Model(_Part):
+class ModelSchema(_Schema):
     """The network."""
 
     classes: Annotated[list[str], Field(min_length=1)]
@@ -94,13 +95,13 @@ class Model(_Part):
 _Row = Annotated[list[float], Field(min_length=4, max_length=4)]
 
 
-class Place(_Part):
+class ScanSchema(_Schema):
     """Where the scan lies: its affine, (4, 4) voxel -> RAS mm."""
 
     affine: Annotated[list[_Row], Field(min_length=4, max_length=4)]
 
 
-class Entry(_Part):
+class Entry(_Schema):
     """One explanation: its files, its properties, and beside them its `Explanation.provenance`.
 
     Attributes:
@@ -124,14 +125,14 @@ class Entry(_Part):
     over_mask: bool = True
     only_against: list[str] = []
     of_component: bool = False
-    scan: Place | None = None
-    model: Model | None = None
-    target: Target | None = None
-    method: Method | None = None
-    layers: dict[str, Layer] = {}
+    scan: ScanSchema | None = None
+    model: ModelSchema | None = None
+    target: TargetSchema | None = None
+    method: MethodSchema | None = None
+    layers: dict[str, LayerSchema] = {}
 
 
-class Record(_Part):
+class Record(_Schema):
     """What a case holds: all runs, with their files and explanations.
 
     Attributes:
@@ -149,8 +150,8 @@ class Record(_Part):
     voxels_sha256: str
     key: str
     job: dict[str, Any]
-    runs: list[Run]
-    files: dict[Name, File]
+    runs: list[RunEntry]
+    files: dict[Name, FileEntry]
     explanations: list[Entry]
 
 
@@ -203,7 +204,7 @@ def listed_files(folder: Path) -> set[str]:
     return set() if record is None else {name for run in record.runs for name in run.files}
 
 
-def run_with(record: Record | None, key: str) -> Run | None:
+def run_with(record: Record | None, key: str) -> RunEntry | None:
     """Return the run with a key; None where there is none."""
     runs = [] if record is None else record.runs
     return next((run for run in runs if run.key == key), None)
@@ -265,7 +266,7 @@ def damaged(
     return [name for name in names if not _is_whole(folder, name, record.files.get(name), verify)]
 
 
-def _is_whole(folder: Path, name: str, file: File | None, verify: bool) -> bool:
+def _is_whole(folder: Path, name: str, file: FileEntry | None, verify: bool) -> bool:
     path = folder / name
     if not is_link_free(folder, name):
         return False

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seg3dcam.engine.passes import Progress, silent
+from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.errors import ConfigError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
@@ -22,6 +22,7 @@ from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
 from seg3dcam.job.settings import Job
 from seg3dcam.job.targets import check_truth, targets_of
 from seg3dcam.models import SegModel, load_model
+from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_labels, load_scan
 
 
@@ -34,7 +35,8 @@ class JobResult:
         record: what its `case.json` says of this job: its "files" and "explanations", and the
             "case". Explanations are read back by `load_explanation(folder, name)`.
         was_done: the folder held all of this already, so that nothing was done.
-        notes: what the user should know of the folder, as that it is another than asked for.
+        notes: what the user should know about the folder, such as that it is not the one that the
+            job names.
     """
 
     folder: Path
@@ -59,7 +61,7 @@ def run_job(
         trust: allow the model's own Python code to run.
         force: do again what is done.
         verify: look at the content of every file of what is done, not at its size alone.
-        progress: called with (step, done, total).
+        progress: called with (step, done, total); a step of one part has nothing to count.
         say: called with each of the result's notes as soon as it is known, before the scan is
             explained.
 
@@ -76,6 +78,8 @@ def run_job(
     """
     progress = progress or silent
     check_job(job)
+    for method in job.methods:
+        ALL_METHODS[method].check_settings(job.settings)
     look_of(job)
     model = _loaded_model(job, trust)
     progress("reading", 0, 1)
@@ -89,8 +93,8 @@ def run_job(
     if say is not None:
         for note in notes:
             say(note)
-    # They are made one by one while they are written, which is when the folder is locked: of two
-    # runs of a job at once, one would work in vain.
+    # Explanations are made one by one while they are written. By then the folder is locked, so that
+    # of two runs of one job at once, the second ends before it has computed anything.
     explanations = _explanations(scan, model, targets, truth, job, progress)
     record = write_case(folder, explanations, job, keys=keys, progress=progress)
     return JobResult(folder, record, notes=notes)
@@ -106,7 +110,7 @@ def _loaded_model(job: Job, trust: bool) -> SegModel:
 
 def _loaded_scans(job: Job, model: SegModel) -> tuple[Scan, Scan | None]:
     """Return the scan and the truth, if there is one, both found to fit the job."""
-    scan = load_scan(job.scans if len(job.scans) > 1 else job.scans[0], frame=job.frame)
+    scan = load_scan(job.scans, frame=job.frame)
     _check_slice(scan, job)
     check_formats(scan, job.formats)
     if job.truth is None:
@@ -171,7 +175,7 @@ def device_of(name: str) -> torch.device:
 
 
 def _notes(folder: Path, job: Job, keys: Keys) -> Iterator[str]:
-    """Say where a case goes if it is not where it was asked for, and what it replaces."""
+    """Yield what the user should know: that a case goes elsewhere, or replaces an earlier run."""
     if job.out is not None and folder != Path(job.out):
         what = "another scan's case"
         if is_somebody_elses(Path(job.out)):

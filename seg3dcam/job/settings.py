@@ -1,4 +1,4 @@
-"""What one run of `seg3dcam explain` is asked for."""
+"""The settings of a job, which is one run of `seg3dcam explain`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
 
+from seg3dcam.checks import Frame
 from seg3dcam.geometry.planes import Axis
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.settings import Settings
@@ -20,7 +21,7 @@ else:
     RegionName = Literal[tuple(REGIONS)]
     FormatName = Literal[tuple(FORMATS)]
 
-#: A class by its name or index; nothing else is taken for one, such as true for 1.
+#: A class by its name or index. Other values, such as true, are not turned into an index.
 ClassName = StrictStr | StrictInt
 
 #: Where cases go by default, each in a folder of its own.
@@ -41,7 +42,7 @@ def _formats_in_words() -> str:
 
 
 class Job(Settings):
-    """One run of `seg3dcam explain`, which has an option for every setting, described as here."""
+    """One run of `seg3dcam explain`. The command has an option for every setting."""
 
     scan: (
         str
@@ -53,7 +54,7 @@ class Job(Settings):
     model: str = Field(
         description="a YAML file, bundle:DIR (a MONAI bundle) or nnunet:FOLDER (a trained nnU-Net)"
     )
-    frame: Literal["sform", "qform"] | None = Field(
+    frame: Frame | None = Field(
         None,
         description="sform or qform: which says where a NIfTI scan lies; default: the sform if it "
         "has one",
@@ -153,12 +154,12 @@ class Job(Settings):
 
     @property
     def image_keys(self) -> list[str] | None:
-        """The image keys of a bundle that the scan's files are for, None where none are named."""
+        """The image keys of a bundle, one for each file of the scan; None where none are named."""
         return list(self.scan) if isinstance(self.scan, dict) else None
 
     @property
     def formats(self) -> list[FormatName]:
-        """What is written, each once."""
+        """The formats to write, each once."""
         return list(dict.fromkeys(self.format))
 
     @property
@@ -171,6 +172,11 @@ class Job(Settings):
         """The methods' keys, each once."""
         given = [self.method] if isinstance(self.method, str) else self.method
         return list(dict.fromkeys(given))
+
+    @property
+    def region_name(self) -> str:
+        """The region that is explained; the score's own one where the job names none."""
+        return self.region or SCORES[self.score].default_region
 
     @property
     def layers(self) -> list[str] | str:

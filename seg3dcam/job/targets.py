@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 from seg3dcam import targets
-from seg3dcam.errors import ConfigError, EmptyRegionError
+from seg3dcam.errors import ConfigError, EmptyRegionError, some
 from seg3dcam.job.checks import check_together
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.scan import Scan
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
-from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion
+from seg3dcam.targets.named import REGIONS, SCORES
 
 
 def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any] | None:
@@ -32,10 +32,10 @@ def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any
     check_together(job)
     score = SCORES[job.score]
     if not score.of_class:
-        return [_class(score.target)(job.region or "volume", activation=model.activation)]
+        return [_type(score.type_name)(job.region_name, activation=model.activation)]
     if job.target is None:
         return None
-    classes = _classes(job, model)
+    classes = list(dict.fromkeys(class_indices(job, model)))
     if job.label is not None and len(classes) > 1:
         raise ConfigError("label is that of one class in the truth: name one target")
     return [_target(job, model, index, truth) for index in classes]
@@ -44,52 +44,52 @@ def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any
 def _target(job: Job, model: SegModel, index: int, truth: Scan | None) -> Any:
     """Return the target of one class."""
     named = SCORES[job.score]
-    score = _class(named.target)
+    score = _type(named.type_name)
     if named.needs_truth and truth is not None:
         return score(index, _mask(truth, job, index), activation=model.activation)
     if named.needs_other_class and job.against is not None:
         score = partial(score, against=model.class_index(job.against))
-    name = job.region or next(iter(REGIONS))
-    region = REGIONS[name]
+    region = REGIONS[job.region_name]
     if region.is_family:
-        family = _class(region.kind)
+        family = _type(region.type_name)
         return family(index, score, min_voxels=job.min_voxels, activation=model.activation)
-    where = _region(name, region, job, truth)
-    return score(index, region=where, activation=model.activation)
+    return score(index, region=_region(job, truth), activation=model.activation)
 
 
-def _region(name: str, region: NamedRegion, job: Job, truth: Scan | None) -> Any:
-    """Return what a region's name stands for."""
-    if not region.kind:
-        return name
+def _region(job: Job, truth: Scan | None) -> Any:
+    """Return the region of a job, as targets take it."""
+    region = REGIONS[job.region_name]
+    if not region.type_name:
+        return job.region_name
     if region.needs_truth:
-        return _class(region.kind)(truth, label=job.label)
-    return _class(region.kind)()
+        return _type(region.type_name)(truth, label=job.label)
+    return _type(region.type_name)()
 
 
-def _class(name: str) -> Callable[..., Any]:
+def _type(name: str) -> Callable[..., Any]:
     """Return a class of `seg3dcam.targets` by its name."""
-    made: Callable[..., Any] = getattr(targets, name)
-    return made
+    found: Callable[..., Any] = getattr(targets, name)
+    return found
 
 
 def _mask(truth: Scan, job: Job, index: int) -> Scan:
+    """Return where a class really is: 1 in the voxels of its label in the truth, 0 elsewhere."""
     label = index if job.label is None else job.label
     mask = truth.data == label
     if not mask.any():
-        found = ", ".join(f"{value:g}" for value in truth.data.unique().tolist()[:12])
+        found = [f"{value:g}" for value in truth.data.unique().tolist()]
         raise EmptyRegionError(
-            f"{job.truth} has no voxel of label {label}; it has {found}. Say with label (--label) "
-            "which is the class's"
+            f"{job.truth} has no voxel of label {label}; it has {some(found, 12)}. Say with "
+            "label (--label) which is the class's"
         )
     return replace(truth, data=mask.float())
 
 
 def check_truth(truth: Scan, scan: Scan, job: Job, model: SegModel) -> None:
-    """Raise TargetError early where a truth lies elsewhere, or has labels of another scheme."""
+    """Raise TargetError early for a truth on another grid, or with labels of another scheme."""
     check_on_grid("truth", truth.shape, truth.affine, scan)
     background = model.activation == "softmax" and len(model.class_names) > 1
-    for index in _classes(job, model) or [int(background)]:
+    for index in class_indices(job, model) or [int(background)]:
         truth_mask(
             truth.data[0],
             job.label,
@@ -99,7 +99,7 @@ def check_truth(truth: Scan, scan: Scan, job: Job, model: SegModel) -> None:
         )
 
 
-def _classes(job: Job, model: SegModel) -> list[int]:
-    """Return the indices of the classes that a job names, each once."""
+def class_indices(job: Job, model: SegModel) -> list[int]:
+    """Return the indices of the classes that a job names, by name or by index; none: []."""
     named = job.target if isinstance(job.target, list) else [job.target]
-    return list(dict.fromkeys(model.class_index(name) for name in named if name is not None))
+    return [model.class_index(name) for name in named if name is not None]

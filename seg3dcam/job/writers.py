@@ -1,11 +1,11 @@
 """The writers of a case's formats; `seg3dcam.job.formats` says which is whose.
 
 nifti   prediction.nii.gz              predicted labels (sigmoid: one file per class)
-        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged; of a
-                                       signed job -1 to 1: nothing cut
+        cam_<target>.nii.gz            0 to 1: negative evidence cut, layers averaged. If
+                                       the job is signed, -1 to 1 with nothing cut
         raw_<target>_<layer>.nii.gz    raw signed map of one layer
-        region_<target>.nii.gz         the voxels that are explained, where they are a region of
-                                       their own, as one lesion
+        region_<target>.nii.gz         the voxels that are explained, where they are not simply
+                                       the prediction, such as one lesion
         truth_<target>.nii.gz          where the class really is, if that was given
 png     slices/<target>/<plane>_*.png  scan beside overlay
         montage_<target>.png           the slices that matter
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,17 +51,8 @@ from seg3dcam.review import (
     save_slices,
 )
 from seg3dcam.review.look import Look
+from seg3dcam.review.writing import JointWriter
 from seg3dcam.scan import Scan
-
-
-class JointWriter(Protocol):
-    """Writes files that show several explanations together; it keeps none of their volumes."""
-
-    def add(self, explanation: Explanation, name: str) -> None:
-        """Take one more explanation."""
-
-    def finish(self) -> list[Path]:
-        """Write what shows all, and return every file."""
 
 
 def write_format(
@@ -74,7 +64,7 @@ def write_format(
         kind: a format that is not joint.
         folder: gets the files.
         name: of the explanation in the names of files.
-        case: the scan's name for everybody's eyes.
+        case: the name under which the scan is shown.
     """
     write: Callable[..., list[Path]] = globals()[FORMATS[kind].writer]
     return write(folder, explanation, name, job, case)

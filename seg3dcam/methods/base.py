@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-Own = TypeVar("Own", bound="Formula")
+Self = TypeVar("Self", bound="Formula")
 
 #: The way of a formula through the engine, see `seg3dcam.engine.run`.
 Route = Literal["gradients", "curvature", "rescoring", "full_gradients", "input"]
@@ -73,7 +73,7 @@ class Formula:
         """The settings that a caller may give: the name of each and the field that holds it."""
         return {field.name: field.name for field in fields(self)}
 
-    def with_settings(self: Own, settings: Mapping[str, Any]) -> Own:
+    def with_settings(self: Self, settings: Mapping[str, Any]) -> Self:
         """Return this formula with some settings changed; `own_settings` lists the legal names."""
         return replace(self, **{self.own_settings[name]: v for name, v in settings.items()})
 

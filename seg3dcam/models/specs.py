@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
+from seg3dcam.checks import Activation, PaddingMode, WindowConvention, WindowMode
 from seg3dcam.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,13 +73,13 @@ class Window(Settings):
 
     roi_size: int | tuple[int, ...]
     overlap: float = Field(0.25, ge=0, lt=1)
-    mode: Literal["gaussian", "constant"] = "gaussian"
+    mode: WindowMode = "gaussian"
     sw_batch_size: int = Field(1, ge=1)
     sigma_scale: FiniteFloat = Field(0.125, gt=0)
-    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
+    padding_mode: PaddingMode = "constant"
     cval: FiniteFloat = 0.0
     cache_gb: float = Field(2.0, ge=0, description="activations kept between the two passes")
-    convention: Literal["monai", "nnunet"] = Field("monai", description="whose places and gaussian")
+    convention: WindowConvention = Field("monai", description="whose places and gaussian")
 
     @field_validator("roi_size")
     @classmethod
@@ -104,7 +100,7 @@ class NetworkUse(Settings):
     """How a network is used. A YAML says it where the network's own files do not."""
 
     classes: list[str] = Field(min_length=1, description="one name per output channel")
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Activation = "softmax"
     prepare: Prepare = Field(default_factory=Prepare)
     window: Window | None = None
     output: int | str | None = None

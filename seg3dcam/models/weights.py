@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from seg3dcam.errors import ModelError
+from seg3dcam.errors import ModelError, some
 from seg3dcam.models.torchscript import is_torchscript, torchscript_state
 
 #: The keys under which a checkpoint may keep its state dict.
@@ -238,12 +238,3 @@ def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
-
-
-def some(keys: Sequence[str]) -> str:
-    """Return up to five keys and the number of the others, for a message.
-
-    >>> some(["a", "b", "c", "d", "e", "f", "g"])
-    'a, b, c, d, e and 2 more'
-    """
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

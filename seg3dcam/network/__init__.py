@@ -2,7 +2,7 @@
 
 | file or folder                      | what it is about                                           |
 |-------------------------------------|------------------------------------------------------------|
-| `checked_input`                     | what a caller gives: the input, masks on its grid          |
+| `checked_input`                     | checks of a caller's input, and of masks on its grid       |
 | `ensemble`                          | several networks, and flips, whose logits are averaged     |
 | `outputs`, `layers`                 | which output are the logits; which layers are meant        |
 | `layouts`, `layout_evidence`        | how a layer's tensor becomes (B, C, *s)                    |
@@ -12,5 +12,5 @@
 | `facts`, `structure`, `locks`       | what is known about a network, until it changes            |
 | `grids/`                            | where the voxels of a layer lie in the input               |
 | `suggest/`                          | which layers are worth explaining                          |
-| `module_class`                      | of which class a module is, also in an exported program    |
+| `module_class`                      | the class of a module, also in an exported program         |
 """

@@ -1,9 +1,9 @@
-"""What modules of a network keep in attributes of their own, besides weights and submodules.
+"""Find what the modules of a network keep in their own attributes, besides weights and submodules.
 
 The search looks into lists, tuples, dicts, sets and deques, and into objects of a user's own
 classes. It does not look into other networks, optimisers, data sets, files, locks and threads, nor
-into objects that hold one of these (a trainer, a writer of logs), nor into objects of classes of
-Python, PyTorch or NumPy (functions, loggers).
+into objects that hold one of these, such as a trainer. It does not look into objects of Python,
+PyTorch or NumPy either, such as functions and loggers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-#: How many values are looked at, the nearest first, and how many levels deep.
+#: The search looks at so many values, the nearest first, and goes so many levels deep.
 MOST, DEEPEST = 2_000, 5
 
 #: Random generators that a network may own.
@@ -39,7 +39,7 @@ GENERATORS = (
 #: Attributes that every module has: tables of hooks, submodules, parameters and buffers.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
-#: Types of containers. Their own methods are called, whatever a subclass has overridden.
+#: Types of containers. Their methods are called directly, in case a subclass has overridden them.
 CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 _SINGLE = (torch.Tensor, np.ndarray, *GENERATORS)
@@ -55,7 +55,7 @@ class AttributeValue(NamedTuple):
     """A value that a module keeps in an attribute, or somewhere inside of one.
 
     Attributes:
-        value: a tensor, an array, a generator, a container or an object.
+        value: a tensor, an array, a random generator, a container or an object.
         place: the module and its attribute, in words.
     """
 
@@ -64,7 +64,7 @@ class AttributeValue(NamedTuple):
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's own attributes; those of a TorchScript module cannot be read.
+    """Return a module's own attributes, none for a TorchScript module, which cannot be read.
 
     >>> module = nn.ReLU()
     >>> module.note = "a"
@@ -78,7 +78,7 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def in_words(name: str, module: nn.Module) -> str:
-    """Return what messages call a module.
+    """Return the words for a module in messages.
 
     >>> in_words("2", nn.ReLU()), in_words("", nn.ReLU())
     ("module '2' (ReLU)", 'the network itself')
@@ -100,7 +100,7 @@ def attribute_values(model: nn.Module) -> list[AttributeValue]:
         if not waiting:
             break
         value, depth, place = waiting.popleft()
-        # isinstance would ask for a proxy's __class__, which runs code of the user's.
+        # For a proxy, isinstance would ask for its __class__, which runs the user's code.
         single = issubclass(type(value), _SINGLE)
         items = None if single else inside(value)
         if id(value) in found or (items is None and not single):
@@ -122,7 +122,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def inside(value: Any) -> Iterable[Any] | None:
-    """Return what a container or an object of a user's own class holds, None for anything else."""
+    """Return what a container or an object of a user's class holds; None for anything else."""
     kind = type(value)
     if issubclass(kind, tuple):
         return value

@@ -25,8 +25,8 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
         x: (B, C, *S), a tensor or a MONAI MetaTensor.
 
     Returns:
-        The tensor in float32 or better, and the affine in RAS: (4, 4), or (B, 4, 4) if the items
-        lie differently; None if `x` is no MetaTensor.
+        The tensor in float32 or better, and the affine in RAS. That is (4, 4), or (B, 4, 4) if the
+        items have different affines, and None if `x` is no MetaTensor.
 
     Raises:
         InputError: `x` is no dense floating point tensor of finite values on a real device.
@@ -60,7 +60,7 @@ def as_input(x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
     affine = None
     if is_meta_tensor(x):
         affine = ras_affine(x.affine.cpu().numpy(), x.meta.get("space"))
-        if affine.ndim == 3 and (affine == affine[0]).all():  # a batch from one grid
+        if affine.ndim == 3 and (affine == affine[0]).all():  # all items have the same grid
             affine = affine[0]
         x = x.as_tensor()
     # A tensor made in inference mode cannot enter a graph; its clone, made outside of it, can.
@@ -87,7 +87,7 @@ def _described(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-#: Number of spatial axes -> the convolutions that work along so many.
+#: Number of spatial axes -> the convolutions for that number.
 _CONVOLUTIONS: Mapping[int, tuple[type[nn.Module], ...]] = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
     2: (nn.Conv2d, nn.ConvTranspose2d),
@@ -99,8 +99,8 @@ _CONVOLUTIONS: Mapping[int, tuple[type[nn.Module], ...]] = {
 def telling_axes(member: Member, x: torch.Tensor) -> Iterator[None]:
     """If a network fails, say whether its input lacks an axis, or is a volume for a 2D network.
 
-    PyTorch takes an item without a batch axis for a batch, and the error that follows is about
-    something else. This cannot be checked beforehand: a network may add axes itself.
+    PyTorch takes an item without a batch axis for a batch, so the network's own error misleads. The
+    axes cannot be checked beforehand, since a network may add some itself.
 
     Raises:
         InputError: instead of the network's own error, if the axes explain it.
@@ -114,9 +114,9 @@ def telling_axes(member: Member, x: torch.Tensor) -> Iterator[None]:
 
 
 def _axes_advice(member: Member, shape: tuple[int, ...]) -> str:
-    """Say which axes an input of a shape lacks, or has too many, for its network's convolutions.
+    """Return what is wrong with the axes of an input, judged by the network's convolutions.
 
-    "" if nothing is known to be wrong.
+    "" is returned if nothing is known to be wrong.
     """
     found = [
         (axes, getattr(module, "in_channels", None))

@@ -1,4 +1,4 @@
-"""Networks whose logits are averaged: folds of a cross-validation, and flips at test time.
+"""Average the logits of several networks: folds of a cross-validation, or flips at test time.
 
 ensemble = Ensemble([fold_0, fold_1], mirror_axes=(0, 1, 2))
 GradCAM(ensemble, "decoder.2")(x, target=1)
@@ -33,7 +33,7 @@ class Member:
     slices: bool = False
 
     def into(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a window of a volume, (B, C, *S), as the network takes it.
+        """Return the network's input for a window of a volume, (B, C, *S).
 
         Raises:
             ModelError: a 2D network got a window of more than one slice.
@@ -49,16 +49,16 @@ class Member:
         return x.squeeze(2)
 
     def back(self, values: torch.Tensor) -> torch.Tensor:
-        """Return what the network gave, (B, C, *s), as it lies in the volume's window."""
+        """Return the network's output (B, C, *s), moved back to the window of the volume."""
         if values.ndim == 2:  # a classifier's scores (B, K) have no place
             return values
         return _flipped(values.unsqueeze(2) if self.slices else values, self.flips)
 
     def grid(self, grid: FeatureGrid, roi: Sequence[int]) -> FeatureGrid:
-        """Return where a layer's voxels lie in the volume's window.
+        """Return the grid of a layer in the window of the volume.
 
         Args:
-            grid: where they lie in what the network takes.
+            grid: grid of the layer in the network's own input.
             roi: size of the window in voxels.
         """
         shape, stride, offset = grid.shape, grid.stride, list(grid.offset)
@@ -69,7 +69,7 @@ class Member:
         return FeatureGrid(shape, stride, tuple(offset), grid.measured)
 
     def seen(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of what the network takes, given a window's (B, C, *S)."""
+        """Return the shape of the network's own input, given the shape (B, C, *S) of a window."""
         window = self.slices and len(shape) == 5
         return tuple(n for axis, n in enumerate(shape) if not (window and axis == 2))
 
@@ -82,7 +82,7 @@ class Ensemble(nn.Module):
 
     Args:
         networks: one or several networks, whose layers have the same names.
-        mirror_axes: spatial axes of the volume; all combinations of flips along them are averaged.
+        mirror_axes: spatial axes of the volume. All combinations of flips along them are averaged.
         slices: whether the networks are 2D and take a volume slice by slice along its first axis.
 
     Raises:
@@ -125,7 +125,7 @@ class Ensemble(nn.Module):
 
 
 def members_of(model: nn.Module) -> list[Member]:
-    """Return the members of an ensemble; any other network is its own only member."""
+    """Return the members of an ensemble; any other network is its only member."""
     model = _without_wrappers(model)
     members = model.members if isinstance(model, Ensemble) else [Member(model)]
     return [replace(member, network=unwrap(member.network)) for member in members]
@@ -134,7 +134,7 @@ def members_of(model: nn.Module) -> list[Member]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside DataParallel, DistributedDataParallel and torch.compile.
 
-    Of an `Ensemble` the first network is returned; all of them have the same layers.
+    For an `Ensemble`, the first network is returned, since all of them have the same layers.
 
     Raises:
         ModelError: the model is no `nn.Module`, or one that takes no hooks: TorchScript, or an

@@ -1,9 +1,9 @@
-"""What is known about a network, kept as long as the network lives.
+"""Remember what was found out about a network, as long as the network lives.
 
-Where a layer's voxels lie, how it lays out its tensors, whether its gradients tell the truth,
-whether the network draws random numbers: finding out any of these costs passes through the network.
-So each is found out once, and again after the network's modules, their settings or the shapes of
-its weights have changed (`seg3dcam.network.structure`).
+It takes passes through the network to find out where a layer's voxels lie, how it lays out its
+tensors, whether its gradients can be trusted, and whether the network draws random numbers. So each
+of these is found out only once, and again only if the network's modules, their settings or the
+shapes of its weights have changed (see `seg3dcam.network.structure`).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class NetworkFacts:
     Attributes:
         structure: the structure of the network when all this was found out.
         volatile: the parts of the structure that the network's own forward pass changes, such as a
-            counter. A change there does not make the facts outdated.
+            counter. If they change, the facts still hold.
         perhaps_volatile: numbers that changed since the previous facts, such as a training step or
             a counter of passes.
-        former_grids: the grids of the previous facts. If a new one is the same, those numbers are
-            volatile indeed.
+        former_grids: the grids of the previous facts. If a new grid is the same as before, the
+            numbers in `perhaps_volatile` are volatile.
         layouts: layer -> its layout, for layers whose layout needed evidence.
         grids: (shape of the input, layer, its spatial shape, its layout) -> its grid.
         gaps: (layer, its layout) -> the part of a change of the score that its gradient misses.
-        draws: the operation with which the network draws random numbers, "" if it draws none, None
-            if that is not known yet.
-        trials: how often the network was run to see whether it or another thread draws.
-        overwrites: whether the network overwrites, in place, tensors that its gradient needs.
+        draws: name of the operation with which the network draws random numbers; "" if it draws
+            none; None if that is not known yet.
+        trials: how often the network was run to see whether it, or another thread, draws.
+        overwrites: whether the network overwrites tensors that its gradient needs.
     """
 
     structure: Structure = field(default_factory=dict)
@@ -59,7 +59,7 @@ class NetworkFacts:
     trials: int = 0
 
     def keep_grid(self, key: tuple, grid: FeatureGrid) -> None:
-        """Store a grid; if it is the same as before, the numbers that changed do not count."""
+        """Store a grid; if it is the same as before, the numbers that changed are volatile."""
         self.grids[key] = grid
         if self.former_grids.get(key) == grid:
             self.volatile |= self.perhaps_volatile
@@ -67,7 +67,7 @@ class NetworkFacts:
 
 
 _facts: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()
-#: Network that is being explained -> its facts, and its structure at the beginning.
+#: Network that is being explained -> its facts, and its structure when that began.
 _open: WeakKeyDictionary[nn.Module, tuple[NetworkFacts, Structure]] = WeakKeyDictionary()
 _watched: WeakSet[nn.Module] = WeakSet()
 _tables = threading.RLock()
@@ -79,7 +79,7 @@ def facts_of(network: nn.Module) -> NetworkFacts:
 
 
 def _facts_of(network: nn.Module, structure: Structure) -> NetworkFacts:
-    """Return what is known about a network that has this structure now."""
+    """Return what is known about a network whose present structure is given."""
     with _tables:
         known = _facts.get(network)
         if known is None:
@@ -95,7 +95,7 @@ def _facts_of(network: nn.Module, structure: Structure) -> NetworkFacts:
 def key_of(layer: LayerRef) -> tuple[str, tuple, Layout | None] | None:
     """Return the key under which facts about a layer are stored, None if none may be stored.
 
-    A `reshape_transform` of the user's may hold the network, and would keep it alive for ever.
+    A user's own `reshape_transform` may refer to the network, and would keep it alive for ever.
     """
     plain = isinstance(layer.layout, Tokens) or layer.layout in (
         None,
@@ -109,9 +109,9 @@ def key_of(layer: LayerRef) -> tuple[str, tuple, Layout | None] | None:
 def opened(network: nn.Module) -> Iterator[NetworkFacts]:
     """Yield what is known about a network, while no other thread can explain it.
 
-    Networks that share modules, parameters or buffers with it are closed to other threads too.
-    It is reentrant: a CAM may be made while another one of the same network is being made. It gets
-    the same facts, whatever a forward pass has written into the network's attributes meanwhile.
+    Networks that share modules, parameters or buffers with it are closed to other threads, too. The
+    function is reentrant: while a CAM of a network is made, another CAM of it may be made. Both get
+    the same facts, even if a forward pass has changed the network's attributes meanwhile.
 
     Raises:
         ModelError: two threads wait for each other's networks.
@@ -128,9 +128,9 @@ def opened(network: nn.Module) -> Iterator[NetworkFacts]:
 
 @contextlib.contextmanager
 def watched(network: nn.Module) -> Iterator[None]:
-    """Note what an open network's own passes change in its structure, before it is put back.
+    """Note what an open network's own passes change in its structure, before that is put back.
 
-    It is reentrant.
+    The function is reentrant.
     """
     if network in _watched:
         yield

@@ -38,9 +38,9 @@ class LayerRef:
         name: dotted name of the module.
         element: keys to the wanted tensor among several.
         module: the module itself.
-        layout: how its tensor becomes channel-first activations; None if that is to be found out.
-        required: False for one of many layers ("all", `decoder.*`), which is dropped if it gives no
-            map.
+        layout: how its tensor becomes channel-first activations; None if that must be found out.
+        required: False for one of many layers ("all", `decoder.*`), which is left out if it gives
+            no map.
 
     >>> str(LayerRef("encoder.layers.3", (0,), nn.Identity()))
     'encoder.layers.3[0]'
@@ -56,7 +56,7 @@ class LayerRef:
         return self.name + "".join(f"[{key}]" for key in self.element)
 
     def pick(self, output: Any) -> torch.Tensor:
-        """Return this layer's tensor among the things that its module returned.
+        """Return this layer's tensor from the output of its module.
 
         Raises:
             LayerError: there is no such element, or it is no tensor of floating point numbers.
@@ -112,19 +112,19 @@ def resolve_layers(
 ) -> list[LayerRef]:
     """Find the layers that a user named.
 
-    Layers found by "all" or by a name with `*` are not required: those that give no map are dropped
-    later. A layer that is also named in full is required.
+    Layers found by "all" or by a name with `*` are not required: those that give no map are left
+    out later. A layer that is also named in full is required.
 
     Args:
         spec: a dotted name ("model.1", "encoder[0]"), one with `*` ("decoder.*", "encoder.*[0]"),
             a module of the network, "all" (every convolution), or a list of names and modules.
-        reshape_transform: a function from what these layers give to (B, C, *s), such as
-            `Tokens((6, 6, 6))` of `layouts`; needed where the layout cannot be found out. It may
+        reshape_transform: a function from the output of these layers to (B, C, *s), such as
+            `Tokens((6, 6, 6))` of `layouts`. It is needed if the layout cannot be found out. It may
             move values and leave some out, but not change them.
 
     Raises:
         LayerError: a name is unknown (the message lists the nearest ones), a module is no part of
-            the network, or `spec` is nothing of the above.
+            the network, or `spec` is none of the above.
 
     >>> network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
     >>> [str(layer) for layer in resolve_layers(network, "0")]

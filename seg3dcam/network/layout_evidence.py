@@ -1,10 +1,10 @@
-"""Evidence of how layers lay out their tensors, where shapes alone do not tell.
+"""Find out how layers lay out their tensors, if shapes alone do not tell it.
 
 Modules of a known type give evidence without an extra pass: a convolution takes and gives tensors
 with channels first, an activation function keeps the layout of its input. Such evidence counts if
-it is about the very tensor that the layer gave, or about one of the same shape that was made inside
-the layer. Where there is no such evidence, the network runs on two inputs that differ in the length
-of their last axis, to see which axis of the layer's tensor changes.
+it is about the output of the layer itself, or about a tensor of the same shape that was made inside
+the layer. Without such evidence, the network is run on two inputs that differ in the length of
+their last axis, to see which axis of the layer's tensor changes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Shapes = Mapping[LayerRef, Sequence[int]]
 
 
 def shows_layout(module: nn.Module) -> bool:
-    """Tell whether a module's type says anything about layouts.
+    """Tell whether a module's type is evidence of layouts.
 
     >>> shows_layout(nn.Conv3d(1, 1, 1)), shows_layout(nn.Flatten())
     (True, False)
@@ -60,7 +60,7 @@ class LayoutEvidence:
         self._of_layer: dict[LayerRef, set[Layout]] = {}
 
     def look(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note what a module of a known type shows; it is called as a forward hook."""
+        """Note the evidence from a module of a known type; this is called as a forward hook."""
         if not isinstance(output, torch.Tensor):
             return
         taken = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -78,13 +78,13 @@ class LayoutEvidence:
         self._shown.setdefault(new, self._about(known))
 
     def gave(self, layer: LayerRef, tensor: torch.Tensor) -> None:
-        """Note which tensor a layer gave."""
+        """Note the output of a layer."""
         self._of_layer[layer] = self._about(tensor)
 
     def layout_of(self, layer: LayerRef, shape: Sequence[int]) -> Layout | None:
-        """Return the layout of what a layer gave, None if nothing shows it.
+        """Return the layout of a layer's output, None if there is no evidence.
 
-        None is returned as well where the evidence contradicts itself.
+        None is returned as well if the evidence contradicts itself.
         """
         said = set(self._of_layer.get(layer, ()))
         if not said and len(set(shape[1:])) > 1:  # otherwise a permutation would keep the shape
@@ -110,9 +110,9 @@ def settle_layouts(
     """Return how layers lay out their tensors, and why others have no layout.
 
     Args:
-        shapes: layer -> the shape that it gave for `x`.
-        evidence: from that pass.
-        settled: layer -> the layout that evidence has shown before; what it shows now is added.
+        shapes: layer -> shape of its output for `x`.
+        evidence: the evidence from that pass.
+        settled: layer -> the layout that is known from earlier evidence; it is filled in.
         run: runs the network on an input.
     """
     found: dict[LayerRef, Layout] = {}
@@ -171,7 +171,7 @@ def _seen_changing(
             first = shapes if before == [*rest, last] else _shapes_at(before, shapes, x, run)
             second = _shapes_at(after, shapes, x, run)
         except (ModelError, torch.OutOfMemoryError):
-            continue  # some networks take one size only
+            continue  # some networks accept only one size
         for layer in shapes:
             layout = layout_by_change(first.get(layer, ()), second.get(layer, ()))
             if layout is not None:
@@ -184,7 +184,7 @@ def _seen_changing(
 def _shapes_at(
     size: Sequence[int], layers: _Shapes, like: torch.Tensor, run: Callable[[torch.Tensor], Any]
 ) -> _Shapes:
-    """Return the shapes of what layers give for one input of another size."""
+    """Return the shapes of layers' outputs for an input of another size."""
     shapes: dict[LayerRef, Sequence[int]] = {}
 
     def look(layer: LayerRef, module: nn.Module, args: Any, output: Any) -> None:

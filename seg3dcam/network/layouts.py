@@ -1,9 +1,10 @@
 """How a layer lays out its activations: with channels first, channels last, or as tokens.
 
-A layout is a function from what the layer gives to channel-first activations (B, C, *s). It moves
+A layout is a function from the output of a layer to channel-first activations (B, C, *s). It moves
 values and may leave some out, such as a class token, but computes nothing. So it works for
-activations and gradients alike. Layouts are found from shapes and types of modules. What these
-cannot tell is settled by evidence (see `seg3dcam.network.layout_evidence`) or refused.
+activations and gradients alike. Layouts are found by shapes and types of modules. If these do not
+tell, there may be other evidence (see `seg3dcam.network.layout_evidence`); otherwise the layer is
+refused.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def channels_last(raw: torch.Tensor) -> torch.Tensor:
 class Tokens:
     """Turns tokens (B, N, C) into (B, C, *grid); the last axis of the grid runs fastest.
 
-    Give it as `reshape_transform` if the grid cannot be found from the number of tokens.
+    Use it as `reshape_transform` if the grid cannot be found from the number of tokens.
 
     Attributes:
-        grid: tokens along each spatial axis.
-        class_token: whether the first token stands for no place; it is left out.
+        grid: number of tokens along each spatial axis.
+        class_token: whether the first token has no place in the image and is to be left out.
 
     >>> Tokens((6, 6, 6), class_token=True)(torch.zeros(2, 217, 32)).shape
     torch.Size([2, 32, 6, 6, 6])
@@ -73,10 +74,10 @@ INPUT = LayerRef("<input>", layout=channels_first)
 def possible_layouts(layer: LayerRef, shape: Shape, input_shape: Shape) -> list[Layout]:
     """Return the layouts that a layer's tensor may have, judged by shapes and the module's type.
 
-    More than one is returned if only the network can tell channels first from channels last.
+    There is more than one if only the network itself can show where the channels are.
 
     Args:
-        shape: shape of what the layer gives.
+        shape: shape of the layer's output.
         input_shape: (B, C, *S) of the network's input.
 
     Raises:
@@ -121,25 +122,25 @@ def tells_layout(module: nn.Module) -> bool:
 
 
 def takes_first(module: nn.Module, shape: Shape, input_shape: Shape) -> bool:
-    """Tell whether a module that takes a tensor of this shape takes it with channels first."""
+    """Tell whether a module expects an input of this shape to have its channels first."""
     fits = len(shape) == len(input_shape) and shape[0] == input_shape[0]
     return fits and _is_first_kind(module)
 
 
 def keeps_layout(module: nn.Module) -> bool:
-    """Tell whether a module is of a type that gives every value at the place where it took it.
+    """Tell whether a module's type leaves every value at its place in the tensor.
 
     >>> keeps_layout(nn.LeakyReLU()), keeps_layout(nn.MultiheadAttention(4, 1))
     (True, False)
     """
     kind = class_of(module)
     elementwise = _is_elementwise(module) and not issubclass(kind, nn.MultiheadAttention)
-    # A class derived from such a type may do anything.
+    # A derived class may do anything.
     return elementwise and kind.__module__.startswith("torch.nn.modules.")
 
 
 def certain_layout(module: nn.Module, shape: Shape, input_shape: Shape) -> Layout | None:
-    """Return the layout of what a module gives if its type leaves no doubt, else None.
+    """Return the layout of a module's output if the module's type leaves no doubt, else None.
 
     >>> certain_layout(nn.Conv2d(1, 4, 3), (1, 4, 8, 8), (1, 1, 10, 10)).__name__
     'channels_first'
@@ -184,7 +185,7 @@ def spatial_shape(layout: Layout, shape: Shape) -> tuple[int, ...]:
 
 
 def pulled_back(layout: Layout, values: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Return channel-first values at the places that a layout takes them from, zero elsewhere.
+    """Move channel-first values back to where a layout takes them from; elsewhere return zero.
 
     Args:
         values: (B, C, *s), or a tensor that broadcasts to it.
@@ -244,7 +245,7 @@ def _is_last(module: nn.Module) -> bool:
 
 
 def _last_part(module: nn.Module) -> nn.Module:
-    """Return what decides the layout of a sequence: its last part that is not elementwise."""
+    """Return the last part of a sequence that is not elementwise, which decides the layout."""
     # A scripted nn.Sequential has another forward(), and its parts cannot be read.
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         parts = [part for part in module.children() if not _is_elementwise(part)]
@@ -279,7 +280,7 @@ def _token_grid(count: int, size: Shape, given: str) -> list[Layout]:
     Args:
         count: number of tokens.
         size: spatial shape of the network's input.
-        given: what the layer gives, in words, for the error.
+        given: the output of the layer in words, for the error.
 
     Raises:
         LayerError: there are several grids.
@@ -314,7 +315,8 @@ def _grids(count: int, size: Shape) -> Iterator[tuple[int, ...]]:
 def _check_users(layout: Layout, given: str, shape: Shape, input_shape: Shape) -> None:
     """Raise LayerError unless a user's layout moves values to (B, C, *s) of a possible size.
 
-    The layout is tried on numbers that are all different, so that each is recognised afterwards.
+    The layout is tried on numbers that are all different, so that each can be recognised in the
+    result.
     """
     numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
     places = numbers.neg_().view(*shape)

@@ -1,4 +1,4 @@
-"""Locks of networks: a thread waits until no other one is at work on anything that it needs."""
+"""Locks of networks: a thread waits until no other thread works on a part that it needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from seg3dcam.errors import ModelError
 
-#: (thread, ids of the modules, parameters and buffers that it is at work on), one per network.
+#: (thread, ids of the modules, parameters and buffers that it works on), one for each network.
 _held: list[tuple[int, frozenset[int]]] = []
 #: Thread -> ids of the parts that it waits for.
 _awaited: dict[int, frozenset[int]] = {}
@@ -17,7 +17,7 @@ _released = threading.Condition()
 
 @contextlib.contextmanager
 def alone_with(parts: frozenset[int]) -> Iterator[None]:
-    """Wait until no other thread is at work on any of these parts; then hold all of them.
+    """Wait until no other thread works on any of these parts; then hold all of them.
 
     Args:
         parts: ids of modules, parameters and buffers.
@@ -26,7 +26,7 @@ def alone_with(parts: frozenset[int]) -> Iterator[None]:
         ModelError: two threads wait for each other.
     """
     me = threading.get_ident()
-    parts -= {id(None)}  # it stands for parameters that are not there, such as an absent bias
+    parts -= {id(None)}  # None stands for an absent parameter, such as a bias
     with _released:
         _awaited[me] = parts
         try:
@@ -49,13 +49,13 @@ def alone_with(parts: frozenset[int]) -> Iterator[None]:
 
 
 def _holders(thread: int) -> set[int]:
-    """Return the other threads that hold something that a thread waits for."""
+    """Return the other threads that hold a part for which a thread waits."""
     awaited = _awaited.get(thread, frozenset())
     return {t for t, parts in _held if t != thread and not parts.isdisjoint(awaited)}
 
 
 def _waits_for_itself(me: int) -> bool:
-    """Tell whether the threads that a thread waits for wait, directly or not, for that thread."""
+    """Tell whether a thread waits, directly or through other threads, for itself."""
     seen, next_ones = set[int](), _holders(me)
     while next_ones:
         seen |= next_ones

@@ -1,7 +1,7 @@
-"""Of which class a module is, and whether it takes hooks.
+"""The class of a module, and whether hooks on it are called.
 
 In a program that `torch.export` made of a network, the modules have lost their classes; only the
-names of those remain.
+names of the classes remain.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def takes_hooks(module: nn.Module) -> bool:
 def class_of(module: nn.Module) -> type[nn.Module]:
     """Return a module's class; in an exported program, the class that it was exported from.
 
-    There, every module is an `InterpreterModule`, which stores the name of its former class. Such a
-    module has the parameters, but no other attributes of that class: no `eps`, no `stride`.
+    In an exported program, every module is an `InterpreterModule`, which stores the name of its
+    original class. It has the parameters of that class, but no other attributes, such as `eps` or
+    `stride`.
 
     >>> class_of(nn.ReLU()).__name__
     'ReLU'
@@ -32,6 +33,6 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     place, _, name = str(getattr(module, "_ty", None) or "").rpartition(".")
     if place not in sys.modules:
         return own
-    # Looked up and not imported: a file must not decide what is imported.
+    # The class is looked up, but not imported, since a file must not decide what is imported.
     former = getattr(sys.modules[place], name, own)
     return former if isinstance(former, type) and issubclass(former, nn.Module) else own

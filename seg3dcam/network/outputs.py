@@ -1,4 +1,4 @@
-"""Find the logits in what a network returns.
+"""Find the logits in the output of a network.
 
 Unless `output` says otherwise, the rule is:
 
@@ -10,7 +10,7 @@ Unless `output` says otherwise, the rule is:
 - In a dict or dataclass, the only full-resolution tensor is taken.
 
 Anything else is refused with an error that lists the choices. `output` may be a position, a key or
-a name, or a function of what the network returned.
+a name, or a function of the network's output.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Path = tuple[int | str, ...]
 def select_output(
     output: Any, selection: OutputSelection, spatial_shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the logits (B, K, *S) among the things that a network returned.
+    """Return the logits (B, K, *S) in the output of a network.
 
     Args:
-        output: what `model(x)` gave.
+        output: what `model(x)` returned.
         selection: see `OutputSelection`.
         spatial_shape: the spatial shape of `x`, which full-resolution logits share.
 

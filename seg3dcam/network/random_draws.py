@@ -1,4 +1,4 @@
-"""Random states: read, set and compared, and operations that draw from them detected.
+"""Read, set and compare random states, and detect operations that draw random numbers.
 
 A network whose dropout stays on (Monte Carlo dropout) draws new numbers in every forward pass, so
 the prediction of one pass and the gradient of another would belong to two different networks.
@@ -41,29 +41,29 @@ class RandomState(NamedTuple):
     owned: tuple[tuple[Any, Any], ...] = ()
 
     def equals(self, other: RandomState) -> bool:
-        """Tell whether nothing was drawn between the two."""
+        """Tell whether nothing was drawn between two states."""
         tensors = [(self.torch, other.torch)]
         tensors += [(a, b) for (_, a), (_, b) in zip(self.devices, other.devices, strict=False)]
         same = all(torch.equal(a, b) for a, b in tensors)
         return same and self.equals_in_libraries(other) and self.owned_equals(other)
 
     def equals_in_libraries(self, other: RandomState) -> bool:
-        """Tell whether nothing was drawn from NumPy's and Python's generators between the two."""
+        """Tell whether nothing was drawn from NumPy and Python between two states."""
         same = all(map(np.array_equal, self.numpy, other.numpy))
         return same and self.python == other.python
 
     def seeded(self, seed: int) -> RandomState:
-        """Return this state with the states of NumPy's and Python's generators after a seed."""
+        """Return a copy in which NumPy's and Python's generators have just been seeded."""
         numpy, python = np.random.RandomState(seed).get_state(), random.Random(seed).getstate()
         return self._replace(numpy=numpy, python=python)
 
     def owned_equals(self, other: RandomState) -> bool:
-        """Tell whether the network's own generators drew nothing between the two."""
+        """Tell whether nothing was drawn from the network's own generators between two states."""
         pairs = zip(self.owned, other.owned, strict=True)
         return all(_same(one, two) for (_, one), (_, two) in pairs)
 
 
-#: Generators belong to the whole process, so networks that draw run one after the other.
+#: Generators belong to the whole process, so networks that draw must run one after the other.
 _generators = threading.RLock()
 
 
@@ -136,7 +136,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def drawing_from(state: RandomState) -> Iterator[None]:
-    """Draw from a random state; afterwards the process's own state is put back."""
+    """Let the block draw from a random state; put the process's own state back afterwards."""
     with _generators:
         before = random_state([generator for generator, _ in state.owned])
         set_random_state(state)
@@ -147,7 +147,7 @@ def drawing_from(state: RandomState) -> Iterator[None]:
 
 
 def gpus() -> list[int]:
-    """Return the indices of all GPUs, on any of which a network may draw; none before first use."""
+    """Return the indices of all GPUs, where a network may draw; none before their first use."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 

@@ -1,7 +1,7 @@
-"""The structure of a network: what the places and layouts of its layers depend on.
+"""The structure of a network, on which the places and layouts of its layers depend.
 
-These are its modules, their plain settings, and the shapes of its weights. Two structures are
-compared to see whether what is known about a network still holds.
+It consists of modules, their plain settings, and the shapes of weights. Two structures are compared
+to see whether the facts about a network still hold.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from seg3dcam.network.attributes import OF_EVERY_MODULE, container_kind, inside
 
-#: A container with more items is a log or a table and holds no settings. Containers are looked
-#: into so many levels deep.
+#: A container with more items than this is a log or a table and holds no settings; and the number
+#: of levels of containers that are searched.
 MOST_ITEMS, DEEPEST = 64, 3
 
-#: Settings of modules that places and layouts do not depend on.
+#: Settings of modules on which places and layouts do not depend.
 MOVES_NOTHING = ("training", "inplace")
 
 #: Types of settings that are compared as they are.

@@ -1,13 +1,19 @@
-"""Pictures for the reader: review a CAM slice by slice, as radiologists look at scans.
+"""Pictures to review a CAM with, slice by slice, as radiologists look at scans.
 
     review = review_explanation(explanation, Look(window="lung"), case="case 7")
     save_slices("slices", review)
 
-A `Review` holds what the pictures of one case share; `review_volumes` makes one from arrays.
-`save_slices` writes one PNG per slice, `save_montage` one PNG of several, `save_planes` the three
-planes through the peak, `save_profile` curves along the slices, `save_cine` a film, `save_report`
-one HTML page of everything; `save_features` the channels of a layer;
-`seg3dcam.review.pictures.map_2d.save_map` the map of a 2D network.
+A `Review` holds what all pictures of a case share. `review_volumes` makes one from arrays.
+
+save_slices     one PNG for each slice
+save_montage    several slices in one PNG
+save_planes     the three planes through the peak
+save_profile    curves along the slices
+save_cine       a film
+save_report     one HTML page with everything
+save_features   the channels of a layer
+
+`seg3dcam.review.pictures.map_2d.save_map` writes the map of a 2D network.
 """
 
 from seg3dcam.review.look import WINDOWS, Look

@@ -1,4 +1,4 @@
-"""How a scan and its CAM are shown, the same in every format: grey window, threshold, colours.
+"""How a scan and its CAM are shown in every format: grey window, threshold, colours.
 
 Look(window="lung", threshold=0.3, colormap="viridis")
 Look(signed=True)  # evidence against the target too, in colours of its own
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.errors import ConfigError, nearest
 
-__all__ = ["WINDOWS", "Look", "Window", "choose_window", "colours"]
+__all__ = ["WINDOWS", "GreyWindow", "Look", "choose_window", "colours"]
 
 #: CT windows in Hounsfield units: name -> (width, level).
 WINDOWS: dict[str, tuple[float, float]] = {
@@ -29,23 +29,23 @@ WINDOWS: dict[str, tuple[float, float]] = {
     "bone": (2000, 500),
 }
 
-#: Without a window: these percentiles of the voxels that are not zero, over the whole volume.
+#: The default window goes between these percentiles of the voxels of the volume that are not 0.
 AUTO_PERCENTILES = (0.5, 99.5)
-#: A scan whose low percentile is down here is a CT.
+#: A scan whose lower percentile is at most this is a CT.
 CT_AIR = -800.0
-#: More voxels than this are thinned out before the percentiles: no visible difference.
+#: If there are more voxels than this, only some of them are used, without a visible difference.
 AUTO_SAMPLE = 8_000_000
 
-#: From this value of the CAM on, heat has its full opacity; below, less.
+#: Heat has its full opacity where the CAM has at least this value, and less below.
 FULL_OPACITY = 0.5
 
-#: The colours where none are named, of the usual look and of a signed one.
+#: The default colours, of the usual look and of a signed one.
 USUAL_COLOURS, SIGNED_COLOURS = "inferno", "blue_orange"
 
-#: Diverging colours from -1 to 1, in even steps. They are dark in the middle and brighten with the
-#: strength, as inferno does: the usual diverging colours are darkest at their ends, where the
-#: strongest values would be the least visible on a dark scan. Both sides are equally bright, and
-#: blue and orange are told apart with every kind of colour vision.
+#: Diverging colours from -1 to 1, in even steps. They are dark in the middle and become brighter
+#: with the strength, as inferno does. The usual diverging colours are darkest at their ends, so
+#: that on a dark scan the strongest values would be the least visible. Both sides are equally
+#: bright, and people with any kind of colour vision can tell blue from orange.
 BLUE_ORANGE = (
     (120, 195, 255),
     (62, 147, 250),
@@ -59,8 +59,8 @@ BLUE_ORANGE = (
 )
 
 
-class Window(NamedTuple):
-    """Scan values drawn black (`low`) and white (`high`), and how that is said in words."""
+class GreyWindow(NamedTuple):
+    """The scan values that are drawn black (`low`) and white (`high`), and a text about them."""
 
     low: float
     high: float
@@ -72,17 +72,18 @@ class Look:
     """How a scan and its CAM are shown.
 
     Attributes:
-        window: (width, level), or "brain", "lung", "soft tissue", "abdomen", "bone" (CT), or None:
-            soft tissue for a CT, else the 0.5-99.5 percentile of the voxels that are not zero.
-        threshold: lower CAM values are fully transparent.
-        opacity: of the heat where the CAM is 0.5 or more; less below.
-        colormap: any name of matplotlib, or of OpenCV, or "blue_orange"; "": "inferno", and
-            "blue_orange" where the look is signed.
-        signed: shows the evidence against the target as well, from -1 to 1 on one scale, see
-            `Explanation.volume`; threshold and opacity then go by the size of a value.
+        window: (width, level), or a CT window: "brain", "lung", "soft tissue", "abdomen", "bone".
+            None stands for soft tissue in a CT, and otherwise for the 0.5 to 99.5 percentiles of
+            the voxels that are not 0.
+        threshold: CAM values below it are fully transparent.
+        opacity: opacity of the heat where the CAM is 0.5 or more; it is less below.
+        colormap: a name of matplotlib or OpenCV, or "blue_orange". "" stands for "inferno", and for
+            "blue_orange" in a signed look.
+        signed: whether the evidence against the target is shown as well, from -1 to 1 on one scale
+            (see `Explanation.volume`). Threshold and opacity then apply to absolute values.
 
     Raises:
-        ConfigError: what cannot be shown, with what is legal.
+        ConfigError: a setting is illegal.
 
     >>> Look(colormap="infernal")
     Traceback (most recent call last):
@@ -97,7 +98,7 @@ class Look:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse early what no writer could draw, and choose the colours where none are named."""
+        """Refuse settings that no writer could draw, and choose colours if none are given."""
         if not self.colormap:
             chosen = SIGNED_COLOURS if self.signed else USUAL_COLOURS
             object.__setattr__(self, "colormap", chosen)
@@ -110,7 +111,7 @@ class Look:
 
     @property
     def scale(self) -> Literal["max", "signed"]:
-        """What `Explanation.volume` is asked for."""
+        """The argument `scale` for `Explanation.volume`."""
         return "signed" if self.signed else "max"
 
     @property
@@ -128,11 +129,11 @@ class Look:
         return f"±{self.threshold:.2f}" if self.signed else f"{self.threshold:.2f}"
 
     def strength(self, cam: Any) -> Any:
-        """Return how strong CAM values are, numbers or arrays: what threshold and peaks go by."""
+        """Return the strength of CAM values, to which threshold and peaks refer."""
         return abs(cam) if self.signed else cam
 
     def level(self, cam: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return the places of CAM values among the colours, 0 the first and 1 the last.
+        """Return where CAM values lie among the colours, from 0 for the first to 1 for the last.
 
         >>> Look(signed=True).level(np.array([-1.0, 0.0, 0.5])).tolist()
         [0.0, 0.5, 0.75]
@@ -141,7 +142,9 @@ class Look:
         return (cam - low) / (high - low)
 
     def alpha(self, cam: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Opacity of the heat at CAM values: opacity * min(1, strength / 0.5), else 0.
+        """Return the heat's opacity at CAM values: opacity * min(1, strength / 0.5).
+
+        It is 0 below the threshold.
 
         >>> Look(threshold=0.2, opacity=0.5).alpha(np.array([0.1, 0.25, 0.9])).tolist()
         [0.0, 0.25, 0.5]
@@ -154,14 +157,14 @@ class Look:
 
 
 def colours(colormap: str) -> NDArray[np.uint8]:
-    """Red, green and blue of a colormap at 0, 1/255, .. 1: (256, 3).
+    """Return red, green and blue of a colormap at 0, 1/255, ..., 1: (256, 3).
 
     Args:
-        colormap: "blue_orange", a name of matplotlib, or one of OpenCV in small letters, such as
-            "parula"; where both know it, matplotlib's is taken.
+        colormap: "blue_orange", a name of matplotlib, or a name of OpenCV in small letters, such as
+            "parula". If both libraries have it, that of matplotlib is taken.
 
     Raises:
-        ConfigError: a name that neither knows.
+        ConfigError: there is no such colormap.
 
     >>> colours("gray")[[0, 255]].tolist()
     [[0, 0, 0], [255, 255, 255]]
@@ -181,14 +184,14 @@ def colours(colormap: str) -> NDArray[np.uint8]:
 
 
 def _between(knots: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
-    """Return 256 colours, straight between some that are evenly spread."""
+    """Return 256 colours, interpolated linearly between evenly spaced ones."""
     at = np.linspace(0, len(knots) - 1, 256)
     columns = [np.interp(at, np.arange(len(knots)), column) for column in zip(*knots, strict=True)]
     return np.stack(columns, axis=1).round().astype(np.uint8)
 
 
 def _opencv_colormaps() -> dict[str, int]:
-    """Name in small letters -> OpenCV's number."""
+    """Return name in small letters -> OpenCV's number of the colormap."""
     prefix = "COLORMAP_"
     return {
         name.removeprefix(prefix).lower(): getattr(cv2, name)
@@ -200,30 +203,30 @@ def _opencv_colormaps() -> dict[str, int]:
 # ---------------------------------------------------------------- grey window
 
 
-def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> Window:
-    """Turn a preset's name, (width, level) or None into the values drawn black and white.
+def choose_window(scan: NDArray[Any], window: str | Sequence[float] | None) -> GreyWindow:
+    """Return the grey window for a preset's name, for (width, level), or for None.
 
-    None takes soft tissue for a scan that holds air in Hounsfield units, as a CT does and MR and
-    PET do not; for others the 0.5 and 99.5 percentiles of the voxels that are finite and not zero.
-    Both count over the whole volume, so all slices look alike.
+    None stands for soft tissue if the scan holds air in Hounsfield units, as only a CT does. For
+    other scans it stands for the 0.5 and 99.5 percentiles of the voxels that are finite and not 0.
+    In both cases the whole volume counts, so all slices get the same window.
 
     Raises:
-        ConfigError: an unknown preset, or a width that is not above 0.
+        ConfigError: the preset is unknown, or the width is not above 0.
 
     >>> choose_window(np.zeros((2, 2, 2)), "brain")
-    Window(low=0.0, high=80.0, text='W 80 L 40 (brain)')
+    GreyWindow(low=0.0, high=80.0, text='W 80 L 40 (brain)')
     """
     if window is None:
         low, high, source = _auto_range(scan)
-        return Window(low, high, f"{_in_words(low, high)} ({source})")
+        return GreyWindow(low, high, f"{_in_words(low, high)} ({source})")
     width, level = width_level(window)
     low, high = level - width / 2, level + width / 2
     suffix = f" ({_preset(window)})" if isinstance(window, str) else ""
-    return Window(low, high, _in_words(low, high) + suffix)
+    return GreyWindow(low, high, _in_words(low, high) + suffix)
 
 
 def width_level(window: str | Sequence[float]) -> tuple[float, float]:
-    """Width and level of a preset's name or of a pair of numbers; `ConfigError` for neither.
+    """Return (width, level) for the name of a preset or a pair of numbers; otherwise ConfigError.
 
     >>> width_level("soft_tissue")
     (400, 40)
@@ -250,9 +253,9 @@ def _preset(name: str) -> str:
 
 
 def _auto_range(scan: NDArray[Any]) -> tuple[float, float, str]:
-    """Return the values drawn black and white, and what they are."""
-    values = scan.ravel(order="K")  # no copy, whatever the memory order
-    step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: not in step with a row
+    """Return the values that are drawn black and white, and a text about them."""
+    values = scan.ravel(order="K")  # no copy in any memory order
+    step = max(1, math.ceil(values.size / AUTO_SAMPLE)) | 1  # odd: out of step with rows
     values = values[::step].astype(np.float32, copy=False)
     values = values[np.isfinite(values) & (values != 0)]
     if values.size == 0:
@@ -263,7 +266,7 @@ def _auto_range(scan: NDArray[Any]) -> tuple[float, float, str]:
         return level - width / 2, level + width / 2, "soft tissue, since there is air as in a CT"
     if low < high:
         return low, high, "0.5–99.5 % of the volume"
-    # Nearly constant: the few other values may be what matters.
+    # Nearly all values are the same, so the few others may be what matters.
     low, high = float(values.min()), float(values.max())
     if low < high:
         return low, high, "all values of the volume"

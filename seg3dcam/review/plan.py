@@ -1,4 +1,4 @@
-"""What all pictures of one case share: its volumes, their look, words, and how slices are cut.
+"""Plan what all pictures of a case share: volumes, look, words, and how slices are cut.
 
 review = review_explanation(explanation, Look(window="lung"))
 review = review_volumes(scan, cam, affine, prediction=mask, slices="all")
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seg3dcam.engine.layer_map import NO_HEAT
+from seg3dcam.engine.scales import NO_HEAT
 from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
-from seg3dcam.geometry import Axis, peak_voxel, size_text
-from seg3dcam.review.look import Look, Window, choose_window
+from seg3dcam.geometry import Axis, peak_voxel, size_text, voxel_ml
+from seg3dcam.review.look import GreyWindow, Look, choose_window
 from seg3dcam.review.pictures import display, draw, frame
 from seg3dcam.review.pictures.text import clean_text
 
@@ -29,13 +29,13 @@ USUAL = Look()
 
 
 class Profile(NamedTuple):
-    """Figures of every slice along one axis, each (N,).
+    """Numbers about every slice along one axis, each (N,).
 
     Attributes:
-        largest: the highest value of the CAM; None where there is no CAM to draw.
-        total: the sum of the CAM, or of its absolute values in a signed look; None likewise.
+        largest: the highest value of the CAM; None if there is no CAM to draw.
+        total: the sum of the CAM, or for a signed look of its absolute values; None without a CAM.
         volumes: name of a mask -> its volume in ml.
-        lowest: the lowest value of the CAM in a signed look, else None.
+        lowest: the lowest value of the CAM for a signed look; otherwise None.
     """
 
     largest: NDArray[Any] | None
@@ -46,23 +46,25 @@ class Profile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Review:
-    """Everything that the pictures of one case share.
+    """Everything that all pictures of a case share.
 
     `review_explanation` makes one from an explanation, `review_volumes` from arrays.
 
     Attributes:
         scan: (X, Y, Z).
-        cam: (X, Y, Z) in [0, 1], or in [-1, 1] in a signed look; None where there is no heat.
-        masks: those of "truth", "prediction" and "explained region" that are known, (X, Y, Z) bool.
+        cam: (X, Y, Z) in [0, 1], or in [-1, 1] for a signed look; None if there is no heat.
+        masks: boolean (X, Y, Z), under the names "truth", "prediction" and "explained region", as
+            far as they are known.
         affine: (4, 4), voxel index -> RAS mm.
         look: the settings.
         window: the grey window that the settings give for this scan.
-        notice: in words, why there is no heat; "" where there is some.
+        notice: the reason why there is no heat; "" if there is some.
         peak: the voxel where the CAM is strongest; None without a CAM.
         view: how the slices are cut and turned.
-        profile: the figures of every slice.
+        profile: numbers about every slice.
         indices: the slices to show.
-        title, caption: the words of the header and of the footer.
+        title: the words of the header.
+        caption: the words of the footer.
     """
 
     scan: NDArray[Any]
@@ -70,7 +72,7 @@ class Review:
     masks: dict[str, NDArray[np.bool_]]
     affine: NDArray[np.float64]
     look: Look
-    window: Window
+    window: GreyWindow
     notice: str
     peak: tuple[int, ...] | None
     view: display.View
@@ -81,11 +83,11 @@ class Review:
 
     @property
     def peak_slice(self) -> int | None:
-        """The slice that holds the peak, None without a CAM."""
+        """The slice with the peak; None without a CAM."""
         return None if self.peak is None else self.peak[self.view.slice_axis]
 
     def range_in(self, index: int) -> str:
-        """Say between which values the CAM lies in a slice: "max 0.40", or "-0.83 to 0.40"."""
+        """Return the range of the CAM in a slice as a text: "max 0.40", or "-0.83 to 0.40"."""
         if self.profile.largest is None:
             return ""
         largest = f"{self.profile.largest[index]:.2f}"
@@ -100,7 +102,7 @@ class Review:
 
     @cached_property
     def colour_bar(self) -> draw.Picture:
-        """A picture of the colours and their values; black where there is no heat."""
+        """A picture of the colours and their values; black if there is no heat."""
         bar = frame.draw_colour_bar(self.palette, self.look.threshold)
         return bar if self.cam is not None else np.zeros_like(bar)
 
@@ -110,8 +112,8 @@ class Review:
         No volume is copied.
 
         Raises:
-            ConfigError: an unknown axis, or an unknown word for the slices.
-            InputError: an index outside of the scan.
+            ConfigError: the axis, or the word for the slices, is unknown.
+            InputError: an index lies outside of the scan.
 
         >>> cam = np.zeros((6, 7, 8))
         >>> cam[1, 2, 3] = 1
@@ -142,29 +144,29 @@ def review_volumes(
     caption: Mapping[str, object] | None = None,
     notice: str = "",
 ) -> Review:
-    """Check the volumes of a case and choose what all its pictures share; no volume is copied.
+    """Check the volumes of a case, and plan its pictures; no volume is copied.
 
     Args:
-        scan: (X, Y, Z), any real numbers.
+        scan: (X, Y, Z), real numbers.
         cam: (X, Y, Z) in [0, 1], or in [-1, 1] for a signed look, scaled once for the whole volume.
-            If it is all zero, or holds NaN, no heat is drawn and the pictures say so.
+            If it is zero everywhere or holds NaN, no heat is drawn, and the pictures say so.
         affine: (4, 4), voxel index -> RAS mm.
         look: window, threshold, opacity, colours, and whether evidence against is shown.
         prediction: (X, Y, Z) mask, drawn as a dashed cyan outline.
-        region: (X, Y, Z) mask that is explained instead of a prediction; drawn like a prediction.
+        region: (X, Y, Z) mask that is explained instead of a prediction, and is drawn like one.
         truth: (X, Y, Z) mask, drawn as a solid green outline.
-        axis: "axial", "coronal" or "sagittal"; an oblique scan is cut along its own axes.
-        slices: voxel indices along the scan's array axis that is nearest to the anatomical one, as
-            NIfTI viewers and the files' names have them; "all"; or "relevant": at most 20 slices,
-            the peak's among them, where the CAM reaches the threshold, or the prediction or region
-            is present.
+        axis: "axial", "coronal" or "sagittal". An oblique scan is cut along its own axes.
+        slices: voxel indices along the array axis of the scan that is nearest to the anatomical
+            axis, as in NIfTI viewers and in the names of the files; or "all"; or "relevant", which
+            stands for at most 20 slices where the CAM reaches the threshold, or where there is
+            prediction or region. The slice of the peak is one of them.
         title: the first line of the pictures.
         caption: more words for the footer, such as {"class": "tumour", "layer": "encoder.4"}.
-        notice: the reason why the CAM must not be drawn, if there is one; it is written instead.
+        notice: the reason why the CAM must not be drawn, if there is one. It is written instead.
 
     Raises:
         InputError: shapes differ, an index lies outside of the scan, or the CAM has another scale.
-        ConfigError: an unknown axis.
+        ConfigError: the axis is unknown.
 
     Example:
         >>> scan, cam = np.ones((24, 24, 12)), np.zeros((24, 24, 12))
@@ -219,20 +221,20 @@ def review_explanation(
     slices: SliceSetting = "relevant",
     case: str = "",
 ) -> Review:
-    """Plan the pictures of an explanation: its scan, CAM, prediction and truth, and its words.
+    """Plan the pictures of an explanation: scan, CAM, prediction, truth, and words.
 
-    If the scan has several channels, the first one is shown and the footer says so.
+    If the scan has several channels, the first one is shown, and the footer says so.
 
     Args:
         explanation: what `explain` returns.
         look: window, threshold, opacity and colours.
-        layer: one layer's name; None averages all.
-        axis, slices: as for `review_volumes`.
-        case: the scan's name in the title; none is taken from file names or headers.
+        layer: name of a layer; None averages all layers.
+        axis, slices: see `review_volumes`.
+        case: the scan's name in the title. No name is taken from files or headers.
 
     Raises:
-        InputError: as `review_volumes`, or an unknown layer.
-        ConfigError: as `review_volumes`.
+        InputError: as in `review_volumes`, or there is no such layer.
+        ConfigError: as in `review_volumes`.
     """
     mask, truth = explanation.measured, explanation.truth
     measured = None if mask is None else mask.numpy()
@@ -258,7 +260,7 @@ def review_explanation(
 
 
 def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[str, str]:
-    """Return the words of the footer, each with its name."""
+    """Return the facts in the footer, name -> words."""
     names = list(explanation.maps) if layer is None else [layer]
     finest = min((explanation.native_spacing[name] for name in names), key=math.prod)
     silent = explanation.left_out(layer, look.scale)
@@ -280,7 +282,7 @@ def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[st
 
 
 def _missing_heat(heat: NDArray[Any], look: Look) -> str:
-    """Say in words why there is no heat, "" where there is some; refuse a CAM on another scale."""
+    """Return why there is no heat, "" if there is some; refuse a CAM on another scale."""
     low, high = float(heat.min()), float(heat.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         return NO_HEAT["nonfinite"]
@@ -295,7 +297,7 @@ def _missing_heat(heat: NDArray[Any], look: Look) -> str:
 
 
 def _faint_heat(high: float, threshold: float) -> str:
-    """Say in words that the strongest heat lies below the threshold; "" where it does not."""
+    """Return a notice if all heat lies below the threshold; otherwise ""."""
     if high >= threshold:
         return ""
     return f"no CAM at the threshold {threshold:.2f}: the map's maximum is {high:.2g}"
@@ -310,10 +312,10 @@ def _profile(
     masks: Mapping[str, NDArray[np.bool_]],
     look: Look,
 ) -> Profile:
-    """Measure every slice along the axis of a view."""
+    """Compute the numbers about every slice along the axis of a view."""
     others = (view.row_axis, view.column_axis)
-    voxel_ml = abs(float(np.linalg.det(view.affine[:3, :3]))) / 1000
-    volumes = {name: np.count_nonzero(mask, axis=others) * voxel_ml for name, mask in masks.items()}
+    ml = voxel_ml(view.affine)
+    volumes = {name: np.count_nonzero(mask, axis=others) * ml for name, mask in masks.items()}
     if cam is None:
         return Profile(None, None, volumes)
     largest, total = display.slice_profile(view, cam)
@@ -330,7 +332,7 @@ def _chosen(
     look: Look,
     peak: Sequence[int] | None,
 ) -> list[int]:
-    """Return the indices of the slices to show, as the setting says."""
+    """Return the indices of the slices that the setting `slices` chooses."""
     relevant = np.zeros(view.slice_count, bool)
     least = max(look.threshold, float(np.finfo(np.float32).tiny))
     if profile.largest is not None:

@@ -1,4 +1,4 @@
-"""Scans from files, folders and memory; a scan that cannot be explained is refused."""
+"""Load scans from files, folders and memory, and refuse those that cannot be explained."""
 
 from __future__ import annotations
 
@@ -42,32 +42,33 @@ Source: TypeAlias = PathLike | Sequence[PathLike] | torch.Tensor | npt.NDArray |
 def load_scan(
     source: Source, affine: npt.ArrayLike | None = None, *, frame: Frame | None = None
 ) -> Scan:
-    """Read a scan and refuse what cannot be explained.
+    """Read a scan; refuse one that cannot be explained.
 
     `source` is one of
     - a path to a NIfTI file, `.nii` or `.nii.gz`: (X, Y, Z), or (X, Y, Z, C) with channels last;
     - a path to a volume of 3D Slicer or ITK (`.nrrd`, `.nhdr`, `.mha`, `.mhd`) or FreeSurfer
-      (`.mgh`, `.mgz`), whose place is brought to RAS;
-    - a list of such paths, one file per channel, all on one grid (within 0.001 mm);
-    - a folder that holds one DICOM series, or a list of its files: see `seg3dcam.files.series`;
-    - a MONAI `MetaTensor`, (X, Y, Z) or (C, X, Y, Z), which knows its affine;
-    - a TorchIO `ScalarImage`, or a `Subject` whose images, but no label maps, are the channels;
-    - a numpy array or a tensor of these shapes, together with `affine`, (4, 4) voxel -> RAS mm;
+      (`.mgh`, `.mgz`), whose affine is converted to RAS;
+    - a list of such paths, one file per channel, all on the same grid (within 0.001 mm);
+    - a folder that holds one DICOM series, or a list of its files (see `seg3dcam.files.series`);
+    - a MONAI `MetaTensor`, (X, Y, Z) or (C, X, Y, Z), with its own affine;
+    - a TorchIO `ScalarImage`, or a `Subject`, whose images (without label maps) are the channels;
+    - a numpy array or a tensor of these shapes; it needs `affine`, (4, 4) voxel -> RAS mm;
     - a `Scan`, which is returned as it is.
 
-    The scaling in a file's header is applied. Voxels become float32, and a file needs the memory of
-    that one float32 copy. An array is copied; a tensor that is float32 already is shared, one on a
-    GPU is brought to the CPU.
+    The scaling in a file's header is applied. Voxels become float32; to read a file takes no more
+    memory than this float32 copy. An array is copied. A tensor that is float32 already shares its
+    memory with the scan, and a tensor on a GPU is copied to the CPU.
 
-    A NIfTI header says the place twice, as sform and as qform. `frame` chooses one. Without it the
-    sform is taken if the file has one, as nibabel does, and it is said where the two are apart.
+    A NIfTI header gives the place twice, as sform and as qform, and `frame` chooses one of them.
+    Without `frame` the sform is taken if the file has one, as nibabel does, and a warning tells if
+    the two differ.
 
     Raises `ScanError` for a file that is missing, damaged or of another format, for complex,
     colour, 2-D or 5-D data, for a `frame` that the file does not have, for a DICOM series with
-    gaps, for several series, for an affine that is no affine, and for voxels that are all zero or
-    not finite. Raises `MissingExtraError` for DICOM where pydicom or SimpleITK is not installed.
-    Warns (`Seg3dcamWarning`) where the header does not say where the scan lies or says two places,
-    measures in other units than mm, or where a channel has the same value everywhere.
+    gaps, for several series, for an illegal affine, and for voxels that are all zero or not finite.
+    Raises `MissingExtraError` for DICOM if pydicom or SimpleITK is not installed. Warns
+    (`Seg3dcamWarning`) if the header does not say where the scan lies, gives two different places
+    or other units than mm, and if a channel has the same value everywhere.
 
     >>> scan = load_scan(np.arange(24.0).reshape(2, 3, 4), affine=np.diag([1, 1, 3, 1]))
     >>> scan
@@ -111,7 +112,7 @@ def load_scan(
 
 
 def _paths_of(source: Source) -> list[Path] | None:
-    """Return the paths of a source that is one or a list of them."""
+    """Return the paths in a source, None if it is neither a path nor a list of paths."""
     given: Sequence[Any] = source if isinstance(source, (list, tuple)) else [source]
     if not given or not all(isinstance(path, (str, os.PathLike)) for path in given):
         return None
@@ -119,13 +120,14 @@ def _paths_of(source: Source) -> list[Path] | None:
 
 
 def load_labels(path: PathLike, *, frame: Frame | None = None) -> Scan:
-    """Read a label map or mask, one channel of whole numbers; all of them may be 0.
+    """Read a label map or mask: one channel of whole numbers, which may all be 0.
 
-    Formats are those of `load_scan`; a segmentation of 3D Slicer (`.seg.nrrd`) is one whose
-    segments do not overlap. `frame` is that of the scan: a file which has only the other form, or
-    one place alone, is read by what it has.
+    The formats are those of `load_scan`, and segmentations of 3D Slicer (`.seg.nrrd`) whose
+    segments do not overlap. `frame` is the one that was chosen for the scan. A file that has only
+    the other form, or no forms, is read with the place that it has.
 
-    Raises `ScanError` as `load_scan`, for several channels, and for values between whole numbers.
+    Raises `ScanError` as `load_scan` does, and for several channels or values that are no whole
+    numbers.
     """
     labels = _from_files([plan_file(Path(path), frame, must=False)], frame, labels=True)
     if len(labels.data) > 1:
@@ -208,7 +210,7 @@ def _to_float32(array: torch.Tensor | npt.NDArray, name: str) -> torch.Tensor:
         return array.detach().to("cpu", torch.float32)
     if array.dtype.kind not in "biuf":
         raise not_real(name, str(array.dtype))
-    with np.errstate(over="ignore"):  # becomes inf, which the check of the voxels refuses
+    with np.errstate(over="ignore"):  # the check of the voxels refuses infinity
         return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
 
@@ -226,7 +228,7 @@ def _checked(paths: list[Path], frame: Frame | None) -> Scan:
 
 
 def _is_folder(path: Path) -> bool:
-    with suppress(OSError, ValueError):  # an impossible name: the reader of the file says so
+    with suppress(OSError, ValueError):  # an illegal name: whoever reads the file gets the error
         return path.is_dir()
     return False
 
@@ -269,7 +271,7 @@ def _from_files(plans: list[Plan], frame: Frame | None, *, labels: bool = False)
 
 
 def _common_name(paths: list[Path]) -> str:
-    """`case` for case_0000.nii.gz, case_0001.nii.gz; else the first file's name."""
+    """Return `case` for case_0000.nii.gz and case_0001.nii.gz, else the first file's name."""
     names = [stem(path) for path in paths]
     stems = {match[1] if (match := _NNUNET_CHANNEL.fullmatch(name)) else name for name in names}
     return stems.pop() if len(names) > 1 and len(stems) == 1 else names[0]
@@ -313,7 +315,7 @@ def _refuse_channels(plan: Plan) -> None:
 
 
 def _check_voxels(data: torch.Tensor, name: str) -> None:
-    # Minimum and maximum say it all, NaN included, and take no memory.
+    # Minimum and maximum show NaN as well, and finding them needs no memory.
     ranges = [tuple(map(float, torch.aminmax(channel))) for channel in data]
     if not all(math.isfinite(low) and math.isfinite(high) for low, high in ranges):
         _refuse_nonfinite(data, name)

@@ -15,7 +15,7 @@ import torch
 from seg3dcam.files.readers import Frame
 from seg3dcam.geometry import size_text, spacing_of
 
-#: What a NIfTI header says of the place and the kind of its voxels.
+#: Fields of a NIfTI header about the place and the type of the voxels.
 _PLACE_FIELDS = (
     *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "datatype"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -29,13 +29,13 @@ class Scan:
 
     - `data`: (C, X, Y, Z) float32, one entry of C per channel (modality).
     - `affine`: (4, 4) float64, voxel index -> mm in RAS (x to the right, y forward, z up).
-    - `name`: the file name without folder and suffix, "scan" for a DICOM series; a folder may name
-      a patient.
-    - `header`: a NIfTI file's header as it is (of the first file, if there were several), which a
-      writer copies the geometry from. None for a scan of another format, or made in memory.
-    - `series`: the slices' DICOM headers without voxels, one for each index of the last axis. None
-      for a scan that was no DICOM series.
-    - `frame`: "sform" or "qform" where the user chose between a NIfTI header's two forms.
+    - `name`: the file name without folder and suffix. For a DICOM series it is "scan", since the
+      name of the folder may be that of the patient.
+    - `header`: the unchanged header of a NIfTI file (the first one, if there were several), from
+      which writers copy the geometry. None for other formats, and for scans made in memory.
+    - `series`: the DICOM headers of the slices without voxels, one for each index of the last axis.
+      None if the scan was no DICOM series.
+    - `frame`: "sform" or "qform" if the user chose between the two forms of a NIfTI header.
 
     >>> scan = Scan(torch.zeros(1, 4, 5, 6), np.diag([0.5, 0.5, 2, 1]), "case")
     >>> scan.shape, scan.spacing
@@ -73,10 +73,10 @@ class Scan:
 
 
 def place_code(scan: Scan) -> str:
-    """Return a hash of everything in a scan but its voxels: its place and its headers.
+    """Return a hash of everything in a scan except its voxels: its place and its headers.
 
-    It covers everything that a result is written with: both forms of a NIfTI header and their
-    codes, spacing, units and type, the frame that was chosen, and a series' DICOM headers.
+    It covers everything that writers copy into results: both forms of a NIfTI header and their
+    codes, spacing, units and type, the chosen frame, and the DICOM headers of a series.
     """
     said: list[str] = [np.ascontiguousarray(scan.affine).tobytes().hex(), str(scan.frame)]
     if scan.header is not None:
@@ -89,5 +89,5 @@ def place_code(scan: Scan) -> str:
 def _element_code(header: Any, tag: Any) -> str:
     try:
         return repr((tag, header[tag].VR, header[tag].value))
-    except Exception:  # pydicom cannot decode the value: hashed as the file has it
+    except Exception:  # pydicom cannot decode the value, so the raw one is hashed
         return repr((tag, header.get_item(tag)))

@@ -36,8 +36,9 @@ and the regions are
 | `FalsePositives(truth)` | the class in the prediction, not in the truth: why invented? |
 | `TruePositives(truth)`  | the class in both                                          |
 
-Indices are voxels of the network's input. Whether classes exclude each other (softmax) or may
-overlap (sigmoid) a target takes from the model, unless it is given; on its own it means softmax.
+Indices are voxels of the network's input. The activation says whether classes exclude each other
+(softmax) or may overlap (sigmoid). A target uses the model's activation unless one is given.
+Without a model it is softmax.
 """
 
 from __future__ import annotations

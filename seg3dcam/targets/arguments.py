@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from seg3dcam.checks import is_number, is_whole
+from seg3dcam.checks import Activation, check_word, is_number, is_whole
 from seg3dcam.errors import TargetError
-
-Activation = Literal["softmax", "sigmoid"]
 
 
 def check_activation(activation: Activation | None) -> None:
     """Refuse anything but "softmax", "sigmoid" and None."""
-    if activation not in ("softmax", "sigmoid", None):
-        raise TargetError(f"activation {activation!r}: legal are 'softmax' and 'sigmoid'")
+    if activation is not None:
+        check_word("activation", activation, Activation, TargetError)
 
 
 def check_index(index: Any) -> None:

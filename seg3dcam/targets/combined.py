@@ -9,7 +9,7 @@ import torch
 
 from seg3dcam.errors import TargetError
 from seg3dcam.targets.arguments import Activation, check_number
-from seg3dcam.targets.base import OwnTarget, checked_score, name_of
+from seg3dcam.targets.base import OwnTarget, as_own_target, checked_score, name_of
 from seg3dcam.targets.masks import Move
 
 AnyTarget = Callable[[torch.Tensor], torch.Tensor]
@@ -58,9 +58,14 @@ class WeightedSum(OwnTarget):
         return " ".join([f"{first[0]:g} x {first[1]}", *signed])
 
     @property
+    def is_sum(self) -> bool:
+        """Whether every part is a sum over the voxels of its region."""
+        return all(as_own_target(target).is_sum for _, target in self.parts)
+
+    @property
     def uses_truth(self) -> bool:
         """Whether ground truth chose the voxels of a part."""
-        return any(getattr(target, "uses_truth", False) for _, target in self.parts)
+        return any(as_own_target(target).uses_truth for _, target in self.parts)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the score (B,) of logits (B, K, *S)."""

@@ -17,7 +17,7 @@ from seg3dcam.targets.connected_components import components, listed_sizes
 from seg3dcam.targets.regions import Component, FixedComponent
 from seg3dcam.targets.scores import ClassLogit, ClassLogOdds, overlapping
 
-Family = TypeVar("Family", bound="OwnFamily")
+Self = TypeVar("Self", bound="OwnFamily")
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ class OwnFamily:
                 "functools.partial of one"
             )
 
-    def activated(self: Family, activation: Activation) -> Family:
+    def activated(self: Self, activation: Activation) -> Self:
         """Return the family with this activation, where none was given."""
         return self if self.activation else changed(self, activation=activation)
 

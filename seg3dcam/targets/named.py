@@ -14,20 +14,22 @@ class NamedScore:
     """A score that has a name.
 
     Attributes:
-        target: class in `seg3dcam.targets`.
+        type_name: its class in `seg3dcam.targets`.
         of_class: the score of one class, else of the whole output.
         needs_named_class: the class has to be named, else every predicted class is explained.
         needs_other_class: it compares with another class.
         needs_truth: it compares with a truth.
         over_region: it is summed over a region, which may be chosen.
+        default_region: the region that is meant where none is chosen.
     """
 
-    target: str
+    type_name: str
     of_class: bool = True
     needs_named_class: bool = True
     needs_other_class: bool = False
     needs_truth: bool = False
     over_region: bool = True
+    default_region: str = "predicted"
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class NamedRegion:
     """A region that has a name.
 
     Attributes:
-        kind: class in `seg3dcam.targets`; "": targets know the region by its name.
+        type_name: its class in `seg3dcam.targets`; "" where targets take the region by its name.
         of_class: it is about one class, else any output has it.
         needs_truth: it is made of a truth.
         is_family: it stands for several targets, one for each of its parts.
         words: what it is, where the name does not say it.
     """
 
-    kind: str = ""
+    type_name: str = ""
     of_class: bool = True
     needs_truth: bool = False
     is_family: bool = False
@@ -57,7 +59,9 @@ SCORES = {
     "contrast": NamedScore("Contrast", needs_other_class=True),
     "finer": NamedScore("Finer"),
     "soft_dice": NamedScore("SoftDice", needs_truth=True, over_region=False),
-    "mask_output": NamedScore("MaskOutput", of_class=False, needs_named_class=False),
+    "mask_output": NamedScore(
+        "MaskOutput", of_class=False, needs_named_class=False, default_region="volume"
+    ),
 }
 
 #: Region -> how it is made; the first is the default.

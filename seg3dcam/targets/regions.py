@@ -90,6 +90,8 @@ class RegionKind:
     uses_truth: ClassVar[bool] = False
     #: Whether other logits give other voxels.
     follows_prediction: ClassVar[bool] = False
+    #: Whether it is one connected component of the predicted mask.
+    is_component: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -210,6 +212,7 @@ class Component(RegionKind):
     connectivity: int = 1
 
     follows_prediction = True
+    is_component = True
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.voxel is None):
@@ -324,6 +327,10 @@ class FixedRegion(RegionKind):
     @property
     def uses_truth(self) -> bool:  # type: ignore[override]
         return self.origin.uses_truth
+
+    @property
+    def is_component(self) -> bool:  # type: ignore[override]
+        return self.origin.is_component
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from seg3dcam.targets.regions import (
     FixedRegion,
     Prediction,
     Region,
+    RegionKind,
     Volume,
     as_region,
     placed_region,
@@ -34,7 +35,7 @@ def overlapping(logits: torch.Tensor, activation: Activation | None) -> bool:
     return activation == "sigmoid" or logits.shape[1] == 1
 
 
-SumOver = TypeVar("SumOver", bound="SumOverRegion")
+Self = TypeVar("Self", bound="SumOverRegion")
 
 
 class SumOverRegion(OwnTarget):
@@ -59,9 +60,19 @@ class SumOverRegion(OwnTarget):
         return Prediction(logits.detach(), None, overlapping(logits, self.activation))
 
     @property
+    def region_kind(self) -> RegionKind:
+        """The region that the score sums over."""
+        return as_region(self.region)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the score is a sum over the voxels of its region: always."""
+        return True
+
+    @property
     def uses_truth(self) -> bool:
         """Whether ground truth chose the voxels."""
-        return as_region(self.region).uses_truth
+        return self.region_kind.uses_truth
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the score (B,) of logits (B, K, *S)."""
@@ -71,7 +82,7 @@ class SumOverRegion(OwnTarget):
     def voxels(self, logits: torch.Tensor) -> Any:
         """Yield (item, the logits (K, n) of its region's voxels)."""
         self.check(logits)
-        if isinstance(as_region(self.region), Volume):  # no mask: less memory
+        if isinstance(self.region_kind, Volume):  # no mask: less memory
             yield from ((item, one.reshape(len(one), -1)) for item, one in enumerate(logits))
             return
         masks = self.regions(logits).to(logits.device)
@@ -85,7 +96,7 @@ class SumOverRegion(OwnTarget):
             EmptyRegionError: an item's region holds no voxel.
         """
         self.check(logits)
-        region, prediction = as_region(self.region), self.prediction(logits)
+        region, prediction = self.region_kind, self.prediction(logits)
         masks = region.masks(prediction)
         for item, mask in enumerate(masks):
             if not mask.any():
@@ -96,18 +107,18 @@ class SumOverRegion(OwnTarget):
                 )
         return masks
 
-    def activated(self: SumOver, activation: Activation) -> SumOver:
+    def activated(self: Self, activation: Activation) -> Self:
         """Return the target with this activation, where none was given."""
         return self if self.activation else changed(self, activation=activation)
 
-    def fixed(self: SumOver, logits: torch.Tensor) -> SumOver:
+    def fixed(self: Self, logits: torch.Tensor) -> Self:
         """Return the target over the voxels that its region has at these logits."""
-        region = as_region(self.region)
+        region = self.region_kind
         if not region.follows_prediction:
             return self
         return changed(self, region=FixedRegion(self.regions(logits), region))
 
-    def placed(self: SumOver, move: Move) -> SumOver:
+    def placed(self: Self, move: Move) -> Self:
         """Return the target with its mask or truth brought onto the network's grid."""
         return changed(self, region=placed_region(self.region, move))
 
@@ -125,7 +136,7 @@ class ClassTarget(SumOverRegion):
     @property
     def name(self) -> str:
         """What is explained, in words."""
-        return f"{self.title} of class {self.index} over {as_region(self.region).name}"
+        return f"{self.title} of class {self.index} over {self.region_kind.name}"
 
     def check(self, logits: torch.Tensor) -> None:
         """Refuse logits (B, K, *S) without the class."""
@@ -241,8 +252,7 @@ class Contrast(ClassTarget):
     def name(self) -> str:
         """What is explained, in words."""
         return (
-            f"logit of class {self.index} against class {self.against} over "
-            f"{as_region(self.region).name}"
+            f"logit of class {self.index} against class {self.against} over {self.region_kind.name}"
         )
 
     def check(self, logits: torch.Tensor) -> None:
@@ -290,7 +300,7 @@ class Finer(ClassTarget):
         """What is explained, in words."""
         return (
             f"logit of class {self.index} less {self.alpha:g} x its rivals over "
-            f"{as_region(self.region).name}"
+            f"{self.region_kind.name}"
         )
 
     def check(self, logits: torch.Tensor) -> None:
@@ -333,7 +343,7 @@ class MaskOutput(SumOverRegion):
     @property
     def name(self) -> str:
         """What is explained, in words."""
-        return f"mask output (all channels) over {as_region(self.region).name}"
+        return f"mask output (all channels) over {self.region_kind.name}"
 
     def values(self, logits: torch.Tensor, item: int) -> torch.Tensor:
         return logits.sum(0)

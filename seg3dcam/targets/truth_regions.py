@@ -15,7 +15,7 @@ from seg3dcam.targets.regions import Prediction, RegionKind
 
 
 @dataclass(frozen=True, eq=False)
-class AgainstTruth(RegionKind):
+class TruthComparison(RegionKind):
     """The prediction compared with ground truth.
 
     Args:
@@ -81,7 +81,7 @@ class AgainstTruth(RegionKind):
             "give a boolean mask of the class"
         )
 
-    def placed(self, move: Move) -> AgainstTruth:
+    def placed(self, move: Move) -> TruthComparison:
         if isinstance(self.truth, OnItsGrid):  # here, since a coarser grid may miss a fraction
             check_labels(torch.as_tensor(self.truth.data, device="cpu"))
         return replace(self, truth=placed_mask(self.truth, move))
@@ -109,7 +109,7 @@ def _listed_labels(truth: torch.Tensor) -> str:
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
-class FalseNegatives(AgainstTruth):
+class FalseNegatives(TruthComparison):
     """Where the truth is the class and the prediction is not: why was it missed?
 
     >>> from seg3dcam.targets import ClassLogit
@@ -125,7 +125,7 @@ class FalseNegatives(AgainstTruth):
         return truth & ~predicted
 
 
-class FalsePositives(AgainstTruth):
+class FalsePositives(TruthComparison):
     """Where the prediction is the class and the truth is not: why was it invented?
 
     >>> from seg3dcam.targets import ClassLogit
@@ -140,7 +140,7 @@ class FalsePositives(AgainstTruth):
         return predicted & ~truth
 
 
-class TruePositives(AgainstTruth):
+class TruePositives(TruthComparison):
     """Where both the truth and the prediction are the class.
 
     >>> from seg3dcam.targets import ClassLogit

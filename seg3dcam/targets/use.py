@@ -10,7 +10,7 @@ import torch
 from seg3dcam.checks import is_whole
 from seg3dcam.errors import TargetError
 from seg3dcam.targets.arguments import Activation
-from seg3dcam.targets.base import OwnTarget, checked_score, name_of
+from seg3dcam.targets.base import OwnTarget, as_own_target, checked_score, name_of
 from seg3dcam.targets.combined import AnyTarget, WeightedSum
 from seg3dcam.targets.families import OwnFamily, is_family
 from seg3dcam.targets.masks import Move
@@ -131,7 +131,7 @@ def uses_truth(target: AnyTarget) -> bool:
 
     A mask that is given as it is may come from anywhere; it does not count.
     """
-    return bool(getattr(target, "uses_truth", False))
+    return as_own_target(target).uses_truth
 
 
 def score_and_seed(target: AnyTarget, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,14 @@ def stitched(
                     windows.importance.to(part)
                 )
     return windows.crop(total / windows.total_importance(x))
+
+
+def continued(grid: FeatureGrid, windows: Windows, axis: int) -> FeatureGrid:
+    """Return a window's grid continued over the padded volume, along one axis."""
+    stride = grid.stride[axis]
+    last = max(start[axis] for start in windows.starts)
+    size = math.floor(round(last / stride, 9)) + grid.shape[axis]
+    return FeatureGrid((size,), (stride,), (grid.offset[axis] - windows.before[axis],))
 
 
 class Blend:
@@ -70,15 +79,9 @@ class Blend:
 
     def _continued(self, axis: int) -> FeatureGrid:
         """Return the grid of the result along one axis."""
-        grid, windows = self.window_grid, self._windows
         if not self._aligned[axis]:
-            return FeatureGrid.of_voxels(windows.shape[axis : axis + 1])
-        last = max(start[axis] for start in windows.starts)
-        return FeatureGrid(
-            (round(last / grid.stride[axis]) + grid.shape[axis],),
-            (grid.stride[axis],),
-            (grid.offset[axis] - windows.before[axis],),
-        )
+            return FeatureGrid.of_voxels(self._windows.shape[axis : axis + 1])
+        return continued(self.window_grid, self._windows, axis)
 
     def group(self) -> GroupBlend:
         """Start a group of windows that are blended by their shares within the group."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from seg3dcam.geometry import FeatureGrid, cropped, interpolate
+from seg3dcam.windows.blend import continued
 from seg3dcam.windows.plan import Windows
 
 
@@ -19,12 +20,10 @@ def grid_over_volume(grid: FeatureGrid, windows: Windows) -> FeatureGrid:
     >>> grid_over_volume(FeatureGrid((2,), (2.0,), (0.5,)), windows)
     FeatureGrid(shape=(4,), stride=(2.0,), offset=(0.5,), measured=True)
     """
-    shape = []
-    for axis, (size, stride) in enumerate(zip(grid.shape, grid.stride, strict=True)):
-        last = max(start[axis] for start in windows.starts)
-        shape.append(math.floor(round(last / stride, 9)) + size)
-    offset = tuple(o - b for o, b in zip(grid.offset, windows.before, strict=True))
-    padded = FeatureGrid(tuple(shape), grid.stride, offset, grid.measured)
+    lines = [continued(grid, windows, axis) for axis in range(len(grid.shape))]
+    shape = tuple(line.shape[0] for line in lines)
+    offset = tuple(line.offset[0] for line in lines)
+    padded = FeatureGrid(shape, grid.stride, offset, grid.measured)
     return cropped(torch.empty(shape, device="meta"), padded, windows.shape)[1]
 
 

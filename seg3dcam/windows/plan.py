@@ -1,9 +1,9 @@
-"""Sliding windows: where they lie, how much each counts at a voxel, and how maps are blended.
+"""Where the windows of a volume lie, and how much each of them counts at a voxel.
 
-The windows and their importance are MONAI's, so the prediction is the one that
-`monai.inferers.sliding_window_inference` gives; or those of nnU-Net's own predictor.
-At a voxel the *share* of a window is its importance divided by the sum over all windows there;
-shares sum to 1.
+The windows and their importance are those of MONAI, so that the prediction is the same as that of
+`monai.inferers.sliding_window_inference`, or those of nnU-Net's own predictor. At a voxel, the
+*share* of a window is its importance divided by the sum over all windows there. So the shares sum
+to 1.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from seg3dcam.checks import check_number, check_whole_number, is_number, is_whole
+from seg3dcam.checks import (
+    PaddingMode,
+    WindowConvention,
+    WindowMode,
+    check_number,
+    check_whole_number,
+    check_word,
+    is_number,
+    is_whole,
+)
 from seg3dcam.errors import ConfigError, MissingExtraError
-
-PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,13 @@ class WindowPlan:
 
     roi_size: int | Sequence[int]
     overlap: float | Sequence[float] = 0.25
-    mode: Literal["gaussian", "constant"] = "gaussian"
+    mode: WindowMode = "gaussian"
     sw_batch_size: int = 1
     sigma_scale: float = 0.125
-    padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
+    padding_mode: PaddingMode = "constant"
     cval: float = 0.0
     cache_gb: float = 2.0
-    convention: Literal["monai", "nnunet"] = "monai"
+    convention: WindowConvention = "monai"
 
     def __post_init__(self) -> None:
         sizes = _as_tuple(self.roi_size)
@@ -60,19 +67,11 @@ class WindowPlan:
             raise ConfigError(
                 f"roi_size {self.roi_size!r}: whole numbers of voxels from 1 up, -1: a whole axis"
             )
-        if self.mode not in ("gaussian", "constant"):
-            raise ConfigError(f"window mode {self.mode!r}: legal are 'gaussian' and 'constant'")
-        if self.convention not in ("monai", "nnunet"):
-            raise ConfigError(
-                f"window convention {self.convention!r}: legal are 'monai' and 'nnunet'"
-            )
+        check_word("window mode", self.mode, WindowMode)
+        check_word("window convention", self.convention, WindowConvention)
         if not all(is_number(part) and 0 <= part < 1 for part in _as_tuple(self.overlap)):
             raise ConfigError(f"overlap {self.overlap!r}: a fraction, 0 <= overlap < 1")
-        if self.padding_mode not in PADDING_MODES:
-            raise ConfigError(
-                f"padding_mode {self.padding_mode!r}: legal are "
-                f"{', '.join(map(repr, PADDING_MODES))}"
-            )
+        check_word("padding_mode", self.padding_mode, PaddingMode)
         check_whole_number("sw_batch_size", self.sw_batch_size)
         check_number("sigma_scale", self.sigma_scale, above=0)
         check_number("cval", self.cval)
@@ -166,6 +165,13 @@ class Windows:
         for window in range(len(self)):
             total[box_of(self.starts[window], self.roi)] += self.importance.to(total)
         return total
+
+    def weigh_by_share(
+        self, values: torch.Tensor, window: int, total_importance: torch.Tensor
+    ) -> None:
+        """Multiply the values (..., *roi) of a window by its share at each voxel, in place."""
+        values *= self.importance.to(values)
+        values /= self.cut(total_importance, [window])
 
     def groups(self, whole_axes: Sequence[int]) -> list[list[int]]:
         """Group the windows that differ only in where they lie along `whole_axes`."""

@@ -27,15 +27,6 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 signed_maps = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 
 
-def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value."""
-    expected = torch.as_tensor(expected)
-    assert found.shape == expected.shape
-    assert torch.isfinite(found).all()
-    assert expected.abs().max() > 0
-    return float((found.double() - expected).abs().max() / expected.abs().max())
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 

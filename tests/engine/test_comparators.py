@@ -13,12 +13,12 @@ from helpers_engine import (
     SCORES,
     Counting,
     curved,
-    deviation,
     predicted,
     signed_maps,
     two_levels,
 )
 from torch import nn
+from toy import deviation
 
 from seg3dcam import WindowPlan, targets
 from seg3dcam.cams.attributions import (

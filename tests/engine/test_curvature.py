@@ -13,7 +13,6 @@ from helpers_engine import (
     EXACT,
     Part,
     box_of,
-    deviation,
     importance_of,
     parts_of,
     predicted,
@@ -21,6 +20,7 @@ from helpers_engine import (
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
+from toy import deviation
 
 from seg3dcam import GradCAM, ShapleyCAM, WindowPlan, targets
 from seg3dcam.errors import ModelError

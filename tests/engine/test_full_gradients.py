@@ -11,9 +11,10 @@ import re
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, deviation, predicted, signed_maps
+from helpers_engine import EXACT, predicted, signed_maps
 from reference import methods as slow
 from torch import nn
+from toy import deviation
 
 from seg3dcam import FullGrad, WindowPlan, targets
 from seg3dcam.engine.full_gradients import _spread

@@ -8,7 +8,7 @@ from torch import nn
 
 from seg3dcam import Ensemble, GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.cams.catalogue import CAMS
-from seg3dcam.engine.memory import AtOnce
+from seg3dcam.engine.memory import BatchLimit
 from seg3dcam.errors import OutOfMemoryError, Seg3dcamError, Seg3dcamWarning
 
 VOLUME = targets.ClassLogit(1, region="volume")
@@ -191,7 +191,7 @@ def test_halves_down_to_one():
         return part.start
 
     with pytest.warns(Seg3dcamWarning):
-        assert list(AtOnce(5).each(3, run)) == [0, 1, 2]
+        assert list(BatchLimit(5).each(3, run)) == [0, 1, 2]
     assert tried == [3, 1, 1, 1]
     with pytest.raises(torch.OutOfMemoryError):
-        list(AtOnce(1).each(2, lambda part: run(slice(0, 2))))
+        list(BatchLimit(1).each(2, lambda part: run(slice(0, 2))))

@@ -19,7 +19,6 @@ from helpers_engine import (
     Part,
     box_of,
     curved,
-    deviation,
     importance_of,
     parts_of,
     predicted,
@@ -28,6 +27,7 @@ from helpers_engine import (
 )
 from reference import methods as slow
 from torch import nn
+from toy import deviation
 
 from seg3dcam import AblationCAM, ScoreCAM, WindowPlan, targets
 from seg3dcam.targets import fixed, region_of

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, Counting, curved, deviation, in_a_corner, signed_maps, two_levels
+from helpers_engine import EXACT, Counting, curved, in_a_corner, signed_maps, two_levels
+from toy import deviation
 
 from seg3dcam import WindowPlan, targets
 from seg3dcam.cams.attributions import ATTRIBUTIONS

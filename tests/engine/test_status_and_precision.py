@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 import toy
-from helpers_engine import curved, deviation, signed_maps, two_levels
+from helpers_engine import curved, signed_maps, two_levels
 from torch import nn
+from toy import deviation
 
 from seg3dcam import (
     KPCACAM,

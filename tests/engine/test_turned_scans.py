@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, deviation, signed_maps
+from helpers_engine import EXACT, signed_maps
+from toy import deviation
 
 from seg3dcam import WindowPlan
 from seg3dcam.cams.attributions import ATTRIBUTIONS

@@ -20,7 +20,6 @@ from helpers_engine import (
     Part,
     box_of,
     curved,
-    deviation,
     importance_of,
     level,
     parts_of,
@@ -29,6 +28,7 @@ from helpers_engine import (
 from reference import maps
 from reference.methods import _first_kernel_component as kernel_component
 from torch import nn
+from toy import deviation
 
 from seg3dcam import METHODS, WindowPlan, targets
 from seg3dcam.cams.catalogue import CAMS

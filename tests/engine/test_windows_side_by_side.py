@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, SCORES, STRIDES, deviation, joined, level, parts_of, signed_maps
+from helpers_engine import EXACT, SCORES, STRIDES, joined, level, parts_of, signed_maps
 from reference.methods import spectral_gap
 from torch import nn
+from toy import deviation
 
 from seg3dcam import METHODS, WindowPlan, XResCAM
 from seg3dcam.cams.catalogue import CAMS

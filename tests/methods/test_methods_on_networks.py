@@ -16,6 +16,7 @@ import toy
 from reference import methods as slow
 from reference import scores
 from torch import nn
+from toy import deviation
 
 import seg3dcam
 from seg3dcam import METHODS, AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM, targets
@@ -46,13 +47,6 @@ COMPONENTS = {
     "SegEigenCAM": lambda a, g: a * g.abs(),
     "KPCACAM": lambda a, g: a,
 }
-
-
-def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value."""
-    expected = torch.as_tensor(expected)
-    assert found.shape == expected.shape
-    return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 def scored(case: toy.Case) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -22,7 +22,7 @@ from helpers_bundles import (
     write_bundle,
     write_scan,
 )
-from helpers_cases import seg3dcam, write_yaml
+from helpers_cases import Calls, seg3dcam, write_yaml
 from monai.bundle import ConfigParser
 from safetensors.torch import save_file
 from scipy import ndimage
@@ -363,14 +363,6 @@ def test_two_bundles_with_scripts_on_the_command_line(tmp_path):
 # ---------------------------------------------------------------- trust
 
 
-class Evil:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 @pytest.mark.parametrize("kind", ["expression", "target", "import", "scripts", "pickle"])
 def test_a_malicious_bundle_runs_nothing_without_trust(kind, tmp_path):
     marker, root = tmp_path / "ran", tmp_path / "b"
@@ -386,7 +378,7 @@ def test_a_malicious_bundle_runs_nothing_without_trust(kind, tmp_path):
 
     scripts = {"net": f"import os; os.system('{command}')"} if kind == "scripts" else None
     write_bundle(root, SPLEEN, change=spoil, about=TWO_CLASSES, scripts=scripts, weights=False)
-    torch.save(Evil(command), root / "models" / "model.pt")
+    torch.save(Calls(os.system, command), root / "models" / "model.pt")
 
     shown = {"expression": "__import__", "target": "_target_: os.system", "import": "import os;"}
     with pytest.raises(ModelError, match=r"It would run\n(.|\n)*--trust") as caught:

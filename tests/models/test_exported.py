@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers_cases import write_yaml
+from helpers_cases import Calls, write_yaml
 from monai.networks.nets import UNet
 from torch import nn
 
@@ -109,14 +109,6 @@ def test_a_program_in_train_mode_is_refused(tmp_path):
         load_model(spec(file, tmp_path), trust=True)
 
 
-class Evil:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 def test_a_malicious_program_runs_nothing_without_trust(programs, tmp_path):
     _, file, _ = programs
     marker, bad = tmp_path / "ran", tmp_path / "bad.pt2"
@@ -124,7 +116,7 @@ def test_a_malicious_program_runs_nothing_without_trust(programs, tmp_path):
 
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(bad, "w") as target:
         for name in source.namelist():
-            payload = pickle.dumps(Evil(f"touch {marker}"))
+            payload = pickle.dumps(Calls(os.system, f"touch {marker}"))
             spoiled = "sample_inputs" in name or name.endswith("weight_0")
             target.writestr(name, payload if spoiled else source.read(name))
     with pytest.raises(ModelError, match=r"can run code that is pickled in it.*--trust"):

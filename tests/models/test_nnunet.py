@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from helpers_cases import seg3dcam, write_yaml
+from helpers_cases import Calls, seg3dcam, write_yaml
 from helpers_nnunet import (
     INSTANCE_NORM,
     OLD_UNET,
@@ -485,19 +485,11 @@ def test_damaged_weights_are_refused(tmp_path):
         load_model(f"nnunet:{folder}")
 
 
-class Evil:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):
     folder, marker = write_folder(tmp_path), tmp_path / "ran"
     file = folder / "fold_0" / "checkpoint_final.pth"
     content = torch.load(file, weights_only=False)
-    torch.save({**content, "evil": Evil(f"touch {marker}")}, file)
+    torch.save({**content, "evil": Calls(os.system, f"touch {marker}")}, file)
     with pytest.raises(ModelError, match=r"posix.system.*--trust"):
         load_model(f"nnunet:{folder}")
     assert not marker.exists()
@@ -507,7 +499,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path):
     assert outcome.code == 1
     assert not marker.exists()
     with file.open("wb") as stream:
-        pickle.dump(Evil(f"touch {marker}"), stream)
+        pickle.dump(Calls(os.system, f"touch {marker}"), stream)
     with pytest.raises(ModelError):
         load_model(f"nnunet:{folder}")
     assert not marker.exists()

@@ -77,4 +77,10 @@ def test_the_table_and_shared_settings_load_no_framework(name):
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     found = {getattr(node, "module", None) or node.names[0].name for node in imports}
     standard = {"__future__", "collections.abc", "importlib", "pathlib", "typing"}
-    assert found - standard <= {"pydantic", "seg3dcam.errors", "seg3dcam.settings"}
+    assert found - standard <= {
+        "pydantic",
+        "seg3dcam.checks",
+        "seg3dcam.errors",
+        "seg3dcam.importing",
+        "seg3dcam.settings",
+    }

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers_cases import arguments, brightness_network, seg3dcam, write_model, write_yaml
+from helpers_cases import Calls, arguments, brightness_network, seg3dcam, write_model, write_yaml
 from monai.networks import nets
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -358,14 +358,6 @@ def with_pickle(source, target, data):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, data if name.endswith("/data.pkl") else old.read(name))
-
-
-class Calls:
-    def __init__(self, function, *given):
-        self.call = (function, given)
-
-    def __reduce__(self):
-        return self.call
 
 
 #: Opcodes: a function of our own, a state that would set its attributes, BUILD.

@@ -15,11 +15,6 @@ from seg3dcam.files.readers import plan
 from seg3dcam.scan import load_scan
 
 
-@pytest.fixture
-def voxels():
-    return np.random.default_rng(0).integers(1, 90, (4, 5, 6)).astype(np.int16)
-
-
 @pytest.mark.parametrize(
     ("kind", "place", "first", "others"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 
-import numpy as np
 import pytest
 from helpers_readers import check_equals_itk
 
@@ -16,11 +15,6 @@ IN_SPACE = {
     "space directions": "(0,2,0) (0,0,3) (1.5,0,0)",
     "space origin": "(10,20,30)",
 }
-
-
-@pytest.fixture
-def voxels():
-    return np.random.default_rng(0).integers(1, 90, (4, 5, 6)).astype(np.int16)
 
 
 def nrrd(path, fields, voxels, packed=None):

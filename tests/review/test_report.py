@@ -24,9 +24,9 @@ from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarnin
 from seg3dcam.explaining.explain import explain
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.models import SegModel
-from seg3dcam.review.look import Look, Window, choose_window, colours
-from seg3dcam.review.report import Report, notebook_view, save_report
-from seg3dcam.review.report import data as report_data
+from seg3dcam.review.look import GreyWindow, Look, choose_window, colours
+from seg3dcam.review.report import Report, notebook_view, packing, save_report
+from seg3dcam.review.report.display_order import plan_order
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogit
 
@@ -276,8 +276,8 @@ def test_file_above_its_limit_is_written_with_a_warning(tmp_path, phantom):
 
 def test_most_codes_lie_in_the_window_and_other_windows_can_be_chosen():
     scan = np.linspace(-1024, 3071, 4096, dtype=np.float32).reshape(16, 16, 16)
-    frame = report_data.plan_frame(scan.shape, np.eye(4))
-    greys = report_data.grey_codes(scan, frame, choose_window(scan, "soft tissue"), True)
+    order = plan_order(scan.shape, np.eye(4))
+    greys = packing.grey_codes(scan, order, choose_window(scan, "soft tissue"), True)
     inside = (greys.values >= -160) & (greys.values <= 240)
     assert inside.sum() > 150
     assert np.diff(greys.values[inside]).max() < 3
@@ -286,7 +286,7 @@ def test_most_codes_lie_in_the_window_and_other_windows_can_be_chosen():
     assert greys.values[[0, -1]].tolist() == [-1024, 3071]
     back = greys.values[greys.codes]
     steps = np.diff(greys.values)
-    assert np.abs(back - frame.arrange(scan)).max() <= steps.max() / 2 + 0.1
+    assert np.abs(back - order.arrange(scan)).max() <= steps.max() / 2 + 0.1
 
 
 # ---------------------------------------------------------------- odd input
@@ -456,8 +456,8 @@ def test_windows_in_hounsfield_units_only_for_a_ct(tmp_path):
     cam = noise((12, 10, 8), 1)
     mr = saved(tmp_path, plain(noise(cam.shape) + 100, cam), look=Look())
     assert mr.meta["scan"]["presets"] == {}
-    assert report_data.is_ct(-1000.0)
-    assert not report_data.is_ct(-4.0)
+    assert packing.is_ct(-1000.0)
+    assert not packing.is_ct(-4.0)
 
 
 def test_notebook_view_is_the_page_in_a_closed_frame(phantom):
@@ -473,7 +473,7 @@ def test_notebook_view_is_the_page_in_a_closed_frame(phantom):
 
 def test_window_is_part_of_the_curve_even_when_outside_of_the_scan():
     scan = np.zeros((4, 4, 4), np.float32)
-    frame = report_data.plan_frame(scan.shape, np.eye(4))
-    greys = report_data.grey_codes(scan, frame, Window(100, 300, ""), False)
+    order = plan_order(scan.shape, np.eye(4))
+    greys = packing.grey_codes(scan, order, GreyWindow(100, 300, ""), False)
     assert greys.values[[0, -1]].tolist() == [0, 300]
     assert (greys.codes == 0).all()

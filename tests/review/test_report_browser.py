@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Page, open_browser, serve
+from browser import Page, serve
 from helpers_phantom import (
     against_mm,
     make_phantom,
@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import to_world
 from seg3dcam.review.look import Look
-from seg3dcam.review.report import data as report_data
-from seg3dcam.review.report import notebook_view, save_report
+from seg3dcam.review.report import notebook_view, packing, save_report
 
 PADDING = 20
 #: Plane -> axes of the page's volumes for columns, rows and slices, and whether rows go down.
@@ -58,12 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, phantom: Explanation) -> Pa
     save_report(folder / "case.html", [phantom, *others], Look(window="soft tissue"), case="case 7")
     (folder / "notebook.html").write_text(notebook_view(phantom), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    with open_browser() as page:
-        yield page
 
 
 @pytest.fixture
@@ -719,8 +712,8 @@ def test_over_http_and_without_asking_for_more(browser, folder):
 def test_a_shrunk_scan_is_where_it_was_and_its_values_are_said_to_be_rough(
     browser, phantom, tmp_path, monkeypatch
 ):
-    small = report_data.Encoding("shrunk", 2, 90)
-    monkeypatch.setattr(report_data, "ENCODINGS", [small])
+    small = packing.Encoding("shrunk", 2, 90)
+    monkeypatch.setattr(packing, "ENCODINGS", [small])
     path = save_report(tmp_path / "case.html", phantom, Look(window="soft tissue"))
     browser.open(path.as_uri())
     assert "· scan ≈ 1" in browser.text("#readout")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Page, open_browser
+from browser import Page
 from helpers_phantom import make_phantom
 from numpy.typing import NDArray
 
@@ -28,12 +28,6 @@ def phantom() -> Explanation:
 def address(tmp_path_factory: pytest.TempPathFactory, phantom: Explanation) -> str:
     file = tmp_path_factory.mktemp("report") / "case.html"
     return save_report(file, phantom, Look(window="soft tissue"), case="case 7").as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    with open_browser() as page:
-        yield page
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import ConfigError
-from seg3dcam.review.look import Look, Window
+from seg3dcam.review.look import GreyWindow, Look
 from seg3dcam.review.pictures import draw, frame, text
 from seg3dcam.review.pictures.display import Letters, Size
 
@@ -74,7 +74,7 @@ def test_zero_is_never_drawn_even_without_a_threshold():
 
 def test_grey_is_the_window_in_whole_steps():
     plane = np.array([[-50, 0, 20, 40, 80, 900, np.nan, np.inf, -np.inf]])
-    grey = draw.draw_grey(plane, Window(0, 80, ""), Size(1, 9, 1))
+    grey = draw.draw_grey(plane, GreyWindow(0, 80, ""), Size(1, 9, 1))
     np.testing.assert_array_equal(grey, [[0, 0, 64, 128, 255, 255, 0, 255, 0]])
 
 

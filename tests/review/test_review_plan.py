@@ -12,7 +12,7 @@ from helpers_phantom import make_phantom, silent
 from review_phantom import blob_case, review_of, written_words
 
 import seg3dcam.review
-from seg3dcam.engine.layer_map import NO_HEAT
+from seg3dcam.engine.scales import NO_HEAT
 from seg3dcam.errors import ConfigError, InputError
 from seg3dcam.explaining.findings import findings
 from seg3dcam.review import (

@@ -1,12 +1,12 @@
-"""Files that hold a volume: what their header promises, and the voxels.
+"""Read files that hold a volume: first the header, then the voxels.
 
-    plan = plan_file(Path("ct.nii.gz"))      # from the header alone; all that is wrong is said here
+    plan = plan_file(Path("ct.nii.gz"))      # reads the header, and refuses a file that is wrong
     plan.affine                              # (4, 4) voxel -> RAS mm
     read_voxels(plan, out)                   # into (C, X, Y, Z) float32, slab by slab
 
 One module per format turns a header into a `Plan`; all formats share the reading of the voxels.
-NRRD and MetaImage headers are read here rather than by ITK, which ends the whole process at some
-damaged headers, holds a volume twice, and does not tell that a header leaves the place open.
+Headers of NRRD and MetaImage are read here and not by ITK. ITK ends the whole process at some
+damaged headers, needs memory for a volume twice, and does not tell if a header lacks the place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from seg3dcam.errors import ScanError
 from seg3dcam.files.readers.frames import FRAMES, Frame
-from seg3dcam.files.readers.meta import plan_meta
+from seg3dcam.files.readers.metaimage import plan_meta
 from seg3dcam.files.readers.mgh import plan_mgh
 from seg3dcam.files.readers.nifti import plan_nifti
 from seg3dcam.files.readers.nrrd import plan_nrrd
@@ -25,7 +25,7 @@ from seg3dcam.files.readers.plan import Plan, check_file, check_length, read_vox
 
 __all__ = ["FRAMES", "READABLE", "Frame", "Plan", "plan_file", "read_voxels", "stem"]
 
-#: What a name may end with, for messages.
+#: The endings of readable files, for messages.
 READABLE = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, .mgh, .mgz"
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
@@ -37,7 +37,7 @@ _OTHERS: dict[str, Callable[[Path], Plan]] = {
     ".mgh": plan_mgh,
     ".mgz": plan_mgh,
 }
-#: What is often given and cannot be read: why, and what to do.
+#: Ending of files that are often given and cannot be read -> why, and what to do instead.
 _ADVICE = {
     ".hdr": "An Analyze or NIfTI pair (.hdr and .img) does not say for certain where left is. "
     "Convert it to one NIfTI file with the program that made it.",
@@ -50,10 +50,11 @@ _ADVICE[".dicom"] = _ADVICE[".ima"] = _ADVICE[".dcm"]
 
 
 def plan_file(path: Path, frame: Frame | None = None, *, must: bool = True) -> Plan:
-    """Read a file's header, by its suffix.
+    """Read a file's header, with the reader of the format that its suffix stands for.
 
-    - `frame`: which of a NIfTI header's two forms is taken; None: as nibabel does.
-    - `must`: refuse a file that lacks that form. Else its only place is taken.
+    - `frame`: which of the two forms of a NIfTI header is taken; None chooses as nibabel does.
+    - `must`: whether a file that lacks that form is refused. If not, the place that it has is
+      taken.
 
     Raises `ScanError` for a file that is missing or cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Numbers in the text headers of NRRD and MetaImage, checked one by one."""
+"""Check the fields in the text headers of NRRD and MetaImage, and convert them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_DIGITS = 12
 
 
 def illegal(path: Path, key: str, found: object, legal: str) -> ScanError:
-    """Return the error for a field outside of its schema."""
+    """Return the error for a field with an illegal value."""
     shown = str(found) if len(str(found)) <= 80 else f"{str(found)[:80]}…"
     return ScanError(
         f"{path}: the header's {key!r} is {shown!r}. Legal: {legal}. Write the file again with the "
@@ -24,7 +24,7 @@ def illegal(path: Path, key: str, found: object, legal: str) -> ScanError:
 
 
 def needed(fields: dict[str, str], key: str, path: Path) -> str:
-    """Return a field that a header must have."""
+    """Return a field; raise ScanError if the header lacks it."""
     if key not in fields:
         raise ScanError(
             f"{path}: the header has no field {key!r}. The file is damaged: copy it again, or "
@@ -34,7 +34,7 @@ def needed(fields: dict[str, str], key: str, path: Path) -> str:
 
 
 def numbers(text: str, count: int, path: Path, key: str) -> list[float]:
-    """Return exactly `count` finite numbers."""
+    """Return the numbers in a text; raise ScanError unless they are `count` finite ones."""
     try:
         found = [float(part) for part in text.split() if text.isascii()]
     except ValueError:
@@ -45,7 +45,7 @@ def numbers(text: str, count: int, path: Path, key: str) -> list[float]:
 
 
 def whole_numbers(text: str, count: int, path: Path, key: str, low: int = 1) -> list[int]:
-    """Return exactly `count` whole numbers from `low` up."""
+    """Return the whole numbers in a text; raise ScanError unless they are `count` from `low` up."""
     parts = text.split()
     plain = text.isascii() and all(
         re.fullmatch(rf"[+-]?\d{{1,{_MOST_DIGITS}}}", part) for part in parts
@@ -58,7 +58,7 @@ def whole_numbers(text: str, count: int, path: Path, key: str, low: int = 1) -> 
 
 
 def choice(text: str, legal: Sequence[str], path: Path, key: str) -> str:
-    """Return a word in small letters, which must be one of the legal ones."""
+    """Return a word in small letters; raise ScanError unless it is one of the legal ones."""
     word = text.strip().lower()
     if word not in legal:
         raise illegal(path, key, text, nearest(word, legal).removeprefix("legal: "))
@@ -66,15 +66,15 @@ def choice(text: str, legal: Sequence[str], path: Path, key: str) -> str:
 
 
 def beside(name: str, path: Path, key: str) -> Path:
-    """Return the file of the voxels that a header names: one that lies beside it, no other.
+    """Return the file that a header names for its voxels; it must lie beside the header.
 
-    A header from a stranger must not choose which file of this machine is read, nor may a link
-    that came with it. So the file must lie in the header's folder, links followed: in that of the
-    path as it is given, or that of the header itself where the path is a link to it. git-annex and
-    DataLad keep the files of a data set in one store, under the .git of the set, and links to them
-    in the set's folders: a link from there into that store is followed too.
+    A header from a stranger must not choose which file of this machine is read, and a link that
+    came with it must not do so either. So, once all links are followed, the file must lie in the
+    header's folder. If the path of the header is itself a link, the folder of the link and the
+    folder that it leads to are both legal. git-annex and DataLad keep the files of a data set in a
+    store under its .git, and links to them in its folders. Such links are followed too.
     """
-    if name.startswith("LIST") or "%" in name:  # as ITK tells it
+    if name.startswith("LIST") or "%" in name:  # how ITK recognises several files
         legal = "the name of one file; voxels in several files are not read. Save one .nrrd or .mha"
         raise illegal(path, key, name, legal)
     name = name.removeprefix("./")
@@ -97,10 +97,10 @@ def beside(name: str, path: Path, key: str) -> Path:
 
 
 def _lies_there(voxels: Path, path: Path) -> bool:
-    """Tell whether a file, links followed, lies where a header may name it."""
+    """Tell whether a file, whose links were followed, lies where the header may name it."""
     folder = path.parent.resolve()
     if voxels.parent in (folder, path.resolve().parent):
         return True
-    # A link .git would be followed in the file's path, and so does not match here.
+    # If .git is a link, the resolved path of the file does not lie in it, and does not match here.
     sets = [above for above in (folder, *folder.parents) if voxels.is_relative_to(above / ".git")]
     return any("/annex/objects/" in voxels.relative_to(above).as_posix() for above in sets)

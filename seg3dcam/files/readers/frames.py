@@ -1,44 +1,46 @@
 """The two forms in which a NIfTI header says where its voxels lie, and which one counts.
 
-The sform is any affine, the qform a rotation with `pixdim` as spacing. Programs differ in which
-they read: nibabel, MONAI and FSL take the sform, ITK and 3D Slicer mostly the qform, and nnU-Net
-the spacing of `pixdim` whatever the forms say. Where they are apart, one scan lies in two places.
+The sform can be any affine; the qform is a rotation, with `pixdim` as spacing. Programs do not all
+read the same form: nibabel, MONAI and FSL take the sform, ITK and 3D Slicer mostly take the qform,
+and nnU-Net takes the spacing from `pixdim` in any case. If the forms differ, one scan lies in two
+places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
+from seg3dcam.checks import Frame
 from seg3dcam.errors import InputError, ScanError, tell
 from seg3dcam.geometry import checked_affine, corner_gap, size_text, spacing_of
 
 __all__ = ["FORMS_AGREE_MM", "FRAMES", "Frame", "agree", "best_affine", "form_of"]
 
-Frame = Literal["sform", "qform"]
 Affine = npt.NDArray[np.float64]
 
 #: In the order in which they are taken where both are there.
-FRAMES: tuple[Frame, ...] = ("sform", "qform")
+FRAMES: tuple[Frame, ...] = get_args(Frame)
 
-#: Two forms that put no voxel further apart than this, or a tenth of a voxel, are one place.
+#: Two forms mean the same place if no voxel lies further apart than this and a tenth of a voxel.
 FORMS_AGREE_MM = 0.05
-_AGREE_SPACING = 1e-3  # as a part of the spacing
-_ORTHONORMAL = 1e-4  # ITK refuses direction cosines that are further off
+_AGREE_SPACING = 1e-3  # relative to the spacing
+_ORTHONORMAL = 1e-4  # ITK refuses axes that are further from right angles
 
 
 def best_affine(path: Path, header: nib.Nifti1Header, frame: Frame | None, *, must: bool) -> Affine:
-    """Return where a header puts its voxels, (4, 4) voxel -> RAS, and warn if it says two places.
+    """Return a header's affine, (4, 4) voxel -> RAS, and warn if its two forms differ.
 
-    - `frame`: the form to take; None: as nibabel, the sform if there is one, else the qform, else
-      what `pixdim` gives.
-    - `must`: refuse a header without that form; else take, and tell, the one that it has.
+    - `frame`: the form to take. None chooses as nibabel does: the sform if there is one, otherwise
+      the qform, and without either an affine made from `pixdim`.
+    - `must`: whether a header without that form is refused; otherwise use the form that exists,
+      and warn.
     """
     if frame is not None and frame not in FRAMES:
         raise ScanError(f"frame {frame!r}. Legal: 'sform', 'qform', or none to do as nibabel does.")
@@ -69,7 +71,7 @@ def best_affine(path: Path, header: nib.Nifti1Header, frame: Frame | None, *, mu
 
 
 def _unusable(path: Path, header: nib.Nifti1Header, form: Frame) -> ScanError:
-    """Return the error for a form that is no affine, with the other one where that is usable."""
+    """Return the error for a form that is no affine; it names the other form if that is usable."""
     other = FRAMES[1 - FRAMES.index(form)]
     usable = header[f"{other}_code"] > 0 and form_of(header, other) is not None
     advice = f" Or choose the other form: frame={other!r} (--frame {other})." if usable else ""
@@ -83,19 +85,19 @@ def _unusable(path: Path, header: nib.Nifti1Header, form: Frame) -> ScanError:
 
 
 def form_of(header: nib.Nifti1Header, form: Frame) -> Affine | None:
-    """Return the affine of one form, whatever its code; None where it is no affine."""
+    """Return the affine of one form, whatever its code; None if that is no legal affine."""
     try:
         found = header.get_sform() if form == "sform" else header.get_qform()
         return checked_affine(found, form)
-    except (InputError, HeaderDataError, ValueError, ArithmeticError):  # what is no rotation
+    except (InputError, HeaderDataError, ValueError, ArithmeticError):  # it is no rotation
         return None
 
 
 def agree(sform: Affine, qform: Affine, shape: Sequence[int]) -> bool:
-    """Tell whether two forms of one header mean the same place, as far as a qform can say it.
+    """Tell whether two forms of one header mean the same place, as far as a qform can express it.
 
-    It cannot say shear (gantry tilt), and its quaternion in float32 cannot tell turns of nearly 180
-    degrees by less than a thousandth.
+    A qform cannot express shear (gantry tilt). Near 180 degrees, its float32 quaternion cannot
+    express turns more finely than to a thousandth.
     """
     spacings = np.array([spacing_of(sform), spacing_of(qform)])
     same_spacing = np.ptp(spacings, axis=0) <= _AGREE_SPACING * spacings.max(axis=0)
@@ -112,7 +114,7 @@ def agree(sform: Affine, qform: Affine, shape: Sequence[int]) -> bool:
 
 
 def is_sheared(affine: Affine) -> bool:
-    """Tell whether the axes are so far from right angles that ITK refuses them in a NIfTI file."""
+    """Tell whether the axes are so far from right angles that ITK refuses such a NIfTI file."""
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return bool(np.abs(directions.T @ directions - np.eye(3)).max() > _ORTHONORMAL)
 
@@ -120,7 +122,7 @@ def is_sheared(affine: Affine) -> bool:
 def _tell_of_two_places(
     path: Path, header: nib.Nifti1Header, taken: Frame, affine: Affine, there: Sequence[Frame]
 ) -> None:
-    """Say where another reading of the header would put the voxels."""
+    """Warn where another program, which reads the header otherwise, would put the voxels."""
     shape = [max(int(size), 1) for size in (*header.get_data_shape()[:3], 1, 1)][:3]
     for form in there:
         other = form_of(header, form)
@@ -171,7 +173,7 @@ def _differences(one: Affine, other: Affine) -> str:
 
 
 def _found(header: nib.Nifti1Header, form: Frame) -> str:
-    """What a form holds, in words."""
+    """Say in words what a form holds."""
     if form == "sform":
         rows = [[float(x) for x in header[row]] for row in ("srow_x", "srow_y", "srow_z")]
         return f"its rows {rows} are no affine that is finite and can be inverted"

@@ -1,4 +1,4 @@
-"""FreeSurfer's `.mgh` and `.mgz`."""
+"""Read headers of FreeSurfer's formats `.mgh` and `.mgz`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES = {0: "uint8", 1: "int32", 3: "float32", 4: "int16", 10: "uint16"}
 
 
 def plan_mgh(path: Path) -> Plan:
-    """Read the header of an MGH file, which is big-endian and gzipped where it is called .mgz."""
+    """Read the header of an MGH file, which is big-endian, and may be gzipped (.mgz)."""
     start, zipped = read_start(path, _DATA_START)
     if len(start) < _DATA_START or start[:4] != b"\0\0\0\1":
         raise ScanError(
@@ -41,7 +41,7 @@ def plan_mgh(path: Path) -> Plan:
             f"{path}: goodRASFlag is 0, so the file does not say where the scan lies. It is read "
             "as FreeSurfer does, coronal with voxels of 1 mm: left and right may be swapped."
         )
-    with np.errstate(over="ignore", invalid="ignore"):  # what is no number then is refused
+    with np.errstate(over="ignore", invalid="ignore"):  # `checked_affine` refuses the result
         affine = checked_affine(np.array(header.get_affine()), str(path), ScanError)
     return Plan(
         path=path,

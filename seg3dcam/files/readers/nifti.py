@@ -1,4 +1,4 @@
-"""NIfTI-1 and NIfTI-2 in one file."""
+"""Read headers of NIfTI-1 and NIfTI-2 files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGEST_OFFSET = 2**40
 
 
 def plan_nifti(path: Path, frame: Frame | None, *, must: bool) -> Plan:
-    """Read a NIfTI file's header; `frame` and `must` as of `frames.best_affine`."""
+    """Read a NIfTI file's header; for `frame` and `must` see `frames.best_affine`."""
     header, zipped = _read_header(path)
     shape = channels_first(header.get_data_shape(), path)
     affine = best_affine(path, header, frame, must=must)
@@ -64,7 +64,7 @@ def _read_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
 
 
 class _Repairs(logging.Handler):
-    """Collects what nibabel changes in a header, which it would print."""
+    """Collects the messages about repairs of a header, which nibabel would print."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -73,7 +73,7 @@ class _Repairs(logging.Handler):
         self.logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message, but one about how voxels are aligned in the file, which harms nobody."""
+        """Keep a message, except one about the alignment of voxels, which is harmless."""
         message = record.getMessage()
         if "divisible by 16" not in message:
             self.found.append(message)
@@ -98,12 +98,12 @@ def _header_class(start: bytes, path: Path) -> tuple[type[nib.Nifti1Header], int
 
 
 def _check_fields(header: nib.Nifti1Header, path: Path) -> None:
-    """Refuse values that nibabel's own check does not look at, before anything is computed."""
+    """Refuse illegal values that nibabel's own check does not look at."""
     axes = int(header["dim"][0])
     if not 1 <= axes <= 7:
         raise _illegal(path, "dim[0]", axes, "1 to 7 axes")
     sizes = [int(size) for size in header["dim"][1 : axes + 1]]
-    if min(sizes) < 0 and sizes[:3] != [-1, 1, 1]:  # of FreeSurfer, for surfaces
+    if min(sizes) < 0 and sizes[:3] != [-1, 1, 1]:  # how FreeSurfer marks surfaces
         raise _illegal(path, "dim", sizes, "whole numbers from 1 up")
     offset = float(header["vox_offset"])
     if not 0 <= offset <= _LARGEST_OFFSET or offset % 1:
@@ -129,7 +129,7 @@ def _checked_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
 
 
 def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float, float]:
-    """Return slope and intercept; a slope of 0 or NaN means none, as everywhere."""
+    """Return slope and intercept of the values; a slope of 0 or NaN stands for no scaling."""
     found = float(header["scl_slope"])
     try:
         if math.isinf(found):
@@ -144,7 +144,7 @@ def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float, float]:
 
 
 def _start(header: nib.Nifti1Header, path: Path) -> int:
-    """Return at which byte the voxels start; 0 says that the header does not know."""
+    """Return the byte at which the voxels start; warn if the header does not say it."""
     first = int(header.single_vox_offset)
     if int(header["vox_offset"]) == 0:
         others = "ITK reads from byte 348, nibabel" if first == 352 else "nibabel reads"

@@ -1,4 +1,4 @@
-"""NRRD, 3D Slicer's own format: `.nrrd`, and `.nhdr` with the voxels in a file beside it."""
+"""Read headers of NRRD, 3D Slicer's format: `.nrrd`, or `.nhdr` with the voxels in another file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PACKING: dict[str, Packing] = {"raw": "plain", "gzip": "gzip", "gz": "gzip"}
 _ENDIAN = {"little": "<", "big": ">"}
 
 _FLIP_X = np.diag([-1.0, 1.0, 1.0, 1.0])
-#: The spaces that are a patient's axes -> RAS.
+#: Name of a patient's space -> matrix from there to RAS.
 _SPACES = {
     "left-posterior-superior": LPS_TO_RAS,
     "lps": LPS_TO_RAS,
@@ -49,7 +49,7 @@ _SPACES = {
     "left-anterior-superior": _FLIP_X,
     "las": _FLIP_X,
 }
-#: Spaces that are no patient's: read as LPS, as ITK does, which is said.
+#: Spaces that are not a patient's. They are read as LPS, as ITK does, with a warning.
 _OTHER_SPACES = ("scanner-xyz", "3d-right-handed", "3d-left-handed")
 _OTHER_NAMES = {
     **{"datafile": "data file", "byteskip": "byte skip", "lineskip": "line skip"},
@@ -91,7 +91,7 @@ def plan_nrrd(path: Path) -> Plan:
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, str], int]:
-    """Return the fields, the words of the format's user, and where the voxels start."""
+    """Return the fields, the keys that a program added, and the byte where the voxels start."""
     fields: dict[str, str] = {}
     words: dict[str, str] = {}
     with path.open("rb") as file:
@@ -107,13 +107,13 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, str], int]:
             if not text:
                 break
             _sort(text, fields, words, path)
-            if fields.get("data file", "").startswith("LIST"):  # names follow, which are no fields
+            if fields.get("data file", "").startswith("LIST"):  # file names follow
                 break
         return fields, words, file.tell()
 
 
 def _sort(text: str, fields: dict[str, str], words: dict[str, str], path: Path) -> None:
-    """Put one line of a header where it belongs."""
+    """Add a line of a header to the fields, or to the keys that a program added."""
     if text.startswith("#"):
         return
     word, is_word, value = text.partition(":=")
@@ -130,7 +130,7 @@ def _sort(text: str, fields: dict[str, str], words: dict[str, str], path: Path) 
 
 
 def _skipped(plan: Plan, fields: dict[str, str]) -> Plan:
-    """Leave out the bytes that the header says come before the voxels."""
+    """Skip the bytes that, as the header says, come before the voxels."""
     path = plan.path
     if fields.get("line skip", "0") != "0":
         raise illegal(path, "line skip", fields["line skip"], "0. Save it again as one .nrrd")
@@ -149,7 +149,7 @@ def _skipped(plan: Plan, fields: dict[str, str]) -> Plan:
 def _place(
     fields: dict[str, str], sizes: Sequence[int], path: Path
 ) -> tuple[list[int], npt.NDArray[np.float64]]:
-    """Return the three axes of space, and the affine to RAS."""
+    """Return the three spatial axes, and the affine to RAS."""
     to_ras, unsure = _space(fields, path)
     _refuse_two_grids(fields, path)
     directions = _directions(fields, len(sizes), path)
@@ -178,7 +178,7 @@ def _place(
 
 
 def _space(fields: dict[str, str], path: Path) -> tuple[npt.NDArray[np.float64], str]:
-    """Return the way from a header's space to RAS, and which field leaves it open."""
+    """Return the matrix from a header's space to RAS; and the field that is missing, or ""."""
     for unit in re.findall(r'"([^"]*)"', fields.get("space units", "")):
         if unit.strip().lower() not in ("", "mm", "millimeter", "millimeters", "millimetre", "???"):
             raise illegal(path, "space units", unit, "mm. Bring it to mm and save it again")
@@ -204,7 +204,7 @@ def _space(fields: dict[str, str], path: Path) -> tuple[npt.NDArray[np.float64],
 
 
 def _directions(fields: dict[str, str], axes: int, path: Path) -> list[list[float] | None] | None:
-    """Return one vector per axis, None for an axis that is not in space; None for no field."""
+    """Return a vector per axis, None for an axis that is not spatial; None without the field."""
     text = fields.get("space directions")
     if text is None:
         return None
@@ -222,7 +222,7 @@ def _vector(text: str, path: Path, key: str) -> list[float]:
 
 
 def _refuse_two_grids(fields: dict[str, str], path: Path) -> None:
-    """Refuse a header that says its grid both in space and axis by axis, as ITK does."""
+    """Refuse a header that gives its grid twice, in space and axis by axis; so does ITK."""
     in_space = [key for key in ("space", "space dimension", "space directions") if key in fields]
     for key in ("spacings", "axis mins", "axis maxs"):
         if in_space and any(word.lower() != "nan" for word in fields.get(key, "").split()):
@@ -231,7 +231,7 @@ def _refuse_two_grids(fields: dict[str, str], path: Path) -> None:
 
 
 def _per_axis(fields: dict[str, str], key: str, axes: int, path: Path) -> list[float]:
-    """Return one number per axis, NaN where it is not said."""
+    """Return one number for each axis, NaN where the header gives none."""
     words = fields.get(key, "nan " * axes).split()
     if len(words) != axes:
         raise illegal(path, key, fields[key], f"{axes} numbers, one per axis")
@@ -245,10 +245,10 @@ def _first_voxel(
     axes: int,
     path: Path,
 ) -> npt.NDArray[np.float64]:
-    """Return the centre of the first voxel, of a header that says its grid axis by axis.
+    """Return the centre of the first voxel, for a header that gives its grid axis by axis.
 
-    As ITK does: `axis mins` is where the first voxel starts, or its centre where `centers` says
-    node, and the origin is 0 where the header has none.
+    As in ITK, `axis mins` is where the first voxel starts, or its centre if `centers` says node.
+    Without `axis mins` the origin is 0.
     """
     words = fields.get("centers", "??? " * axes).lower().split()
     if len(words) != axes or not {*words} <= {"cell", "node", "none", "???"}:
@@ -260,7 +260,7 @@ def _first_voxel(
         return np.zeros(3)
     if np.isnan(starts).any():
         raise illegal(path, "axis mins", fields["axis mins"], "a finite number per axis of space")
-    if np.isnan(steps).any():  # ITK takes voxels of 1 mm then, whatever `axis maxs` says
+    if np.isnan(steps).any():  # ITK would take 1 mm, whatever `axis maxs` says
         raise illegal(
             path, "axis mins", fields["axis mins"], "axis mins beside spacings of every axis"
         )
@@ -278,7 +278,7 @@ def _spatial_axes(
     directions: Sequence[list[float] | None] | None,
     path: Path,
 ) -> list[int]:
-    """Return which axes are x, y and z; refuse an image with several values per voxel."""
+    """Return the axes that are x, y and z; refuse an image with several values per voxel."""
     kinds = fields.get("kinds", "").split()
     if kinds and len(kinds) != len(sizes):
         raise illegal(path, "kinds", fields["kinds"], f"{len(sizes)} words, one per axis")
@@ -288,7 +288,7 @@ def _spatial_axes(
         of_space = {"domain", "space", "???", "none"}
         spatial = [n for n in range(len(sizes)) if not kinds or kinds[n].lower() in of_space]
     others = [axis for axis in range(len(sizes)) if axis not in spatial]
-    # Of four axes of space, those of one voxel at the end are none.
+    # If there are more than three, axes of one voxel at the end do not count as spatial.
     while len(spatial) > 3 and sizes[spatial[-1]] == 1:
         spatial.pop()
     several = [axis for axis in others if sizes[axis] > 1]

@@ -1,4 +1,4 @@
-"""What a header promises, and the one way in which voxels are read."""
+"""What a header says about its voxels, and how voxels of all formats are read."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ __all__ = [
 ]
 
 SLAB_VOXELS = 2**21
-_BEST_RATIO = 1032  # deflate packs no better
+_BEST_RATIO = 1032  # deflate cannot compress better than this
 _PIECE = 2**20
 _MOST_BEHIND = 2**24
 _MAGIC = b"\x1f\x8b"  # of gzip
-_GZIP, _ZLIB_OR_GZIP = 31, 47  # what zlib calls its window bits; MetaIO takes either
+_GZIP, _ZLIB_OR_GZIP = 31, 47  # zlib's `wbits`; MetaImage files may hold either
 
 Packing = Literal["plain", "gzip", "zlib"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a file's header promises.
+    """What a file's header says about its voxels.
 
-    - `shape`: (C, X, Y, Z); on disk x runs fastest, then y, z, C.
+    - `shape`: (C, X, Y, Z); in the file x runs fastest, then y, z and C.
     - `affine`: (4, 4) voxel -> RAS mm.
-    - `dtype`: of the voxels in the file.
-    - `header`: that of a NIfTI file, None for other formats.
-    - `voxels`: the file that holds the voxels, where it is not `path` itself.
-    - `start`, `packing`, `skip`: at which byte the packed stream starts, how it is packed, and how
-      many unpacked bytes come before the voxels.
-    - `segments`: whether the file calls itself a segmentation.
+    - `dtype`: the type of the voxels in the file.
+    - `header`: the header of a NIfTI file, None for other formats.
+    - `voxels`: the file that holds the voxels, None if it is `path` itself.
+    - `start`: the byte at which the voxels, or their compressed data, start.
+    - `packing`: how the voxels are compressed.
+    - `skip`: how many uncompressed bytes come before the voxels.
+    - `slope`, `intercept`: a stored value times the slope, plus the intercept, is the true value.
+    - `segments`: whether the file says that it is a segmentation.
     """
 
     path: Path
@@ -71,7 +73,7 @@ class Plan:
 
     @property
     def voxel_bytes(self) -> int:
-        """How many bytes the voxels take, unpacked."""
+        """Size of the uncompressed voxels in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -80,9 +82,9 @@ class Plan:
 
 @contextmanager
 def reading(path: Path, kind: str = "file") -> Iterator[None]:
-    """Turn whatever goes wrong while a foreign file is read into a `ScanError` that names it.
+    """Turn any error while a file is read into a `ScanError` that names the file.
 
-    Libraries raise what their parsers come across: every exception counts.
+    On damaged files, libraries may raise exceptions of any type.
     """
     try:
         yield
@@ -131,9 +133,9 @@ def check_file(path: Path) -> None:
 
 
 def read_start(path: Path, size: int) -> tuple[bytes, bool]:
-    """Return a file's first bytes, unzipped, and whether the file as a whole is gzipped.
+    """Return the first bytes of a file, uncompressed, and whether the file is gzipped.
 
-    The content decides, not the suffix, so a wrong suffix does no harm.
+    This is decided by the content, so a wrong suffix does no harm.
     """
     with reading(path), path.open("rb") as file:
         zipped = file.read(len(_MAGIC)) == _MAGIC
@@ -145,7 +147,7 @@ def read_start(path: Path, size: int) -> tuple[bytes, bool]:
 
 
 def not_real(name: str, found: str) -> ScanError:
-    """Return the error for voxels that are no grey values."""
+    """Return the error for voxels that are not real numbers."""
     return ScanError(
         f"{name}: the voxels are {found}. Legal: integers or real floating point numbers. "
         "Save the magnitude, or one grey channel, and load that."
@@ -162,7 +164,7 @@ def refuse_empty_grid(shape: tuple[int, ...], name: str) -> None:
 
 
 def channels_first(found: Sequence[int], path: Path) -> tuple[int, int, int, int]:
-    """Return (C, X, Y, Z) of a shape with channels last; ScanError for 2-D and 5-D."""
+    """Return the shape (C, X, Y, Z) for one with channels last; raise ScanError for 2-D and 5-D."""
     shape = found = tuple(int(size) for size in found)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -184,7 +186,7 @@ def channels_first(found: Sequence[int], path: Path) -> tuple[int, int, int, int
 
 
 def check_length(plan: Plan) -> None:
-    """Refuse a short file before memory is taken for it."""
+    """Refuse a file that is too short, before memory is allocated for its voxels."""
     path = plan.voxels or plan.path
     check_file(path)
     with reading(path), path.open("rb") as file:
@@ -205,7 +207,7 @@ def _cut_short(plan: Plan, found: str) -> ScanError:
 
 
 def read_voxels(plan: Plan, out: npt.NDArray[np.float32]) -> None:
-    """Fill `out`, (C, X, Y, Z), slab by slab along z."""
+    """Read the voxels into `out`, (C, X, Y, Z), slab by slab along z."""
     channels, x, y, z = plan.shape
     depth = max(1, SLAB_VOXELS // (x * y))
     scaled = (plan.slope, plan.intercept) != (1.0, 0.0)
@@ -219,19 +221,20 @@ def read_voxels(plan: Plan, out: npt.NDArray[np.float32]) -> None:
             if len(raw) < wanted:
                 raise _cut_short(plan, str(read))
             slab = np.frombuffer(raw, plan.dtype).reshape((x, y, stop - start), order="F")
-            with np.errstate(over="ignore", invalid="ignore"):  # the check of the voxels refuses
+            with np.errstate(over="ignore", invalid="ignore"):  # refused later, as infinity
                 # The scaling is done in float64, for one slab at a time.
                 out[channel, :, :, start:stop] = (
                     slab.astype(np.float64) * plan.slope + plan.intercept if scaled else slab
                 )
         if plan.packing != "plain":
-            # On to the end, where the checksum is; not for ever: a small file can hold terabytes.
+            # Read on to the end to check the checksum, with a limit: a small file can unpack to
+            # terabytes.
             _pass_over(stream, _MOST_BEHIND)
 
 
 @contextmanager
 def _stream(plan: Plan) -> Iterator[BinaryIO]:
-    """Open the voxels of a plan, unpacked."""
+    """Open the file of the voxels and yield a stream that starts at them, uncompressed."""
     path = plan.voxels or plan.path
     with reading(path), path.open("rb") as file:
         file.seek(plan.start)
@@ -245,16 +248,16 @@ def _stream(plan: Plan) -> Iterator[BinaryIO]:
 
 
 def _pass_over(stream: BinaryIO, size: int) -> None:
-    """Read up to `size` bytes and forget them."""
+    """Skip up to `size` bytes."""
     while size > 0 and (passed := len(stream.read(min(size, _PIECE)))):
         size -= passed
 
 
 class Decompressor:
-    """The unpacked bytes of a gzip file, or of one zlib stream.
+    """Reads the uncompressed bytes of a gzip file, or of one zlib stream.
 
-    zlib checks the checksum at the end of a stream. Another gzip member may follow; anything else
-    that follows is ignored, as by zlib's own reader of files and by ITK.
+    zlib checks the checksum at the end of a stream. Another gzip member may follow. Anything else
+    that follows is ignored, as zlib's own reader of files and ITK do.
     """
 
     def __init__(self, file: BinaryIO, *, members: bool = True) -> None:
@@ -263,7 +266,7 @@ class Decompressor:
         self._packed = b""
 
     def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer at the end; EOFError where the packed data end too early."""
+        """Return `size` bytes, fewer at the end; raise EOFError if the data end too early."""
         pieces: list[bytes] = []
         while size and (not self._inflate.eof or self._goes_on()):
             packed = self._packed or self._file.read(_PIECE // 16)
@@ -276,7 +279,7 @@ class Decompressor:
         return b"".join(pieces)
 
     def _goes_on(self) -> bool:
-        """Tell whether another gzip member follows on one that ended, and open it."""
+        """Tell whether another gzip member follows one that ended, and begin to read it."""
         rest = self._inflate.unused_data
         if len(rest) < len(_MAGIC):
             rest += self._file.read(_PIECE // 16)

@@ -1,8 +1,8 @@
-"""The DICOM elements that a scan is read by: what each of them may hold.
+"""The DICOM elements that are needed to read a scan, and what each of them may hold.
 
-pydicom converts a value when it is first asked for, and gives whatever the file says: a list where
-the standard has one number, a text where it has a number. `element` is the one place where a value
-leaves a header; what comes out of it is of the element's kind, or absent.
+pydicom converts a value when it is first asked for, and returns whatever the file holds. That may
+be a list or a text where the standard wants one number. `element` is the one place where values are
+taken from a header. It returns a value of the right kind, or None if there is none.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _ELEMENTS = {
 
 
 def element(header: Any, keyword: str, path: Path) -> Any:
-    """Return an element's value as a plain number, text or tuple; None where it is absent or empty.
+    """Return an element's value as a plain number, text or tuple; None if it is absent or empty.
 
     Raises `ScanError`, which names the file and the element, for a value of another kind.
     """
@@ -93,7 +93,7 @@ def element(header: Any, keyword: str, path: Path) -> Any:
         if found is None or (isinstance(found, (str, bytes, list)) and not found):
             return None
         return kind.read(found)
-    except Exception as error:  # pydicom raises whatever a value makes its converters raise
+    except Exception as error:  # pydicom's converters may raise anything
         raise ScanError(
             f"{path}: the DICOM element {keyword} is {_short(found)}. Legal: {kind.legal}. Export "
             "the series again from the archive."
@@ -101,7 +101,7 @@ def element(header: Any, keyword: str, path: Path) -> Any:
 
 
 def numbers(header: Any, keyword: str, count: int) -> npt.NDArray[np.float64]:
-    """Return exactly so many numbers, NaN where the element holds anything else."""
+    """Return an element's numbers, (count,); all are NaN if it does not hold that many numbers."""
     try:
         found = np.array(header.get(keyword), dtype=np.float64)
     except Exception:  # as in `element`
@@ -110,7 +110,7 @@ def numbers(header: Any, keyword: str, count: int) -> npt.NDArray[np.float64]:
 
 
 def in_words(header: Any, keyword: str) -> str:
-    """Return any element as a text for a message, whatever it holds; "none" where it is absent."""
+    """Return any element as a text for a message; "none" if it is absent."""
     try:
         return _short(header.get(keyword, "none"))
     except Exception:  # as in `element`

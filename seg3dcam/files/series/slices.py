@@ -1,4 +1,4 @@
-"""One file of a DICOM series: its header, where it lies, and its voxels."""
+"""Read single files of a DICOM series: the header, the place in the patient, and the voxels."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["Slice", "check_pixels", "is_dicom", "read_header", "read_headers", "
 
 Array = npt.NDArray[np.float64]
 
-#: A file whose name ends like this should be DICOM.
+#: Files whose names end like this should be DICOM.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DICOMDIR = "1.2.840.10008.1.3.10"
-#: No compression makes a picture of a scan smaller than this part of its size.
+#: No compression makes a slice more than this many times smaller.
 _BEST_RATIO = 5000
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """The header of one file, and the numbers that are needed from it; NaN where one is missing.
+    """The header of one file, and numbers taken from it, which are NaN if the header lacks them.
 
     Attributes:
         path: the file.
         header: its pydicom dataset, without pixels.
         pixel_bytes: how many bytes of the file come after the header.
-        position: (3,) of the first voxel's centre, LPS mm.
-        directions: (2, 3), along a row and down a column, LPS.
-        steps: (2,) from column to column and from row to row, mm.
+        position: (3,) centre of the first voxel, in LPS mm.
+        directions: (2, 3) unit vectors along a row and down a column, in LPS.
+        steps: (2,) distances from column to column and from row to row, in mm.
     """
 
     path: Path
@@ -47,22 +47,22 @@ class Slice:
     steps: Array
 
     def value(self, keyword: str) -> Any:
-        """Return one of the elements that a scan is read by; see `element`."""
+        """Return an element of the header; see `element`."""
         return element(self.header, keyword, self.path)
 
     @property
     def is_image(self) -> bool:
-        """Whether there are rows and columns of voxels."""
+        """Whether the file holds an image."""
         return self.value("Rows") is not None and self.value("Columns") is not None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Number of columns and of rows."""
         return self.value("Columns"), self.value("Rows")
 
     @property
     def frames(self) -> int:
-        """How many pictures the file holds."""
+        """Number of images in the file."""
         return self.value("NumberOfFrames") or 1
 
     @property
@@ -74,11 +74,11 @@ class Slice:
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is a DICOM file, by its content."""
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
+        if not path.is_file():  # opening a pipe might wait for ever
             return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):  # the reader of the file says what is wrong
+    except (OSError, ValueError):  # whoever reads the file gets the error
         return False
 
 
@@ -86,11 +86,11 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_headers(source: Path | Sequence[Path]) -> list[Slice]:
-    """Read the headers of a list of DICOM files, or of those in a folder; a DICOMDIR is left out.
+    """Read the headers of a list of DICOM files, or of those in a folder except a DICOMDIR.
 
     Raises:
-        ScanError: a file is damaged, or a file of the folder has a DICOM name and another
-            content, or the folder holds no DICOM image.
+        ScanError: a file is damaged; a file in the folder has a name as of DICOM, but is none; or
+            the folder holds no DICOM image.
     """
     if not isinstance(source, Path):
         return [read_header(path) for path in source]
@@ -112,7 +112,7 @@ def read_headers(source: Path | Sequence[Path]) -> list[Slice]:
 
 
 def _content(folder: Path) -> tuple[list[Path], int]:
-    """Return a folder's files, without hidden ones, and the number of folders in it."""
+    """Return the files in a folder that are not hidden, and the number of folders in it."""
     try:
         found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -124,10 +124,10 @@ def _content(folder: Path) -> tuple[list[Path], int]:
 
 
 def read_header(path: Path) -> Slice:
-    """Read a file's header; ScanError where it is damaged."""
+    """Read a file's header; raise ScanError if it is damaged."""
     pydicom = _pydicom()
     try:
-        # What pydicom finds unusual in a value is no concern here unless the value is needed.
+        # pydicom warns of unusual values, which do not matter unless they are needed.
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
             header = pydicom.dcmread(file, stop_before_pixels=True)
@@ -146,7 +146,7 @@ def read_header(path: Path) -> Slice:
             )
     except ScanError:
         raise
-    except Exception as error:  # pydicom raises whatever its parser comes across
+    except Exception as error:  # pydicom's parser may raise anything
         raise _damaged(path, str(error) or type(error).__name__) from error
     if ended:
         raise _damaged(path, "its header ends early")
@@ -157,7 +157,7 @@ def read_header(path: Path) -> Slice:
 
 
 def check_pixels(image: Slice) -> None:
-    """Raise ScanError for colour, for scaling by a table, and for voxels that are cut short."""
+    """Raise ScanError for colour, for values scaled by a table, and if voxels are missing."""
     photometric, samples = image.value("PhotometricInterpretation"), image.value("SamplesPerPixel")
     samples = samples or 1
     if photometric != "MONOCHROME2" or samples != 1:
@@ -199,7 +199,7 @@ def _is_compressed(image: Slice) -> bool:
 
 
 def read_pixels(image: Slice) -> npt.NDArray[np.float32]:
-    """Read the voxels, scaled by the file's own slope and intercept, (rows, columns)."""
+    """Read the voxels (rows, columns), scaled by the file's own slope and intercept."""
     simple_itk = _simple_itk()
     columns, rows = image.size
     try:
@@ -210,7 +210,7 @@ def read_pixels(image: Slice) -> npt.NDArray[np.float32]:
             f"{image.path}: the voxels cannot be decoded. The file is damaged, or compressed in a "
             "way that SimpleITK does not know: copy or export it again, uncompressed."
         ) from error
-    with np.errstate(over="ignore"):  # becomes inf, which the check of the voxels refuses
+    with np.errstate(over="ignore"):  # the check of the voxels refuses infinity
         return plane.astype(np.float32)
 
 

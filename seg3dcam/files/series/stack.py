@@ -1,15 +1,14 @@
-"""Slices put together to a volume, or refused with what was found.
+"""Put slices together to a volume, or refuse them and say what was found.
 
-Slices are ordered and placed by their positions alone, never by number or file name. Everything is
-checked from the headers, so that what is wrong is said before a voxel is read: other programs read
-a series with a missing slice and silently stretch it.
+Slices are ordered and placed by their positions alone, never by their number or file name. All
+checks need only the headers, so errors come before any voxel is read. If a slice is missing, the
+series is refused; other programs stretch such a series without a word.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,21 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from seg3dcam.errors import ScanError, Seg3dcamWarning
+from seg3dcam.errors import ScanError, some, tell
 from seg3dcam.files.series.elements import in_words
 from seg3dcam.files.series.slices import Array, Slice, check_pixels, read_headers, read_pixels
 from seg3dcam.geometry import LPS_TO_RAS, size_text
 
 __all__ = ["Series", "read_series"]
 
-#: A voxel may lie this far from where an even grid puts it (mm): positions are rounded in files.
+#: In mm: a voxel may lie this far from its place in an even grid, since files round positions.
 TOLERANCE_MM = 0.05
-#: The same, as a part of the distance between slices: very thin slices are not taken for even.
+#: The same as a fraction of the distance between slices, which is stricter for very thin slices.
 TOLERANCE_STEPS = 0.1
-#: Slices nearer than this are at one position.
+#: Slices that are closer together than this, in mm, have the same position.
 SAME_PLACE_MM = 1e-3
 
-#: Elements by which several images at one position may differ.
+#: Elements in which several images of one position usually differ.
 _PHASES = (
     "AcquisitionNumber",
     "EchoTime",
@@ -50,7 +49,7 @@ _HOW_TO_CHOOSE = (
     "Legal: the slices of one series. Move them to a folder of their own, or give them as a list "
     "of files."
 )
-#: Slices read at a time: whole cache lines of the volume are written.
+#: Slices that are read at a time, so that whole cache lines of the volume are written.
 _TOGETHER = 16
 
 
@@ -65,16 +64,18 @@ class Series(NamedTuple):
 def read_series(source: Path | Sequence[Path]) -> Series:
     """Read the one DICOM series of a folder, or of a list of files.
 
-    In a folder, files that are not DICOM are left out. Slices are ordered along their normal (row x
-    column), so those of a usual axial series go from the feet to the head.
+    Files in a folder that are not DICOM are ignored. Slices are ordered along their normal, the
+    cross product of the directions of rows and columns. So those of a usual axial series go from
+    the feet to the head.
 
     Raises:
-        ScanError: several series, several images at one position, missing slices, uneven or
-            different slices, one slice, a multi-frame, colour or localizer image, no image at all,
-            a damaged file; the message says what was found.
+        ScanError: there are several series, several images at one position, missing, uneven or
+            different slices, only one slice, multi-frame, colour or localizer images, no image at
+            all, or a damaged file. The message says what was found.
         MissingExtraError: pydicom or SimpleITK is not installed.
 
-    Warns (`Seg3dcamWarning`) where a tilted gantry sheared the volume; the affine is exact.
+    Warns (`Seg3dcamWarning`) if a tilted gantry has sheared the volume. The affine is exact all the
+    same.
     """
     where = str(source) if isinstance(source, Path) else f"the list of {len(source)} files"
     images = read_headers(source)
@@ -89,19 +90,19 @@ def read_series(source: Path | Sequence[Path]) -> Series:
 
 
 def _check_one_series(images: Sequence[Slice], where: str) -> None:
-    """Refuse several series, with what each of them holds."""
+    """Refuse several series, and say what each of them holds."""
     series: dict[str, list[Slice]] = {}
     for image in images:
         series.setdefault(str(image.value("SeriesInstanceUID")), []).append(image)
     if len(series) > 1:
         largest_first = sorted(series.values(), key=len, reverse=True)
         each = [f"{_in_words(part)}, such as {part[0].path.name}" for part in largest_first]
-        found = _some(each, 8, "; ")
+        found = some(each, 8, "; ")
         raise ScanError(f"{where} holds {len(series)} series: {found}. {_HOW_TO_CHOOSE}")
 
 
 def _in_words(images: Sequence[Slice]) -> str:
-    """Describe a series without the patient's data: no names, no free text.
+    """Describe a series without names and free text, which may hold data of the patient.
 
     For example "series 3 (CT): 120 images of 512 x 512".
     """
@@ -121,7 +122,7 @@ def _kind_in_words(image: Slice) -> str:
 
 
 def _check_images(images: Sequence[Slice], where: str) -> None:
-    """Refuse anything but single grey slices that say where they lie."""
+    """Refuse everything except single grey slices whose place is known."""
     found = f"{where} holds {_in_words(images)}"
     for image in images:
         name, modality = image.path.name, image.value("Modality")
@@ -162,7 +163,7 @@ def _check_images(images: Sequence[Slice], where: str) -> None:
 
 
 def _check_alike(images: Sequence[Slice], found: str) -> None:
-    """Refuse slices of different size, spacing or orientation, and skew directions."""
+    """Refuse slices of different size, spacing or orientation, and axes without a right angle."""
     if len({image.size for image in images}) > 1:
         raise ScanError(f"{found}. All slices must have one size. {_HOW_TO_CHOOSE}")
     extent = np.array(images[0].size, dtype=np.float64)
@@ -170,7 +171,7 @@ def _check_alike(images: Sequence[Slice], found: str) -> None:
     if (np.ptp(steps, axis=0) * extent).max() > TOLERANCE_MM:
         spacings = sorted({size_text(step, 6) for step in steps.tolist()})
         raise ScanError(
-            f"{found}. They have different pixel spacings: {_some(spacings)} mm. {_HOW_TO_CHOOSE}"
+            f"{found}. They have different pixel spacings: {some(spacings, 4)} mm. {_HOW_TO_CHOOSE}"
         )
     directions = np.array([image.directions for image in images])
     apart = np.linalg.norm(directions - directions[0], axis=2).max()
@@ -195,7 +196,7 @@ def _check_alike(images: Sequence[Slice], found: str) -> None:
 
 
 def _in_order(images: Sequence[Slice], where: str) -> list[Slice]:
-    """Sort along the normal; refuse positions that repeat, leave gaps or are uneven."""
+    """Sort slices along their normal; refuse positions that repeat, leave gaps or are uneven."""
     depths = _positions(images) @ _normal(images)
     order = np.argsort(depths, kind="stable").tolist()
     images, depths = [images[n] for n in order], depths[order]
@@ -255,7 +256,7 @@ def _differences(images: Sequence[Slice]) -> Iterator[str]:
     for keyword in _PHASES:
         values = {in_words(image.header, keyword) for image in images}
         if len(values) > 1:
-            yield f"{keyword} {_some(sorted(values))}"
+            yield f"{keyword} {some(sorted(values), 4)}"
 
 
 def _gaps(depths: Array, missing: Array, step: float, where: str) -> ScanError:
@@ -265,7 +266,7 @@ def _gaps(depths: Array, missing: Array, step: float, where: str) -> ScanError:
     ]
     total = int(missing.sum())
     return ScanError(
-        f"{where}: {total} slice{'s are' if total > 1 else ' is'} missing: {_some(gaps, 6)} along "
+        f"{where}: {total} slice{'s are' if total > 1 else ' is'} missing: {some(gaps, 6)} along "
         f"the slices' normal, where slices are {step:.4g} mm apart. {len(depths)} slices were "
         "found. Copy or export the series again: all slices between the first and the last are "
         "needed."
@@ -276,7 +277,7 @@ def _gaps(depths: Array, missing: Array, step: float, where: str) -> ScanError:
 
 
 def _affine(images: Sequence[Slice], where: str) -> Array:
-    """Return voxel (column, row, slice) -> RAS mm, from the positions of the slices."""
+    """Return the affine from (column, row, slice) to RAS mm, by the positions of the slices."""
     positions = _positions(images)
     step = (positions[-1] - positions[0]) / (len(images) - 1)
     straight = positions[0] + np.arange(len(images))[:, None] * step
@@ -299,13 +300,11 @@ def _warn_of_tilt(images: Sequence[Slice], across: Array, where: str) -> None:
     sideways = np.linalg.norm(_unit_directions(images) @ across)
     if sideways > TOLERANCE_MM:
         tilt = np.degrees(np.arctan2(sideways, _normal(images) @ across))
-        warnings.warn(
+        tell(
             f"{where}: the slices are stacked at {tilt:.3g} degrees to their normal (gantry tilt). "
             "The affine is exact, but a network sees sheared anatomy, and programs that know only "
             "a qform cannot place the result: resample the scan to a right-angled grid if that "
-            "matters.",
-            Seg3dcamWarning,
-            stacklevel=2,
+            "matters."
         )
 
 
@@ -313,7 +312,7 @@ def _warn_of_tilt(images: Sequence[Slice], across: Array, where: str) -> None:
 
 
 def _read_voxels(images: Sequence[Slice]) -> npt.NDArray[np.float32]:
-    """Read all slices, (columns, rows, slices)."""
+    """Read all slices into a volume (columns, rows, slices)."""
     columns, rows = images[0].size
     voxels = np.empty((columns, rows, len(images)), dtype=np.float32)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -321,11 +320,3 @@ def _read_voxels(images: Sequence[Slice]) -> npt.NDArray[np.float32]:
             planes = np.stack(list(pool.map(read_pixels, images[start : start + _TOGETHER])))
             voxels[:, :, start : start + _TOGETHER] = planes.transpose(2, 1, 0)
     return voxels
-
-
-# ------------------------------------------------------------------------------------------ words
-
-
-def _some(values: Sequence[str], most: int = 4, link: str = ", ") -> str:
-    rest = len(values) - most
-    return link.join(values[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,1 +1,1 @@
-"""Volumes and masks as files of other programs: one module, one format."""
+"""Write volumes and masks in formats of other programs, each format in a module of its own."""

@@ -1,8 +1,8 @@
-"""A map or a label volume as a NIfTI-1 file that lies exactly on its scan.
+"""Write a map or a label volume as a NIfTI-1 file that lies exactly on its scan.
 
     write_nifti("cam.nii.gz", cam, scan.affine, reference=scan.header)
 
-nibabel makes the header; the voxels are written here slab by slab, since nibabel would need a
+nibabel makes the header. The voxels are written here, slab by slab, since nibabel would need a
 second copy of the volume.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 from nibabel.spatialimages import HeaderDataError
 
-from seg3dcam.errors import OutputError, Seg3dcamWarning
+from seg3dcam.errors import OutputError, tell
 from seg3dcam.files.readers.frames import FRAMES, Frame, agree, form_of, is_sheared
 from seg3dcam.files.writers.volumes import (
     as_stored,
@@ -54,26 +53,27 @@ def write_nifti(
     display_range: tuple[float, float] | None = (0, 1),
     dtype: npt.DTypeLike = np.float32,
 ) -> Path:
-    """Write `volume`, (X, Y, Z), as `.nii` or `.nii.gz`, whole or not at all.
+    """Write a volume (X, Y, Z) as `.nii` or `.nii.gz`, completely or not at all.
 
     - `affine`: (4, 4) voxel -> RAS mm, stored in float32 as NIfTI-1 does.
-    - `reference`: the header of the scan that the volume belongs to. On the same grid (within
-      0.001 mm) its qform and sform are copied bit by bit, so every program puts the volume where it
-      puts the scan. On another grid only its codes are taken. A form that it leaves out (code 0),
-      or that says another place than `affine`, is filled from the affine, with the other's code, or
-      1 (scanner) if it leaves out both.
-    - `intent_name`, `description`: plain ASCII, at most 15 and 79 characters; more is cut off,
-      accents are dropped, other characters become "?".
-    - `display_range`: values that viewers show as black and white; None leaves it open. Labels
-      have none.
-    - `dtype`: float32 for maps, kept raw, NaN and infinity included. An integer type makes a label
-      volume (intent 1002); every value must then be a whole number that fits.
+    - `reference`: the header of the scan that the volume belongs to. If the volume has the same
+      grid (within 0.001 mm), qform and sform are copied bit by bit, so that every program puts the
+      volume where it puts the scan. On another grid only the codes are taken over. A form that is
+      missing (code 0), or that gives another place than `affine`, is filled from the affine. It
+      gets the code of the other form, or 1 (scanner) if both are missing.
+    - `intent_name`, `description`: plain ASCII, at most 15 and 79 characters. The rest is cut off,
+      accents are dropped, and other characters become "?".
+    - `display_range`: the values that viewers show as black and white; with None, or for labels,
+      the file says none.
+    - `dtype`: float32 for maps, whose values are kept, including NaN and infinity. An integer type
+      makes a label volume (intent 1002), in which every value must be a whole number that fits.
 
-    Extra memory is about 16 MB whatever the volume's size. The same input gives the same bytes.
+    Whatever the volume's size, about 16 MB of extra memory are needed. The same input gives the
+    same bytes.
 
-    Raises `OutputError`: another suffix, shape, affine or dtype, an axis over 32767 voxels, values
-    that do not fit, a place that cannot be written. Warns (`Seg3dcamWarning`) where a sheared
-    affine (gantry tilt) makes the qform approximate.
+    Raises `OutputError` for another suffix, shape, affine or dtype, for an axis of more than 32767
+    voxels, for values that do not fit, and where the file cannot be written. Warns
+    (`Seg3dcamWarning`) where a sheared affine (gantry tilt) makes the qform approximate.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +102,7 @@ def placed_header(
     affine: npt.ArrayLike,
     reference: nib.Nifti1Header | None,
 ) -> nib.Nifti1Header:
-    """Make the header of a volume that lies where `affine` and `reference` say."""
+    """Make the header of a volume whose place is given by `affine` and `reference`."""
     check_suffix(path, "NIfTI", ".nii", ".nii.gz")
     header = _header(path, tuple(shape), dtype)
     _set_forms(header, checked_affine(affine, str(path), OutputError), reference, path)
@@ -110,7 +110,7 @@ def placed_header(
 
 
 def write_slabs(path: Path, header: nib.Nifti1Header, voxels: Iterable[bytes | memoryview]) -> Path:
-    """Write a header and its voxels, piece by piece, as they lie in the file."""
+    """Write a header, and the voxels piece by piece in the order of the file."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         zipped = path.name.lower().endswith(".gz")
         with gzipped(file) if zipped else nullcontext(file) as stream:
@@ -152,7 +152,7 @@ def _set_forms(
     """Fill both forms: ITK refuses a file that has only a sheared sform."""
     codes = {f: 0 if reference is None else int(reference[f"{f}_code"]) for f in FRAMES}
     kept = _forms_to_keep(header, affine, reference)
-    if kept:  # a form that says another place lends its code to none
+    if kept:  # the code of a form that gives another place is not used
         codes = {form: codes[form] if form in kept else 0 for form in FRAMES}
     any_code = codes["qform"] or codes["sform"] or _SCANNER
     if reference is not None and "qform" in kept:
@@ -174,15 +174,15 @@ def _forms_to_keep(
     affine: npt.NDArray[np.float64],
     reference: nib.Nifti1Header | None,
 ) -> set[Frame]:
-    """Return which forms of the reference say this affine's place, and so may be copied.
+    """Return the forms of the reference that give the same place as the affine.
 
-    A scan whose two forms are apart lies at one of them: a copy of the other would put the volume
-    elsewhere in the programs that read it.
+    Only these may be copied. If the two forms of a scan differ, one of them was chosen as its
+    place. A copy of the other would put the volume elsewhere in the programs that read that form.
     """
     shape = header.get_data_shape()
     if reference is None or tuple(reference.get_data_shape()[:3]) != shape:
         return set()
-    # Without regard to the reference's unit: one in metres is not copied into a file in mm.
+    # The reference's unit is ignored, so that forms in metres are not copied into a file in mm.
     there = [form for form in FRAMES if int(reference[f"{form}_code"]) > 0]
     forms = {form: form_of(reference, form) for form in there}
     places = {form: place for form, place in forms.items() if place is not None}
@@ -202,12 +202,10 @@ def _copy(fields: tuple[str, ...], source: nib.Nifti1Header, target: nib.Nifti1H
 def _warn_of_shear(header: nib.Nifti1Header, affine: npt.NDArray[np.float64], path: Path) -> None:
     if is_sheared(affine):
         gap = corner_gap(header.get_qform(), affine, header.get_data_shape())
-        warnings.warn(
+        tell(
             f"{path}: the affine is sheared (gantry tilt?), which a qform cannot say. The sform "
             f"is exact; programs that read the qform (ITK, 3D Slicer) place voxels up to "
-            f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters.",
-            Seg3dcamWarning,
-            stacklevel=5,
+            f"{gap:.3g} mm off. Resample the scan onto a grid without shear if that matters."
         )
 
 

@@ -1,10 +1,10 @@
-"""Maps and masks as NRRD files, 3D Slicer's own format: the place is exact, also under shear.
+"""Write maps and masks as NRRD, 3D Slicer's own format, in which even sheared places are exact.
 
     write_nrrd("cam.nrrd", cam, scan.affine)
     write_segments("masks.seg.nrrd", [segment(mask, "lesion", (0, 1, 1))], mask.shape, scan.affine)
 
-The header is text and written here, since pynrrd knows no letters beyond ASCII, and no volume
-that does not fit into memory twice.
+The files are written here, since pynrrd can write neither letters beyond ASCII nor volumes that do
+not fit into memory twice.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ def write_nrrd(
     *,
     dtype: npt.DTypeLike = np.float32,
 ) -> Path:
-    """Write `volume`, (X, Y, Z), as `.nrrd`, whole or not at all.
+    """Write a volume (X, Y, Z) as `.nrrd`, completely or not at all.
 
-    - `affine`: (4, 4) voxel -> RAS mm; stored as LPS in full precision, shear included.
-    - `dtype`: float32 for maps, NaN and infinity included; int16 and uint8 for whole numbers that
-      fit.
+    - `affine`: (4, 4) voxel -> RAS mm. It is stored as LPS in full precision, including shear.
+    - `dtype`: float32 for maps, which may hold NaN and infinity; int16 and uint8 for whole numbers
+      that fit.
 
-    Extra memory is about 16 MB whatever the volume's size. The same input gives the same bytes.
+    Whatever the volume's size, about 16 MB of extra memory are needed. The same input gives the
+    same bytes.
 
-    Raises `OutputError`: another suffix, shape, affine or dtype, values that do not fit, a place
-    that cannot be written.
+    Raises `OutputError` for another suffix, shape, affine or dtype, for values that do not fit, and
+    where the file cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -79,10 +80,10 @@ def write_nrrd(
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One mask of a segmentation, cropped to what it covers; made by `segment`.
+    """One mask of a segmentation, cropped to its bounding box; made by `segment`.
 
-    - `name`: shown, in any letters.
-    - `colour`: red, green, blue in 0..1.
+    - `name`: the name that is shown; any letters are legal.
+    - `colour`: red, green and blue in 0..1.
     - `box`: where `inside`, a boolean array, lies in the volume.
     """
 
@@ -95,7 +96,7 @@ class Segment:
 def segment(
     mask: npt.NDArray | torch.Tensor, name: str, colour: tuple[float, float, float]
 ) -> Segment:
-    """Crop a mask, (X, Y, Z) bool, to what it covers; the mask itself is not kept.
+    """Crop a boolean mask (X, Y, Z) to its bounding box; the mask itself is not kept.
 
     >>> mask = np.zeros((4, 4, 4), dtype=bool)
     >>> mask[1, 2, 3] = True
@@ -119,7 +120,7 @@ def same_voxels(one: Segment, other: Segment) -> bool:
 
 
 def segment_id(number: int) -> str:
-    """Return what Slicer calls a segment, by its place in the list, from 0."""
+    """Return Slicer's identifier of a segment, given its number in the list, counted from 0."""
     return f"Segment_{number + 1}"
 
 
@@ -133,10 +134,11 @@ def write_segments(
 
     Masks that do not overlap share a layer, as different labels of one volume.
 
-    - `segments`: in the order of Slicer's list; empty ones are listed too.
-    - `shape`, `affine`: of the grid that the masks lie on.
+    - `segments`: in the order of Slicer's list, which shows empty ones too.
+    - `shape`, `affine`: the grid of the masks.
 
-    Raises `OutputError`: another suffix or affine, no segment, a place that cannot be written.
+    Raises `OutputError` for another suffix or affine, if there is no segment, and where the file
+    cannot be written.
 
     >>> import tempfile
     >>> one, other = np.array([[[1, 1, 0]]], bool), np.array([[[0, 1, 0]]], bool)
@@ -157,7 +159,9 @@ def write_segments(
 
 
 def _layers(segments: Iterable[Segment]) -> list[list[Segment]]:
-    """Put every segment into the first layer where it overlaps no other; its label is its place.
+    """Put every segment into the first layer in which it overlaps no other.
+
+    The label of a segment is its number in the layer, counted from 1.
 
     >>> one, other = np.array([[[1, 1, 0]]], bool), np.array([[[0, 0, 1]]], bool)
     >>> a, b, c = [segment(mask, "", (0, 0, 0)) for mask in (one, one, other)]
@@ -190,7 +194,7 @@ def _overlap(one: Segment, other: Segment) -> bool:
 
 
 def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
-    """Return what a segment covers in a box that lies within its own box."""
+    """Return the part of a segment's mask in a box that lies within the segment's own box."""
     moved = (
         slice(part.start - own.start, part.stop - own.start)
         for part, own in zip(box, of.box, strict=True)
@@ -199,7 +203,7 @@ def _part(of: Segment, box: Iterable[slice]) -> npt.NDArray[np.bool_]:
 
 
 def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]]) -> dict[str, str]:
-    """Return Slicer's own header fields, which say what each label of each layer is."""
+    """Return Slicer's own header fields, which describe each label of each layer."""
     place = {
         id(one): (number, label)
         for number, layer in enumerate(layers)
@@ -229,7 +233,7 @@ def _described(segments: Sequence[Segment], layers: Sequence[Sequence[Segment]])
 def _painted(
     layers: Sequence[Sequence[Segment]], shape: Sequence[int]
 ) -> Iterator[bytes | memoryview]:
-    """Yield all layers as they lie in the file, slab by slab: layers run fastest, then x, y, z."""
+    """Yield all layers in the order of the file, slab by slab: layers run fastest, then x, y, z."""
     x, y, z = shape
     depth = max(1, _SLAB_VOXELS // (x * y * len(layers)))
     for start in range(0, z, depth):
@@ -267,7 +271,7 @@ def _header(
 
 
 def _vector(numbers: Iterable[float]) -> str:
-    """Write a vector so that the same numbers are read again.
+    """Write a vector so that reading it gives exactly the same numbers.
 
     >>> _vector(np.array([0.1, -2.0, 0.0]))
     '(0.1,-2.0,0.0)'
@@ -281,7 +285,7 @@ def _write(
     fields: Mapping[str, str],
     voxels: Iterable[bytes | memoryview],
 ) -> Path:
-    """Write NRRD's own header, fields of the format's user, and the voxels."""
+    """Write the header of NRRD itself, the fields that Slicer adds to it, and the voxels."""
     lines = [f"{key}: {value}" for key, value in header.items()]
     lines += [f"{key}:={_escaped(value)}" for key, value in fields.items()]
     with atomic(path) as temporary, temporary.open("wb") as file:

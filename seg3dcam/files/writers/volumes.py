@@ -1,4 +1,4 @@
-"""What the writers of volumes share: checks of what is to be written, slabs, and compression."""
+"""What all writers of volumes need: checks, slabs of a volume, and compression."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLAB_BYTES = 2**23
 
 
 def check_suffix(path: Path, kind: str, *legal: str) -> None:
-    """Refuse a name that does not end as files of its kind do.
+    """Raise OutputError for a file name that does not end as files of its kind do.
 
     >>> check_suffix(Path("cam.nrrd"), "NIfTI", ".nii", ".nii.gz")
     Traceback (most recent call last):
@@ -32,7 +32,7 @@ def check_suffix(path: Path, kind: str, *legal: str) -> None:
 
 
 def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArray | torch.Tensor:
-    """Return the volume without its graph; OutputError for one that no file can hold."""
+    """Return the volume without its graph; raise OutputError if no file can hold it."""
     if isinstance(volume, torch.Tensor):
         volume = volume.detach().as_subclass(torch.Tensor)
     shape = tuple(volume.shape)
@@ -50,8 +50,8 @@ def checked_volume(volume: npt.NDArray | torch.Tensor, path: Path) -> npt.NDArra
 
 
 def gzipped(file: BinaryIO) -> igzip.IGzipFile:
-    """Compress what is written to a file, fast; the same bytes in, the same bytes out."""
-    # Level 3 is as fast as 1, whose choice of matches now and then depends on what the memory held.
+    """Return a fast compressor for a file; the same input always gives the same bytes."""
+    # Level 3 is as fast as level 1. Level 1 does not always give the same bytes.
     return igzip.IGzipFile(filename="", mode="wb", compresslevel=3, fileobj=file, mtime=0)
 
 
@@ -68,7 +68,7 @@ def slabs(volume: npt.NDArray | torch.Tensor) -> Iterator[npt.NDArray]:
 
 
 def as_stored(slab: npt.NDArray, dtype: np.dtype, path: Path) -> memoryview:
-    """Return one slab as it lies in the file: x runs fastest, then y, then z."""
+    """Return the bytes of a slab in the order of the file: x runs fastest, then y, then z."""
     if dtype.kind == "f":
         return np.ascontiguousarray(slab.T, dtype=dtype).data
     with np.errstate(invalid="ignore"):  # a NaN is caught by the comparison

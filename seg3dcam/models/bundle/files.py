@@ -14,7 +14,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ReferenceResolver
 from pydantic import BaseModel, ConfigDict, Field
 
-from seg3dcam.errors import ConfigError, ModelError, nearest
+from seg3dcam.errors import ConfigError, ModelError, nearest, some
 from seg3dcam.settings import validate
 
 #: The places where a bundle may keep its config for inference.
@@ -183,8 +183,11 @@ def _position(
     )
 
 
-def code_in(content: Any) -> list[str]:
-    """Return the code that a config would run, beginning with code that is not a library's."""
+def code_in(content: Any) -> str:
+    """Return the code that a config would run, in lines of a message.
+
+    Code that does not come from a library is at the beginning.
+    """
     expressions: list[str] = []
     foreign: list[str] = []
     known: list[str] = []
@@ -208,5 +211,4 @@ def code_in(content: Any) -> list[str]:
 
     look(content)
     found = [line[:_WIDTH] for line in dict.fromkeys([*foreign, *expressions, *known])]
-    more = len(found) - _LINES
-    return [*found[:_LINES], *([f"and {more} more"] if more > 0 else [])]
+    return some(found, _LINES, "\n  ") or "nothing that is visible"

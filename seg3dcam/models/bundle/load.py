@@ -80,9 +80,8 @@ def build(spec: Spec, path: Path, trust: bool) -> SegModel:
     bundle = read(resolved(path.parent / spec.bundle), spec.config, spec.set)
     if not trust:
         raise ModelError(
-            f"{bundle.place} runs code when it is read. It would run\n  "
-            + "\n  ".join(code_in(bundle.content) or ["nothing that is visible"])
-            + "\nIf you know the bundle, allow it with --trust (trust=True)"
+            f"{bundle.place} runs code when it is read. It would run\n  {code_in(bundle.content)}\n"
+            "If you know the bundle, allow it with --trust (trust=True)"
         )
     with bundle.own_code():
         bundle.parse()

@@ -29,7 +29,7 @@ _KEPT = (
 _CHANGING = ("PostProcessing", "DecollateBatch")
 
 
-class Predicts(BaseException):
+class PredictionStart(BaseException):
     """Ends a bundle's run at the moment when its evaluator begins to predict.
 
     It does not derive from Exception, so that neither MONAI nor the bundle's own code catches it.
@@ -82,10 +82,10 @@ class Engine:
         self._at_start.append(lambda: handler(self, *args, **kwargs))
 
     def run(self) -> None:
-        """Do what an evaluator does before it predicts, and stop there by raising `Predicts`."""
+        """Do what an evaluator does before it predicts, then raise `PredictionStart`."""
         for call in self._at_start:
             call()
-        raise Predicts
+        raise PredictionStart
 
 
 class Trainer(Engine):

@@ -20,10 +20,10 @@ from monai.bundle import ReferenceResolver
 from monai.handlers import CheckpointLoader
 from torch import nn
 
-from seg3dcam.errors import ModelError, tell
+from seg3dcam.errors import ModelError, some, tell
 from seg3dcam.models.bundle.config import IN_PYTHON, Bundle, unwrapped
-from seg3dcam.models.bundle.stand_ins import Engine, Predicts, is_engine
-from seg3dcam.models.weights import State, check_finite, check_fit, read_state, some, without_prefix
+from seg3dcam.models.bundle.stand_ins import Engine, PredictionStart, is_engine
+from seg3dcam.models.weights import State, check_finite, check_fit, read_state, without_prefix
 
 #: Where bundles usually keep their weights, for a config that does not say it.
 WEIGHTS = ("models/model.pt", "models/model.safetensors", "models/model.ts")
@@ -95,7 +95,7 @@ def _run_up_to_prediction(bundle: Bundle) -> list[_Load]:
             evaluator = bundle.evaluator() and bundle.parsed("evaluator")
             if isinstance(evaluator, Engine):
                 evaluator.run()
-        except Predicts:  # from here on the weights stay as they are
+        except PredictionStart:  # from here on the weights stay as they are
             return loads
     return loads
 

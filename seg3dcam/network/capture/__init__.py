@@ -1,4 +1,4 @@
-"""Run a network and take activations and gradients out of it, inside one `with`.
+"""Run a network inside of a `with`, and take its activations and gradients.
 
     with capturing(network, layers) as capture:
         logits = capture.forward(x)
@@ -10,8 +10,8 @@ before the layer enters the graph, no parameter receives a gradient, and an in-p
 the layer changes only the clone. This works with in-place activations, frozen parameters,
 non-reentrant checkpointing, DataParallel, and for callers in `no_grad` or `inference_mode`.
 
-The network itself continues with tensors in the layout that its layers use. What is handed out has
-its channels first, (B, C, *s): see `seg3dcam.network.layouts`.
+The network itself continues with tensors in the layout of its layers. The tensors that a `Capture`
+returns have their channels first, (B, C, *s); see `seg3dcam.network.layouts`.
 """
 
 from seg3dcam.network.capture.capture import Capture

@@ -1,4 +1,4 @@
-"""The class `Capture`: passes through a network, and what its target layers give in them."""
+"""The class `Capture`, which runs a network and records what its target layers give."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from seg3dcam.errors import LayerError, ModelError, Seg3dcamError
-from seg3dcam.network.capture.draws import RepeatedDraws
+from seg3dcam.errors import LayerError, ModelError, Seg3dcamError, some
 from seg3dcam.network.capture.modes import COUNT, LEAF, OBSERVE, OFF, REPLAY, Mode, change
 from seg3dcam.network.capture.record import LayersReached, PassRecord
+from seg3dcam.network.capture.repeated_draws import RepeatedDraws
 from seg3dcam.network.capture.target_layers import TargetLayers, fault_of_runs
 from seg3dcam.network.ensemble import Member
 from seg3dcam.network.facts import NetworkFacts
@@ -25,22 +25,22 @@ from seg3dcam.network.outputs import OutputSelection, select_output
 
 
 class Capture:
-    """Runs a network and hands out the activations and gradients of its target layers.
+    """Runs a network and returns the activations and gradients of its target layers.
 
     It is made by `capturing`, whose `with` guarantees that the model is put back.
 
-    A layer that is not `required` is dropped for good where it gives no map; if no layer is left,
-    that is an error. A layer that has activations but no gradient is listed in `dropped` too, and
-    later passes still show its activations. `INPUT` among the layers stands for the network's own
+    A layer that is not `required` is dropped for good if it gives no map. If no layer is left, that
+    is an error. A layer with activations but without a gradient is listed in `dropped`, too, but
+    later passes still return its activations. `INPUT` among the layers stands for the network's own
     input.
 
-    Tensors that go in and come out lie in the volume's window. The network itself may see that
+    All tensors, given or returned, lie in the window of the volume. The network itself may see that
     window flipped, or as a slice (see `Member`).
 
     Attributes:
         model: the network, without wrappers.
         member: the network and how it sees its input.
-        known: what is known about the network, from this capture or an earlier one.
+        known: the facts about the network, from this capture or earlier ones.
         overwritten: name of a parameter that the network's passes write to -> its values before.
     """
 
@@ -61,8 +61,8 @@ class Capture:
         self._example = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         self._thread = threading.get_ident()
         self._mode = OFF
-        self._record = PassRecord()  # of the last pass that looked at the layers
-        self._copies = False  # whether the network overwrites activations after the layer
+        self._record = PassRecord()  # of the last pass in which layers were recorded
+        self._copies = False  # whether the network overwrites activations in place
 
     # --------------------------------------------------------------------- the network's own traits
 
@@ -81,7 +81,7 @@ class Capture:
         return x if self._example is None else x.to(self._example)
 
     def find_out_whether_it_draws(self, example: Callable[[], torch.Tensor]) -> None:
-        """Fill in `known.draws`: whether the network draws random numbers.
+        """Find out whether the network draws random numbers, and fill in `known.draws`.
 
         Args:
             example: makes an input (B, C, *S); called only if one is needed.
@@ -118,7 +118,7 @@ class Capture:
         }
 
     def clear(self) -> None:
-        """Let go of the last pass's tensors."""
+        """Release the tensors of the last pass."""
         self._record.tensors = {}
 
     # ----------------------------------------------------------------------- passes without a graph
@@ -127,7 +127,7 @@ class Capture:
         """Return the logits of `x` without a graph.
 
         Args:
-            copy: whether the activations are kept on the way.
+            copy: whether the activations are kept as well.
         """
         with torch.no_grad():
             return self._forward(x, OBSERVE if copy else COUNT)
@@ -141,26 +141,27 @@ class Capture:
         return self.activations
 
     def scaled(self, x: torch.Tensor, layer: LayerRef, scale: torch.Tensor) -> torch.Tensor:
-        """Return the logits of `x` with a layer's channels multiplied; without a graph.
+        """Return the logits of `x` if a layer's channels are multiplied; without a graph.
 
-        Shapes and activations stay those of the last pass, which must have had inputs of this size.
+        `shapes` and `activations` stay those of the last pass, whose input must have had this size.
 
         Args:
             layer: one of the target layers.
-            scale: (B, C), a factor for each item of the batch and channel; 0 removes a channel.
-                What the layer's layout leaves out, such as a class token, stays as it is.
+            scale: (B, C), a factor for each item of the batch and each channel; 0 removes a
+                channel. Values that the layer's layout leaves out, such as a class token, stay
+                unchanged.
         """
         factors = scale[(..., *[None] * (x.ndim - 2))]
         raw = self._as_given(x, layer, factors)
-        # The factor is 1 where the layout takes nothing from, such as a class token.
+        # The factor is 1 for values that the layout leaves out, such as a class token.
         raw = raw + 1 - self._as_given(x, layer, torch.ones_like(factors))
         return self._changed(x, {layer: lambda given: given * raw.to(given)})
 
     def nudged(self, x: torch.Tensor, steps: Mapping[LayerRef, torch.Tensor]) -> torch.Tensor:
-        """Return the logits of `x` with something added to layers' activations; without a graph.
+        """Return the logits of `x` if something is added to layers' activations; without a graph.
 
         Args:
-            x: shaped as in the last pass.
+            x: an input shaped as in the last pass.
             steps: layer -> what is added, shaped like its activations.
         """
         raw = {layer: self._as_given(x, layer, step) for layer, step in steps.items()}
@@ -173,8 +174,7 @@ class Capture:
         logits = self._forward(x, LEAF)
         if not logits.requires_grad:
             layers = self._targets.all
-            names = ", ".join(map(str, layers[:3])) or "its input"
-            names += f" and {len(layers) - 3} more" * (len(layers) > 3)
+            names = some([str(layer) for layer in layers], 3) or "its input"
             raise LayerError(
                 f"the network's output does not depend on {names} through a graph: the layer "
                 "feeds another output, or the network's forward() switches gradients off "
@@ -206,8 +206,8 @@ class Capture:
         Layers that the outputs do not depend on are left out.
 
         Args:
-            outputs: the logits of `forward`, or whatever was computed from them.
-            seed: shaped like `outputs`.
+            outputs: the logits from `forward`, or values computed from them.
+            seed: weights, shaped like `outputs`.
             keep_graph: whether the graph will be needed again.
             create_graph: whether the gradients get a graph of their own, for second derivatives.
         """
@@ -230,8 +230,8 @@ class Capture:
     def derivative(self, value: torch.Tensor, layer: LayerRef) -> torch.Tensor:
         """Return d(value)/d(activations) of one layer, shaped as they are; the graph is kept.
 
-        If the value was made from gradients that have a graph, this is a second derivative. It is
-        zero where the value does not depend on the layer, as in a piecewise linear network.
+        If the value was computed from gradients with a graph, this is a second derivative. It is
+        zero if the value does not depend on the layer, as in a piecewise linear network.
 
         Args:
             value: a scalar with a graph, or without one.
@@ -248,7 +248,7 @@ class Capture:
         keep_graph: bool,
         create_graph: bool,
     ) -> tuple[torch.Tensor | None, ...]:
-        # Non-reentrant checkpoints run their part of the forward pass again: hence REPLAY.
+        # Non-reentrant checkpoints run their part of the forward pass again, so the mode is REPLAY.
         try:
             with self._in_mode(REPLAY), self._draws.replayed():
                 return torch.autograd.grad(
@@ -278,17 +278,17 @@ class Capture:
     def _changed(
         self, x: torch.Tensor, changes: Mapping[LayerRef, Callable[[torch.Tensor], torch.Tensor]]
     ) -> torch.Tensor:
-        """Return the logits of `x` where layers give something else; the record stays as it is."""
+        """Return the logits of `x` with changed outputs of layers; the record is not changed."""
         x = self.member.into(x)
         with torch.no_grad():
             output = self._call(x, change(changes))
         return self._logits(output, x)
 
     def _run(self, x: torch.Tensor, mode: Mode, *, stops: bool = False) -> Any:
-        """Return the network's output, None where it was stopped at the last layer.
+        """Return the network's output, None if it was stopped after the last layer.
 
-        Observed activations are copied only if an operation after the layer works in place on
-        them. Their version counter shows that afterwards, and the pass is run again.
+        Observed activations are copied only if a later operation overwrites them in place. Their
+        version counters show that after the pass, which is then run again.
         """
         own = x.clone() if mode is OBSERVE and not self._copies else x
         layers = self._targets.accepted
@@ -302,7 +302,7 @@ class Capture:
         return output
 
     def _call(self, x: torch.Tensor, mode: Mode) -> Any:
-        """Return what the network gives; random numbers are the same in every call."""
+        """Return the network's output; random numbers are the same in every call."""
         try:
             with self._in_mode(mode):
                 if INPUT in self._record.runs:
@@ -323,7 +323,7 @@ class Capture:
 
     @contextlib.contextmanager
     def _in_mode(self, mode: Mode) -> Iterator[None]:
-        """Treat the layers' outputs as a mode says; afterwards the hooks do nothing."""
+        """Set the mode in which layers' outputs are treated; switch the hooks off afterwards."""
         self._mode = mode
         try:
             yield
@@ -331,7 +331,7 @@ class Capture:
             self._mode = OFF
 
     def on_output(self, layer: LayerRef, output: Any) -> Any:
-        """Take what a layer gave; return what the network continues with, None for the same."""
+        """Treat the output of a layer; return what replaces it, None if nothing does."""
         mode = self._mode
         if not mode.listens or layer not in self._record.runs or self._is_of_another_thread():
             return None
@@ -346,12 +346,12 @@ class Capture:
         return None if passed_on is None else layer.put(output, passed_on)
 
     def on_evidence(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note what a module shows of the layouts of tensors."""
+        """Note the evidence of layouts that a module gives."""
         if self._mode.records and not self._is_of_another_thread():
             self._record.evidence.look(module, args, output)
 
     def _is_of_another_thread(self) -> bool:
-        """Tell whether somebody else sends an input through the network at the same time."""
+        """Tell whether another thread is running the network at the same time."""
         return not self._mode.every_thread and threading.get_ident() != self._thread
 
     # ------------------------------------------------------------------ what a layer's tensor means
@@ -362,13 +362,13 @@ class Capture:
         """Return how tensors of the last pass are laid out, and why others have no layout.
 
         Args:
-            shapes: layer -> the shape that it gave for `x`.
+            shapes: layer -> shape of its output for `x`.
         """
         run = partial(self._call, mode=OFF)
         return settle_layouts(shapes, x, self._record.evidence, self.known.layouts, run)
 
     def _read_layers(self, x: torch.Tensor) -> None:
-        """Find the layouts of what the layers gave; refuse or drop layers that give no map."""
+        """Find the layouts of the layers' outputs; refuse or drop layers that give no map."""
         record, accepted = self._record, self._targets.accepted
         for layer, runs in record.runs.items():
             fault = fault_of_runs(layer, runs)
@@ -379,20 +379,20 @@ class Capture:
             self._refuse(layer, error)
 
     def _refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
-        """Raise, or drop the layer and look at it no more."""
+        """Raise LayerError if the layer is required; otherwise drop it for good."""
         self._targets.refuse(layer, reason)
         self._record.forget(layer)
 
     def _logits(self, output: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits among what the network gave for `x`, as they lie in the window."""
+        """Return the logits in the network's output for `x`, moved back to the window."""
         return self.member.back(select_output(output, self._output, tuple(x.shape[2:])))
 
     def _laid_out(self, layer: LayerRef, raw: torch.Tensor) -> torch.Tensor:
-        """Return what a layer gave, or its gradient, as (B, C, *s) in the window."""
+        """Return a layer's output, or the gradient there, as (B, C, *s) in the window."""
         return self.member.back(self._record.layouts[layer](raw))
 
     def _as_given(self, x: torch.Tensor, layer: LayerRef, values: torch.Tensor) -> torch.Tensor:
-        """Return (B, C, *s) values in the layout in which a layer gives its tensor for `x`."""
+        """Return values (B, C, *s) in the layout of a layer's output for `x`."""
         record, seen = self._record, self.member.into(x)
         if tuple(seen.shape[1:]) != record.input_shape[1:] or layer not in record.layouts:
             raise ValueError(f"no pass over inputs {tuple(seen.shape)} has shown layer '{layer}'")
@@ -401,7 +401,7 @@ class Capture:
 
 
 def _hint(error: Exception) -> str:
-    """Return what to do about an error of the network's, "" if nothing is known."""
+    """Return advice about an error that the network raised, "" if there is none."""
     text = str(error)
     if "must match" in text:
         return (

@@ -1,4 +1,4 @@
-"""The `with` in which a network is captured, and after which everything is as it was."""
+"""The `with` in which a network is captured, and which puts everything back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def capturing(
     Args:
         model: any `nn.Module`; DataParallel, DistributedDataParallel and compiled wrappers are
             looked through. Of an ensemble its first member is captured; give a `Member` to choose.
-        layers: what `seg3dcam.network.layers.resolve_layers` returned for this model.
+        layers: from `seg3dcam.network.layers.resolve_layers` for this model.
         output: which of the network's outputs are the logits, see `seg3dcam.network.outputs`.
 
     Raises:
@@ -63,7 +63,7 @@ def capturing(
         stack.enter_context(torch.autocast(capture.device.type, enabled=False))
         stack.enter_context(untouched(model, capture.overwritten))
         stack.enter_context(watched(model))
-        # These come before the hooks of the layers, which replace what modules give.
+        # These hooks come before those of the layers, which replace the outputs of modules.
         for module in filter(takes_hooks, filter(shows_layout, model.modules())):
             stack.callback(module.register_forward_hook(capture.on_evidence).remove)
         for layer in layers:
@@ -99,7 +99,7 @@ def _call_hook(capture: Capture, layer: LayerRef, module: nn.Module, args: Any, 
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what autograd keeps for the backward pass: a copy that nothing overwrites."""
+    """Return a copy for the backward pass, which nothing overwrites."""
     return tensor.detach().clone()
 
 

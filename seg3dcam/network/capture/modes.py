@@ -1,4 +1,4 @@
-"""The six modes of a forward pass: what is done with the tensor that a target layer gives.
+"""The six modes of a forward pass, which say what is done with the output of a target layer.
 
 | mode      | what the network continues with | what is kept         | used for                    |
 |-----------|---------------------------------|----------------------|-----------------------------|
@@ -20,8 +20,8 @@ import torch
 from seg3dcam.network.capture.record import PassRecord
 from seg3dcam.network.layers import LayerRef
 
-#: From the record of the pass, a layer and its tensor to the tensor that the network continues
-#: with; None for the same one.
+#: A function from the record of the pass, a layer and its tensor to the tensor with which the
+#: network continues; None for the same tensor.
 Action = Callable[[PassRecord, LayerRef, torch.Tensor], torch.Tensor | None]
 
 
@@ -31,10 +31,10 @@ class Mode:
 
     Attributes:
         act: what is done with one of them.
-        listens: whether the layers are looked at at all.
-        records: whether shapes, counts of runs and evidence of layouts are noted.
-        every_thread: whether other threads than the one that captures take part. Autograd runs
-            checkpoints again in threads of its own.
+        listens: whether anything is done at all.
+        records: whether shapes, numbers of runs and evidence of layouts are noted.
+        every_thread: whether this also applies to other threads than the one that captures.
+            Autograd runs checkpoints again in threads of its own.
     """
 
     act: Action
@@ -44,10 +44,10 @@ class Mode:
 
 
 def change(changes: Mapping[LayerRef, Callable[[torch.Tensor], torch.Tensor]]) -> Mode:
-    """Return the mode in which some layers give something else.
+    """Return the mode in which the outputs of some layers are changed.
 
     Args:
-        changes: layer -> from the tensor that it gives to the one that it is to give.
+        changes: layer -> function from its output to the changed output.
     """
 
     def changed(record: PassRecord, layer: LayerRef, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -79,7 +79,8 @@ def _cut_again(record: PassRecord, layer: LayerRef, tensor: torch.Tensor) -> tor
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor at which the graph starts.
 
-    If another target layer lies before this one, the graph must lead through: then it is a node.
+    If another target layer lies before this one, the tensor must be part of its graph, and so it
+    cannot be a leaf.
     """
     return tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
 

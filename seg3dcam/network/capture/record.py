@@ -1,4 +1,4 @@
-"""What the target layers gave in one forward pass."""
+"""The record of what the target layers gave in one forward pass."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class PassRecord:
     """Collects what the target layers give in one forward pass.
 
     Args:
-        layers: the target layers to look at.
+        layers: the target layers to record.
         input_shape: (B, C, *S) of what the network takes.
         copies: whether kept tensors must be copies, because later operations overwrite them.
         stops: whether the pass ends as soon as every layer has run.
 
     Attributes:
-        runs: layer -> how often it ran.
+        runs: layer -> number of times that it ran.
         shapes: layer -> shape of the tensor that it gave.
         tensors: layer -> the tensor that is kept, in the layer's own layout.
         layouts: layer -> how that tensor becomes (B, C, *s); filled after the pass.
-        evidence: what the network's modules show of the layouts.
+        evidence: the evidence of layouts that the network's modules give.
     """
 
     def __init__(

@@ -11,19 +11,19 @@ from seg3dcam.errors import ModelError, Seg3dcamError
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-#: How often an explanation is begun at most. Each network of an ensemble may cause a new beginning.
+#: The most attempts at one explanation. Each network of an ensemble may need another one.
 MOST_ATTEMPTS = 8
 
 
 class FoundLateError(Seg3dcamError):
-    """A pass showed something about the network that the passes before it had to know.
+    """A pass showed something about the network that should have been known in earlier passes.
 
-    It is remembered now (`seg3dcam.network.facts`), so the next attempt takes it into account.
+    It is remembered (see `seg3dcam.network.facts`), so the next attempt takes it into account.
     """
 
 
 def drawn_late(draws: str) -> FoundLateError:
-    """Return the error for a network that drew nothing at first, and draws random numbers now.
+    """Return the error for a network that draws random numbers, but did not at first.
 
     Args:
         draws: the operation that draws.
@@ -38,7 +38,7 @@ def begun_again(run: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     """Decorate a function so that it begins again after a `FoundLateError`.
 
     Raises:
-        ModelError: every attempt found out something else.
+        ModelError: every attempt found out something new.
     """
 
     @functools.wraps(run)

@@ -1,22 +1,23 @@
-"""Which target layers give maps, and why others do not."""
+"""Keep track of which target layers give maps, and why others do not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seg3dcam.errors import LayerError
+from seg3dcam.errors import LayerError, some
 from seg3dcam.network.layers import LayerRef
 
 
 class TargetLayers:
-    """The target layers of a capture, of which those that give no map are dropped on the way.
+    """The target layers of a capture; those that give no map are dropped on the way.
 
-    A layer that is `required`, since the user named it, is never dropped: an error is raised.
+    A layer that is `required`, because the user named it, is never dropped. Instead, an error is
+    raised.
 
     Attributes:
         all: every target layer.
         dropped: layer -> why it gives no map. A layer without a gradient is dropped too, but its
-            activations are still shown.
+            activations are still returned.
     """
 
     def __init__(self, layers: Sequence[LayerRef]) -> None:
@@ -30,7 +31,7 @@ class TargetLayers:
         return [layer for layer in self.all if layer not in self._refused]
 
     def refuse(self, layer: LayerRef, reason: str | LayerError) -> None:
-        """Drop a layer whose activations cannot be read; later passes do not look at it."""
+        """Drop a layer whose activations cannot be read; later passes do not record it."""
         self.drop(layer, reason)
         self._refused.add(layer)
 
@@ -44,17 +45,14 @@ class TargetLayers:
             raise reason if isinstance(reason, LayerError) else LayerError(reason)
         self.dropped[layer] = str(reason)
         if len(self.dropped) == len(self.all):
-            shown = [f"{name}: {why}" for name, why in list(self.dropped.items())[:3]]
-            more = len(self.dropped) - len(shown)
+            reasons = [f"{name}: {why}" for name, why in self.dropped.items()]
             raise LayerError(
-                f"none of the {len(self.all)} target layers gives a map. "
-                + "; ".join(shown)
-                + (f"; and {more} more" if more else "")
+                f"none of the {len(self.all)} target layers gives a map. {some(reasons, 3, '; ')}"
             )
 
 
 def fault_of_runs(layer: LayerRef, runs: int) -> str:
-    """Say what is wrong with a layer that did not run exactly once, "" for one that did."""
+    """Return what is wrong with a layer that did not run exactly once, "" for one that did."""
     if runs == 0:
         return f"layer '{layer}' did not run in the forward pass, so it explains nothing"
     if runs > 1:

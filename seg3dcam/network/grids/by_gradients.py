@@ -1,11 +1,11 @@
-"""Find the centres of what voxels look at by gradients: for coarse layers of few voxels.
+"""Find the centres of what voxels look at by gradients, for coarse layers of few voxels.
 
 The gradients of two voxels of a layer, in a random mixture of its channels, give the derivative J
 with respect to all input voxels at once. This takes a backward pass for each voxel.
 
-A path that the image closes, or that trained weights cancel, would be hidden. So the weights of
-kernels get random signs, and activation functions are replaced by the identity. What is seen is
-then what a network of this structure, with weights as strong, looks at.
+A path would be hidden if an activation function closed it, or if trained weights cancelled it. So
+the weights of kernels get random signs, and activation functions are replaced by the identity. The
+result shows where a network of this structure, with equally strong weights, looks.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from seg3dcam.network.grids.sample_inputs import (
 from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.layouts import INPUT
 
-#: The input is as long as so many voxels of the layer, but at least and at most so many of its own.
+#: Length of the input in voxels of the layer, and its least and greatest length in input voxels.
 VOXELS, SHORTEST, LONGEST = 10, 96, 160
 
 
 def by_gradients(
     capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int
 ) -> Lines:
-    """Look axis by axis, in an input of a handy shape; in its own along all axes at once.
+    """Measure axis by axis in an input of a handy shape, or all axes in an input of full shape.
 
     The arguments are those of `by_noise.by_noise`.
     """
@@ -61,7 +61,7 @@ def by_gradients(
                 with capturing(capture.member, [*asked, INPUT]) as traced:
                     lines = _lines(traced, x, shape, asked, seeds)
             except (ModelError, LayerError, RuntimeError):
-                continue  # some networks take one size only, others have no gradients
+                continue  # some networks accept only one size, others have no gradients
             found |= {key: line for key, line in lines.items() if key[1] == axis or shape == full}
     return found
 
@@ -73,7 +73,7 @@ def _lines(
 
     Args:
         traced: of the network, with these layers and `INPUT`.
-        like: an input of the network's own shape, whose values do not count.
+        like: an input of the network's own shape; its values do not matter.
         shape: spatial shape of the input to look at.
         seeds: one for each draw.
     """
@@ -110,9 +110,9 @@ def _lines(
 def _two_voxels(
     grid: FeatureGrid, sizes: Sequence[int], shape: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return two voxels at the same distance on either side of the middle, which see equally much.
+    """Return two voxels on either side of the middle, at the same distance, which see equally much.
 
-    Only one is returned if the layer has only one.
+    If the layer has only one voxel, it is returned alone.
     """
     pairs = []
     for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
@@ -137,8 +137,8 @@ def _extents(
 def moments(derivative: torch.Tensor, extents: Sequence[tuple[float, float]]) -> torch.Tensor:
     """Return five numbers for each axis, (axes, 5), that describe where J^2 lies.
 
-    These are its moments 0, 1 and 2, and the parts of it that lie before and beyond an extent. All
-    places count from the middle. J^2 is divided by its sum, so moment 0 is 1; it is 0 if J is 0.
+    These are its moments 0, 1 and 2, and the fractions of it before and beyond an extent. Places
+    are counted from the middle. J^2 is divided by its sum, so moment 0 is 1, or 0 if J is 0.
 
     Args:
         derivative: J, (C, *S).

@@ -1,6 +1,6 @@
-"""Find the centres of what voxels look at by noise: for layers of many voxels.
+"""Find the centres of what voxels look at by noise, for layers of many voxels.
 
-With z independent noise of one voxel and J the derivative of a layer's value,
+If z is independent noise at each voxel and J the derivative of a layer's value,
 
     E[(sum_p J z)(sum_p J z p)] / E[(sum_p J z)^2] = sum_p J^2 p / sum_p J^2,
 
@@ -37,20 +37,20 @@ from seg3dcam.network.grids.sample_inputs import (
 )
 from seg3dcam.network.layers import LayerRef
 
-#: The places of each draw are divided into so many parts, whose spread tells how sure a centre is.
-#: Other channels see the same noise, so their spread does not tell.
+#: The places of each draw are divided into so many parts, whose spread gives the standard error of
+#: a centre. The spread of channels would not, since all channels see the same noise.
 PARTS = 8
 
 
 def by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, draws: int) -> Lines:
-    """Look axis by axis, in an input of a handy shape; in its own if the network takes no other.
+    """Measure axis by axis in an input of a handy shape, or of full shape if that is refused.
 
     Args:
         capture: of the network with these layers.
-        x: (B, C, *S), of which the values do not count.
+        x: (B, C, *S), of which only shape, dtype and device matter.
         grids: layer -> its grid in an input of this shape.
-        doubts: (layer, axis) to look at.
-        draws: how much noise is drawn.
+        doubts: the pairs (layer, axis) to measure.
+        draws: number of draws of noise.
     """
     found: Lines = {}
     full = tuple(x.shape[2:])
@@ -63,7 +63,7 @@ def by_noise(capture: Capture, x: torch.Tensor, grids: Grids, doubts: Doubts, dr
             try:
                 lines = _lines(capture, x, shape, axis, asked, draws * times_drawn(shape))
             except (ModelError, LayerError, torch.OutOfMemoryError):
-                continue  # some networks take one size only
+                continue  # some networks accept only one size
             found |= {(layer, axis): line for layer, line in lines.items()}
             open_ -= lines.keys()
     return found
@@ -95,7 +95,7 @@ def _lines(
             weighed = _slope(capture, image, z * place)
             for layer in grids:
                 one, two = plain[layer], weighed[layer]
-                # Plain and mirrored kernels get the same weight, whatever their gain.
+                # Plain and mirrored kernels get the same weight, even if their gains differ.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
                 new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
                 sums[layer][mirrored].append(new)
@@ -103,7 +103,7 @@ def _lines(
     for layer, grid in grids.items():
         # (moment and weight, plain and mirrored, draws, parts, places)
         sums_of = torch.stack([torch.stack(kind, dim=1) for kind in sums[layer]], dim=1)
-        # Several draws tell best how sure a centre is; otherwise the parts of each draw do.
+        # The spread of several draws gives the best error; otherwise that of their parts is used.
         moment, weight = sums_of.sum(3) if draws >= FEW_PARTS else sums_of.flatten(2, 3)
         size = weight.shape[-1]
         if has_grid(grid, axis, size, length, like.shape[2 + axis]):

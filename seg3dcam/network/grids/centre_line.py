@@ -1,11 +1,11 @@
-"""How far the centres of what a layer's voxels look at are from the places that its grid gives.
+"""Compare the centres of what a layer's voxels look at with the places in its grid.
 
-Kernels pull a centre to one side or the other; mirrored kernels pull it back by as much. What a
-voxel sees of the whole image (by attention or InstanceNorm), and the rim of the image, pull all
-centres towards a middle, in proportion to their distance from it. If there are many voxels, a line
-is fitted to their centres: it tells how far the centres would be off in the middle, where nothing
-is pulled. If there are two, the difference of what they see tells it, since whatever both see alike
-cancels.
+Kernels may pull a centre to one side; mirrored kernels pull it back by the same distance. If voxels
+also see the whole image (by attention or InstanceNorm), or near the rim of the image, all centres
+are pulled towards a middle, in proportion to their distance from it. If there are many voxels, a
+line is fitted to their centres, which gives their distance from the grid in the middle, where there
+is no pull. If there are only two voxels, the difference of what they see gives it, since everything
+that both see in the same way cancels.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import torch
 
 from seg3dcam.network.layers import LayerRef
 
-#: By which part of its distance from the middle of the image a centre may be pulled there. The part
-#: of a distance that is left is also the part of a shift that is left.
+#: A centre may be pulled to the middle of the image by at most this fraction of its distance from
+#: it. The pull makes a shift smaller by the same fraction.
 PULLED = 0.95
 
-#: A line whose centres are pulled by more sees more of the whole image than of its place. Where the
-#: middle of that lies (of the image, or of the layer's voxels in it) is not known, so the place of
-#: the line is not known either.
+#: If the centres are pulled by more than this, voxels see more of the whole image than of their own
+#: places. It is not known where the middle of that lies (of the image, or of the layer's voxels),
+#: so the shift is not known either.
 LITTLE = 0.5
 
-#: How many parts of the measurement it takes to estimate a standard error from their spread.
+#: A standard error can be estimated from the spread of at least so many parts of a measurement.
 FEW_PARTS = 4
 
 
 class CentreLine(NamedTuple):
-    """How far centres are from where they should be: `shift` in the middle, `pull` towards it.
+    """How far centres are from their places in the grid.
 
     Attributes:
-        shift: distance from the layer's places, in input voxels.
+        shift: distance from the grid in the middle of the image, in input voxels.
         error: standard error of the shift.
-        pull: part of the distance from the middle by which centres are pulled towards it.
-        rest: distance that shift and pull do not explain, root mean square.
-        voxels: number of voxels that were looked at.
+        pull: fraction of their distance from the middle by which centres are pulled towards it.
+        rest: root mean square of the distances that shift and pull do not explain.
+        voxels: number of voxels that were measured.
         draws: number of draws of noise, or of signs and mixtures of channels.
-        lean: by how much the kernels as they are pull the centres to one side.
-        bears: up to which pull the shift is known.
-        side: part of what a voxel looks at that lies beyond its place, on the side where this is
-            less, without what it sees of the whole image; 0 if not known.
+        lean: distance by which the unmirrored kernels pull the centres to one side.
+        bears: the largest pull for which the shift is known.
+        side: fraction of what a voxel looks at that lies beyond its place, on the side where it is
+            less, not counting what it sees of the whole image; 0 if that is not known.
     """
 
     shift: float
@@ -58,7 +58,7 @@ class CentreLine(NamedTuple):
     side: float = 0.0
 
 
-#: (layer, axis) -> its line, and those that are still to be looked at.
+#: (layer, axis) -> its line; and the pairs (layer, axis) that are still to be measured.
 Lines = dict[tuple[LayerRef, int], CentreLine]
 Doubts = Collection[tuple[LayerRef, int]]
 
@@ -66,14 +66,14 @@ Doubts = Collection[tuple[LayerRef, int]]
 def line_of_many_voxels(
     moment: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, draws: int
 ) -> CentreLine:
-    """Fit a line to the distances of centres from the grid's places.
+    """Fit a line to the distances of centres from their places in the grid.
 
     Args:
         moment: (kinds, parts, size), sums of J^2 times the place, for plain and mirrored kernels.
             J is the derivative of a layer's value with respect to the input.
         weight: the same for sums of J^2.
-        place: (size,), where the grid says that the voxels lie. All places count from the middle
-            of the image.
+        place: (size,), places of the voxels in the grid. All places are counted from the middle of
+            the image.
         draws: number of draws that the sums come from.
     """
     seen = weight.sum(1) > 0
@@ -81,7 +81,7 @@ def line_of_many_voxels(
         return CentreLine(0.0, math.inf, 0.0, 0.0, 0, draws, 0.0, LITTLE)
 
     def distances(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return how far each voxel's centre is from its place."""
+        """Return the distance of each voxel's centre from its place."""
         return moment.sum((0, 1)) / weight.sum((0, 1)) - place
 
     # All voxels have the same weight, since voxels of a transposed convolution do not all see their
@@ -106,15 +106,16 @@ def line_of_many_voxels(
 
 
 def line_of_two_voxels(moments: torch.Tensor, place: torch.Tensor) -> CentreLine:
-    """Return how far two voxels are off, whatever both see of the whole image.
+    """Return how far two voxels are off, even if both also see the whole image.
 
-    What both see, and how widely each looks, adds the same to the moments M of both, so it cancels
-    in their differences. With the centres a and b, the difference of the first moments is b - a,
-    that of the second is b^2 - a^2, and (b^2 - a^2) / (b - a) is twice the middle between them.
+    What both see alike, and how widely each looks, adds the same to the moments of both, so it
+    cancels in their differences. With the centres a and b, the difference of the first moments is
+    b - a, that of the second is b^2 - a^2, and (b^2 - a^2) / (b - a) is twice the middle between
+    them.
 
     Args:
         moments: (plain and mirrored, draws, voxels, 5), see `by_gradients.moments`.
-        place: (voxels,), where the grid says that the one or two voxels lie.
+        place: (voxels,), places of the one or two voxels in the grid.
     """
     two = len(place) > 1 and place[0] != place[-1]
     nothing = CentreLine(0.0, math.inf, 0.0, 0.0, 0, moments.shape[1], 0.0, PULLED)
@@ -130,7 +131,7 @@ def line_of_two_voxels(moments: torch.Tensor, place: torch.Tensor) -> CentreLine
 
     if not (moments[..., 0].sum(1) > 0).all():
         return nothing
-    # Plain and mirrored kernels of one draw belong together: their difference is no error.
+    # Plain and mirrored kernels of a draw belong together, since their difference is no error.
     pairs = moments.sum(0)
     pull, shift = pull_and_shift(pairs)
     error, count = math.inf, len(pairs)
@@ -142,8 +143,8 @@ def line_of_two_voxels(moments: torch.Tensor, place: torch.Tensor) -> CentreLine
     lean = float((sides[0] - sides[1])[:, 1].mean()) / (2 * moments.shape[1])
     if not math.isfinite(float(shift) + float(pull)):
         return nothing
-    # What lies beyond a place lies before it with mirrored kernels. What is seen of the whole image
-    # lies on both sides, one half on each.
+    # With mirrored kernels, what lies beyond a place lies before it. What is seen of the whole
+    # image lies on both sides, half of it on each.
     beside = (sides[0, :, 3:] + sides[1, :, 3:].flip(-1)).mean(0) / (2 * moments.shape[1])
     whole = min(1.0, max(0.0, float(pull)))
     side = (float(beside.min()) - whole / 2) / (1 - whole) if two and whole < 1 else 0.0

@@ -1,16 +1,16 @@
-"""Measure where a layer's voxels lie in the input, on the network itself, in two ways.
+"""Measure, in two ways and on the network itself, where a layer's voxels lie in the input.
 
-A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, pooling centres it on
-`2u + 0.5`. Over several levels the difference adds up to several voxels, and an interpolation that
-assumes the wrong one shifts the map. So the place is measured: every kernel is reduced to its
-central taps and normalisation is switched off, so that the network passes a linear ramp on. What a
-feature voxel shows of the ramp is the input position that it looks at. The ramp runs both ways,
-since max pooling picks the larger end of each. A token stands for its patch, whatever attention
-adds to it from elsewhere.
+A strided 3x3x3 convolution centres feature voxel `u` on input voxel `2u`, while pooling centres it
+on `2u + 0.5`. Over several levels the difference adds up to several voxels, and an interpolation
+that assumes the wrong places shifts the map. So the places are measured. Every kernel is reduced to
+its central taps and normalisation is switched off, so that the network passes a linear ramp on. The
+value of the ramp at a feature voxel gives the input position at which the voxel looks. The ramp is
+sent in both directions, since max pooling picks the larger value. A token gets the place of its
+patch, without what attention adds from elsewhere.
 
-This is exact if everything that moves things is known. Whether it is, a second measurement tells,
-on the network as it is (`seg3dcam.network.grids.agreement`). Where the two do not agree, nothing
-counts as measured.
+This is exact if every operation that moves values is known. A second measurement on the true
+network checks that (`seg3dcam.network.grids.agreement`). If the two do not agree, the grid does not
+count as measured.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from seg3dcam.network.layers import LayerRef
 from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.network.untouched import check_explainable
 
-# Positive and well above zero, where ReLU, GELU or SiLU are the identity and sigmoid gates are 1.
+# The ramp is positive and far above zero, where ReLU, GELU and SiLU are the identity and sigmoid
+# gates are 1.
 _LOW, _HIGH = 1e4, 2e4
 
-# The most by which centres may be pulled to the middle where a layer passes no ramp on: then the
-# second measurement alone tells the stride.
+# If a layer passes no ramp on, the second measurement alone gives the stride, and centres may be
+# pulled to the middle by at most this fraction.
 _PULLED = 0.2
 
-# Positions lie on a line if they are off it by less than the first number, in input voxels. They
-# form a curve, as they do behind a logarithm, if they are off it by more than the second number
-# times the sum of a layer's and an input voxel.
+# Positions lie on a line if their distance from it is below the first number, in input voxels. They
+# form a curve, as after a logarithm, if it is above the second number times the sum of a layer's
+# voxel and an input voxel.
 _ON_A_LINE, _NO_CURVE = 0.02, 0.1
 
 
@@ -58,12 +59,12 @@ def measure_grids(
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
     The measurement takes three small forward passes per axis, up to the layers, and eight or more
-    to check it. The result is remembered with the network. A layer whose grid is no regular image
-    of the input (because of attention over all tokens, say), or for which the two measurements do
-    not agree, gets the usual convention: voxels that fill the input evenly, with `measured=False`.
+    to check it. The result is remembered with the network. A layer may have no regular grid, for
+    example because of attention over all tokens, or the two measurements may not agree. Then it
+    gets the usual grid, whose voxels fill the input evenly, with `measured=False`.
 
     Args:
-        x: (B, C, *S); its shape, dtype and device count, its values do not.
+        x: (B, C, *S), of which only shape, dtype and device matter.
         shapes: layer -> its spatial shape for this input.
 
     Returns:
@@ -76,8 +77,8 @@ def measure_grids(
         grids = {la: known.grids[key] for la, key in keys.items() if key in known.grids}
         new = {layer: shape for layer, shape in shapes.items() if layer not in grids}
         if new:
-            # With every layer required, none is dropped for good because its tokens have no grid in
-            # an input of another size.
+            # Every layer is required here. Otherwise a layer might be dropped for good because its
+            # tokens have no grid in an input of another size.
             with capturing(model, [replace(layer, required=True) for layer in new]) as capture:
                 grids |= _measured_twice(capture, x, new)
             # Stored at the end, so that a measurement that fails leaves nothing behind.
@@ -96,7 +97,7 @@ def _key(layer: LayerRef, x: torch.Tensor, shape: tuple[int, ...]) -> tuple | No
 def _measured_twice(
     capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
-    """Measure the grids by a ramp, and keep those that the network as it is agrees with."""
+    """Measure the grids by a ramp, and keep those that agree with the true network."""
     with _any_size(capture.model):
         with _plain_levels(capture.model, x.ndim), PlainOperations(_LOW):
             by_axis = [_measure_axis(capture, x, axis, shapes) for axis in range(x.ndim - 2)]
@@ -107,8 +108,8 @@ def _measured_twice(
                 strides, offsets = zip(*found, strict=True)
                 grids[layer] = FeatureGrid(shape, strides, offsets)
             elif tuple(shape) == tuple(x.shape[2:]):
-                # A sigmoid passes no ramp on. Most likely each voxel lies at its own place, which
-                # the second measurement can confirm.
+                # A sigmoid, for example, passes no ramp on. If the layer is as fine as the input,
+                # its voxels most likely are the input's, which the second measurement can confirm.
                 guessed[layer] = FeatureGrid(shape, (1.0,) * len(shape), (0.0,) * len(shape))
         sure = agreeing(capture, x, grids) | agreeing(capture, x, guessed, pulled=_PULLED)
     return {
@@ -120,7 +121,7 @@ def _measured_twice(
 def measured_in_window(
     capture: Capture, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
 ) -> dict[LayerRef, FeatureGrid]:
-    """Measure the grids of a captured network's layers in the volume's window.
+    """Measure the grids of a captured network's layers in the window of the volume.
 
     Args:
         x: a window (B, C, *S), see `measure_grids`.
@@ -137,20 +138,20 @@ def _measure_axis(
     axis: int,
     shapes: Mapping[LayerRef, tuple[int, ...]],
 ) -> dict[LayerRef, tuple[float, float] | None]:
-    """Return (stride, offset) of each layer along one axis, None where the ramp is not passed on.
+    """Return (stride, offset) of each layer along one axis, None if it does not pass the ramp on.
 
-    An input of a handy shape is tried first, then one of the input's own shape, for networks that
-    take only that.
+    An input of a handy shape is tried first, then one of full shape, for networks that accept only
+    that.
     """
     full = tuple(x.shape[2:])
     fits: dict[LayerRef, tuple[float, float] | None] = dict.fromkeys(shapes)
-    # Single precision is more exact than half precision, if all operations of the network take it.
+    # Single precision is more exact than half precision, if the network can compute in it.
     dtypes = dict.fromkeys((torch.promote_types(x.dtype, torch.float32), x.dtype))
     for shape, dtype in itertools.product(
         dict.fromkeys((handy_shape(full, axis, LONG), full)), dtypes
     ):
         try:
-            # In pairs, since a layer of many channels at full resolution takes much memory.
+            # In pairs, since layers of many channels at full resolution need much memory.
             low, *others = _ramps(x.to(dtype), shape, axis)
             pairs = [torch.stack([low, other]) for other in others]
             shown = [_means(capture.observe_layers(pair)) for pair in pairs]
@@ -186,13 +187,13 @@ def _ramps(x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
 def _fit(
     shown: Sequence[torch.Tensor], axis: int, length: int, full_size: int, full_length: int
 ) -> tuple[float, float] | None:
-    """Fit position = stride * u + offset to what a layer showed of the four inputs, (*s) each.
+    """Fit position = stride * u + offset to a layer's means over channels for the four inputs.
 
-    The ramps are read between what the layer shows of the lowest and of the highest value, so it
-    does not matter whether the network scales its input, or adds something to it.
+    The ramps are read relative to the layer's values for the lowest and the highest input. So it
+    does not matter if the network scales its input, or adds something to it.
 
     Args:
-        shown: what the layer showed of the inputs of `_ramps`.
+        shown: the layer's means, (*s) each, for the inputs of `_ramps`.
         axis: the axis of the ramps.
         length: size of these inputs along the axis.
         full_size: size of the layer along the axis for the network's own input.
@@ -216,9 +217,9 @@ def _fit(
     position = position[index]
     stride = _stride(index.double(), position, full_size, full_length)
     if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
-        return None  # the handy input has another grid than the full-sized one
+        return None  # the grid in the handy input is another one than in the full-sized input
     if not float(stride).is_integer() and length != full_length:
-        return None  # of a resampled grid, the stride depends on the size of the input
+        return None  # the stride of a resampled grid depends on the size of the input
     offset = round(float((position - stride * index).mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
@@ -227,10 +228,11 @@ def _fit(
 def _stride(
     index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
 ) -> float | None:
-    """Return the whole-number stride that fits the layer's size, if the positions lie on it.
+    """Return the whole-number stride that fits the layer's size, if it fits the positions.
 
-    Otherwise return the stride of a resampled grid (the ratio of the lengths, or with aligned
-    corners the ratio of the lengths less one), or else the fitted one; None if none makes sense.
+    Otherwise return the stride of a resampled grid: the ratio of the lengths or, with aligned
+    corners, the ratio of the lengths minus one. If that does not fit either, return the fitted
+    stride, or None if it makes no sense.
     """
     exact = full_length / full_size
     if len(position) == 1:
@@ -253,12 +255,12 @@ def _stride(
 
 
 def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
-    """Return by how much positions lie off a line with a given stride, root mean square."""
+    """Return the root mean square distance of positions from a line with a given stride."""
     return float((position - stride * centred).std(correction=0))
 
 
 def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid:
-    """Return the grid whose voxels fill the input evenly, not measured."""
+    """Return the usual grid, whose voxels fill the input evenly, as not measured."""
     strides = tuple(float(length / size) for size, length in zip(shape, input_shape, strict=True))
     offsets = tuple((stride - 1) / 2 for stride in strides)
     return FeatureGrid(tuple(shape), strides, offsets, measured=False)
@@ -266,8 +268,8 @@ def _convention(shape: Sequence[int], input_shape: Sequence[int]) -> FeatureGrid
 
 @contextmanager
 def _plain_levels(model: nn.Module, ndim: int) -> Iterator[None]:
-    """Switch off modules that normalise or mix tokens by operations that `operations` may miss."""
-    thread = threading.get_ident()  # others may predict with the network at the same time
+    """Switch off modules that normalise or mix tokens, in case `operations` misses some of them."""
+    thread = threading.get_ident()  # other threads may predict with the network meanwhile
 
     def pass_on(module: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != thread:

@@ -1,7 +1,7 @@
-"""Change a network operation by operation while it runs; used for measuring, not for maps.
+"""Change the operations of a network while it runs, for measurements only and not for maps.
 
 Kernels are changed where they are used, in `F.conv3d` and the like, and not where they are stored.
-So it does not matter whether they belong to a module of PyTorch's or of the user's, come out of a
+So it does not matter whether they belong to a module of PyTorch or of the user, are the result of a
 weight normalisation, or are computed by another network.
 """
 
@@ -27,22 +27,23 @@ _NORMS = (
     "rms_norm",
     "local_response_norm",
 )
-# As `run_decompositions` names them in an exported program; they return (output, statistics ...).
+# Their names in an exported program after `run_decompositions`. They return (output, statistics
+# ...).
 _CORE_NORMS = (
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training",
     "native_group_norm",
     "native_layer_norm",
 )
-# They would cut the ramp off.
+# These would cut the ramp off.
 _LIMITS = ("relu6", "hardtanh", "clamp", "clip", "clamp_", "hardtanh_", "tanh", "tanh_")
-# They would drop voxels of the ramp.
+# These would drop voxels of the ramp.
 _DROPOUTS = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
     *("feature_alpha_dropout", "dropout_"),
 )
 _ATTENTION = ("scaled_dot_product_attention",)
-# They change values, and move nothing.
+# These change values, but move nothing.
 _ACTIVATIONS = (
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_"),
     *("elu", "elu_", "celu", "celu_", "selu", "selu_", "gelu", "silu", "silu_", "mish", "mish_"),
@@ -50,20 +51,20 @@ _ACTIVATIONS = (
     *("threshold", "_threshold", "threshold_"),
 )
 
-# The factor by which upsampled paths are made small. Where such a path meets a skip connection, the
-# skip connection knows the place. Residual blocks double what goes through them, so the coarse
-# levels would otherwise drown it.
+# Upsampled paths are made small by this factor, so that the skip connections, which have the finer
+# places, dominate where the two meet. Residual blocks double what goes through them, so without the
+# factor the coarse levels would dominate.
 FADED = 1e-3
 
 
 class PlainOperations(TorchFunctionMode):
-    """Makes a network plain: it passes what it is shown on, unchanged and at the same place.
+    """Makes a network plain, so that it passes its input on, unchanged and at the same place.
 
-    Kernels are reduced to their central taps, averaged over channels. Biases, normalisation and
-    attention are switched off. What is upsampled becomes small.
+    Kernels are reduced to their central taps and averaged over channels. Biases, normalisation and
+    attention are switched off. Upsampled paths become small.
 
     Args:
-        level: the mean of what is shown. Upsampled paths are scaled to `FADED` times this level.
+        level: the mean of the input. Upsampled paths are scaled to `FADED` times this level.
     """
 
     def __init__(self, level: float) -> None:
@@ -103,9 +104,9 @@ def _gradients(
     allow_unused: bool,
     **_: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return gradients of scalars as `torch.autograd.grad` does, but without leaving the modes.
+    """Return gradients of scalars as `torch.autograd.grad` does, but with the modes still on.
 
-    `torch.autograd.grad` would switch this mode off while it runs.
+    `torch.autograd.grad` itself would switch them off while it runs.
     """
     seeds = tuple(torch.ones_like(output) for output in outputs)
     settings = retain_graph, create_graph, tuple(inputs), allow_unused
@@ -115,8 +116,8 @@ def _gradients(
     return found
 
 
-class _AlsoInCheckpoints(TorchFunctionMode):
-    """Changes operations, also when a checkpoint runs them again in the backward pass."""
+class _ChangedOperations(TorchFunctionMode):
+    """Changes operations, including those that a checkpoint runs again in the backward pass."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -128,15 +129,15 @@ class _AlsoInCheckpoints(TorchFunctionMode):
         return self._changed(func, _name(func), args, kwargs)
 
     def _changed(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return what is to take the place of the result of an operation."""
+        """Return the result that replaces that of an operation."""
         raise NotImplementedError
 
 
-class MirroredOperations(_AlsoInCheckpoints):
-    """Mirrors every kernel in space, or none; what is upsampled becomes small.
+class MirroredOperations(_ChangedOperations):
+    """Mirrors every kernel in space, or none; upsampled paths become small.
 
-    The receptive field of a network with mirrored kernels is itself mirrored. So the middle of both
-    is where the network's structure puts it, whatever its weights are.
+    A network with mirrored kernels has a mirrored receptive field. So the middle of the two
+    receptive fields depends only on the network's structure, and not on its weights.
 
     Args:
         mirrored: whether the kernels are mirrored.
@@ -155,11 +156,11 @@ class MirroredOperations(_AlsoInCheckpoints):
         return output * FADED if upsampled else output
 
 
-class RandomOperations(_AlsoInCheckpoints):
-    """Turns a network into one of the same structure that looks as if it had never been trained.
+class RandomOperations(_ChangedOperations):
+    """Turns a network into an untrained one of the same structure.
 
     The weights of kernels get random signs, and activation functions are replaced by the identity.
-    So no path is closed by the image, and none cancels another one because of what was learned.
+    So no activation function closes a path, and no path cancels another one because of training.
 
     Args:
         seed: for the signs. Two kernels with the same values get the same signs.
@@ -177,7 +178,7 @@ class RandomOperations(_AlsoInCheckpoints):
         return func(*args, **kwargs)
 
     def _signed(self, weight: torch.Tensor) -> torch.Tensor:
-        # If the image determines a kernel, the places that do so are not where the layer looks.
+        # If the kernel itself depends on the image, that dependence must not count.
         weight = weight.detach()
         # The seed follows from the values, so a checkpoint that runs again gets the same signs.
         values = float(weight.abs().double().sum())
@@ -203,10 +204,10 @@ def _transposes(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _shuffles(name: str, args: tuple, output: Any) -> bool:
-    """Tell whether this is the last step of a sub-pixel upsampling.
+    """Tell whether an operation is the last step of a sub-pixel upsampling.
 
-    That step is (B, C, d, r, h, s) -> (B, C, d r, h s). Windows of tokens are put together in the
-    same way, but with their channels last.
+    That step is (B, C, d, r, h, s) -> (B, C, d r, h s). Windows of tokens are merged in the same
+    way, but with their channels last.
     """
     if name not in ("reshape", "view") or not isinstance(args[0], torch.Tensor):
         return False
@@ -224,7 +225,7 @@ def _with_weight(
         bias: whether the bias stays.
     """
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    # A network in half precision may be shown inputs in single precision.
+    # A network in half precision may get inputs in single precision.
     weight, rest = change(named["weight"]).to(named["input"].dtype), args[3:]
     others = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
     return (named["input"], weight, named.get("bias") if bias else None, *rest), others
@@ -239,7 +240,7 @@ def _central_taps(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _all_taps(weight: torch.Tensor) -> torch.Tensor:
-    """Return a constant transposed kernel: the central taps alone would leave gaps."""
+    """Return a constant transposed kernel, since central taps alone would leave gaps."""
     return torch.full_like(weight, 1 / weight[0].numel())
 
 

@@ -1,4 +1,4 @@
-"""The inputs that layers are shown to see where their voxels lie, and the layers' grids in them."""
+"""The inputs with which grids are measured, and the grids of layers in these inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.layers import LayerRef
 
-#: Voxels of an input that noise is sent through: along the axis, and at most along the others.
+#: Voxels of an input along the measured axis, and the most voxels along the other axes.
 LONG, OTHERS = 64, 32
 
-#: So many voxels are enough for one look. Of smaller inputs more are drawn, up to so many times.
+#: So many voxels are enough for one measurement. Smaller inputs are drawn several times, up to
+#: TIMES.
 ENOUGH, TIMES = LONG * OTHERS**2, 4
 
 Grids = Mapping[LayerRef, FeatureGrid]
@@ -22,11 +23,11 @@ Grids = Mapping[LayerRef, FeatureGrid]
 def handy_shape(full: Sequence[int], axis: int, length: int) -> tuple[int, ...]:
     """Return a small shape that differs from the full one by multiples of 32.
 
-    Most networks that take the full shape take such a shape as well.
+    Most networks that accept the full shape accept such a shape as well.
 
     Args:
         full: spatial shape of the input.
-        axis: the axis that gets `length` voxels, and up to 31 more.
+        axis: the axis that gets at least `length` voxels, and up to 31 more.
 
     >>> handy_shape((200, 100, 20), 0, 64)
     (72, 36, 20)
@@ -51,7 +52,7 @@ def unchanged_grids(
 
 
 def times_drawn(shape: Sequence[int]) -> int:
-    """Return how many inputs of a shape make one look."""
+    """Return how many inputs of a shape are needed for one measurement."""
     return min(TIMES, max(1, ENOUGH // math.prod(shape)))
 
 
@@ -61,6 +62,6 @@ def has_grid(grid: FeatureGrid, axis: int, size: int, length: int, full: int) ->
 
 
 def places(grid: FeatureGrid, axis: int, size: int) -> torch.Tensor:
-    """Return where the first `size` voxels of a layer lie along an axis of the input."""
+    """Return the places of a layer's first `size` voxels along an axis of the input."""
     index = torch.arange(size, dtype=torch.float64, device="cpu")
     return grid.stride[axis] * index + grid.offset[axis]

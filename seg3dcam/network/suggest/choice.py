@@ -1,4 +1,4 @@
-"""Choose among the layers that a probing pass found: bottleneck or middle, and decoder levels."""
+"""Choose bottleneck or middle, and decoder levels, among the layers of a probing pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Role = Literal["bottleneck", "middle", "decoder"]
 def on_main_path(candidates: Sequence[Candidate], paths: Paths) -> list[Candidate]:
     """Leave out side branches that pool to a fixed size, such as those of pyramid pooling and ASPP.
 
-    Where there are such branches, layers parallel to them are branches, too. Then only those layers
-    of the coarsest level are kept that everything passes through, if there are any.
+    If there are such branches, the layers parallel to them are branches, too. So of the coarsest
+    level only those layers are kept through which everything passes, if there are any.
     """
     kept = [
         c for c in candidates if paths.all_pass(c.tensor) or not paths.behind_fixed_pool(c.tensor)
@@ -46,9 +46,9 @@ def auto_choice(candidates: Sequence[Candidate], probed: ProbingPass) -> tuple[C
 
 
 def _is_code(tensor: torch.Tensor, paths: Paths) -> bool:
-    """Tell whether a tensor is a vector that everything passes through, as an autoencoder's code.
+    """Tell whether a tensor is a vector through which everything passes, such as a code.
 
-    Voxels of what is made from it have places in the output, but not in the scan.
+    Layers after it have places in the output, but not in the scan.
     """
     without_places = tensor.ndim == 2 or (tensor.ndim > 2 and math.prod(tensor.shape[2:]) == 1)
     return without_places and tensor in paths and paths.all_pass(tensor)
@@ -57,8 +57,8 @@ def _is_code(tensor: torch.Tensor, paths: Paths) -> bool:
 def _middle(candidates: Sequence[Candidate], paths: Paths) -> Candidate:
     """Return the layer nearest to the middle of the network's depth; of two, the earlier one.
 
-    Layers that everything passes through are preferred: the sums of residual blocks, and not what
-    is added there.
+    Layers through which everything passes are preferred, such as the sums of residual blocks over
+    their summands.
     """
 
     def off_centre(one: Candidate) -> tuple[int, int]:
@@ -82,11 +82,11 @@ def _bottleneck(coarsest: Sequence[Candidate], x: torch.Tensor, paths: Paths) ->
     others = list(coarsest)
     while not _sees_beyond_its_patch(best, x):
         others = [c for c in others if c.tensor is not best.tensor]
-        if not others:  # all of them see patches only, so none is better than another
+        if not others:  # all see only patches, so none is better than another
             best = _best(coarsest)
             break
         best = _best(others)
-    # A skip connection around the coarsest level gives skip and level concatenated: take the level.
+    # If a skip connection around the coarsest level is concatenated with it, take the level.
     while level := _level_beside_its_skip(best, coarsest, paths):
         best = level
     return best
@@ -97,8 +97,8 @@ def _level_beside_its_skip(
 ) -> Candidate | None:
     """Return the level in a concatenation of a skip connection and the level made from it.
 
-    None if the tensor is joined in another way: in a dense block, each layer adds a few channels to
-    many others; and parallel branches are not made from one another.
+    Return None if the tensor is another concatenation. In a dense block, each layer adds a few
+    channels to many others, and parallel branches are not made from one another.
     """
     if not type(both.tensor.grad_fn).__name__.startswith("Cat"):
         return None
@@ -158,7 +158,7 @@ def _sees_beyond_its_patch(layer: Candidate, x: torch.Tensor) -> bool:
 
 
 def _producer(best: Candidate, level: Sequence[Candidate], bottleneck: Candidate) -> Candidate:
-    """Return the module that made a tensor, if `best` only hands it on from another branch."""
+    """Return the module that made a tensor, if `best` only passes it on from another branch."""
     inner = bottleneck.layer.module
     elsewhere = [
         c
@@ -172,10 +172,10 @@ def _producer(best: Candidate, level: Sequence[Candidate], bottleneck: Candidate
 
 
 def norm_that_reads(best: Candidate, found: Sequence[Candidate]) -> Candidate:
-    """Return the LayerNorm behind a layer, if the network reads the layer through that alone.
+    """Return the LayerNorm after a layer, if the network reads the layer only through it.
 
-    A LayerNorm forgets how long a token is, so activations and gradients before it are orthogonal:
-    HiResCAM would show nothing but rounding errors there.
+    A LayerNorm ignores the length of a token. So before it, activations and gradients are
+    orthogonal, and HiResCAM would show nothing but rounding errors.
     """
     memory = memory_of_views(best.tensor) if best.cancels else None
     norms = [c for c in found if c.read is not None and memory_of_views(c.read) == memory]
@@ -185,7 +185,7 @@ def norm_that_reads(best: Candidate, found: Sequence[Candidate]) -> Candidate:
 def _best(candidates: Sequence[Candidate]) -> Candidate:
     """Return the candidate of the lowest rank."""
     best = min(candidates, key=lambda c: c.rank)
-    # If several modules give this tensor, take one that gives it alone. If the tensor is replaced
-    # in a list that another module gives, the network may not use that list.
+    # If several modules give this tensor, take one that gives nothing else. Another one may give it
+    # in a list, and if the tensor were replaced there, the network might not use that list.
     same = [c for c in candidates if c.tensor is best.tensor]
     return min(same, key=lambda c: (len(c.layer.element), c.rank))

@@ -1,4 +1,4 @@
-"""What an autograd graph tells about a tensor: how deep it lies, and whether paths lead around it.
+"""Read from an autograd graph how deep a tensor lies, and whether paths lead around it.
 
 The parameters must be frozen, so that the only leaf of the graph is the network's input.
 """
@@ -19,12 +19,12 @@ _WEIGHTED = re.compile(r"conv|mm|^linear|attention", re.IGNORECASE)
 #: Operations that may pool to a size of their own.
 _POOLING = re.compile(r"^(adaptive|mean|sum|amax)", re.IGNORECASE)
 
-#: A tensor in a graph: the node that made it, and which of the node's tensors it is.
+#: A tensor in a graph: the node that made it, and its number among the outputs of that node.
 Edge = tuple[Any, int]
 
 
 def edge_of(tensor: torch.Tensor) -> Edge:
-    """Return how a tensor is listed among the `next_functions` of what was made from it."""
+    """Return a tensor's entry in the `next_functions` of the nodes that use it."""
     return tensor.grad_fn, tensor.output_nr
 
 
@@ -68,8 +68,8 @@ def _sizes(edge: Edge) -> tuple[int, ...]:
 def _fixed_pools(nodes: list[Any]) -> set[Any]:
     """Return the operations that pool an image to a size that does not depend on the image's.
 
-    These are poolings to one voxel, and adaptive ones. An adaptive one that halves its image, and
-    is the only one to pool that image, does not count, since it may be a level of an encoder.
+    These are poolings to one voxel, and adaptive poolings. An adaptive pooling that halves its
+    image, and is the only one that pools it, does not count, since it may be a level of an encoder.
     """
     pools = [n for n in nodes if _POOLING.match(type(n).__name__) and len(_inner(n)) == 1]
     together = Counter(_inner(node)[0] for node in pools)
@@ -90,7 +90,7 @@ def _fixed_pools(nodes: list[Any]) -> set[Any]:
 
 
 class Paths:
-    """The ways from a network's input to its logits, with operations that have weights counted.
+    """The paths from a network's input to its logits, on which operations with weights are counted.
 
     Args:
         logits: the network's output, with a graph.
@@ -128,22 +128,22 @@ class Paths:
         return tensor.grad_fn is not None and tensor.grad_fn in self._depth
 
     def depth(self, tensor: torch.Tensor) -> int:
-        """Return how many operations with weights lie on the longest way from the input to it."""
+        """Return how many operations with weights lie on the longest path from the input to it."""
         return self._depth[tensor.grad_fn]
 
     def height(self, tensor: torch.Tensor) -> int:
-        """Return how many operations with weights lie on the longest way from it to the logits."""
+        """Return how many operations with weights lie on the longest path from it to the logits."""
         return self._height[tensor.grad_fn]
 
     def leads_to_logits(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a way from it to the logits meets no weights, so that it is a term of them.
+        """Tell whether a path from it to the logits has no weights, so that it is a term of them.
 
-        Such are the logits before a softmax or before they are resized, and the logits of a branch.
+        Examples are logits before a softmax or a resizing, and the logits of a branch.
         """
         return self._least[tensor.grad_fn] == 0
 
     def all_pass(self, tensor: torch.Tensor, to: torch.Tensor | None = None) -> bool:
-        """Tell whether no way leads around a tensor, from the input to the logits or to `to`."""
+        """Tell whether all paths from the input to the logits or to `to` pass a tensor."""
         cut = edge_of(tensor)
         end = (self._logits if to is None else to).grad_fn
         seen, waiting = {end}, [end]
@@ -158,7 +158,7 @@ class Paths:
         return True
 
     def behind_fixed_pool(self, tensor: torch.Tensor) -> bool:
-        """Tell whether every way from the input to a tensor leads through a pool to a fixed size.
+        """Tell whether every path from the input to a tensor leads through a pool to a fixed size.
 
         This is so in the branches of pyramid pooling, and for what is made from an image's mean.
         The size of such a tensor does not tell how coarsely the network looks at its input.
@@ -178,7 +178,7 @@ class Paths:
 
     @staticmethod
     def leads(to: torch.Tensor, start: Edge) -> bool:
-        """Tell whether a way leads from an earlier tensor, given as an edge, to a later one."""
+        """Tell whether a path leads from an earlier tensor, given as an edge, to a later one."""
         seen, waiting = {to.grad_fn}, [to.grad_fn]
         while waiting:
             for edge in _inner(waiting.pop()):

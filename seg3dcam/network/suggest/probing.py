@@ -1,4 +1,4 @@
-"""One pass of a network with a random input, and what each of its modules gives in it."""
+"""Run a network on a random input, and record what each of its modules gives."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ModuleOutput:
 
     Attributes:
         layer: the module, and which of its outputs this is.
-        order: the order in which the tensors were first given; a module that only hands a tensor
-            on gets the same number as the one that made it.
+        order: number of the tensor, in the order in which tensors were made. A module that only
+            passes a tensor on has the same number as the one that made it.
         tensor: the tensor.
         version: its version when it was given, which counts in-place operations.
-        read: what a LayerNorm took as its input; None for other modules.
+        read: the input of a LayerNorm; None for other modules.
     """
 
     layer: LayerRef
@@ -50,14 +50,15 @@ class ModuleOutput:
 
 @dataclass(frozen=True)
 class Candidate(ModuleOutput):
-    """A tensor that is an image of the input, and that the logits depend on.
+    """A tensor that is an image of the input, and on which the logits depend.
 
     Attributes:
         layout: how it becomes (B, C, *s).
         shape: (C, *s).
         stride: distance between its voxels, in voxels of the input.
-        cancels: whether its products with the gradient sum to zero over the channels, everywhere.
-        beside: whether the gradient also reaches parts of the tensor that are outside of the image,
+        cancels: whether its products with the gradient sum to zero over the channels at every
+            voxel.
+        beside: whether the gradient is also non-zero in parts of the tensor outside of the image,
             such as a class token.
     """
 
@@ -75,13 +76,13 @@ class Candidate(ModuleOutput):
 
 @dataclass(frozen=True)
 class ProbingPass:
-    """What a pass with a random input showed.
+    """The result of a pass with a random input.
 
     Attributes:
         x: the input (1, C, *S).
         logits: the network's output.
         outputs: what every usable module gave.
-        paths: the ways from the input to the logits.
+        paths: the paths from the input to the logits.
     """
 
     x: torch.Tensor
@@ -91,7 +92,7 @@ class ProbingPass:
 
     @property
     def gives(self) -> str:
-        """What the network gives: "mask", "classes" of the whole image, or "output", as boxes."""
+        """What the network gives: "mask", "classes" of the image, or "output", such as boxes."""
         if math.prod(self.logits.shape[2:]) == 1:
             return "classes"
         return "mask" if self.logits.ndim == self.x.ndim else "output"
@@ -132,10 +133,10 @@ def _random_input(capture: Capture, input_shape: tuple[int, ...]) -> torch.Tenso
 
 
 def _usable(once: Iterable[ModuleOutput], found: Iterable[ModuleOutput]) -> list[ModuleOutput]:
-    """Leave out norms, activations and the like: the layer before them says more.
+    """Leave out norms, activations and the like, since the layer before them is more informative.
 
-    A LayerNorm makes all tokens equally long, so the block before it says more, too. It is kept all
-    the same, since `choice.norm_that_reads` may need it.
+    This is also true for a LayerNorm, which makes all tokens equally long. It is kept all the same,
+    since `choice.norm_that_reads` may need it.
     """
     normed = {id(o.tensor) for o in found if o.read is not None}
     return [
@@ -158,7 +159,7 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 
 def candidates_in(capture: Capture, probed: ProbingPass) -> list[Candidate]:
-    """Return the tensors that are images of the input and that the logits depend on."""
+    """Return the tensors that are images of the input and on which the logits depend."""
     images, logits = _images(capture, probed), probed.logits
     generator = torch.Generator("cpu").manual_seed(1)
     weights = torch.rand(logits.shape, generator=generator, device="cpu").to(logits)
@@ -181,8 +182,8 @@ def candidates_in(capture: Capture, probed: ProbingPass) -> list[Candidate]:
         and image.tensor in probed.paths
         and image.tensor.grad_fn is not logits.grad_fn
     ]
-    # The map of a term of the logits is just the logits. If there is nothing but terms, those that
-    # have the shape of the logits are most likely the network's head, before a softmax.
+    # The map of a term of the logits is only the logits again. If there are nothing but terms,
+    # those with the shape of the logits are most likely the network's head, before a softmax.
     features = [image for image in used if not probed.paths.leads_to_logits(image.tensor)]
     return features or [i for i in used if i.tensor.shape != logits.shape] or used
 
@@ -203,7 +204,7 @@ def _images(capture: Capture, probed: ProbingPass) -> list[Candidate]:
 
 
 def _cancels(image: Candidate, gradient: torch.Tensor) -> bool:
-    """Tell whether activations times gradients sum to zero over the channels, everywhere."""
+    """Tell whether activations times gradients sum to zero over the channels at every voxel."""
     products = image.layout(image.tensor.detach() * gradient)
     return bool(products.sum(1).abs().max() < 1e-3 * products.abs().sum(1).max())
 

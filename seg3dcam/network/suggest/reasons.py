@@ -19,8 +19,8 @@ class LayerTraits:
     Attributes:
         gives: what the network gives, see `ProbingPass.gives`.
         several: whether the network has levels of more than one resolution.
-        all_pass: whether no way leads from the input to the logits around the layer.
-        read_by_one: whether a voxel of the logits reads one voxel of the layer only, as seen in the
+        all_pass: whether all paths from the input to the logits lead through the layer.
+        read_by_one: whether a voxel of the logits reads only one voxel of the layer, judged in the
             middle of the image. False if that is not known.
         depth: number of layers up to it.
         height: number of layers between it and the logits.
@@ -68,7 +68,7 @@ class LayerTraits:
 
 
 def _read_by_one(one: Candidate, logits: torch.Tensor) -> bool:
-    """Tell whether the logits at the place of a layer's middle voxel read that voxel alone."""
+    """Tell whether the logits at the place of a layer's middle voxel read only that voxel."""
     place: list[Any] = [...]
     for small, large in zip(one.shape[1:], logits.shape[2:], strict=True):
         if large % small:
@@ -91,7 +91,7 @@ def traits_of(
     several = len({c.size for c in candidates}) > 1
     traits: list[LayerTraits] = []
     read_by_one = gives == "mask"
-    # From fine to coarse: if something mixes voxels after a level, it does so after coarser ones.
+    # From fine to coarse: what mixes voxels after a fine level also comes after coarser ones.
     for one in reversed(chosen):
         read_by_one = read_by_one and _read_by_one(one, probed.logits)
         all_pass = paths.all_pass(one.tensor) and not one.beside

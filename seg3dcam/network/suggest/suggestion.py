@@ -31,7 +31,7 @@ class Suggestion:
 
     Attributes:
         name: what to pass as `target_layers`.
-        role: "bottleneck", "middle" where no level is coarser than the output, or "decoder".
+        role: "bottleneck"; "middle" if no level is coarser than the output; or "decoder".
         shape: (C, *s) of its activations.
         stride: distance between its voxels, in voxels of the input, along each axis.
         megabytes: size of its activations for one input of the given shape; a map needs about three
@@ -102,13 +102,13 @@ def suggest_layers(
 
 
 def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:
-    """Return the layer that "auto" means: the bottleneck, or the middle where there is none."""
+    """Return the layer that "auto" stands for: the bottleneck, or the middle if there is none."""
     chosen = next(s for s in suggest_layers(model, input_shape, output=output) if s.auto)
     return resolve_layers(model, chosen.name)[0]
 
 
 def _check_shape(input_shape: Any) -> None:
-    """Raise InputError for anything that is no shape (B, C, *S); the batch size does not matter."""
+    """Raise InputError unless a shape is (B, C, *S); the batch size does not matter."""
     try:
         sizes = tuple(input_shape)
     except TypeError:

@@ -1,8 +1,7 @@
 """Leave a network and its process as they were: everything that changes is put back.
 
-All states are noted before anything changes. Each is put back by itself, so that one that fails
-does not keep the others from being put back. A network that could not be put back is refused before
-it is touched.
+All states are noted before anything changes. Each is put back separately, so that a failure does
+not affect the others. A network that could not be put back is refused before it is touched.
 """
 
 from seg3dcam.network.untouched.context import check_explainable, untouched

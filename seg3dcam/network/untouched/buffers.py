@@ -20,7 +20,7 @@ def copies_of_buffers(
     written to the one must be seen in the other.
 
     Args:
-        values: what modules keep in attributes.
+        values: the values that modules keep in attributes.
     """
     others = [value for value, _ in values if isinstance(value, torch.Tensor)]
     taken = {memory_of(tensor) for tensor in (*others, *model.parameters())}
@@ -37,7 +37,7 @@ def copies_of_buffers(
 
 
 def _copied(buffers: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return copies, in one memory, of buffers that share memory; [] where that cannot be done."""
+    """Return copies of buffers that share memory, which share it too; [] if that is impossible."""
     one = buffers[0]
     if len(buffers) == 1:
         return [one.detach().clone()]
@@ -47,5 +47,5 @@ def _copied(buffers: list[torch.Tensor]) -> list[torch.Tensor]:
     memory = one.untyped_storage().clone()
     size = memory.nbytes() // one.element_size()
     whole = one.detach().new_empty(0).set_(memory, 0, (size,), (1,))
-    with torch.enable_grad():  # the copies are views for autograd too
+    with torch.enable_grad():  # so that the copies are views for autograd, too
         return [whole.as_strided(b.shape, b.stride(), b.storage_offset()) for b in buffers]

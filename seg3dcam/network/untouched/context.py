@@ -1,4 +1,4 @@
-"""The `with` in which a network is frozen, and after which everything is as it was."""
+"""The `with` in which a network is frozen, and which puts everything back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from seg3dcam.errors import ModelError, tell
+from seg3dcam.errors import ModelError, some, tell
 from seg3dcam.network.attributes import attribute_values, in_words
 from seg3dcam.network.untouched.buffers import copies_of_buffers
 from seg3dcam.network.untouched.process import eager, full_precision
@@ -31,7 +31,7 @@ def check_explainable(model: nn.Module) -> None:
     """Raise ModelError for a network whose tensors have no values, or that autograd cannot follow.
 
     Args:
-        model: a network without wrappers. Nothing of it is touched.
+        model: a network without wrappers. It is not changed.
     """
     for name, module in model.named_modules():
         where = in_words(name, module)
@@ -67,16 +67,16 @@ def untouched(model: nn.Module, overwritten: Mapping[str, torch.Tensor]) -> Iter
     `requires_grad`, buffers and hooks; parameters and submodules that the forward pass replaces,
     adds or writes to; and what modules keep in attributes: tensors, arrays, containers and objects
     of a user's own classes (see `seg3dcam.network.attributes`). A warning names what could not be
-    put back. Random states are the business of `seg3dcam.network.random_draws`.
+    put back. For random states see `seg3dcam.network.random_draws`.
 
     Not put back are: tensors and arrays of more than `restoring.LARGEST` bytes, or mapped from a
-    file; `.grad` that the network itself writes; what is no attribute, such as globals and
+    file; `.grad` that the network itself writes; values that are no attributes, such as globals and
     variables of enclosing functions; iterators; objects that have `__slots__`, that belong to a
     library, or that hold a network, an optimiser, a data set, a file, a lock or a thread; and
     whatever comes after the nearest two thousand values.
 
     Args:
-        model: one that `check_explainable` has let pass.
+        model: a network that `check_explainable` has accepted.
         overwritten: name of a parameter that the network's passes write to -> its values before;
             the passes fill it in.
     """
@@ -100,10 +100,10 @@ def _noted(
     """Note the state of everything, and change nothing yet.
 
     Args:
-        notes: (part in words, what puts it back); filled in.
+        notes: (part in words, function that puts it back); it is filled in.
 
     Returns:
-        What freezes the network.
+        Functions that freeze the network.
     """
     modules, values = list(model.named_modules()), attribute_values(model)
     freeze: list[Change] = []
@@ -111,8 +111,8 @@ def _noted(
     for name, module in modules:
         where = in_words(name, module)
         notes += [(where, of(module)) for of in (of_mode, of_attributes, of_tables)]
-        if getattr(module, "training", None) is not None:  # a frozen script has no mode
-            # Set directly: a train() or eval() of the network's own may do more than that.
+        if getattr(module, "training", None) is not None:  # a frozen TorchScript module has no mode
+            # Set directly, since a network's own train() or eval() may do more than that.
             freeze.append(partial(setattr, module, "training", False))
     for name, parameter in model.named_parameters():
         put_back = of_parameter(parameter, partial(overwritten.get, name))
@@ -135,7 +135,7 @@ def _noted(
 
 
 def _put_back(notes: list[tuple[str, Change]], failed: list[str]) -> None:
-    """Put back all that was noted, the last first, also if one fails or the user interrupts."""
+    """Put back all that was noted, the last first, even if one fails or the user interrupts."""
     try:
         while notes:
             where, put_back = notes.pop()
@@ -152,10 +152,9 @@ def _tell_failed(failed: Sequence[str]) -> None:
     """Warn about what could not be put back."""
     if failed:
         tell(
-            f"the network is not as it was before: {'; '.join(failed[:3])}"
-            f"{f'; and {len(failed) - 3} more' * (len(failed) > 3)}. Its own forward pass changes "
-            "this, also when it only predicts, in a way that cannot be undone: load the network "
-            "again, and keep such values in buffers"
+            f"the network is not as it was before: {some(failed, 3, '; ')}. Its own forward pass "
+            "changes this, also when it only predicts, in a way that cannot be undone: load the "
+            "network again, and keep such values in buffers"
         )
 
 
@@ -171,7 +170,7 @@ def _versions(model: nn.Module) -> list[tuple[str, nn.Parameter, int]]:
 def _tell_changed_parameters(
     before: list[tuple[str, nn.Parameter, int]], overwritten: Mapping[str, torch.Tensor]
 ) -> None:
-    """Warn about parameters that the network's own forward pass wrote to without being seen."""
+    """Warn about parameters to which the network's forward pass wrote without being noticed."""
     changed = [n for n, p, version in before if p._version != version and n not in overwritten]
     if changed:
         tell(

@@ -1,4 +1,4 @@
-"""Switches of the whole process that are turned while a network is explained."""
+"""Settings of the whole process that are changed while a network is explained."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 
 class ProcessSwitch:
-    """A switch of the process that several threads need at the same time.
+    """A switch of the process that several threads may need at the same time.
 
-    The first thread turns it and the last one turns it back. If each thread did so for itself, it
-    would turn back to what another one had set.
+    The first thread turns it on and the last one turns it off. If each thread did so for itself, a
+    thread might turn it off while another one still needs it.
 
     Args:
-        turned: makes a `with` in which the switch is turned.
+        turned: returns a `with` in which the switch is on.
     """
 
     def __init__(self, turned: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:

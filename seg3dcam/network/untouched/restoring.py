@@ -1,7 +1,7 @@
-"""Note the state of a part of a network, and return what puts it back.
+"""Note the states of parts of a network, to put them back later.
 
-Each function takes a part and returns a function without arguments that puts the part back as it is
-now.
+Each function notes the present state of a part, and returns a function without arguments that puts
+this state back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seg3dcam.network.attributes import (
     own_attributes,
 )
 
-#: Bytes: a copy of a larger tensor or array would cost more than it is worth.
+#: In bytes: larger tensors and arrays are not copied, since that would cost too much memory.
 LARGEST = 2**28
 
 #: Layout of a sparse tensor -> the methods that return what it is made of.
@@ -47,7 +47,7 @@ def _nothing() -> None:
 
 
 def of_mode(module: nn.Module) -> Change:
-    """Return what puts a module's mode, training or eval, back; a frozen script has none."""
+    """Return what puts a module's mode back, training or eval; a frozen TorchScript has none."""
     training = getattr(module, "training", None)
     return _nothing if training is None else partial(setattr, module, "training", training)
 
@@ -95,14 +95,14 @@ def of_tables(module: nn.Module) -> Change:
 
 
 def _is_empty(container: Any) -> bool:
-    """Tell whether a container is empty, whatever methods a subclass has overridden."""
+    """Tell whether a container is empty, without methods that a subclass may have overridden."""
     kind = container_kind(container)
     return not (container if kind is type(container) else kind.__len__(container))
 
 
 def of_value(value: Any) -> Change:
     """Return what puts back a tensor, array, container or object that a module keeps."""
-    # Generators: see `seg3dcam.network.random_draws`. Parameters that changed are told to the user.
+    # For generators see `seg3dcam.network.random_draws`, for parameters `of_parameter`.
     if isinstance(value, (*GENERATORS, nn.Parameter)):
         return _nothing
     if isinstance(value, torch.Tensor):
@@ -167,7 +167,7 @@ def of_tensor(tensor: torch.Tensor) -> Change:
                 tensor.data = place
             if memory.nbytes() < size:  # otherwise reading would go beyond its end
                 memory.resize_(size)
-            # Written only if needed: a graph made meanwhile may depend on the unwritten tensor.
+            # Written only if needed, since a graph made meanwhile may need the tensor unwritten.
             if not _same(written, values):
                 written.copy_(values)
         if graph and tensor.requires_grad:
@@ -222,12 +222,12 @@ def _sparse(tensor: torch.Tensor) -> Change:
 
 
 def _contents(container: Any) -> Change:
-    """Return what puts back what a container holds, whatever methods a subclass has overridden."""
+    """Return what puts a container's items back, without methods that a subclass may override."""
     kind = container_kind(container)
     before = _held(container, kind)
 
     def put_back() -> None:
-        # Written only if it changed: other threads may be reading it.
+        # Written only if it changed, since other threads may be reading it.
         now = _held(container, kind)
         if len(now) == len(before) and all(map(operator.is_, now, before)):
             return

@@ -1,1 +1,1 @@
-"""Pictures of a case as files: one module, one kind."""
+"""Write pictures of a case, each kind in a module of its own."""

@@ -1,4 +1,4 @@
-"""The slices as a film: the scan beside the scan with the CAM, in a file that any browser plays."""
+"""Film of the slices, the scan beside the scan with the CAM, which every browser can play."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from PIL import Image
 
 from seg3dcam.files import atomic
 from seg3dcam.review.pictures import display
-from seg3dcam.review.pictures.page import check_suffix, each_slice, make_folder
+from seg3dcam.review.pictures.page import each_slice, file_to_write
 from seg3dcam.review.pictures.slices import draw_slice_page
 from seg3dcam.review.pictures.text import MARGIN
 from seg3dcam.review.plan import Review
 
-# Sides of a picture in pixels: larger where the film is short.
+# The largest and the smallest side of a picture in pixels; in a long film pictures are smaller.
 CINE_SHORT, CINE_SMALLEST = 384, 256
-CINE_PIXELS = 80_000_000  # of the pictures of all frames, which are in memory together
+CINE_PIXELS = 80_000_000  # of all frames together, which are in memory at once
 MOST_FRAMES = 300
 
-# The whole film takes about so long; each frame is shown for a time within these limits.
+# Milliseconds: about the length of the film, and the limits for the time of one frame.
 FILM_MS, FASTEST_MS, SLOWEST_MS = 15_000, 50, 200
 
 QUALITY, EFFORT = 80, 2
 
 
 def save_cine(path: str | os.PathLike[str], review: Review) -> Path:
-    """Save the review's slices, in their order, as an animated WebP that runs for ever.
+    """Save the review's slices in their order as an animated WebP, which repeats for ever.
 
     Args:
-        path: the file, ending in .webp; its folder is made if missing.
-        review: from `review_explanation` or `review_volumes`, best with all slices:
-            `review.along("axial", "all")`. Of more than 300 slices, 300 are shown.
+        path: the file, ending in .webp. Its folder is created if it is missing.
+        review: from `review_explanation` or `review_volumes`, preferably with all slices:
+            `review.along("axial", "all")`. If there are more than 300 slices, 300 are shown.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: a path that does not end in .webp.
+        ConfigError: the path does not end in .webp.
         OutputError: the file cannot be written.
 
     Example:
@@ -53,8 +53,7 @@ def save_cine(path: str | os.PathLike[str], review: Review) -> Path:
         ...         film.n_frames, film.info["loop"]
         (3, 0)
     """
-    file = check_suffix(path, ".webp", "film's")
-    make_folder(file.parent)
+    file = file_to_write(path, ".webp", "film's")
     first, *others = draw_frames(review)
     with atomic(file) as temporary:
         first.save(
@@ -71,7 +70,7 @@ def save_cine(path: str | os.PathLike[str], review: Review) -> Path:
 
 
 def draw_frames(review: Review) -> list[Image.Image]:
-    """Draw the frames, all of one size."""
+    """Draw the frames, which all have the same size."""
     indices = display.thin_out(review.indices, MOST_FRAMES, keep=review.peak_slice)
     side = _frame_side(len(indices))
     size = display.picture_size(review.view, side, long_side=2 * side, keep_detail=False)
@@ -84,7 +83,7 @@ def draw_frames(review: Review) -> list[Image.Image]:
 
 
 def _frame_side(count: int) -> int:
-    """Shrink the pictures where there are many; a frame is about twice as wide as high."""
+    """Return the side of the pictures: smaller for many frames, which are twice as wide as high."""
     side = math.isqrt(CINE_PIXELS // (2 * count)) - 2 * MARGIN
     return min(CINE_SHORT, max(CINE_SMALLEST, side))
 

@@ -1,4 +1,4 @@
-"""A close look at one place: how much of a scan is shown around it, and the picture of it."""
+"""Close-ups of a place: how much of the scan they show, and their pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.slices import draw_pair
 from seg3dcam.review.plan import Review
 
-#: The smallest and the largest part of the scan's middle extent that a close-up shows, and the part
-#: where nothing stands out.
+#: A close-up shows at least and at most these fractions of the scan's middle extent, and the last
+#: one if there is no heat.
 LEAST, MOST, USUAL = 1 / 8, 1 / 2, 1 / 4
-#: What stands out takes this part of the close-up.
+#: The hot region fills this fraction of the close-up.
 FILLED = 0.6
 
 
@@ -30,17 +30,17 @@ def closeup_mm(
     strength: NDArray[Any] | None,
     threshold: float,
 ) -> float:
-    """Choose the side in mm of the square that a close-up of a voxel shows, in every plane.
+    """Return the side in mm of the square that a close-up of a voxel shows in every plane.
 
-    What stands out is the heat around the voxel, as far as it hangs together in the three planes
-    through it.
+    It depends on the extent of the hot region around the voxel: the connected parts above the
+    threshold in the three planes through it.
 
     Args:
         shape: (X, Y, Z) of the scan.
         affine: (4, 4), voxel index -> RAS mm.
-        voxel: where to look.
-        strength: (X, Y, Z) how strong the CAM is; None where there is none.
-        threshold: what is weaker is not drawn.
+        voxel: the voxel to look at.
+        strength: (X, Y, Z) strength of the CAM; None if there is no CAM.
+        threshold: weaker values are not drawn.
 
     >>> heat = np.zeros((80, 80, 80))
     >>> heat[30:42, 30:36, 30:36] = 1
@@ -66,28 +66,28 @@ def closeup_mm(
 
 
 def _extent(mask: NDArray[np.bool_], at: ArrayLike) -> tuple[int, int]:
-    """Return rows and columns that the part of a plane's mask around a pixel takes."""
+    """Return the rows and columns of the connected part of a mask around a pixel."""
     _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
     rows, columns = np.nonzero(labels == labels[tuple(np.asarray(at))])
     return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
 
 
 def closeup_of(review: Review, voxel: Sequence[int]) -> float:
-    """Return `closeup_mm` of a case."""
+    """Return `closeup_mm` for a voxel of a case."""
     strength = None if review.cam is None else review.look.strength(review.cam)
     return closeup_mm(review.scan.shape, review.affine, voxel, strength, review.look.threshold)
 
 
 def draw_closeup(plane: Review, voxel: Sequence[int], side_mm: float, side: int) -> list[Picture]:
-    """Draw the scan and the scan with the CAM around a voxel, each framed as whole slices are.
+    """Draw the scan, and the scan with the CAM, around a voxel, framed like whole slices.
 
-    The voxel is in the middle, unless it lies near the scan's edge.
+    The voxel is in the middle, unless it lies near the edge of the scan.
 
     Args:
         plane: the case, cut along the plane to be drawn.
-        voxel: where to look.
+        voxel: the voxel to look at.
         side_mm: from `closeup_mm`.
-        side: pixels of each picture's longer side; its cell is a square of these.
+        side: longer side of each picture in pixels, which is also the side of its square cell.
     """
     view = plane.view
     rows = _part(view, view.row_axis, view.flip_rows, voxel, side_mm)
@@ -102,7 +102,7 @@ def draw_closeup(plane: Review, voxel: Sequence[int], side_mm: float, side: int)
 
 
 def _part(view: display.View, axis: int, flip: bool, voxel: Sequence[int], side_mm: float) -> range:
-    """Choose the rows or columns around a voxel; at the scan's edge they are moved, not cut."""
+    """Return the rows or columns around a voxel; at the scan's edge they are shifted inwards."""
     count, step = view.shape[axis], spacing_of(view.affine)[axis]
     at = count - 1 - voxel[axis] if flip else voxel[axis]
     shown = min(count, math.ceil(side_mm / step))

@@ -1,10 +1,11 @@
-"""From a volume and its affine to flat pictures as a radiologist expects them.
+"""Cut a volume into slices and turn them as a radiologist expects.
 
-Nothing here draws. `plan_view` looks at the affine once and says how to cut a volume; `cut`
-applies that to any array on the same grid; the rest chooses the slices.
+Nothing is drawn here. `plan_view` reads the affine once and plans how to cut a volume, and `cut`
+applies this plan to any array on the same grid. The other functions choose slices and say where
+they lie.
 
-Radiological display: the patient's right is on the picture's left; axial pictures have anterior
-up; coronal and sagittal pictures have superior up; sagittal pictures have anterior on the left.
+Radiological display: the patient's right is on the left of the picture. Anterior is up in axial
+pictures, and on the left in sagittal ones. Superior is up in coronal and sagittal pictures.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from numpy.typing import ArrayLike, NDArray
 from seg3dcam.errors import ConfigError, InputError, nearest
 from seg3dcam.geometry import checked_affine, spacing_of
 
-# "relevant" shows at most this many slices.
+# The setting "relevant" shows at most this many slices.
 MAX_RELEVANT = 20
 
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 class Plane(NamedTuple):
-    """Towards which side of the patient the slices, columns and rows of a picture go."""
+    """Towards which side of the patient slices, columns and rows follow one another."""
 
     across: str
     columns: str
@@ -52,7 +53,7 @@ class Letters(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A picture's size in pixels, and how many of them make a millimetre."""
+    """The size of a picture in pixels, and the number of pixels per mm."""
 
     height: int
     width: int
@@ -61,7 +62,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """How to cut volumes of one grid into pictures of one plane; made by `plan_view`."""
+    """How to cut volumes of one grid into slices of one plane; made by `plan_view`."""
 
     axis: str
     shape: tuple[int, int, int]
@@ -74,12 +75,12 @@ class View:
 
     @property
     def slice_count(self) -> int:
-        """Number of slices along the scan's own array axis."""
+        """Number of slices along the array axis."""
         return self.shape[self.slice_axis]
 
     @property
     def index_name(self) -> str:
-        """The usual letter of the array axis that counts the slices: i, j or k."""
+        """The usual letter of the array axis along which slices are counted: i, j or k."""
         return "ijk"[self.slice_axis]
 
 
@@ -89,8 +90,8 @@ class View:
 def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
     """Plan how to cut volumes of `shape` into pictures of one anatomical plane.
 
-    The slices run along the array axis that is closest to the anatomical one, so nothing is
-    resampled between slices; an oblique scan is shown along its own axes.
+    The slices follow the array axis that is closest to the anatomical one, so nothing has to be
+    interpolated. An oblique scan is shown along its own axes.
 
     Args:
         shape: (X, Y, Z) of the volumes.
@@ -98,8 +99,8 @@ def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
         axis: "axial", "coronal" or "sagittal".
 
     Raises:
-        ConfigError: an unknown axis.
-        InputError: an affine that is not (4, 4), not finite or cannot be inverted.
+        ConfigError: the axis is unknown.
+        InputError: the affine is not (4, 4), not finite or cannot be inverted.
 
     Example:
         >>> view = plan_view((4, 5, 6), np.eye(4), "coronal")
@@ -130,16 +131,16 @@ def plan_view(shape: Sequence[int], affine: ArrayLike, axis: str) -> View:
 
 
 def _find_axis(codes: Sequence[str], towards: str) -> tuple[int, bool]:
-    """Find the array axis along a direction, and whether it runs the other way."""
+    """Return the array axis along a direction, and whether it runs in the opposite direction."""
     if towards in codes:
         return codes.index(towards), False
     return codes.index(OPPOSITE[towards]), True
 
 
 def edge_letters(view: View) -> Letters:
-    """Say which side of the patient is at each edge of the view's pictures.
+    """Return which side of the patient is at each edge of a view's pictures.
 
-    The letters come from the affine (nearest axis codes) and the view's own flips.
+    The letters are those of the nearest anatomical axes, with the view's flips applied.
     """
     codes = nibabel.aff2axcodes(view.affine)
     right, bottom = codes[view.column_axis], codes[view.row_axis]
@@ -151,7 +152,7 @@ def edge_letters(view: View) -> Letters:
 
 
 def cut(view: View, volume: NDArray[Any], index: int) -> NDArray[Any]:
-    """Cut slice `index` (0 .. N-1 along the array's own axis) as a (rows, columns) view.
+    """Return a slice as a view (rows, columns); `index` counts from 0 along the array axis.
 
     >>> volume = np.arange(8).reshape(2, 2, 2)
     >>> cut(plan_view((2, 2, 2), np.eye(4), "axial"), volume, 0)  # x to the right, y up: flip both
@@ -169,7 +170,7 @@ def cut(view: View, volume: NDArray[Any], index: int) -> NDArray[Any]:
 
 
 def pixel_of(view: View, voxel: Sequence[float], size: Size) -> tuple[float, float]:
-    """Row and column of a voxel's centre in a picture, in pixels from its top left corner.
+    """Return row and column of a voxel's centre in a picture, in pixels from its top left corner.
 
     >>> view = plan_view((4, 4, 4), np.eye(4), "axial")  # x to the right, y up: both flipped
     >>> pixel_of(view, (0, 3, 2), Size(40, 40, 10.0))
@@ -187,13 +188,13 @@ def pixel_of(view: View, voxel: Sequence[float], size: Size) -> tuple[float, flo
 
 
 def spacing_mm(view: View) -> tuple[float, float]:
-    """Height and width of one voxel of the view's pictures, in mm."""
+    """Return height and width in mm of a voxel in a view's pictures."""
     sizes = spacing_of(view.affine)
     return sizes[view.row_axis], sizes[view.column_axis]
 
 
 def obliquity_degrees(affine: ArrayLike) -> float:
-    """Largest angle between a voxel axis and the anatomical axis that it is taken for.
+    """Return the largest angle between an axis of the voxels and its nearest anatomical axis.
 
     >>> obliquity_degrees(np.diag([-1, -1, 2, 1]))
     0.0
@@ -205,7 +206,7 @@ def obliquity_degrees(affine: ArrayLike) -> float:
 
 
 def position_mm(view: View, index: float) -> float:
-    """Where a slice lies at its centre: mm towards `PLANES[view.axis].across`."""
+    """Return the position of a slice's centre, in mm towards `PLANES[view.axis].across`."""
     centre = (np.array(view.shape) - 1) / 2
     centre[view.slice_axis] = index
     world = "RAS".index(PLANES[view.axis].across)
@@ -213,7 +214,7 @@ def position_mm(view: View, index: float) -> float:
 
 
 def position_text(view: View, index: int) -> str:
-    """Say where slice `index` lies: mm from the origin of the patient's space, at its centre.
+    """Return the position of a slice's centre as a text, from the origin of the patient's space.
 
     >>> position_text(plan_view((9, 9, 9), np.diag([1, 1, 2, 1]), "axial"), 3)
     'S 6.0 mm'
@@ -222,7 +223,7 @@ def position_text(view: View, index: int) -> str:
 
 
 def side_text(side: str, mm: float) -> str:
-    """Say how far something lies to a side of the origin, without a sign.
+    """Return how far something lies from the origin as a text, with the side and without a sign.
 
     >>> side_text("R", 12.04), side_text("S", -3.5)
     ('R 12.0', 'I 3.5')
@@ -236,9 +237,9 @@ def picture_size(view: View, short_side: int, *, long_side: int, keep_detail: bo
     Args:
         view: the plan of the cut.
         short_side: smallest height and width in pixels.
-        long_side: largest height and width in pixels; wins over `short_side`.
-        keep_detail: give every voxel at least one pixel, up to `long_side`; False: exactly
-            `short_side`.
+        long_side: largest height and width in pixels, which takes precedence over `short_side`.
+        keep_detail: whether the picture may be larger than `short_side`, so that every voxel gets
+            at least one pixel.
     """
     row_mm, column_mm = spacing_mm(view)
     height_mm = row_mm * view.shape[view.row_axis]
@@ -254,9 +255,9 @@ def picture_size(view: View, short_side: int, *, long_side: int, keep_detail: bo
 
 
 def slice_profile(view: View, volume: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Largest value and sum of every slice, each (N,)."""
+    """Return the largest value and the sum of every slice, each (N,)."""
     others = (view.row_axis, view.column_axis)
-    with np.errstate(invalid="ignore"):  # inf - inf: the caller looks for what is not finite
+    with np.errstate(invalid="ignore"):  # the caller checks for values that are not finite
         return volume.max(axis=others), volume.sum(axis=others, dtype=np.float64)
 
 
@@ -270,14 +271,14 @@ def choose_slices(
 
     Args:
         slices: "relevant", "all", one index or several.
-        relevant: (N,), the slices worth looking at.
+        relevant: (N,), which slices are worth looking at.
         peak: a slice that "relevant" must contain, or None.
-        limit: "relevant" gives at most this many, evenly spread; where no slice is relevant,
+        limit: "relevant" gives at most this many slices, evenly spread. If no slice is relevant,
             they are spread over the whole volume.
 
     Raises:
-        ConfigError: an unknown word.
-        InputError: an index outside 0 .. N-1, or no index at all.
+        ConfigError: the word is unknown.
+        InputError: an index is outside of 0 .. N-1, or there is none.
 
     >>> choose_slices("relevant", np.array([0, 1, 1, 1, 0], dtype=bool), peak=2, limit=2)
     [2, 3]
@@ -316,7 +317,7 @@ def _spread(relevant: NDArray[np.bool_], peak: int | None, limit: int) -> list[i
 
 
 def thin_out(indices: Sequence[int], limit: int, keep: int | None = None) -> list[int]:
-    """Leave at most `limit` of the indices, evenly spread, with `keep` if it is one of them.
+    """Return at most `limit` of the indices, evenly spread; `keep`, if among them, stays.
 
     >>> thin_out([1, 2, 3, 4, 5], 3), thin_out([1, 2, 3, 4, 5], 3, keep=4)
     ([1, 3, 5], [1, 4, 5])

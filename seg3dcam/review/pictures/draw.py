@@ -1,6 +1,6 @@
-"""Compositing with OpenCV: a slice in its window, its heat, its outlines.
+"""Draw slices with OpenCV: grey values, heat, and outlines.
 
-Pictures are (height, width, 3) uint8 in OpenCV's order blue, green, red.
+Pictures are (height, width, 3) uint8, in OpenCV's order blue, green, red.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from seg3dcam.review.look import Look, Window, colours
+from seg3dcam.review.look import GreyWindow, Look, colours
 from seg3dcam.review.pictures.display import Size
 
 Picture = NDArray[np.uint8]
@@ -21,14 +21,17 @@ Colour = tuple[int, int, int]
 
 
 class Line(NamedTuple):
-    """How an outline is drawn: colour, and pixels drawn and left out in turn (0: solid)."""
+    """How an outline is drawn: its colour, and the lengths of dashes and gaps in pixels.
+
+    A gap of 0 makes it solid.
+    """
 
     colour: Colour
     dash: int
     gap: int
 
 
-# Told apart by colour and by style, so also on a grey printout.
+# Lines differ in colour and in style, so that they can be distinguished in a grey printout.
 _EXPLAINED = Line(colour=(255, 255, 0), dash=7, gap=5)
 LINES = {
     "prediction": _EXPLAINED,
@@ -38,11 +41,14 @@ LINES = {
 
 
 class Palette(NamedTuple):
-    """Heat colours for the levels 0..255, from the first to the last value of a look.
+    """Colours of the heat at the levels 0..255, from the first to the last value of a look.
 
-    `pure` (256, 1, 3): the colormap. `heat` (256, 1, 3): the colormap times alpha.
-    `keep` (256,): how much of the grey shows through, 255 = all of it.
-    `zero`: the level where nothing is drawn.
+    Attributes:
+        pure: (256, 1, 3), the colormap.
+        heat: (256, 1, 3), the colormap times the opacity.
+        keep: (256,), how much of the grey shows through; 255 is all of it.
+        zero: the level at which nothing is drawn.
+        look: the settings.
     """
 
     pure: Picture
@@ -52,14 +58,14 @@ class Palette(NamedTuple):
     look: Look
 
     def levels(self, cam: NDArray[np.float32]) -> Picture:
-        """Return the levels of CAM values."""
+        """Return the levels, in 0..255, of CAM values."""
         low, high = self.look.ends
         step = 255 / (high - low)
         return cv2.convertScaleAbs(cam, alpha=step, beta=-low * step)
 
 
 def make_palette(look: Look) -> Palette:
-    """Make the colours of the heat; the threshold is left to `draw_heat`, which knows the values.
+    """Make the colours of the heat; `draw_heat` applies the threshold, as it has exact values.
 
     >>> make_palette(Look(colormap="gray", opacity=0.5)).keep[[0, 64, 255]].tolist()
     [255, 191, 128]
@@ -67,7 +73,7 @@ def make_palette(look: Look) -> Palette:
     values = np.linspace(*look.ends, 256)
     strength = look.strength(values)
     alpha = replace(look, threshold=0.0).alpha(values)
-    # Of a signed look zero lies between two levels.
+    # In a signed look, zero lies between two levels.
     alpha[np.isclose(strength, strength.min())] = 0
     bgr = colours(look.colormap)[:, None, ::-1]
     return Palette(
@@ -80,15 +86,15 @@ def make_palette(look: Look) -> Palette:
 
 
 def turned_copy(plane: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """Copy a slice of a volume into rows of its own.
+    """Return a contiguous copy of a slice of a volume.
 
-    It is first read in the order of memory and then turned: half the time of doing both at once.
+    Reading it in the order of memory and then turning it takes half the time of both at once.
     """
     return np.ascontiguousarray(plane.astype(dtype, order="K"))
 
 
 def resize_smooth(plane: NDArray[Any], size: Size) -> NDArray[np.float32]:
-    """Resize linearly to (height, width); when only shrinking, average instead."""
+    """Resize linearly; if both sides shrink, average instead."""
     plane = turned_copy(plane, np.float32)
     shrink = plane.shape[0] >= size.height and plane.shape[1] >= size.width
     how = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
@@ -96,17 +102,17 @@ def resize_smooth(plane: NDArray[Any], size: Size) -> NDArray[np.float32]:
 
 
 def resize_mask(plane: NDArray[np.bool_], size: Size) -> Picture:
-    """Resize a mask to (height, width) as 0 and 1; when shrinking, no voxel gets lost."""
+    """Resize a mask, and return it as 0 and 1; if it shrinks, no voxel is lost."""
     mask = turned_copy(plane, bool).view(np.uint8)
     if mask.shape[0] >= size.height and mask.shape[1] >= size.width:
         covered = cv2.resize(mask * 255, (size.width, size.height), interpolation=cv2.INTER_AREA)
         return (covered > 0).astype(np.uint8)
-    # The exact kind puts voxel centres where the linear one puts them.
+    # INTER_NEAREST_EXACT puts voxel centres at the same places as INTER_LINEAR.
     return cv2.resize(mask, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def draw_grey(plane: NDArray[Any], window: Window, size: Size) -> Picture:
-    """Draw a slice of the scan in its window, (height, width) uint8; NaN is black."""
+def draw_grey(plane: NDArray[Any], window: GreyWindow, size: Size) -> Picture:
+    """Draw a slice of the scan in its grey window, (height, width) uint8; NaN becomes black."""
     values = turned_copy(plane, np.float32)
     if not np.isfinite(values).all():
         values = np.nan_to_num(values, nan=window.low, posinf=window.high, neginf=window.low)
@@ -118,33 +124,34 @@ def draw_grey(plane: NDArray[Any], window: Window, size: Size) -> Picture:
 def draw_heat(
     grey: Picture, cam: NDArray[np.float32], threshold: float, palette: Palette
 ) -> Picture:
-    """Lay the heat over a grey picture; below the threshold the picture is unchanged.
+    """Draw the heat over a grey picture, which is unchanged below the threshold.
 
     Args:
         grey: (height, width) uint8.
-        cam: (height, width) float32 in [0, 1], of a signed look in [-1, 1], on the scale of the
+        cam: (height, width) float32 in [0, 1], or in [-1, 1] for a signed look, on the scale of the
             whole volume.
-        threshold: what is weaker is fully transparent.
+        threshold: weaker values are fully transparent.
         palette: from `make_palette`.
     """
     level = palette.levels(cam)
-    hidden = palette.look.strength(cam) < threshold - 1e-6  # equal values may be rounded down
+    # Values at the threshold may have been rounded down.
+    hidden = palette.look.strength(cam) < threshold - 1e-6
     level[hidden] = palette.zero
     kept = cv2.multiply(grey, cv2.LUT(level, palette.keep), scale=1 / 255)
     return cv2.add(cv2.cvtColor(kept, cv2.COLOR_GRAY2BGR), cv2.applyColorMap(level, palette.heat))
 
 
 def draw_outlines(picture: Picture, masks: Mapping[str, Picture]) -> None:
-    """Draw the outlines of masks onto the picture, just outside the regions, with a dark rim.
+    """Draw the outlines of masks onto a picture, just outside of the regions, with a dark rim.
 
     Args:
         picture: (height, width, 3).
-        masks: name in `LINES` -> (height, width) uint8, 1 inside; later ones lie on top.
+        masks: name in `LINES` -> (height, width) uint8, 1 inside. Later ones are drawn on top.
     """
     lines = {name: _outline(mask, LINES[name]) for name, mask in masks.items() if mask.any()}
     if not lines:
         return
-    # All rims first: none covers the line of another mask.
+    # All rims are drawn first, so that none covers the line of another mask.
     rim = cv2.dilate(np.maximum.reduce(list(lines.values())), np.ones((3, 3), np.uint8))
     picture[rim > 0] //= 3
     for name, line in lines.items():
@@ -152,7 +159,7 @@ def draw_outlines(picture: Picture, masks: Mapping[str, Picture]) -> None:
 
 
 def _outline(mask: Picture, line: Line) -> Picture:
-    """Mark the pixels of a mask's outline, as dashes where its line wants them."""
+    """Return the pixels of a mask's outline, with the gaps of its line."""
     outside = cv2.dilate(mask, np.ones((3, 3), np.uint8))
     found, _ = cv2.findContours(outside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     drawn = np.zeros(mask.shape, np.uint8)

@@ -1,4 +1,4 @@
-"""What all pictures of one layer share: its planes turned for display, their values and words."""
+"""Plan what all pictures of a layer share: planes turned for display, values and words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FeatureScale = Literal["channel", "layer"]
 
-#: A channel that varies by less than this fraction of its values is constant but for rounding.
+#: A channel that varies by less than this fraction of its values is constant, up to rounding.
 ROUNDING = 1e-6
 
 
@@ -30,12 +30,12 @@ class Sheet:
     Attributes:
         features: the channels, the layer and its grid.
         planes: (C, rows, columns), turned for display.
-        pixel: height and width of a voxel: mm where the place in the patient is known, else input
-            voxels.
-        view: how the planes were turned; None where their place in the patient is not known.
-        lows, highs: (C,) each channel's smallest and largest value; NaN where it holds NaN or
-            infinity.
-        scale: (low, high) for all channels; None where each channel has its own scale.
+        pixel: height and width of a voxel, in mm if the place in the patient is known, otherwise in
+            input voxels.
+        view: how the planes were turned; None if their place in the patient is not known.
+        lows, highs: (C,), smallest and largest value of each channel; NaN if the channel holds NaN
+            or infinity.
+        scale: (low, high) for all channels; None if each channel has its own scale.
         colours: (256, 3), blue, green and red of each level.
         chosen: the channels that are drawn, in this order.
     """
@@ -59,7 +59,7 @@ def prepare(
     channels: Sequence[int] | None = None,
     top: int | None = None,
 ) -> Sheet:
-    """Check the channels and choose what all their pictures share; see `save_features`."""
+    """Check the channels and plan their pictures; arguments are those of `save_features`."""
     values = np.asarray(features.values)
     if values.ndim != 3 or values.size == 0 or values.dtype.kind not in "biuf":
         raise InputError(
@@ -92,7 +92,7 @@ def prepare(
 
 
 def _view_of(features: FeatureMaps) -> display.View | None:
-    """Return how the slice is turned for display, if its place in the patient is known."""
+    """Return how the slice is turned for display; None if its place is not known."""
     if features.affine is None or features.axis is None or features.index is None:
         return None
     views = (
@@ -102,7 +102,7 @@ def _view_of(features: FeatureMaps) -> display.View | None:
 
 
 def _turned(planes: NDArray[Any], view: display.View) -> NDArray[Any]:
-    """Turn (C, h, w) as `display.cut` turns the slices of a volume."""
+    """Turn planes (C, h, w) like `display.cut` turns the slices of a volume."""
     if view.row_axis > view.column_axis:
         planes = planes.swapaxes(1, 2)
     if view.flip_rows:
@@ -111,7 +111,7 @@ def _turned(planes: NDArray[Any], view: display.View) -> NDArray[Any]:
 
 
 def _chosen_channels(features: FeatureMaps, channels: Sequence[int] | None) -> list[int]:
-    """Return the channels to draw, each once: those that are given, or all, the best first."""
+    """Return the channels to draw, each once: the given ones, or all, the best first."""
     if channels is None:
         return [int(channel) for channel in features.order]
     count = len(features.values)
@@ -126,7 +126,7 @@ def _chosen_channels(features: FeatureMaps, channels: Sequence[int] | None) -> l
 
 
 def check_count(number: int | None, name: str) -> None:
-    """Raise ConfigError unless a number is at least 1, or not given."""
+    """Raise ConfigError for a number below 1; None is legal."""
     if number is not None and number < 1:
         raise ConfigError(f"{name} must be 1 or more, or None, not {number!r}")
 
@@ -135,7 +135,7 @@ def check_count(number: int | None, name: str) -> None:
 
 
 def file_name(features: FeatureMaps, channel: int) -> str:
-    """Return the name of a channel's picture; where weights rank the channels, the rank first."""
+    """Return the name of a channel's picture; if weights rank the channels, with its rank."""
     digits = max(3, len(str(len(features.values) - 1)))
     name = f"channel_{channel:0{digits}d}"
     if features.weights is None:
@@ -150,7 +150,7 @@ def varies(low: float, high: float) -> bool:
 
 
 def label_of(sheet: Sheet, channel: int) -> list[str]:
-    """Return the lines above a channel's tile: its number, its weight and its range."""
+    """Return the lines above a channel's tile: number, weight and range of values."""
     low, high = sheet.lows[channel], sheet.highs[channel]
     if not np.isfinite(low):
         extent = "NaN or infinite"
@@ -164,7 +164,7 @@ def label_of(sheet: Sheet, channel: int) -> list[str]:
 
 
 def facts_of(sheet: Sheet) -> list[str]:
-    """Say where the slice lies, how it is turned, and what order and colours mean."""
+    """Return facts about the slice: its place, its edges, and what order and colours mean."""
     features, view = sheet.features, sheet.view
     grid = features.grid
     facts = [

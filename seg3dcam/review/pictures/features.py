@@ -1,8 +1,8 @@
-"""Feature maps as PNG files: a picture for each channel, and a mosaic of them all.
+"""Write feature maps as PNG files: a picture for each channel, and a mosaic of all channels.
 
-A feature voxel is drawn as a block of equal pixels; nothing is interpolated. Where the place of the
-layer in the patient is known, pictures are turned as a radiologist expects them (see
-`seg3dcam.review.pictures.display`); otherwise rows and columns are those of the array.
+A feature voxel is drawn as a block of equal pixels, and nothing is interpolated. If the place of
+the layer in the patient is known, pictures are turned as a radiologist expects (see
+`seg3dcam.review.pictures.display`). Otherwise rows and columns are those of the array.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from seg3dcam.review.pictures.page import RESEARCH_ONLY, make_folder, write_png
 if TYPE_CHECKING:
     from seg3dcam.cams.feature_maps import FeatureMaps
 
-# Longest side of a channel's own picture, and of a tile in the mosaic, in pixels.
+# Longer side in pixels of a channel's own picture, and of a tile in the mosaic.
 PICTURE = 512
 TILE, SMALLEST_TILE = 256, 96
-# Tiles shrink, down to the smallest, to keep a mosaic near this many pixels; where a layer's full
-# resolution needs more, the limit is MONTAGE_PIXELS.
+# Tiles shrink, down to SMALLEST_TILE, so that a mosaic has about this many pixels. If the layer's
+# full resolution needs more, the limit is MONTAGE_PIXELS.
 MOSAIC_PIXELS = 7_000_000
 
 LABEL_SIZE = 12
-NARROWEST = 640  # of a mosaic, so that its header can be read
+NARROWEST = 640  # of a mosaic, so that there is room for its header
 FRAME: Colour = (70, 70, 70)
 
 
@@ -59,28 +59,30 @@ def save_features(
     top: int | None = None,
     columns: int | None = None,
 ) -> list[Path]:
-    """Save each channel as a picture, and all of them as one labelled mosaic.
+    """Save each channel as a picture, and all channels as one labelled mosaic.
 
     Args:
-        folder: where to write `channel_000.png` (with a target, whose weights rank the channels,
-            `rank_000_channel_017.png`) and `mosaic.png`; made if missing. Of a layer with more
-            channels than fit on 12 million pixels the mosaic has pages, `mosaic_1.png` and so on.
+        folder: where to write `mosaic.png` and `channel_000.png` and so on; created if it is
+            missing. With a target, whose weights rank the channels, the names are like
+            `rank_000_channel_017.png`. If the channels do not fit on 12 million pixels, the mosaic
+            has several pages, `mosaic_1.png` and so on.
         features: what `seg3dcam.cams.feature_maps.feature_maps` returned.
         colormap: any colormap of matplotlib or OpenCV.
-        scale: "channel": from each channel's own minimum to its maximum, a constant channel is
-            black; "layer": one scale for all channels of the slice, a constant layer is black.
-            A channel with NaN or infinite values is black and labelled so.
-        channels: the numbers of those to draw, in this order; None: all, in `features.order`.
+        scale: "channel" draws each channel from its own minimum to its maximum; a constant channel
+            is black. "layer" uses one scale for all channels of the slice; a constant layer is
+            black. A channel with NaN or infinite values is black and labelled so.
+        channels: the numbers of the channels to draw, in this order; None draws all channels in
+            the order `features.order`.
         top: draw only the first so many of them.
-        columns: tiles in a row of the mosaic; None: chosen for a wide page.
+        columns: tiles in a row of the mosaic; None chooses a number for a wide page.
 
     Returns:
-        The files: the channels in the order drawn, then the pages of the mosaic.
+        The files: first the channels in the order drawn, then the pages of the mosaic.
 
     Raises:
-        InputError: a channel that the layer does not have, values that are not (C, h, w).
-        ConfigError: an unknown colormap or scale, or an illegal number.
-        OutputError: a file cannot be written; there is never half a file.
+        InputError: the layer has no such channel, or the values are not (C, h, w).
+        ConfigError: colormap or scale is unknown, or a number is illegal.
+        OutputError: a file cannot be written. There is never an incomplete file.
 
     Example:
         >>> import tempfile
@@ -108,13 +110,13 @@ def save_features(
 
 
 def draw_channel(sheet: Sheet, channel: int) -> Picture:
-    """Draw a channel and nothing else, (height, width, 3) uint8 in OpenCV's order."""
+    """Draw a channel without words, (height, width, 3) uint8 in OpenCV's order of colours."""
     size = block_size(sheet.planes.shape[1:], sheet.pixel, PICTURE, shrink=False)
     return _draw_plane(sheet, channel, size)
 
 
 def draw_mosaic(sheet: Sheet, columns: int | None = None, *, page: int = 0) -> Picture:
-    """Draw a page of the mosaic: labelled tiles in rows, below a header."""
+    """Draw a page of the mosaic: a header, and labelled tiles in rows."""
     size, cell = _layout(sheet)
     pages = _pages(sheet, columns)
     across = _columns(sheet, columns, cell)
@@ -139,16 +141,16 @@ def draw_mosaic(sheet: Sheet, columns: int | None = None, *, page: int = 0) -> P
 def block_size(
     shape: Sequence[int], pixel: tuple[float, float], side: int, *, shrink: bool
 ) -> tuple[int, int]:
-    """Choose the (height, width) in pixels of a plane of voxels, its longer side near `side`.
+    """Return the (height, width) in pixels for a plane of voxels, with a longer side near `side`.
 
-    Along the finer axis a voxel is a whole number of pixels, so blocks are equal where voxels are
-    square; along the other they follow the voxel's shape, to a pixel.
+    Along the finer axis a voxel takes a whole number of pixels, so square voxels become equal
+    blocks. Along the other axis the size follows the shape of the voxels, rounded to pixels.
 
     Args:
-        shape: voxels (rows, columns).
-        pixel: height and width of a voxel, in any unit.
-        side: pixels.
-        shrink: whether a plane may get fewer pixels than voxels.
+        shape: number of voxels (rows, columns).
+        pixel: height and width of a voxel in any unit.
+        side: pixels of the longer side.
+        shrink: whether the picture may have fewer pixels than voxels.
 
     >>> block_size((10, 20), (2.5, 1.0), 128, shrink=False)
     (125, 100)
@@ -162,7 +164,7 @@ def block_size(
 
 
 def _layout(sheet: Sheet) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the size of the tiles and of the cells that hold them with their labels."""
+    """Return the size of the tiles, and of the cells that hold a tile and its label."""
     shape = sheet.planes.shape[1:]
     finest = min(sheet.pixel)
     native = max(math.ceil(n * s / finest) for n, s in zip(shape, sheet.pixel, strict=True))
@@ -186,7 +188,7 @@ def _columns(sheet: Sheet, columns: int | None, cell: tuple[int, int]) -> int:
 
 
 def _pages(sheet: Sheet, columns: int | None) -> list[list[int]]:
-    """Return the channels of each page: full rows, as many as its pixels allow."""
+    """Return the channels of each page, which has as many full rows as its pixels allow."""
     _, cell = _layout(sheet)
     across = _columns(sheet, columns, cell)
     height, width = (n + 2 * text.GAP for n in cell)
@@ -198,7 +200,7 @@ def _pages(sheet: Sheet, columns: int | None) -> list[list[int]]:
 
 
 def _draw_plane(sheet: Sheet, channel: int, size: tuple[int, int]) -> Picture:
-    """Draw a channel with (height, width) pixels, each of the voxel under its centre."""
+    """Draw a channel with (height, width) pixels; each shows the voxel under its centre."""
     low, high = sheet.scale or (sheet.lows[channel], sheet.highs[channel])
     if not varies(low, high) or not np.isfinite(sheet.lows[channel]):
         return np.zeros((*size, 3), np.uint8)
@@ -212,7 +214,7 @@ def _draw_plane(sheet: Sheet, channel: int, size: tuple[int, int]) -> Picture:
 
 
 def _draw_tile(sheet: Sheet, channel: int, size: tuple[int, int], cell: tuple[int, int]) -> Picture:
-    """Draw a channel in a thin frame below its label; what is left below separates the rows."""
+    """Draw a channel in a thin frame below its label; space below it separates the rows."""
     tile = np.zeros((cell[0] + 2 * text.GAP, cell[1], 3), np.uint8)
     lines = label_of(sheet, channel)
     for row, line in enumerate(lines):
@@ -225,7 +227,7 @@ def _draw_tile(sheet: Sheet, channel: int, size: tuple[int, int], cell: tuple[in
 
 
 def _colour_bar(sheet: Sheet) -> Picture:
-    """Draw a strip of the colours between the words for its ends."""
+    """Draw a strip of the colours between the numbers or words for its ends."""
     low, high = (f"{n:.3g}" for n in sheet.scale) if sheet.scale else ("its minimum", "its maximum")
     left = text.MARGIN + text.text_width(low) + text.GAP
     right = left + 160
@@ -241,7 +243,7 @@ def _colour_bar(sheet: Sheet) -> Picture:
 
 
 def _header(sheet: Sheet, width: int, size: tuple[int, int], page: str) -> list[Picture]:
-    """Say which layer and slice this is, and what the colours mean."""
+    """Draw the header: which layer and slice this is, and what the colours mean."""
     room = width - 2 * text.MARGIN
     features = sheet.features
     count, shown = len(features.values), len(sheet.chosen)

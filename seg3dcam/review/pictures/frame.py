@@ -1,6 +1,6 @@
-"""What stands around a slice: letters, scale bar, colour bar, legend; and pictures side by side.
+"""Frame a slice with letters, scale bar, colour bar and legend; put pictures side by side.
 
-All of it stands in black margins beside the picture, never on the anatomy.
+Words and bars stand in black margins, so that they never cover the anatomy.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from seg3dcam.review.pictures.text import (
 )
 
 BLACK: Colour = (0, 0, 0)
-POINTER = 5  # length of an arrowhead in pixels: it ends before the letters
-BAR_WIDTH = 122  # the colour bar with its ticks and words
+POINTER = 5  # length of an arrowhead in pixels, which does not reach the letters
+BAR_WIDTH = 122  # of the colour bar with its ticks and words
 BAR_HEIGHT = 300  # enough for the words beside it
 TICKS, SIGNED_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1), (-1, -0.5, 0, 0.5, 1)
 
 
 def scale_length(longest_mm: float) -> float:
-    """Choose the longest of ... 1, 2, 5, 10, 20, 50 ... mm that is not above `longest_mm`.
+    """Return the largest of ..., 1, 2, 5, 10, 20, 50, ... that is not above `longest_mm`.
 
     >>> scale_length(70), scale_length(0.3)
     (50.0, 0.2)
@@ -51,13 +51,13 @@ def scale_length(longest_mm: float) -> float:
 def frame_picture(
     picture: Picture, letters: Letters, pixels_per_mm: float, cell: tuple[int, int]
 ) -> Picture:
-    """Put a picture into a black cell with its letters and a scale bar in the margins.
+    """Put a picture into a black cell with letters and a scale bar in the margins.
 
     Args:
         picture: (height, width, 3).
-        letters: the sides of the patient.
-        pixels_per_mm: for the scale bar.
-        cell: smallest (height, width) inside the margins; a smaller picture is centred.
+        letters: the sides of the patient at the edges.
+        pixels_per_mm: the scale of the picture, for the scale bar.
+        cell: smallest (height, width) inside the margins. A smaller picture is centred.
     """
     height, width = picture.shape[:2]
     top, left = corner_in_cell((height, width), cell)
@@ -75,7 +75,7 @@ def frame_picture(
 
 
 def corner_in_cell(shape: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of a picture's top left corner in its framed cell."""
+    """Return row and column of a picture's top left corner in its framed cell."""
     top, left = (MARGIN + max(0, room - size) // 2 for size, room in zip(shape, cell, strict=True))
     return top, left
 
@@ -83,7 +83,7 @@ def corner_in_cell(shape: tuple[int, int], cell: tuple[int, int]) -> tuple[int, 
 def put_pointers(
     framed: Picture, shape: tuple[int, int], cell: tuple[int, int], point: tuple[float, float]
 ) -> None:
-    """Draw four small arrowheads just outside a framed picture, towards a point in it.
+    """Draw four small arrowheads just outside of a framed picture, which point to a place in it.
 
     Args:
         framed: from `frame_picture`.
@@ -100,12 +100,12 @@ def put_pointers(
 
 
 def put_label(framed: Picture, label: str) -> None:
-    """Write a word or two into the top margin of a framed picture."""
+    """Write a short label into the top margin of a framed picture."""
     put_text(framed, label, MARGIN, (MARGIN - line_height()) // 2, GREY)
 
 
 def _put_scale_bar(framed: Picture, pixels_per_mm: float, room: int, middle: int) -> None:
-    """Draw the bar in the bottom margin, left of the letter in the middle."""
+    """Draw the scale bar in the bottom margin, to the left of the letter in the middle."""
     length = scale_length(0.22 * room / pixels_per_mm)
     pixels = max(1, round(length * pixels_per_mm))
     y = framed.shape[0] - MARGIN // 2
@@ -114,7 +114,7 @@ def _put_scale_bar(framed: Picture, pixels_per_mm: float, room: int, middle: int
         cv2.line(framed, (x, y - 4), (x, y + 4), WHITE, 1)
     text = f"{length:g} mm"
     left = MARGIN + pixels + GAP
-    if left + text_width(text) > middle - LETTER_SIZE // 2:  # narrow: right of the letter
+    if left + text_width(text) > middle - LETTER_SIZE // 2:  # too narrow
         left = middle + LETTER_SIZE // 2 + GAP
     put_text(framed, text, left, y - line_height() // 2, WHITE)
 
@@ -129,7 +129,7 @@ def draw_colour_bar(palette: Palette, threshold: float) -> Picture:
     strip = cv2.applyColorMap(palette.levels(value), palette.pure)
     strip[look.strength(value) < threshold] = BLACK
     bar[top : bottom + 1, left:middle] = strip
-    # Beside the pure colours, as they look on the scan, from black to white.
+    # Beside the pure colours, the same colours over grey values from black to white.
     grey = np.linspace(0, 255, right - middle).astype(np.uint8)[None].repeat(len(value), 0)
     heat = draw_heat(grey, value.repeat(right - middle, 1), threshold, palette)
     bar[top : bottom + 1, middle:right] = heat
@@ -156,13 +156,13 @@ def draw_colour_bar(palette: Palette, threshold: float) -> Picture:
 
 
 def _put_upwards(bar: Picture, words: str, middle: int) -> None:
-    """Write words beside a colour bar, from the bottom to the top, around a row."""
+    """Write words beside a colour bar, from bottom to top, centred on a row."""
     mask = np.rot90(text_mask(words, TEXT_SIZE - 1))
     paste_text(bar, mask, BAR_WIDTH - 26, middle - mask.shape[0] // 2, WHITE)
 
 
 def draw_legend(words: Mapping[str, str], width: int) -> Picture:
-    """Draw a sample of each outline with what is said of it, (height, width, 3)."""
+    """Draw a sample of each outline with the words about it, (height, width, 3)."""
     legend = np.zeros((GAP + line_height(), width, 3), np.uint8)
     x, y = MARGIN, GAP + line_height() // 2
     for name, text in words.items():
@@ -176,10 +176,10 @@ def draw_legend(words: Mapping[str, str], width: int) -> Picture:
 
 
 def put_notice(framed: Picture, shape: tuple[int, int], cell: tuple[int, int], text: str) -> None:
-    """Write a sentence into the upper part of a framed picture, on a dark box.
+    """Write a sentence on a dark box into the upper part of a framed picture.
 
-    Below a picture that is too flat for it, so that no letter is covered. Arguments:
-    `put_pointers`.
+    If the picture is too flat for the box, the sentence is written below it, so that no letter is
+    covered. For the arguments see `put_pointers`.
     """
     lines = wrap_items([text], framed.shape[1] - 2 * MARGIN)
     wide = max(text_width(line) for line in lines) + 2 * GAP
@@ -200,13 +200,13 @@ def pad_to(picture: Picture, height: int, width: int) -> Picture:
 
 
 def stack_rows(rows: Sequence[Picture]) -> Picture:
-    """Put pictures below each other, at the left."""
+    """Put pictures below each other, aligned at the left."""
     width = max(row.shape[1] for row in rows)
     return np.vstack([pad_to(row, row.shape[0], width) for row in rows])
 
 
 def stack_columns(columns: Sequence[Picture], gap: int = 0) -> Picture:
-    """Put pictures beside each other, at the top, with black between them."""
+    """Put pictures beside each other, aligned at the top, with black gaps between them."""
     height = max(column.shape[0] for column in columns)
     widths = [column.shape[1] + gap for column in columns[:-1]] + [columns[-1].shape[1]]
     return np.hstack([pad_to(c, height, w) for c, w in zip(columns, widths, strict=True)])

@@ -1,4 +1,4 @@
-"""The map of a 2D network as one picture: beside its input and over it, or alone."""
+"""Draw the map of a 2D network: over its input, with the input beside it, or alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seg3dcam.review.look import Look, choose_window
 from seg3dcam.review.pictures import draw, frame
 from seg3dcam.review.pictures.display import Size
 from seg3dcam.review.pictures.draw import Picture
-from seg3dcam.review.pictures.page import RESEARCH_ONLY, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import RESEARCH_ONLY, file_to_write, write_png
 from seg3dcam.review.pictures.text import (
     AMBER,
     GAP,
@@ -46,17 +46,17 @@ def save_map(
     layer: str | None = None,
     look: Look = USUAL,
 ) -> Path:
-    """Save the 2D map of one item as PNG: its input, and beside it the input under the map.
+    """Save the 2D map of one item as PNG: the input, and beside it the input under the map.
 
-    Rows run down and columns to the right, as in the array: nothing is turned.
+    Nothing is turned: rows run down and columns to the right, as in the array.
 
     Args:
-        path: the file, ending in .png; its folder is made if missing.
+        path: the file, ending in .png. Its folder is created if it is missing.
         result: what a CAM of a 2D network returned.
-        x: its input, (B, C, H, W), drawn as the mean of its channels; without it the map is drawn
-            alone.
-        item: which item of the batch; not needed for a batch of one.
-        layer: one layer's name; None averages all.
+        x: the input (B, C, H, W), of which the mean over channels is drawn. Without it the map is
+            drawn alone.
+        item: number of the item in the batch; not needed for a batch of one.
+        layer: name of a layer; None averages all layers.
         look: window, threshold, opacity and colours.
 
     Returns:
@@ -64,7 +64,7 @@ def save_map(
 
     Raises:
         InputError: the map is not 2D, the input has another size, or an item must be chosen.
-        ConfigError: a path that does not end in .png.
+        ConfigError: the path does not end in .png.
         OutputError: the file cannot be written.
 
     Example:
@@ -99,15 +99,14 @@ def write_map(
     look: Look | None = None,
     words: Sequence[str] = (),
 ) -> Path:
-    """Write a map (H, W) as PNG, with its colours and words; see `save_map`."""
-    file = check_suffix(path, ".png", "2D map's")
+    """Write a map (H, W) as PNG with its colour bar and words; see `save_map`."""
+    file = file_to_write(path, ".png", "2D map's")
     cam: NDArray[np.float32] = values.detach().float().cpu().numpy()
     largest = float(np.abs(cam).max())
     if look is None:
         look = Look(signed=bool(cam.min() < 0), threshold=0)
     if largest > 0:
         cam = (cam / largest).astype(np.float32)
-    make_folder(file.parent)
     return write_png(file, _draw(cam, image, look, words))
 
 
@@ -137,14 +136,14 @@ def _draw(
 
 
 def _size(shape: tuple[int, ...]) -> Size:
-    """Choose a picture's size: large enough to be looked at, never smaller than its pixels."""
+    """Return a size that is large enough to look at, with at least one pixel per value."""
     height, width = shape
     zoom = min(max(1.0, MAP_SHORT / min(shape)), max(1.0, MAP_LONG / max(shape)))
     return Size(round(height * zoom), round(width * zoom), zoom)
 
 
 def _image_of(x: torch.Tensor, item: int, result: CamResult) -> NDArray[np.float32]:
-    """Return an item of the input as grey values (H, W)."""
+    """Return an item of the input as grey values (H, W), the mean of its channels."""
     shape = tuple(x.shape)
     if len(shape) != 4 or shape[0] != len(result.score) or shape[2:] != tuple(result.shape):
         raise InputError(

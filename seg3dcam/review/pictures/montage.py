@@ -1,4 +1,4 @@
-"""The slices that matter in one picture, each as a pair: the scan, and the scan with the CAM."""
+"""Draw several slices in one picture, each as a pair: the scan, and the scan with the CAM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from seg3dcam.review.pictures.closeup import closeup_of, draw_closeup
 from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.page import (
     build_page,
-    check_suffix,
     each_slice,
-    make_folder,
+    file_to_write,
     write_png,
 )
 from seg3dcam.review.pictures.slices import draw_framed_pair
@@ -23,25 +22,25 @@ from seg3dcam.review.plan import Review
 
 # Sides of a picture in pixels.
 MONTAGE_SHORT, MONTAGE_SMALLEST = 256, 128
-MONTAGE_PIXELS = 12_000_000  # tiles shrink, down to the smallest, to keep near this
-MONTAGE_SHAPE = 1.6  # width / height when the number of columns is free
+MONTAGE_PIXELS = 12_000_000  # pictures shrink, down to the smallest, to stay near this
+MONTAGE_SHAPE = 1.6  # width / height, if the number of columns may be chosen
 
 
 def save_montage(path: str | os.PathLike[str], review: Review, columns: int | None = None) -> Path:
     """Save the review's slices in one PNG, each as a pair: the scan, and the scan with the CAM.
 
-    At the right is a close-up of the CAM's peak.
+    A close-up of the CAM's peak is on the right.
 
     Args:
-        path: the file, ending in .png; its folder is made if missing.
+        path: the file, ending in .png. Its folder is created if it is missing.
         review: from `review_explanation` or `review_volumes`.
-        columns: pairs per row; None: chosen for a wide page.
+        columns: pairs per row; None chooses a number for a wide page.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: a path that does not end in .png, or no column.
+        ConfigError: the path does not end in .png, or `columns` is below 1.
         OutputError: the file cannot be written.
 
     Example:
@@ -54,10 +53,9 @@ def save_montage(path: str | os.PathLike[str], review: Review, columns: int | No
         ...     save_montage(folder + "/case.png", review).name
         'case.png'
     """
-    file = check_suffix(path, ".png", "montage's")
     if columns is not None and columns < 1:
         raise ConfigError(f"columns must be 1 or more, or None, not {columns!r}")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "montage's")
     return write_png(file, draw_montage(review, columns))
 
 
@@ -78,7 +76,7 @@ def draw_montage(review: Review, columns: int | None = None) -> Picture:
 
 
 def _draw_closeup(review: Review, *, beside: bool) -> list[Picture]:
-    """Draw the CAM's peak close up, the scan and the scan with the CAM; nothing without a CAM."""
+    """Draw close-ups of the CAM's peak, without and with the CAM; none if there is no CAM."""
     if review.peak is None:
         return []
     framed = draw_closeup(review, review.peak, closeup_of(review, review.peak), MONTAGE_SHORT)
@@ -99,6 +97,6 @@ def _draw_tile(review: Review, index: int, size: display.Size, side: int) -> Pic
 
 
 def _tile_side(count: int) -> int:
-    """Shrink the pictures where there are many; a tile is about twice as wide as high."""
+    """Return the side of the pictures: smaller for many tiles, which are twice as wide as high."""
     side = math.isqrt(MONTAGE_PIXELS // (2 * count)) - 2 * MARGIN
     return min(MONTAGE_SHORT, max(MONTAGE_SMALLEST, side))

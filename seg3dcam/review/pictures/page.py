@@ -1,4 +1,4 @@
-"""What the pages of a case have in common: header, legend, footer; and how they are written."""
+"""What all pages of a case have in common: header, legend, footer, and how they are written."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from seg3dcam.review.pictures.text import (
 )
 from seg3dcam.review.plan import Review
 
-OBLIQUE_NOTE = 10  # degrees from which the footer speaks of it
+OBLIQUE_NOTE = 10  # degrees above which the footer mentions it
 RESEARCH_ONLY = "research use only, not for diagnosis"
 
-# OpenCV and the disk work outside of Python's lock. More threads would only hold more pictures.
+# OpenCV and the disk work without Python's lock. More threads would only need more memory.
 WORKERS = min(4, os.cpu_count() or 1)
 
-# Little compression; and one filter for all rows, where OpenCV lets choose: half the time, and
-# files larger by a fiftieth.
+# Low compression and, if this OpenCV can choose it, one fixed filter for all rows: that takes half
+# the time and makes files 2 % larger.
 PNG_SETTINGS = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     PNG_SETTINGS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 def build_page(review: Review, body: Picture, lines: Sequence[str] = ()) -> Picture:
-    """Put the title above a picture, and legend, lines of its own and the footer below it."""
+    """Put the title above a picture, and below it the legend, more lines, and the footer."""
     width = body.shape[1]
     own = [text_block(lines, width)] if lines else []
     return frame.stack_rows(
@@ -50,7 +50,7 @@ def build_page(review: Review, body: Picture, lines: Sequence[str] = ()) -> Pict
 
 
 def each_slice(work: Callable[[int], Result], indices: Sequence[int]) -> list[Result]:
-    """Do the same for several slices at a time; results in the order of the slices.
+    """Do the same for every slice, several at a time; return results in the order of the slices.
 
     After an error no further slice is begun, and the error is raised.
     """
@@ -74,7 +74,7 @@ def _legend(review: Review, width: int) -> list[Picture]:
 
 
 def _footer(review: Review, width: int) -> Picture:
-    """What is the same in all slices, so that their pictures have one size."""
+    """Draw facts that are the same in all slices, so that all pictures have the same size."""
     degrees = display.obliquity_degrees(review.affine)
     items = [f"window {review.window.text}"]
     if degrees > OBLIQUE_NOTE:
@@ -96,16 +96,26 @@ def _footer(review: Review, width: int) -> Picture:
 # ---------------------------------------------------------------- files
 
 
-def check_suffix(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
-    """Return the path; ConfigError where it does not end as its format wants."""
+def file_to_write(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
+    """Return the path of a file that is to be written, and make its folder.
+
+    Args:
+        suffix: what the path must end in.
+        what: what the file shows, for messages, such as "montage's".
+
+    Raises:
+        ConfigError: the path ends in something else.
+        OutputError: it is no path, or its folder cannot be made.
+    """
     file = as_path(path)
     if file.suffix.lower() != suffix:
         raise ConfigError(f"the {what} path must end in {suffix}, not {file.name!r}")
+    make_folder(file.parent)
     return file
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it; OutputError where that cannot be done."""
+    """Make a folder and those above it; raise OutputError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,7 +124,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def write_png(file: Path, picture: Picture) -> Path:
-    """Write a picture under a temporary name and rename it; OutputError where that fails."""
+    """Write a picture as PNG, completely or not at all; raise OutputError if that fails."""
     done, data = cv2.imencode(".png", picture, PNG_SETTINGS)
     if not done:
         raise OutputError(f"cannot encode {file} as PNG: size {picture.shape[:2]}")

@@ -1,4 +1,4 @@
-"""The three planes through the CAM's peak in one picture: whole, with the CAM, and close up."""
+"""Draw the three planes through the CAM's peak in one picture, as a whole and close up."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from seg3dcam.geometry import spacing_of, to_world
 from seg3dcam.review.pictures import display, frame
 from seg3dcam.review.pictures.closeup import closeup_of, draw_closeup
 from seg3dcam.review.pictures.draw import Picture
-from seg3dcam.review.pictures.page import build_page, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import build_page, file_to_write, write_png
 from seg3dcam.review.pictures.slices import draw_framed_pair
 from seg3dcam.review.pictures.text import GAP, MARGIN, text_block, wrap_items
 from seg3dcam.review.plan import Review
 
-# Pixels for the scan's middle extent, at most for its longest, and at least for a cell.
+# Pixels for the scan's middle extent, the most for its longest extent, and the least for a cell.
 PLANE_MIDDLE, PLANE_LONG, CELL_SHORT = 460, 900, 220
 
 
 def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
-    """Save axial, coronal and sagittal plane through the CAM's peak in one PNG.
+    """Save the axial, coronal and sagittal planes through the CAM's peak in one PNG.
 
-    The scan alone is above the scan with the CAM, and below them is a close-up of both; each row
-    has one scale. Arrowheads in the margins show where the other two planes cut. Without a CAM the
-    planes go through the middle of the prediction or explained region, or else of the scan.
+    The scan alone is above the scan with the CAM, and close-ups of both are below. All pictures of
+    a row have the same scale. Arrowheads in the margins show where the other two planes cut.
+    Without a CAM, the planes go through the middle of the prediction or explained region, or else
+    of the scan.
 
     Args:
-        path: the file, ending in .png; its folder is made if missing.
+        path: the file, ending in .png. Its folder is created if it is missing.
         review: from `review_explanation` or `review_volumes`, along any axis.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: a path that does not end in .png.
+        ConfigError: the path does not end in .png.
         OutputError: the file cannot be written.
 
     Example:
@@ -47,13 +48,12 @@ def save_planes(path: str | os.PathLike[str], review: Review) -> Path:
         ...     save_planes(folder + "/planes.png", review_volumes(volume, volume, np.eye(4))).name
         'planes.png'
     """
-    file = check_suffix(path, ".png", "planes'")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "planes'")
     return write_png(file, draw_planes(review))
 
 
 def draw_planes(review: Review) -> Picture:
-    """Draw the three planes, (height, width, 3) uint8 in OpenCV's order."""
+    """Draw the three planes, (height, width, 3) uint8 in OpenCV's order of colours."""
     voxel, words = _focus(review)
     closer = closeup_of(review, voxel)
     planes = [review.along(axis) for axis in ("axial", "coronal", "sagittal")]
@@ -75,7 +75,7 @@ def draw_planes(review: Review) -> Picture:
 
 
 def _focus(review: Review) -> tuple[tuple[int, ...], str]:
-    """Choose the voxel to look at, and say what it is."""
+    """Return the voxel to look at, and what it is in words."""
     if review.peak is not None and review.cam is not None:
         against = " against the target" if review.cam[review.peak] < 0 else ""
         return review.peak, f"the CAM's peak{against}"
@@ -89,7 +89,7 @@ def _focus(review: Review) -> tuple[tuple[int, ...], str]:
 
 
 def _sizes(planes: Sequence[Review]) -> list[display.Size]:
-    """Choose the sizes of all three planes, with one number of pixels per mm."""
+    """Return the sizes of all three planes, with the same number of pixels per mm."""
     views = [plane.view for plane in planes]
     extents = np.multiply(spacing_of(views[0].affine), views[0].shape)
     _, middle, longest = sorted(extents)
@@ -105,7 +105,7 @@ def _draw_plane(
     cell: tuple[int, int],
     closer: float,
 ) -> Picture:
-    """Draw one plane: what it is, the scan, the scan with the CAM, and a close-up of both."""
+    """Draw one plane: a title, the scan, the scan with the CAM, and close-ups of both."""
     view = plane.view
     index = voxel[view.slice_axis]
     framed = draw_framed_pair(plane, index, size, cell)

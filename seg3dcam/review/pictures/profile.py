@@ -1,4 +1,4 @@
-"""The CAM and the volumes slice by slice, as curves along the axis that the slices follow."""
+"""Plot the CAM and the volumes of the masks slice by slice, along the axis of the slices."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from matplotlib.ticker import MaxNLocator
 from seg3dcam.review.pictures import display
 from seg3dcam.review.pictures.draw import LINES, Colour, Picture
 from seg3dcam.review.pictures.frame import stack_rows
-from seg3dcam.review.pictures.page import build_page, check_suffix, make_folder, write_png
+from seg3dcam.review.pictures.page import build_page, file_to_write, write_png
 from seg3dcam.review.pictures.text import AMBER, GREY, MARGIN, WHITE, text_block, wrap_items
 from seg3dcam.review.plan import Review
 
 INCHES, DOTS_PER_INCH = (11.0, 5.5), 100
-FEW = 60  # up to so many slices, each has a dot
+FEW = 60  # each of up to so many slices gets a dot
 
 
 def save_profile(path: str | os.PathLike[str], review: Review) -> Path:
     """Save the CAM's maximum and sum, and the volume of the masks, for every slice, as one PNG.
 
     Args:
-        path: the file, ending in .png; its folder is made if missing.
-        review: from `review_explanation` or `review_volumes`; its axis is the one followed.
+        path: the file, ending in .png. Its folder is created if it is missing.
+        review: from `review_explanation` or `review_volumes`. The curves follow its axis.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: a path that does not end in .png.
+        ConfigError: the path does not end in .png.
         OutputError: the file cannot be written.
 
     Example:
@@ -46,13 +46,12 @@ def save_profile(path: str | os.PathLike[str], review: Review) -> Path:
         ...     save_profile(folder + "/z.png", review_volumes(volume, volume, np.eye(4))).name
         'z.png'
     """
-    file = check_suffix(path, ".png", "profile's")
-    make_folder(file.parent)
+    file = file_to_write(path, ".png", "profile's")
     return write_png(file, draw_profile(review))
 
 
 def draw_profile(review: Review) -> Picture:
-    """Draw the curves with title and footer, (height, width, 3) uint8 in OpenCV's order."""
+    """Draw the curves with title and footer, (height, width, 3) uint8 in OpenCV's colour order."""
     canvas = FigureCanvasAgg(plot_profile(review))
     canvas.draw()
     curves = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
@@ -64,7 +63,7 @@ def draw_profile(review: Review) -> Picture:
 
 
 def plot_profile(review: Review) -> Figure:
-    """Plot the curves: above the CAM, below the volumes where a mask is known."""
+    """Plot the CAM, and below it the volumes, if there are masks."""
     figure = Figure(INCHES, DOTS_PER_INCH, facecolor="black", layout="constrained")
     panels = figure.subplots(2 if review.masks else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
     for panel in panels:
@@ -79,7 +78,7 @@ def plot_profile(review: Review) -> Figure:
 
 
 def _plot_cam(panel: Any, review: Review) -> None:
-    """Plot the largest value and, on a scale of its own, each slice's share of the sum."""
+    """Plot the largest value of each slice and, on a second scale, its share of the sum."""
     panel.set_ylim(0, 1.05)
     panel.set_ylabel("CAM max in slice")
     panel.axhline(review.look.threshold, color=_hex(GREY), linestyle=":", label="threshold")
@@ -101,11 +100,11 @@ def _plot_cam(panel: Any, review: Review) -> None:
         if not str(line.get_label()).startswith("_")
     ]
     frame = {"facecolor": "black", "edgecolor": _hex(GREY), "labelcolor": _hex(WHITE)}
-    right.legend(handles=lines, **frame)  # the later axes lie above: no line crosses it
+    right.legend(handles=lines, **frame)  # these axes are drawn last, so no line crosses the legend
 
 
 def _plot_against(panel: Any, review: Review, lowest: np.ndarray) -> None:
-    """Plot the lowest value of a signed CAM too, below a line at zero."""
+    """Add the lowest values of a signed CAM, and a line at zero."""
     panel.set_ylim(-1.05, 1.05)
     panel.set_ylabel("against    CAM    for")
     panel.axhline(-review.look.threshold, color=_hex(GREY), linestyle=":")
@@ -119,11 +118,11 @@ def _plot_volumes(panel: Any, review: Review) -> None:
         style = "--" if line.gap else "-"
         panel.plot(ml, color=_hex(line.colour), linestyle=style, marker=_dot(ml), label=name)
     panel.set_ylim(bottom=0)
-    panel.set_ylabel("ml per slice")  # which line is which is in the page's legend
+    panel.set_ylabel("ml per slice")  # the legend of the page explains the lines
 
 
 def _label_slices(panels: Sequence[Any], review: Review) -> None:
-    """Count the slices below, and give their places in mm above."""
+    """Label the slices with their indices below, and with their positions in mm above."""
     view = review.view
     edges = (-0.5, view.slice_count - 0.5)
     panels[-1].set_xlim(*edges)
@@ -131,12 +130,12 @@ def _label_slices(panels: Sequence[Any], review: Review) -> None:
     panels[-1].set_xlabel(f"{view.axis} slice, voxel index {view.index_name}")
     top = panels[0].twiny()
     _style(top)
-    top.set_xlim(*(display.position_mm(view, edge) for edge in edges))  # may fall
+    top.set_xlim(*(display.position_mm(view, edge) for edge in edges))  # the positions may decrease
     top.set_xlabel(f"mm towards {display.PLANES[view.axis].across}")
 
 
 def _style(panel: Any) -> None:
-    """Light on black, as the other pictures are."""
+    """Make a panel light on black, like the other pictures."""
     panel.set_facecolor("black")
     panel.tick_params(colors=_hex(WHITE))
     for part in (panel.xaxis.label, panel.yaxis.label):

@@ -1,4 +1,4 @@
-"""One picture for each slice: the scan, and beside it the scan with heat and outlines."""
+"""Draw a picture for each slice: the scan, and beside it the scan with heat and outlines."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from seg3dcam.review.plan import Review
 # Sides of a picture in pixels.
 SLICE_SHORT, SLICE_LONG = 400, 1024
 
-# Pixels that the longest line about a slice takes.
+# Width in pixels of the longest line about a slice.
 LONGEST_LINE = 950
 
 
 def save_slices(folder: str | os.PathLike[str], review: Review) -> list[Path]:
     """Save one PNG for each of the review's slices: the scan beside the scan with the CAM.
 
-    Radiological display (the patient's right on the left, see `display`), square
-    pixels, scale bar, colour bar and a footer. The CAM is drawn on one scale: the same value has
-    the same colour in every slice.
+    Pictures have radiological display (the patient's right is on the left, see `display`), square
+    pixels, a scale bar, a colour bar and a footer. A value of the CAM has the same colour in every
+    slice.
 
     Args:
-        folder: where to write `axial_045.png` and so on; made if missing.
+        folder: where to write `axial_045.png` and so on; created if it is missing.
         review: from `review_explanation` or `review_volumes`.
 
     Returns:
         The files, in the order of the slices.
 
     Raises:
-        OutputError: a file cannot be written. Files are written under another name and renamed,
-            so there is never half a file.
+        OutputError: a file cannot be written. There is never an incomplete file.
 
     Example:
         >>> import tempfile
@@ -64,16 +63,19 @@ def save_slices(folder: str | os.PathLike[str], review: Review) -> list[Path]:
 
 
 def draw_slice(review: Review, index: int) -> Picture:
-    """Draw one slice with everything around it, (height, width, 3) uint8 in OpenCV's order.
+    """Draw a slice with everything around it, (height, width, 3) uint8 in OpenCV's colour order.
 
-    All slices of one review give pictures of one size.
+    All slices of a review give pictures of the same size.
     """
     size = display.picture_size(review.view, SLICE_SHORT, long_side=SLICE_LONG)
     return draw_slice_page(review, index, size, SLICE_SHORT)
 
 
 def draw_slice_page(review: Review, index: int, size: display.Size, side: int) -> Picture:
-    """Draw a page about one slice whose pictures have a size, in cells of at least `side`."""
+    """Draw a page about one slice.
+
+    `size` is that of the two pictures, and `side` the least height and width of their cells.
+    """
     framed = draw_framed_pair(review, index, size, (side, side))
     for cell, label in zip(framed, ("scan", "scan + CAM"), strict=True):
         frame.put_label(cell, label)
@@ -85,9 +87,9 @@ def draw_slice_page(review: Review, index: int, size: display.Size, side: int) -
 def draw_framed_pair(
     review: Review, index: int, size: display.Size, cell: tuple[int, int]
 ) -> tuple[Picture, Picture]:
-    """Draw both pictures of a slice with letters and scale bars; the notice is on the second.
+    """Draw both pictures of a slice with letters and scale bars; the second one gets the notice.
 
-    `cell`: smallest height and width of what is inside the margins.
+    `cell` is the least height and width inside the margins.
     """
     letters = display.edge_letters(review.view)
     raw, overlay = (
@@ -102,9 +104,9 @@ def draw_framed_pair(
 def draw_pair(
     review: Review, index: int, size: display.Size, part: Any = ...
 ) -> tuple[Picture, Picture]:
-    """Draw the scan alone, and with heat and outlines, each (height, width, 3) and nothing else.
+    """Draw the scan, and the scan with heat and outlines, each (height, width, 3), without frames.
 
-    `part`: the rows and columns of the slice that are drawn, as an index; all of them by default.
+    `part` is an index of the rows and columns of the slice that are drawn, by default all.
     """
     view = review.view
 
@@ -128,9 +130,9 @@ def draw_pair(
 
 
 def _slice_lines(review: Review, index: int, room: int) -> list[str]:
-    """Say which slice this is: its number counted from 1, the voxel index from 0.
+    """Return lines about a slice, with its number counted from 1, and its voxel index from 0.
 
-    As many lines for every slice, so that all pictures have one size.
+    Every slice gets the same number of lines, so that all pictures have the same size.
     """
     view = review.view
     words = [

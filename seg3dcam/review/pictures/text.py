@@ -1,7 +1,7 @@
-"""Lines of text for pictures, in one typeface: the same letters on every machine.
+"""Draw lines of text into pictures, in a typeface that is the same on every machine.
 
 A letter that the typeface lacks (Chinese, Japanese, Korean, emoji) is written as its code, such as
-\\u809d: no two names look alike.
+\\u809d, so that different names never look alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHITE: Colour = (235, 235, 235)
 GREY: Colour = (165, 165, 165)
 AMBER: Colour = (60, 190, 255)
 
-MARGIN = 24  # left of a line; also around a picture, for the letters and the scale bar
+MARGIN = 24  # to the left of a line, and around a picture, for letters and the scale bar
 GAP = 6
 TEXT_SIZE = 14
 LETTER_SIZE = 17
@@ -32,7 +32,7 @@ TITLE_SIZE = 17
 
 @functools.lru_cache(maxsize=16)
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: the same letters on every machine."""
+    """Return DejaVu Sans, which comes with matplotlib and so is there on every machine."""
     return ImageFont.truetype(_font_file(bold), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -43,7 +43,7 @@ def _font_file(bold: bool) -> str:
 
 @functools.cache
 def _letters(bold: bool) -> frozenset[int]:
-    """The codes of all letters in the typeface."""
+    """Return the codes of all letters in the typeface."""
     return frozenset(FT2Font(_font_file(bold)).get_charmap())
 
 
@@ -61,7 +61,7 @@ def spelled(text: str, bold: bool = False) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def text_mask(text: str, size: int = TEXT_SIZE, bold: bool = False) -> Picture:
-    """Render one line of text, (height, width) uint8, 255 = fully covered; do not change it."""
+    """Render a line of text, (height, width) uint8, 255 where it covers all; do not change it."""
     font, text = _font(size, bold), spelled(text, bold)
     ascent, descent = font.getmetrics()
     canvas = Image.new("L", (max(1, math.ceil(font.getlength(text))), ascent + descent))
@@ -70,17 +70,17 @@ def text_mask(text: str, size: int = TEXT_SIZE, bold: bool = False) -> Picture:
 
 
 def text_width(text: str, size: int = TEXT_SIZE, bold: bool = False) -> int:
-    """Width of a line of text in pixels."""
+    """Return the width of a line of text in pixels."""
     return math.ceil(_font(size, bold).getlength(spelled(text, bold)))
 
 
 def line_height(size: int = TEXT_SIZE) -> int:
-    """Height of a line of text in pixels, with some air."""
+    """Return the height of a line of text in pixels, with some space."""
     return sum(_font(size, False).getmetrics()) + 3
 
 
 def paste_text(picture: Picture, mask: Picture, left: int, top: int, colour: Colour) -> None:
-    """Blend rendered text into the picture; what lies outside the picture is left out."""
+    """Blend rendered text into a picture; parts outside of the picture are left out."""
     left, top = max(0, left), max(0, top)
     place = picture[top : top + mask.shape[0], left : left + mask.shape[1]]
     alpha = mask[: place.shape[0], : place.shape[1], None].astype(np.float32) / 255
@@ -96,25 +96,25 @@ def put_text(
     size: int = TEXT_SIZE,
     bold: bool = False,
 ) -> None:
-    """Write one line of text, its top left corner at (left, top)."""
+    """Write a line of text with its top left corner at (left, top)."""
     paste_text(picture, text_mask(text, size, bold), left, top, colour)
 
 
 def put_centred(picture: Picture, text: str, x: int, y: int) -> None:
-    """Write a bold letter around a point."""
+    """Write a bold letter centred on a point."""
     mask = text_mask(text, LETTER_SIZE, True)
     paste_text(picture, mask, x - mask.shape[1] // 2, y - mask.shape[0] // 2, WHITE)
 
 
 def clean_text(text: object) -> str:
-    """Make any value one line: line breaks and control characters become spaces."""
+    """Return any value as one line; line breaks and control characters become spaces."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def wrap_items(
     items: Iterable[str], width: int, size: int = TEXT_SIZE, bold: bool = False
 ) -> list[str]:
-    """Join items with dots into lines of at most `width` pixels; too long items are broken."""
+    """Join items with dots into lines of at most `width` pixels; items too long are broken."""
     return list(_wrapped(tuple(items), width, size, bold))
 
 
@@ -131,7 +131,7 @@ def _wrapped(items: tuple[str, ...], width: int, size: int, bold: bool) -> tuple
 
 
 def _fitting_length(text: str, width: int, size: int, bold: bool) -> int:
-    """How many characters fit into the width; at least one."""
+    """Return how many characters fit into the width, at least one."""
 
     def width_of(count: int) -> int:
         return text_width(text[:count], size, bold)
@@ -140,7 +140,7 @@ def _fitting_length(text: str, width: int, size: int, bold: bool) -> int:
 
 
 def _break_text(text: str, width: int, size: int, bold: bool) -> list[str]:
-    """Break at spaces where possible, else anywhere: nothing is cut off."""
+    """Break a text at spaces where possible, otherwise anywhere; nothing is cut off."""
     lines: list[str] = []
     while text_width(text, size, bold) > width and len(text) > 1:
         end = _fitting_length(text, width, size, bold)

@@ -1,4 +1,4 @@
-"""One HTML file to review CAMs with."""
+"""The report: one HTML file to review CAMs with."""
 
 from seg3dcam.review.report.page import Report, notebook_view, save_report
 

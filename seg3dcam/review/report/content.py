@@ -1,4 +1,4 @@
-"""What a page holds: what it says of each explanation, and its text."""
+"""Collect the content of a page, and write the text of the page."""
 
 from __future__ import annotations
 
@@ -22,51 +22,53 @@ from seg3dcam.geometry import peak_voxel, same_grid, spacing_of
 from seg3dcam.review.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review.pictures.closeup import closeup_mm
 from seg3dcam.review.pictures.display import edge_letters, obliquity_degrees, plan_view
-from seg3dcam.review.report import data
 from seg3dcam.review.report import maps as report_maps
+from seg3dcam.review.report import packing
+from seg3dcam.review.report.display_order import plan_order
 
-#: Letters of base64 for each byte.
+#: Characters of base64 per byte.
 BASE64 = 4 / 3
-#: All maps together may take what the scan, stored without loss, leaves of the file, and at least
-#: half of the file. Each map may take this part of what the maps before it have left.
+#: The maps together get the room that the lossless scan leaves, but at least half of the file. Each
+#: map may take this part of the room that the maps before it have left.
 MAP_SHARE = 1 / 3
 
-#: Figures that are left out, since the list of peaks says them.
+#: Findings that are left out, since the page has a list of peaks.
 PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}
 
 SCRIPTS = ("volume.js", "draw.js", "view.js", "panels.js", "feedback.js", "controls.js")
 
-#: A place in page.html where a part of the page goes, such as {{script}}.
+#: A place in page.html that is replaced by a part of the page, such as {{script}}.
 PAGE_SLOT = re.compile(r"\{\{(\w+)\}\}")
 
-#: Layer -> the number of its map in the page, and the raw value that is 1 in that map.
+#: Layer -> number of its map in the page, and the raw value that became 1 in that map.
 MapNumbers = dict[str, tuple[int, float]]
 
 
 class Page:
-    """What a page about one scan holds.
+    """The content of a page about one scan.
 
-    `add` reduces one explanation after the other to small data; `parts` makes the page's text.
+    `add` takes one explanation after another and keeps only what the page needs; `parts` returns
+    the text of the page.
     """
 
     def __init__(self, first: Explanation, look: Look, case: str, limit_mb: float) -> None:
         self.look, self.case, self.limit = look, case, limit_mb * 1e6
         self.affine = first.affine
-        self.frame = data.plan_frame(first.scan.shape, first.affine)
+        self.order = plan_order(first.scan.shape, first.affine)
         self.scan, self.greys = self._scan_of(first)
-        lossless = data.foreseen_bytes(self.greys.codes, data.ENCODINGS[0]) * BASE64
+        lossless = packing.foreseen_bytes(self.greys.codes, packing.ENCODINGS[0]) * BASE64
         self.map_room = self.limit - min(lossless, self.limit / 2)
         self.items: list[dict[str, Any]] = []
         self.maps: list[dict[str, Any]] = []
-        self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile, each mask once
+        self.masks: dict[str, dict[str, Any]] = {}  # base64 -> profile; equal masks are stored once
 
     def add(self, explanation: Explanation, name: str) -> None:
-        """Take one more explanation, of the same scan, under a name that tells it from others."""
+        """Add an explanation of the same scan; `name` distinguishes it from the others."""
         shape, affine = explanation.scan.shape, explanation.affine
-        if shape != self.frame.shape or not same_grid(self.affine, affine, shape):
+        if shape != self.order.shape or not same_grid(self.affine, affine, shape):
             raise InputError(
                 f"{explanation.label}: its scan lies on another grid ({shape} voxels) than that of "
-                f"the first explanation ({self.frame.shape}). A report is about one scan: write "
+                f"the first explanation ({self.order.shape}). A report is about one scan: write "
                 "one for each"
             )
         numbers = self._add_maps(explanation)
@@ -88,21 +90,21 @@ class Page:
             }
         )
 
-    def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], data.Greys]:
-        """Return what the page says of the scan, and the scan in 8 bits."""
-        scan, affine, frame = explanation.scan, explanation.affine, self.frame
+    def _scan_of(self, explanation: Explanation) -> tuple[dict[str, Any], packing.Greys]:
+        """Return the facts about the scan that the page needs, and the scan in 8 bits."""
+        scan, affine, order = explanation.scan, explanation.affine, self.order
         voxels = scan.data[0].numpy()
         window = choose_window(voxels, self.look.window)
-        ct = data.is_ct(float(voxels.min()), self.look.window)
-        greys = data.grey_codes(voxels, frame, window, ct)
+        ct = packing.is_ct(float(voxels.min()), self.look.window)
+        greys = packing.grey_codes(voxels, order, window, ct)
         degrees = obliquity_degrees(affine)
         planes = ("axial", "coronal", "sagittal")
         said = {
-            "shape": frame.by_axis(scan.shape),
-            "spacing": frame.by_axis(spacing_of(affine)),
-            "affine": frame.affine.tolist(),
-            "axes": frame.by_axis("ijk"),
-            "flipped": list(reversed(frame.flips)),
+            "shape": order.by_axis(scan.shape),
+            "spacing": order.by_axis(spacing_of(affine)),
+            "affine": order.affine.tolist(),
+            "axes": order.by_axis("ijk"),
+            "flipped": list(reversed(order.flips)),
             "letters": {p: edge_letters(plan_view(scan.shape, affine, p)) for p in planes},
             "oblique": round(degrees) if degrees > 1 else 0,
             "channels": len(scan.data),
@@ -114,19 +116,19 @@ class Page:
         return said, greys
 
     def _add_mask(self, mask: torch.Tensor | None) -> int | None:
-        """Add a mask, unless the page has the very same one already, and return its number."""
+        """Add a mask, unless the page has an equal one already, and return its number."""
         if mask is None:
             return None
-        packed = _base64(data.pack_mask(mask, self.frame))
+        packed = _base64(packing.pack_mask(mask, self.order))
         if packed not in self.masks:
-            self.masks[packed] = {"profile": data.mask_profile(mask, self.frame)}
+            self.masks[packed] = {"profile": packing.mask_profile(mask, self.order)}
         return list(self.masks).index(packed)
 
     def _layer(
         self, explanation: Explanation, layer: str | None, numbers: MapNumbers
     ) -> dict[str, Any]:
-        """Return what the page says of one layer, or of all together."""
-        frame, look = self.frame, self.look
+        """Return what the page says about one layer, or about all layers together."""
+        order, look = self.order, self.look
         notice = explanation.notice(layer, look.scale)
         found = findings(explanation, layer, look.scale)
         shown = {key: value for key, value in found.items() if key not in PEAK_KEYS}
@@ -135,7 +137,7 @@ class Page:
         if look.signed and volume is not None:
             listed = [peak._asdict() for peak in find_signed_peaks(volume, explanation.affine)]
         peaks = [
-            {**peak, "at": frame.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
+            {**peak, "at": order.place(peak["voxel"]), "mm": [round(x, 2) for x in peak["mm"]]}
             for peak in listed
         ]
         names = explanation.maps if layer is None else [layer]
@@ -146,7 +148,7 @@ class Page:
             "peaks": peaks,
             "closeup": _closeup(explanation, volume, look),
             "maps": [] if volume is None else _weights(explanation, names, volume, numbers, look),
-            "profile": None if volume is None else data.map_profile(volume, frame, look),
+            "profile": None if volume is None else packing.map_profile(volume, order, look),
         }
 
     def _add_maps(self, explanation: Explanation) -> MapNumbers:
@@ -163,7 +165,7 @@ class Page:
             cells = np.divide(explanation.native_spacing[layer], spacing).tolist()
             share = self.map_room * MAP_SHARE / BASE64
             packed = report_maps.pack_map(
-                values.float() / largest, self.frame, lattice, cells, share, self.look.signed
+                values.float() / largest, self.order, lattice, cells, share, self.look.signed
             )
             self.map_room -= len(packed.data) * BASE64
             numbers[layer] = len(self.maps), largest
@@ -171,7 +173,7 @@ class Page:
         return numbers
 
     def parts(self) -> Iterator[str]:
-        """Yield the page's text, piece by piece."""
+        """Yield the text of the page, piece by piece."""
         script = "".join(map(_source, SCRIPTS))
         style = _source("view.css")
         content = {
@@ -191,20 +193,20 @@ class Page:
         }
         page = _source("page.html")
         taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
-        room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # rounding, lines
-        slices = data.pack_slices(self.greys.codes, room)
+        room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # for rounding
+        slices = packing.pack_slices(self.greys.codes, room)
         content["slices"] = "\n".join(map(_base64, slices.pictures))
         content["meta"] = _json(self._meta(slices))
         for number, part in enumerate(PAGE_SLOT.split(page)):
             yield content[part] if number % 2 else part
 
     def _id(self) -> str:
-        """Return a code of the page's content: a browser stores a reader's notes under it."""
+        """Return a hash of the page's content, under which a browser stores a reader's notes."""
         held = [self.case, *(one["data"] for one in self.maps), *self.masks]
         held += [one["name"] for one in self.items]
         return hashlib.sha256("\n".join(held).encode()).hexdigest()[:16]
 
-    def _meta(self, slices: data.Slices | None) -> dict[str, Any]:
+    def _meta(self, slices: packing.Slices | None) -> dict[str, Any]:
         stored = (
             {}
             if slices is None
@@ -237,7 +239,7 @@ class Page:
 
 
 def _closeup(explanation: Explanation, volume: torch.Tensor | None, look: Look) -> float | None:
-    """Return the mm around the peak that a close-up shows; None where there is no peak."""
+    """Return the side in mm of the close-up of the peak; None if there is no peak."""
     if volume is None:
         return None
     strength = look.strength(volume.numpy())
@@ -252,10 +254,10 @@ def _weights(
     numbers: MapNumbers,
     look: Look,
 ) -> list[tuple[int, float]]:
-    """Say which maps the page adds up to draw `volume`: their numbers and weights.
+    """Return the numbers and weights of the maps that the page adds up to draw `volume`.
 
-    `Explanation.volume` adds layers in their own units and divides by the sum's largest value;
-    each of the page's maps is divided by its own.
+    `Explanation.volume` adds layers in their own units and divides the sum by its largest value.
+    The maps of the page, however, have each been divided by their own largest value.
     """
     peak = peak_voxel(look.strength(volume))
     found = {name: numbers[name] for name in names if name in numbers}
@@ -276,11 +278,11 @@ def _base64(blob: bytes) -> str:
 
 
 def _digest(text: str) -> str:
-    """Return the name by which the page's policy allows a script or a style."""
+    """Return the hash by which the page's security policy allows a script or a style."""
     return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
 
 
 def _json(value: Any) -> str:
-    """Return JSON without the characters < > &, so that no text in it can end the script."""
+    """Return JSON without the characters < > &, so that no text can end the script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""A map made small: on the coarsest grid from which a page can draw it well enough, in 8 bits."""
+"""Pack a map in 8 bits, on the coarsest grid from which a page can draw it well enough."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from torch.nn.functional import avg_pool3d, max_pool3d
 
 from seg3dcam.explaining.provenance import LayerRecord
 from seg3dcam.geometry import FeatureGrid, interpolate
-from seg3dcam.review.report.data import Frame
+from seg3dcam.review.report.display_order import DisplayOrder
 
-#: A map may be drawn this far from its value; a finer grid is taken where it is further off.
+#: A drawn map may differ from the true one by this much; otherwise a finer grid is tried.
 MAP_ERROR = 0.02
-#: Grids that are tried for a map: voxels of the page to one of the layer, along each axis.
+#: Grids that are tried: stored voxels per voxel of the layer, along each axis.
 MAP_PARTS = (1, 2, 4)
-#: Blocks that are averaged to make a map small are at most this large.
+#: The largest blocks of voxels that are averaged to make a map small.
 MAX_BLOCK_MM = 20.0
-#: The code of 0 in a map. What is below is never drawn, but it says where the map crosses 0.
+#: The code of 0 in a map. Values below 0 are never drawn, but they tell where the map crosses 0.
 ZERO_CODE = 55
-#: In a signed map, where what is below 0 is drawn as well as what is above.
+#: The code of 0 in a signed map, whose values below 0 are drawn, too.
 SIGNED_ZERO_CODE = 127
-#: Planes along each axis where the error is measured, besides the one through the peak.
+#: The error is measured in so many planes along each axis, and in the plane through the peak.
 ERROR_PLANES = 4
 
 
 class PackedMap(NamedTuple):
     """A map in 8 bits on a grid that may be coarser than the scan's.
 
-    The map is interpolated first and then cut at zero, as `Explanation.volume` was; that is why
-    values below zero are kept. `data` unpacks to differences along x of the codes, (Z, Y, X).
-    With the code `zero` of 0, code c is the value `ends[1] * (c - zero) / (255 - zero)`, and below
-    zero `ends[0] * (zero - c) / zero`.
+    A page interpolates the map first and then cuts it at zero, as `Explanation.volume` does. So
+    values below zero must be kept. `data` unpacks to the codes (Z, Y, X), as differences along x.
+    If `zero` is the code of 0, a code c above it stands for
+    `ends[1] * (c - zero) / (255 - zero)`, and one below it for `ends[0] * (zero - c) / zero`.
 
-    `shape`, `start` and `step` are (x, y, z): voxel k lies at the scan's display index
-    start + step * k; beyond the outermost voxels their value is held. `error` is how far the page
-    is off where it was measured.
+    `shape`, `start` and `step` are (x, y, z): voxel k lies at the display index start + step * k
+    of the scan. Beyond the outermost voxels their values are used. `error` is the largest error of
+    the drawn map that was measured.
     """
 
     data: bytes
@@ -52,7 +52,7 @@ class PackedMap(NamedTuple):
 
 
 class Lattice(NamedTuple):
-    """Where a layer's voxels lie along each of the scan's axes: at offset + stride * k."""
+    """Where the voxels of a layer lie along each axis of the scan: at offset + stride * k."""
 
     stride: tuple[float, ...]
     offset: tuple[float, ...]
@@ -60,30 +60,31 @@ class Lattice(NamedTuple):
 
 def pack_map(
     values: torch.Tensor,
-    frame: Frame,
+    order: DisplayOrder,
     lattice: Lattice | None,
     cells: Sequence[float],
     limit: float,
     signed: bool = False,
 ) -> PackedMap:
-    """Pack a map, (X, Y, Z), whose largest value is 1, on the coarsest grid that is good enough.
+    """Pack a map (X, Y, Z) whose largest value is 1 on the coarsest grid that is good enough.
 
     Args:
-        lattice: the layer's voxels in the scan, between which the map was interpolated, so that
-            nothing is lost on them. None: not known, or not parallel to the scan's axes.
-        cells: scan voxels to one voxel of the layer's own grid, for each axis.
-        limit: bytes. Where no grid needs less, blocks of voxels are averaged.
-        signed: what is below 0 is drawn too; 1 is then the largest absolute value.
+        lattice: where the voxels of the layer lie in the scan. The map was interpolated between
+            them, so they hold all of it. None if they are not known, or not parallel to the scan's
+            axes.
+        cells: scan voxels per voxel of the layer's own grid, along each axis.
+        limit: the most bytes. If no grid needs so few, blocks of voxels are averaged.
+        signed: whether values below 0 are drawn, too. The largest absolute value is then 1.
     """
     ways = _ways_to_read(values, lattice, cells, signed)
-    candidates = (_packed(*read, values, frame, signed) for read in ways)
+    candidates = (_packed(*read, values, order, signed) for read in ways)
     best: PackedMap | None = None
     for packed in candidates:
         if len(packed.data) <= limit and (best is None or packed.error < best.error):
             best = packed
         if len(packed.data) > limit or packed.error <= MAP_ERROR:
             break
-    return best or _packed_blocks(values, frame, limit, signed)
+    return best or _packed_blocks(values, order, limit, signed)
 
 
 def zero_code(signed: bool) -> int:
@@ -94,15 +95,15 @@ def zero_code(signed: bool) -> int:
 def lattice_of(
     layer: LayerRecord | None, prepared_affine: ArrayLike | None, affine: NDArray[np.float64]
 ) -> Lattice | None:
-    """Return where a layer's voxels lie in the scan, along the scan's own axes.
+    """Return where the voxels of a layer lie along the axes of the scan.
 
-    None where that is not known, or where the layer's axes are not parallel to the scan's, as after
-    a rotation for the network.
+    Return None if that is not known, or if the axes of layer and scan are not parallel, for example
+    because the scan was rotated for the network.
 
     Args:
         layer: the layer's grid in the network's input.
         prepared_affine: (4, 4) voxel -> RAS mm of the network's input.
-        affine: the scan's, (4, 4).
+        affine: (4, 4) voxel -> RAS mm of the scan.
     """
     if layer is None or not layer.shape or prepared_affine is None:
         return None
@@ -119,40 +120,45 @@ def lattice_of(
 def _ways_to_read(
     values: torch.Tensor, lattice: Lattice | None, cells: Sequence[float], signed: bool
 ) -> Iterator[tuple[torch.Tensor, FeatureGrid]]:
-    """Yield a map on coarse grids first, on the scan's own at last."""
+    """Yield a map on coarse grids first, and at last on the scan's own grid."""
     own = FeatureGrid.of_voxels(values.shape)
     for parts in MAP_PARTS:
         if lattice is None:
             grid = _even_grid(values.shape, [cell / parts for cell in cells])
             yield interpolate(values, own, grid), grid
         else:
-            # Sliding windows may have put layer grids side by side: then halves or quarters fit.
+            # Where sliding windows put grids of the layer side by side, halves or quarters may fit.
             stride = tuple(step / parts for step in lattice.stride)
             grid = _nodes_or_voxels(Lattice(stride, lattice.offset), values.shape)
             yield _at_nodes(values, grid), grid
-    # Each voxel alone: what is below zero, and is not drawn, tells nothing.
+    # Nothing is interpolated here, so values below zero, which are not drawn, are not needed.
     yield values if signed else values.clamp(min=0), own
 
 
-def _packed_blocks(values: torch.Tensor, frame: Frame, limit: float, signed: bool) -> PackedMap:
-    """Average blocks of voxels, the larger the smaller `limit` is."""
-    side = min(frame.spacing)
+def _packed_blocks(
+    values: torch.Tensor, order: DisplayOrder, limit: float, signed: bool
+) -> PackedMap:
+    """Average blocks of voxels, which are larger if `limit` is smaller."""
+    side = min(order.spacing)
     while True:
         side *= 1.5
         block = [
             min(size, max(1, round(side / mm)))
-            for mm, size in zip(frame.spacing, values.shape, strict=True)
+            for mm, size in zip(order.spacing, values.shape, strict=True)
         ]
         means = avg_pool3d(values[None], block, ceil_mode=True)[0]
         offset = tuple((by - 1) / 2 for by in block)
         grid = FeatureGrid(tuple(means.shape), tuple(map(float, block)), offset)
-        packed = _packed(means, grid, values, frame, signed)
+        packed = _packed(means, grid, values, order, signed)
         if len(packed.data) <= limit or side > MAX_BLOCK_MM:
             return packed
 
 
 def _nodes_or_voxels(lattice: Lattice, shape: Sequence[int]) -> FeatureGrid:
-    """Take the nodes that two of the scan's voxels tell of; where they are dense, its voxels."""
+    """Return the grid of nodes or voxels from which a map can be drawn.
+
+    Use the layer's nodes where two scan voxels lie between them; otherwise use the voxels.
+    """
     lines = []
     for size, stride, offset in zip(shape, *lattice, strict=True):
         first = math.ceil((1 - offset) / stride) - 1
@@ -166,10 +172,10 @@ def _nodes_or_voxels(lattice: Lattice, shape: Sequence[int]) -> FeatureGrid:
 
 
 def _at_nodes(values: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
-    """Read a map at the nodes of its layer.
+    """Return the values of a map at the nodes of its layer.
 
-    Between two nodes it is straight along each axis, so two voxels there tell the value of either
-    node exactly; voxels on both sides of a node do not.
+    Between two nodes the map is linear along each axis. So two voxels there give the exact value at
+    either node, but two voxels on different sides of a node do not.
     """
     for axis, size in enumerate(values.shape):
         if grid.stride[axis] == 1:
@@ -183,7 +189,7 @@ def _at_nodes(values: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
 
 
 def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
-    """Return a grid from the first to the last voxel with at most `factors` voxels a step."""
+    """Return a grid from the first to the last voxel with steps of at most `factors` voxels."""
     sizes, steps = [], []
     for n, by in zip(shape, factors, strict=True):
         sizes.append(math.ceil((n - 1) / max(1, by)) + 1)
@@ -192,32 +198,32 @@ def _even_grid(shape: Sequence[int], factors: Sequence[float]) -> FeatureGrid:
 
 
 def _packed(
-    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, frame: Frame, signed: bool
+    coarse: torch.Tensor, grid: FeatureGrid, values: torch.Tensor, order: DisplayOrder, signed: bool
 ) -> PackedMap:
     if not signed:
-        # What is below zero, and has no neighbour above, is never seen: zeros need no room.
+        # Values below zero without a neighbour above are never seen. As zeros they need no room.
         seen = max_pool3d(coarse[None], 3, stride=1, padding=1)[0] > 0
         coarse = torch.where(seen, coarse, 0)
     zero = zero_code(signed)
     ends = [min(-1e-6, float(coarse.min())), max(1e-6 if signed else 1.0, float(coarse.max()))]
     above, below = (255 - zero) / ends[1], zero / -ends[0]
     codes = (torch.where(coarse < 0, coarse * below, coarse * above) + zero).round_().byte()
-    arranged = frame.arrange(codes.numpy())
+    arranged = order.arrange(codes.numpy())
     data = zlib.compress(np.diff(arranged, axis=2, prepend=np.uint8(0)).tobytes(), 3)
     levels = codes.float() - zero
     drawn = torch.where(levels < 0, levels / below, levels / above)
     first = [
         size - 1 - offset - step * (count - 1) if flip else offset
         for size, offset, step, count, flip in zip(
-            values.shape, grid.offset, grid.stride, grid.shape, frame.flipped, strict=True
+            values.shape, grid.offset, grid.stride, grid.shape, order.flipped, strict=True
         )
     ]
     return PackedMap(
         data,
         ends,
-        frame.by_axis(grid.shape),
-        frame.by_axis(first),
-        frame.by_axis(grid.stride),
+        order.by_axis(grid.shape),
+        order.by_axis(first),
+        order.by_axis(grid.stride),
         _largest_error(values, drawn, grid, signed),
     )
 
@@ -225,7 +231,7 @@ def _packed(
 def _largest_error(
     values: torch.Tensor, coarse: torch.Tensor, grid: FeatureGrid, signed: bool
 ) -> float:
-    """Compare planes through the peak, and some others, with what the page will draw."""
+    """Return the largest error of what the page will draw, in the peak's planes and some others."""
     strongest = values.abs() if signed else values
     peak = np.unravel_index(int(strongest.argmax()), values.shape)
     largest = 0.0
@@ -233,7 +239,7 @@ def _largest_error(
         others = np.linspace(0, size - 1, min(size, ERROR_PLANES)).astype(int)
         for index in {int(peak[axis]), *others.tolist()}:
             wanted = values.narrow(axis, index, 1).movedim(axis, 0)
-            # The plane's own axis first: what is left is small.
+            # The plane's own axis comes first, so that little is left for the other axes.
             drawn = interpolate(
                 coarse.movedim(axis, 0),
                 _axis_first(grid, axis),
@@ -245,9 +251,9 @@ def _largest_error(
 
 
 def _axis_first(grid: FeatureGrid, axis: int) -> FeatureGrid:
-    order = [axis, *(other for other in range(3) if other != axis)]
+    axes = [axis, *(other for other in range(3) if other != axis)]
     return FeatureGrid(
-        tuple(grid.shape[n] for n in order),
-        tuple(grid.stride[n] for n in order),
-        tuple(grid.offset[n] for n in order),
+        tuple(grid.shape[n] for n in axes),
+        tuple(grid.stride[n] for n in axes),
+        tuple(grid.offset[n] for n in axes),
     )

@@ -1,31 +1,31 @@
-"""One HTML file to review CAMs with: it opens offline in any browser, without WebGL.
+"""Write a report: one HTML file to review CAMs with, offline, in any browser, without WebGL.
 
     save_report("case.html", explanations, Look(window="abdomen"), case="case 12")
 
-The page draws three planes from the slices of the scan, stored once as 8-bit pictures, from maps on
-coarser grids, and from masks of one bit a voxel. `content` collects them, `data` and `maps` make
-them small, and `assets` holds the page's own HTML, CSS and JavaScript.
+The page holds the slices of the scan as 8-bit pictures, the maps on coarser grids, and the masks
+with one bit per voxel. From these it draws all three planes. `content` collects them, `packing` and
+`maps` make them small, and `assets` holds the HTML, CSS and JavaScript of the page.
 """
 
 from __future__ import annotations
 
 import html
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from seg3dcam.errors import ConfigError, InputError, Seg3dcamWarning
+from seg3dcam.errors import ConfigError, InputError, tell
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import atomic
 from seg3dcam.review.look import Look
 from seg3dcam.review.report.content import Page
+from seg3dcam.review.writing import write_all
 
 __all__ = ["LIMIT_MB", "Report", "notebook_view", "save_report"]
 
-#: Millions of bytes that most mail servers still take as an attachment.
+#: Default limit in millions of bytes, which most mail servers accept as an attachment.
 LIMIT_MB = 15.0
-#: Millions of bytes of a page in a notebook, which keeps every output inside its own file.
+#: Limit in millions of bytes for a page in a notebook, whose file holds every output.
 NOTEBOOK_MB = 6.0
 #: Height in pixels of a page in a notebook.
 NOTEBOOK_HEIGHT = 820
@@ -41,26 +41,26 @@ def save_report(
 ) -> Path:
     """Save a page to review one or several explanations of a scan.
 
-    The scan is stored as well as `limit_mb` allows, from slices without loss to shrunk slices, and
-    the page says how. Nothing of the scan's name or path gets into the page.
+    The scan is stored as well as `limit_mb` allows: without loss, compressed, or as shrunk slices.
+    The page says which. It contains neither the scan's name nor its path.
 
     Args:
         path: the file, ending in .html.
-        explanations: all of one scan, for example what `explain_each` returns.
+        explanations: one or several of one scan, for example what `explain_each` returns.
         look: window, threshold, opacity and colours that the page starts with.
-        case: how the page names the case; empty: not at all.
+        case: name of the case in the page; "" for none.
         limit_mb: largest size of the file, in millions of bytes.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: another suffix, or a limit that is not above 0.
-        InputError: no explanation, or explanations of scans on different grids.
+        ConfigError: the path has another suffix, or the limit is not above 0.
+        InputError: there is no explanation, or their scans lie on different grids.
         OutputError: the file cannot be written.
 
     Warns:
-        Seg3dcamWarning: the file is larger than `limit_mb`, whatever is done.
+        Seg3dcamWarning: the file could not be made smaller than `limit_mb`.
 
     Example:
         >>> import tempfile, numpy as np, torch
@@ -76,17 +76,15 @@ def save_report(
         True
     """
     report = Report(path, look or Look(), case, limit_mb=limit_mb)
-    for one in [explanations] if isinstance(explanations, Explanation) else explanations:
-        report.add(one, f"{one.label} {one.method}")
-    return report.finish()[0]
+    return write_all(report, explanations, lambda one: f"{one.label} {one.method}")[0]
 
 
 def notebook_view(explanation: Explanation, look: Look | None = None) -> str:
-    """Return the page of one explanation as an HTML fragment, for the output of a notebook."""
+    """Return the page of one explanation as a fragment of HTML for a notebook's output."""
     page = Page(explanation, look or Look(), "", NOTEBOOK_MB)
     page.add(explanation, explanation.label)
     srcdoc = html.escape("".join(page.parts()))
-    # Without allow-same-origin the page can reach nothing of the notebook.
+    # Without allow-same-origin the page has no access to the notebook.
     return (
         f'<iframe srcdoc="{srcdoc}" title="CAM review" sandbox="allow-scripts allow-downloads" '
         f'style="width: 100%; height: {NOTEBOOK_HEIGHT}px; border: 0"></iframe>'
@@ -98,8 +96,8 @@ class Report:
 
     Args:
         path: the file, ending in .html.
-        look: what the page starts with.
-        case: how the page names the case; empty: not at all.
+        look: window, threshold, opacity and colours that the page starts with.
+        case: name of the case in the page; "" for none.
         limit_mb: largest size of the file, in millions of bytes.
     """
 
@@ -120,7 +118,7 @@ class Report:
         self._page: Page | None = None
 
     def add(self, explanation: Explanation, name: str) -> None:
-        """Reduce an explanation to what the page shows; its volumes are not kept."""
+        """Keep what the page shows of an explanation; its volumes are not kept."""
         if self._page is None:
             self._page = Page(explanation, *self._settings)
         self._page.add(explanation, name)
@@ -136,11 +134,9 @@ class Report:
             file.writelines(self._page.parts())
         size = self.path.stat().st_size
         if size > self._page.limit:
-            warnings.warn(
+            tell(
                 f"{self.path.name} has {size / 1e6:.1f} MB, more than {self._page.limit / 1e6:g}: "
                 "the scan cannot be stored any smaller. Explain fewer targets and layers in one "
-                "report, crop the scan, or raise limit_mb",
-                Seg3dcamWarning,
-                stacklevel=2,
+                "report, crop the scan, or raise limit_mb"
             )
         return [self.path]

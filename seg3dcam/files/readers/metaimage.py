@@ -1,4 +1,4 @@
-"""MetaImage, ITK's own format: `.mha`, and `.mhd` with the voxels in a file beside it."""
+"""Read headers of MetaImage, ITK's format: `.mha`, or `.mhd` with the voxels in another file."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TYPES = {
     "met_ushort": "u2",
     "met_int": "i4",
     "met_uint": "u4",
-    "met_long": "i4",  # of four bytes, whatever the machine
+    "met_long": "i4",  # always of four bytes, on every machine
     "met_ulong": "u4",
     "met_long_long": "i8",
     "met_ulong_long": "u8",
     "met_float": "f4",
     "met_double": "f8",
 }
-#: Names for one thing: ITK's own first.
+#: Other names of a field -> the name that ITK writes.
 _SAME = {
     "Position": "Offset",
     "Origin": "Offset",
@@ -40,7 +40,7 @@ _SAME = {
     "Rotation": "TransformMatrix",
     "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
 }
-#: The fields that count here; others are read over.
+#: The fields that are read; others are ignored.
 _KNOWN = {
     *("NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "ElementSpacing"),
     *("ElementSize", "Offset", "TransformMatrix", "DistanceUnits", "BinaryData"),
@@ -82,10 +82,10 @@ def plan_meta(path: Path) -> Plan:
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:
-    """Return the fields that count, and where the header ends: after `ElementDataFile`.
+    """Return the known fields, and the byte at which the header ends, after `ElementDataFile`.
 
-    ITK writes what it knows of an image into the header, as `dim[0] = 3` or `0008|0008 = ORIGINAL`:
-    under any name and with any text, which may have several lines.
+    ITK also writes whatever else it knows about an image, such as `0008|0008 = ORIGINAL`. Such a
+    field may have any name and any text, even one of several lines.
     """
     fields: dict[str, str] = {}
     torn = b""
@@ -99,7 +99,7 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
                     "copy it again."
                 )
             found = _split(line)
-            if not found:  # blank, or inside of a text
+            if not found:  # a blank line, or a line inside a longer text
                 torn = torn or line.strip()
                 continue
             key, value = found
@@ -114,7 +114,7 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
 
 
 def _split(line: bytes) -> tuple[str, str] | None:
-    """Return what stands before the first = or : and after it; None where there is none."""
+    """Return the name and the value on either side of the first = or :, None if there is none."""
     found = re.fullmatch(rb"([^=:]*)[=:](.*)", line, re.DOTALL)
     if not found:
         return None
@@ -123,7 +123,7 @@ def _split(line: bytes) -> tuple[str, str] | None:
 
 
 def _lost(path: Path, torn: bytes, key: str) -> ScanError:
-    """Return the error for a line without = or :, which takes the next line's value in ITK."""
+    """Return the error for a line without = or :. ITK would give it the value of the next line."""
     legal = f"'Key = Value'. ITK takes the value of the field behind it, so that {key!r} is lost"
     return illegal(path, "line", torn.decode("latin-1"), legal)
 
@@ -133,12 +133,12 @@ def _is_true(fields: dict[str, str], key: str, path: Path) -> bool:
 
 
 def _start(plan: Plan, fields: dict[str, str], end: int) -> int:
-    """Return at which byte of their file the voxels start.
+    """Return the byte of the file at which the voxels start.
 
-    - `end`: where the header ends in that file, 0 in a file of their own.
+    - `end`: where the header ends in that file; 0 if the voxels have a file of their own.
 
-    As ITK does, `HeaderSize` counts from the start of the file, and -1 means that the voxels are
-    the file's last bytes.
+    As in ITK, `HeaderSize` counts from the start of the file, and -1 means that the voxels are the
+    last bytes of the file.
     """
     path = plan.path
     size = whole_numbers(fields.get("HeaderSize", "0"), 1, path, "HeaderSize", low=-1)[0]
@@ -152,7 +152,7 @@ def _start(plan: Plan, fields: dict[str, str], end: int) -> int:
 
 
 def _place(fields: dict[str, str], axes: int, path: Path) -> npt.NDArray[np.float64]:
-    """Return the affine to RAS: a MetaImage's own place is LPS."""
+    """Return the affine to RAS mm; a MetaImage gives its place in LPS."""
     key = "ElementSpacing" if "ElementSpacing" in fields else "ElementSize"
     steps = np.ones(axes)
     if key in fields:

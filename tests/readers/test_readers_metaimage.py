@@ -18,11 +18,6 @@ AFFINE = np.eye(4)
 AFFINE[:3, :3], AFFINE[:3, 3] = TURN * (0.7, 1.5, 3), (-10, 22, 35.5)
 
 
-@pytest.fixture
-def voxels():
-    return np.random.default_rng(0).integers(1, 90, (4, 5, 6)).astype(np.int16)
-
-
 # -------------------------------------------------------------------------- what ITK writes itself
 
 

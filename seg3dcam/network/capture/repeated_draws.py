@@ -28,15 +28,14 @@ from seg3dcam.network.random_draws import (
     set_random_state,
 )
 
-#: What is said of draws that are no operation of PyTorch's.
+#: Name for draws that are no operations of PyTorch.
 OF_LIBRARIES = "of NumPy or Python"
 
-#: Seeds from which a network is run to see what it draws, and for how many seconds each run then
-#: waits for draws of other threads.
+#: For each trial: the seed, and the seconds after the run in which other threads may draw.
 TRIALS = ((1, 0.01), (1, 0.05), (2, 0.01))
 
-#: How often a network is tried in this way in all its life. Each time, other threads that draw
-#: meanwhile get numbers that follow from our seeds.
+#: The largest number of such trials for one network. In each of them, other threads that draw get
+#: numbers that follow from our seeds.
 MOST_TRIALS = 3
 
 
@@ -45,7 +44,7 @@ class RepeatedDraws:
 
     Args:
         model: the network.
-        known: what is known about it; `known.draws` is filled in.
+        known: the facts about it; `known.draws` is filled in.
         overwritten: name of a parameter that the network's passes write to -> its values before;
             filled in.
     """
@@ -59,20 +58,20 @@ class RepeatedDraws:
         self._parameters = parameters_by_memory(model)
         self._owned = owned_generators(model)
         self._start = random_state(self._owned)
-        # Whether either the network or another thread drew in the last pass.
+        # Whether it is open who drew in the last pass, the network or another thread.
         self._doubtful = False
 
     def copy_for_trials(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return a copy of an input where trials may be needed; networks may write to their input.
+        """Return a copy of an input if trials may be needed, since networks may change their input.
 
-        None if no other thread runs, or if there were enough trials already.
+        Return None if no other thread runs, or if there were enough trials already.
         """
         alone = threading.active_count() == 1 or self._known.trials >= MOST_TRIALS
         return None if alone else x.detach().clone()
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw in a backward pass, which may run checkpoints again, as the forward pass drew."""
+        """Let a backward pass, which may run checkpoints again, draw like the forward pass."""
         with drawing_from(self._start) if self._known.draws else contextlib.nullcontext():
             yield
 
@@ -83,7 +82,7 @@ class RepeatedDraws:
         Whether it draws is found out in its first complete pass.
 
         Raises:
-            FoundLateError: it draws in this pass, but drew nothing in those before.
+            FoundLateError: the network draws in this pass, but did not draw in earlier ones.
         """
         self._doubtful = False
         effects = SideEffects(self._parameters, self._overwritten)
@@ -110,15 +109,15 @@ class RepeatedDraws:
             raise stopped
 
     def _learn(self, before: RandomState, operation: str, complete: bool) -> None:
-        """Note what a pass showed.
+        """Note what a pass showed about draws.
 
         Args:
             before: the random state before the pass.
             operation: the operation of PyTorch's that drew, "" for none.
-            complete: whether the pass ran to its end; what follows a layer may draw as well.
+            complete: whether the pass ran to its end; otherwise later operations may still draw.
         """
         now = random_state(self._owned)
-        # Another thread may have drawn meanwhile, but not by an operation of this thread.
+        # If another thread drew meanwhile, that was no operation of this thread.
         surely_own = operation or threading.active_count() == 1
         if not before.owned_equals(now) or (surely_own and not before.equals(now)):
             self._known.draws = operation or OF_LIBRARIES
@@ -128,7 +127,7 @@ class RepeatedDraws:
             self._doubtful = not before.equals_in_libraries(now)
 
     def settle_who_drew(self, x: torch.Tensor) -> None:
-        """Find out whether the network, or another thread, drew in the last pass, if it is open.
+        """If it is open who drew in the last pass, the network or another thread, find it out.
 
         The network is run again from known states of NumPy's and Python's generators. If the draws
         are its own, the same seed leads to the same state, however long other threads have time to
@@ -138,7 +137,7 @@ class RepeatedDraws:
             x: a copy of the pass's input.
 
         Raises:
-            FoundLateError: as `same_draws`.
+            FoundLateError: as in `same_draws`.
         """
         if not self._doubtful:
             return
@@ -150,7 +149,7 @@ class RepeatedDraws:
                 try:
                     self._model(x.clone())
                 except Exception:
-                    return  # it stays unknown; the pass before has shown that the network works
+                    return  # it stays open; the network itself works, as the last pass has shown
                 time.sleep(pause)
                 ends.append(random_state())
         one, again, other = ends
