@@ -379,13 +379,3 @@ def test_what_is_found_late_again_and_again_is_an_error():
     with pytest.raises(ModelError, match="it draws"):
         explain()
     assert len(begun) == MOST_ATTEMPTS
-
-
-def test_targets_of_a_scan_are_the_same_when_the_call_begins_again():
-    """The draws show after the targets were evaluated: when masked, the scan is dark enough."""
-    net = Drawing(lambda a: F.dropout(a, 0.5, True) if net.seen < 0.4 else a)
-    net.register_forward_pre_hook(lambda module, args: setattr(net, "seen", float(args[0].mean())))
-    scan = load_scan(image()[0, 0].numpy(), affine=np.eye(4))
-    with pytest.warns(Seg3dcamWarning, match=SAID):
-        found = list(explain_each(scan, SegModel(net), [VOLUME], layers="relu", method="score_cam"))
-    assert len(found) == 1
