@@ -33,7 +33,7 @@ def voxels():
 @pytest.fixture(scope="module")
 def browser():
     """A page in Chromium, in which the tests of a module open one address after another."""
-    from browser import open_browser  # a module of tests/review
+    from helpers_browser import open_browser
 
     with open_browser() as page:
         yield page

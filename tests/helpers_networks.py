@@ -1,7 +1,7 @@
 """The networks of the field, small, with random weights that are always the same.
 
 One row for each network: how it is made, the size of its input, where its logits are, which layers
-are suggested. Every test of `tests/networks` goes through the table; a new network is one more row.
+are suggested. Every test of `tests/field` goes through the table; a new network is one more row.
 """
 
 from __future__ import annotations

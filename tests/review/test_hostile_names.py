@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import SimpleITK
-from browser import open_browser
+from helpers_browser import open_browser
 from helpers_cases import IN_LESION, Place, contents, write_model, write_scan
 
 NAMES = {

@@ -18,7 +18,7 @@ from helpers_phantom import (
     offset_mm,
     silent,
 )
-from report_reader import Reader
+from helpers_report import Reader
 
 from seg3dcam.errors import ConfigError, InputError, OutputError, Seg3dcamWarning
 from seg3dcam.explaining.explain import explain

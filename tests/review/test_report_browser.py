@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Page, serve
+from helpers_browser import Page, serve
 from helpers_phantom import (
     against_mm,
     make_phantom,

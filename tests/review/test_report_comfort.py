@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Page
+from helpers_browser import Page
 from helpers_phantom import make_phantom
 from numpy.typing import NDArray
 

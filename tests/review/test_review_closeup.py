@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from review_phantom import (
+from helpers_review import (
     CUBE_MM,
     MARKER_MM,
     ORIENTATIONS,

@@ -5,20 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers_phantom import make_phantom, silent
+from helpers_review import blob_case, decode, lines_of, read, review_of
 from PIL import Image
-from review_phantom import blob_case, read, review_of
 
 from seg3dcam.errors import ConfigError
 from seg3dcam.review import review_explanation, save_cine, save_planes, save_profile
 from seg3dcam.review.pictures import cine, display, profile, text
 
 # ---------------------------------------------------------------- profile
-
-
-def lines_of(figure):
-    """Label -> (x, y) of every line of a figure."""
-    axes = [*figure.axes]
-    return {line.get_label(): line.get_xydata().T for axis in axes for line in axis.get_lines()}
 
 
 @pytest.mark.parametrize("axis", display.PLANES)
@@ -83,19 +77,6 @@ def test_the_profile_is_a_picture_with_title_and_footer(tmp_path):
 
 
 # ---------------------------------------------------------------- film
-
-
-def decode(file):
-    """The frames of a film, (N, height, width, 3); each one's time in ms; and the loops."""
-    frames, times = [], []
-    with Image.open(file) as film:
-        assert film.format == "WEBP"
-        for number in range(film.n_frames):
-            film.seek(number)
-            film.load()
-            times.append(film.info["duration"])
-            frames.append(np.asarray(film.convert("RGB")))
-        return np.stack(frames), times, film.info["loop"]
 
 
 def test_frames_are_the_slices_in_order(tmp_path):

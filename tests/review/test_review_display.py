@@ -5,7 +5,7 @@ from __future__ import annotations
 import nibabel
 import numpy as np
 import pytest
-from review_phantom import MARKER_MM, ORIENTATIONS, SPACINGS, make_affine, make_scan
+from helpers_review import MARKER_MM, ORIENTATIONS, SPACINGS, make_affine, make_scan
 
 from seg3dcam.errors import ConfigError, InputError
 from seg3dcam.review import look

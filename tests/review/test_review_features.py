@@ -8,7 +8,7 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
-from review_phantom import ORIENTATIONS, make_affine
+from helpers_review import ORIENTATIONS, make_affine
 
 from seg3dcam.cams.feature_maps import FeatureMaps
 from seg3dcam.errors import ConfigError, InputError, OutputError

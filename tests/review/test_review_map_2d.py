@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from review_phantom import read, written_words
+from helpers_review import read, written_words
 from torch import nn
 
 from seg3dcam import GradCAM, targets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from review_phantom import blob_case, find, read, review_of
+from helpers_review import blob_case, find, read, review_of
 
 from seg3dcam.errors import ConfigError
 from seg3dcam.review import save_montage

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers_phantom import MARKER_MM, OBLIQUE, SPACING, make_phantom
-from review_phantom import find, read
+from helpers_review import find, read
 
 from seg3dcam.review import review_explanation, save_planes, save_slices
 from seg3dcam.review.look import Look
@@ -151,7 +151,7 @@ def test_a_pixel_is_where_its_voxel_is(rotation):
     voxel = (11, 7, 60)
     scan = np.zeros(shape, np.float32)
     scan[voxel] = 1
-    from review_phantom import review_of
+    from helpers_review import review_of
 
     for axis in display.PLANES:
         review = review_of(scan, scan, explanation.affine, axis=axis, window=(2, 1), opacity=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_phantom import make_phantom, silent
-from review_phantom import blob_case, review_of, written_words
+from helpers_review import blob_case, review_of, written_words
 
 import seg3dcam.review
 from seg3dcam.engine.scales import NO_HEAT

@@ -14,8 +14,7 @@ from helpers_phantom import (
     make_signed_phantom,
     marker_mm,
 )
-from review_phantom import written_words
-from test_review_curves_and_film import decode, lines_of
+from helpers_review import decode, lines_of, written_words
 
 from seg3dcam.errors import InputError
 from seg3dcam.review import review_explanation, review_volumes, save_cine

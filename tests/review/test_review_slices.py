@@ -10,7 +10,7 @@ import cv2
 import nibabel
 import numpy as np
 import pytest
-from review_phantom import (
+from helpers_review import (
     MARKER_MM,
     ORIENTATIONS,
     SPACINGS,

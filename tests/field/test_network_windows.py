@@ -15,8 +15,8 @@ from helpers_networks import (
     named,
     quiet,
 )
+from helpers_untouched import untouched
 from monai.inferers import sliding_window_inference
-from test_untouched import untouched
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.cams.calls import each_by

@@ -23,7 +23,7 @@ from seg3dcam import METHODS, GradCAM, SliceGradCAM
 from seg3dcam.errors import Seg3dcamWarning, TargetError
 from seg3dcam.targets import ClassLogit, DetectionClass, detection_map
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 #: These have tests of their own, in tests/integrations and for the demo's model.
 TRAINING = ["train_demo_model.py", "train_lightning.py", "train_monai.py", "train_plain.py"]
 

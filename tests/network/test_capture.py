@@ -13,6 +13,7 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toy import seeded
 
 from seg3dcam import AblationCAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, WindowPlan, targets
 from seg3dcam.cams.calls import each_by
@@ -20,7 +21,6 @@ from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.network.capture import capturing
 from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.layouts import INPUT
-from tests.toy import seeded
 
 TARGET = "block.conv"
 VOLUME = targets.ClassLogit(1, region="volume")

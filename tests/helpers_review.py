@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from seg3dcam.review import Review, review_volumes
 from seg3dcam.review.look import Look
@@ -112,3 +113,22 @@ def written_words() -> Iterator[list[str]]:
         for module in (text, frame):
             patch.setattr(module, "put_text", spy)
         yield lines
+
+
+def lines_of(figure):
+    """Label -> (x, y) of every line of a figure."""
+    axes = [*figure.axes]
+    return {line.get_label(): line.get_xydata().T for axis in axes for line in axis.get_lines()}
+
+
+def decode(file):
+    """The frames of a film, (N, height, width, 3); each one's time in ms; and the loops."""
+    frames, times = [], []
+    with Image.open(file) as film:
+        assert film.format == "WEBP"
+        for number in range(film.n_frames):
+            film.seek(number)
+            film.load()
+            times.append(film.info["duration"])
+            frames.append(np.asarray(film.convert("RGB")))
+        return np.stack(frames), times, film.info["loop"]

@@ -24,7 +24,7 @@ from helpers_networks import (
     quiet,
     swin_unetr,
 )
-from test_untouched import untouched
+from helpers_untouched import untouched
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -20,8 +20,8 @@ from helpers_networks import (
     named,
     quiet,
 )
+from helpers_untouched import untouched
 from monai.data import MetaTensor
-from test_untouched import untouched
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, targets

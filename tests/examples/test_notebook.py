@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "notebook.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
 
 
 def test_it_is_stored_without_outputs():

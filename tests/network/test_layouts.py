@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.networks import nets
 from torch import nn
+from toy import CONV, UP, random_input, seeded
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.errors import LayerError
@@ -27,7 +28,6 @@ from seg3dcam.network.layouts import (
     spatial_shape,
     stride_of,
 )
-from tests.toy import CONV, UP, random_input, seeded
 
 VOLUME = targets.ClassLogit(1, region="volume")
 

@@ -13,7 +13,7 @@ import yaml
 from monai.networks.nets import UNet
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_demo_model.py"
 SHIPPED = ROOT / "seg3dcam" / "demo"
 

@@ -19,7 +19,7 @@ from helpers_networks import (
     named,
     quiet,
 )
-from test_untouched import untouched
+from helpers_untouched import untouched
 from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, suggest_layers, targets

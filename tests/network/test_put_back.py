@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_untouched import untouched
+from helpers_untouched import untouched
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

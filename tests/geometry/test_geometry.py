@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers_geometry import OBLIQUE_LAS, rotation, world_field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai import transforms
@@ -23,24 +23,6 @@ from seg3dcam.geometry import (
     resample_labels,
     resampling,
 )
-
-
-def rotation(*degrees: float) -> np.ndarray:
-    """Return a 4x4 rotation about x, then y, then z."""
-    matrix = np.eye(4)
-    for axis, angle in enumerate(np.radians(degrees)):
-        turn = np.eye(4)
-        a, b = [i for i in range(3) if i != axis]
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
-        matrix = turn @ matrix
-    return matrix
-
-
-def world_field(affine: np.ndarray, shape: tuple[int, ...], axis: int) -> torch.Tensor:
-    """Return the RAS coordinate along `axis`, in mm, of every voxel."""
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-    return torch.as_tensor(nib.affines.apply_affine(affine, index)[..., axis])
 
 
 @given(
@@ -68,10 +50,6 @@ def test_with_poolings_offset_it_is_what_torch_does(ndim: int, stride: int) -> N
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[ndim]
     expected = F.interpolate(values, scale_factor=stride, mode=mode, align_corners=False)
     torch.testing.assert_close(found, expected)
-
-
-OBLIQUE_LAS = rotation(12, -7, 20) @ np.diag([-0.8, 0.8, 2.5, 1.0])
-OBLIQUE_LAS[:3, 3] = [71, -120, 33]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

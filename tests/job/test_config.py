@@ -24,7 +24,7 @@ from seg3dcam.network.layers import resolve_layers
 from seg3dcam.settings import read_json, read_yaml, validate
 from seg3dcam.windows import WindowPlan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "seg3dcam" / "demo" / "model.yaml"
 JOBS = sorted((ROOT / "configs").glob("*_job.yaml"))
 MODELS = [*sorted((ROOT / "configs").glob("*_model.yaml")), DEMO]

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from helpers_grids import assert_grid, grids_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from monai.networks import nets
@@ -25,25 +26,9 @@ from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.layouts import Tokens
 
 
-def grids_of(net, shape, names, **like):
-    """Measure some layers of a network for an input of the given spatial shape."""
-    x = torch.zeros(1, 1, *shape, **like)
-    layers = resolve_layers(net, names)
-    with capturing(net, layers) as capture:
-        capture.observe(x, copy=False)
-        shapes = capture.shapes
-    return {str(layer): grid for layer, grid in measure_grids(net, x, shapes).items()}
-
-
 def last_grid(net, shape, **like):
     name = str(len(net) - 1)
     return grids_of(net, shape, name, **like)[name]
-
-
-def assert_grid(grid, stride, offset, *, within=1e-3):
-    assert grid.measured
-    assert grid.stride == pytest.approx(stride, abs=within)
-    assert grid.offset == pytest.approx(offset, abs=within)
 
 
 def conv(kernel=3, stride=1, padding=1, **settings):

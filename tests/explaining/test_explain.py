@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers_geometry import OBLIQUE_LAS, rotation, world_field
 from monai.data import MetaTensor
 from scipy import ndimage
 from torch import nn
@@ -20,7 +21,6 @@ from seg3dcam.explaining.findings import findings
 from seg3dcam.files import plain
 from seg3dcam.models.preparation import build_preparation
 from seg3dcam.models.specs import Prepare
-from tests.test_geometry import OBLIQUE_LAS, rotation, world_field
 
 ORIENTATIONS = {
     "oblique LAS": OBLIQUE_LAS,

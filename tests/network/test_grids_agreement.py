@@ -11,8 +11,8 @@ import warnings
 
 import pytest
 import torch
+from helpers_grids import assert_grid, grids_of
 from monai.networks import nets
-from test_grids import assert_grid, grids_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
