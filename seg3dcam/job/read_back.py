@@ -13,7 +13,7 @@ from seg3dcam.errors import InputError, nearest
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import plain
 from seg3dcam.files.readers import FRAMES, Frame
-from seg3dcam.geometry import SAME_GRID_VOXELS, same_grid, spacing_of
+from seg3dcam.geometry import same_grid
 from seg3dcam.job.folder import is_link_free
 from seg3dcam.job.record import (
     NAME,
@@ -183,8 +183,7 @@ def _check_is_scan_of(folder: Path, record: Record, scan: Scan, affine: np.ndarr
     """Refuse a scan with other voxels than the case's, or in another place than its maps."""
     if voxels_sha256(scan) != record.voxels_sha256:
         raise InputError(f"{scan.name} is another scan than that of {folder}: its voxels differ")
-    within_mm = SAME_GRID_VOXELS * min(spacing_of(affine))
-    if not same_grid(scan.affine, affine, scan.shape, within_mm=within_mm):
+    if not same_grid(scan.affine, affine, scan.shape):
         raise InputError(f"{scan.name} lies elsewhere in the patient than the maps in {folder}")
 
 
