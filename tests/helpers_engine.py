@@ -46,9 +46,9 @@ def two_levels(ndim: int = 3, *, smooth: bool = False) -> nn.Sequential:
 STRIDES = {"1": 1, "3": 2}
 
 
-def level(layer: str, x: torch.Tensor, **settings: bool) -> toy.Case:
-    """Return `two_levels` cut behind one of its layers."""
-    return toy.cut(two_levels(x.ndim - 2, **settings), int(layer), x)
+def level(layer: str, x: torch.Tensor) -> toy.Case:
+    """Return `two_levels`, which is shared, cut behind one of its layers."""
+    return toy.cut(toy.shared(two_levels, x.ndim - 2), int(layer), x)
 
 
 class Counting(nn.Module):
@@ -75,6 +75,11 @@ class Counting(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._sizes().append(len(x))
         return self.network(x)
+
+
+def counting_levels() -> Counting:
+    """Return `two_levels`, the runs of which are counted; its layers are in "network"."""
+    return Counting(two_levels())
 
 
 # ------------------------------------------------------------------------------------------- scores

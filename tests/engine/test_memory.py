@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy
 from torch import nn
 
 from seg3dcam import Ensemble, GradCAM, HiResCAM, WindowPlan, targets
@@ -78,7 +79,8 @@ def close(found, expected):
 @pytest.mark.parametrize("key", CAMS)
 def test_every_method_with_fewer_windows_at_once(key, convention, x):
     """Ablation-CAM's and Score-CAM's changed inputs are counted the same way."""
-    roomy, tight = network(), network(most=3)
+    roomy, tight = toy.shared(network), toy.shared(network, most=3)
+    roomy.sizes.clear()
     settings = plan(convention, cache_gb=0)
     expected = CAMS[key](roomy, LAYER, sliding_window=settings)(x, VOLUME)
     found = CAMS[key](tight, LAYER, sliding_window=settings)(x, VOLUME)
@@ -129,7 +131,7 @@ def test_members_of_an_ensemble(x):
 @FEWER
 def test_changed_inputs_of_one_window(x):
     """Without windows there is nothing to cut, but Score-CAM's inputs are many."""
-    expected = CAMS["score_cam"](network(), LAYER)(x, VOLUME)
+    expected = CAMS["score_cam"](toy.shared(network), LAYER)(x, VOLUME)
     found = CAMS["score_cam"](network(most=2), LAYER)(x, VOLUME)
     close(found.maps[LAYER], expected.maps[LAYER])
 

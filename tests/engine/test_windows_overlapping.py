@@ -235,7 +235,7 @@ COUNTING = ("grad_cam", "slice_grad_cam", "xgrad_cam", "eigen_cam", "fem", "shap
 @signed_maps
 @pytest.mark.parametrize("key", [*LINEAR, "shapley_cam", "full_grad", "score_cam", "ablation_cam"])
 def test_how_a_network_that_sees_each_voxel_alone_is_cut_does_not_matter(key):
-    network, target = pointwise(), targets.ClassLogit(1, "volume")
+    network, target = toy.shared(pointwise), targets.ClassLogit(1, "volume")
     x = toy.random_input(2, 1, 6, 10, 8)
     (expected,) = CAMS[key](network, "1")(x, target).maps.values()
     plans = [
@@ -308,7 +308,7 @@ def test_a_batch_gives_what_its_items_give_alone(key, plan):
 @pytest.mark.parametrize("key", ["hires_cam", "xgrad_cam"])
 def test_map_sums_to_the_score_of_a_linear_head(key):
     """Whatever the windows: the shares sum to 1 at every voxel."""
-    case = toy.linear_head_case()
+    case = toy.shared(toy.linear_head_case)
     plan = WindowPlan((4, 3, 5), overlap=0.4)
     target = targets.ClassLogit(1, "volume")
     result = CAMS[key](case.network, "3", sliding_window=plan)(case.x, target)

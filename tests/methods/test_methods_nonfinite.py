@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import toy
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
@@ -127,7 +128,7 @@ def test_through_networks_and_windows(key, where, ndim, windows):
     x = drawn(2, 1, *(6,) * ndim)
     x[(1, 0, *(1,) * ndim)] = 100
     for bad in BAD:
-        cam = CAMS[key](network(ndim, where, bad), "0", sliding_window=plan)
+        cam = CAMS[key](toy.shared(network, ndim, where, bad), "0", sliding_window=plan)
         result, alone = cam(x, target=target), cam(x[:1], target=target)
         assert [s == "nonfinite" for s in result.layers["0"].item_status] == [False, True]
         assert result.status["0"] == "nonfinite"

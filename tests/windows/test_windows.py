@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from torch import nn
@@ -84,7 +85,7 @@ def through_monai(
 
 def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None:
     plan, x = case
-    network = unet()
+    network = toy.shared(unet)
     result = HiResCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
     assert torch.equal(result.logits, through_monai(network, x, plan).detach())
 
@@ -105,7 +106,7 @@ def test_hires_cam_is_the_gradient_of_one_giant_graph(
 ) -> None:
     """Sum over windows of gradient x activation, all taken from one graph through MONAI."""
     plan, x = case
-    network = unet(norm)
+    network = toy.shared(unet, norm)
     result = HiResCAM(network, LAYER, sliding_window=plan)(x, target)
 
     batches: list[torch.Tensor] = []
@@ -159,7 +160,7 @@ def test_grad_cam_pools_its_weights_over_all_windows(
     plan, x = case
     where = targets.Box((2, 3, 1), (7, 8, 6)) if region == "box" else "volume"
     target = targets.ClassLogit(1, region=where)
-    network = unet()
+    network = toy.shared(unet)
     result = GradCAM(network, LAYER, sliding_window=plan)(x, target)
 
     batches: list[torch.Tensor] = []
@@ -183,7 +184,7 @@ def test_grad_cam_pools_its_weights_over_all_windows(
 
 @pytest.mark.parametrize("cam", [GradCAM, SliceGradCAM, HiResCAM, XResCAM])
 def test_one_window_and_no_window_give_the_plain_numbers(cam) -> None:
-    network, x = unet(), volume(16, 20, 12)
+    network, x = toy.shared(unet), volume(16, 20, 12)
     plain = cam(network, LAYER)(x, targets.ClassLogit(1))
     for plan in (WindowPlan((16, 20, 12)), WindowPlan(-1), WindowPlan((16, 20, 12), overlap=0.9)):
         windowed = cam(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
@@ -233,7 +234,7 @@ def test_a_constant_stays_constant_through_blending(
     "cache_gb", [0.0, 2e-5, 2.0], ids=["nothing kept", "some kept", "all kept"]
 )
 def test_activations_kept_or_computed_again_give_the_same_map(cache_gb: float) -> None:
-    network, x = unet(), volume(24, 32, 24)
+    network, x = toy.shared(unet), volume(24, 32, 24)
     target = targets.ClassLogit(1, region=targets.Box((0, 0, 0), (6, 6, 6)))
     plan = WindowPlan(16, overlap=0.5, sw_batch_size=2)
     reference = GradCAM(network, LAYER, sliding_window=plan)(x, target).maps[LAYER]
@@ -260,7 +261,7 @@ def test_a_window_without_a_seed_gets_no_backward_pass() -> None:
 
 
 def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
-    network = unet()
+    network = toy.shared(unet)
     x = torch.cat([volume(20, 18, 16), 1 - volume(20, 18, 16)])
     plan = WindowPlan(12, overlap=0.5, sw_batch_size=4)
     target = targets.ClassLogit(1, region="volume")
@@ -273,7 +274,7 @@ def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
 
 
 def test_several_targets_share_the_prediction_and_give_what_each_gives_alone() -> None:
-    network, x = unet(), volume(20, 18, 16)
+    network, x = toy.shared(unet), volume(20, 18, 16)
     plan = WindowPlan(12, overlap=0.5)
     wanted = [targets.ClassLogit(c, region="volume") for c in range(3)]
     for window in (plan, None):
@@ -287,7 +288,7 @@ def test_several_targets_share_the_prediction_and_give_what_each_gives_alone() -
 
 def test_the_seam_is_no_stronger_than_the_map_elsewhere() -> None:
     """Weights and scaling of each window's own, as other tools do, leave steps at its borders."""
-    network, x = unet(), volume(16, 16, 48)
+    network, x = toy.shared(unet), volume(16, 16, 48)
     plan = WindowPlan(16, overlap=0.5)
     found = GradCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1, "volume"))
     steps = found.maps[LAYER][0].diff(dim=-1).abs().mean((0, 1))
@@ -298,7 +299,7 @@ def test_the_seam_is_no_stronger_than_the_map_elsewhere() -> None:
 def test_native_maps_exist_for_one_window_only() -> None:
     from seg3dcam.errors import InputError
 
-    result = HiResCAM(unet(), LAYER, sliding_window=WindowPlan(12))(
+    result = HiResCAM(toy.shared(unet), LAYER, sliding_window=WindowPlan(12))(
         volume(20, 12, 12), targets.ClassLogit(1, "volume")
     )
     with pytest.raises(InputError, match=r"cut into 2 windows.*use .maps"):
