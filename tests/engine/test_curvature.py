@@ -17,6 +17,7 @@ from helpers_engine import (
     parts_of,
     predicted,
     signed_maps,
+    slow_unless,
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -125,7 +126,7 @@ def shapley(case: toy.Case, plan: WindowPlan, score, stride: int) -> torch.Tenso
 
 @signed_maps
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [slow_unless(name != "overlapping", name) for name in PLANS])
 def test_curvature_is_that_of_the_whole_hessian(name, score):
     given, shape = PLANS[name]
     if len(shape) == 3 and score == "log-odds over a box":

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, predicted, signed_maps
+from helpers_engine import EXACT, predicted, signed_maps, slow_unless
 from reference import methods as slow
 from torch import nn
 from toy import deviation
@@ -105,8 +105,12 @@ def seeded(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "plan", [slow_unless(name in ("one window", "overlapping"), name) for name in PLANS]
+)
+@pytest.mark.parametrize(
+    "name", [slow_unless(name != "strides and pooling", name) for name in NETWORKS]
+)
 @signed_maps
 def test_map_sums_to_the_score(name, plan, target, recwarn):
     network = toy.shared(seeded, name)

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, counting_levels, curved, in_a_corner, signed_maps, two_levels
+from helpers_engine import (
+    EXACT,
+    counting_levels,
+    curved,
+    in_a_corner,
+    signed_maps,
+    slow_unless,
+    two_levels,
+)
 from toy import deviation
 
 from seg3dcam import WindowPlan, targets
@@ -37,7 +45,9 @@ def volume(items: int = 2, shape: tuple[int, ...] = (8, 4, 18)) -> torch.Tensor:
 
 
 @signed_maps
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "plan", [slow_unless(name == "overlapping", plan, name=name) for name, plan in PLANS.items()]
+)
 def test_together_is_alone(plan):
     """Every method of the library, in one call, whatever the others need."""
     network, x = toy.shared(two_levels), volume(1, (4, 4, 12))
@@ -92,7 +102,7 @@ def inputs_run(keys, plan, asked, *, x=None, layers=LAYERS) -> int:
     counting = toy.shared(counting_levels)
     cams = [CAMS[key](counting, layers, sliding_window=plan) for key in keys]
     x = volume(1) if x is None else x
-    each_by(cams, x, asked)
+    each_by(cams, x, [curved])
     counting.reset()
     each_by(cams, x, asked)
     return counting.inputs
@@ -117,7 +127,10 @@ SIX = WindowPlan((4, 4, 6), overlap=0, mode="constant")
 
 
 @signed_maps
-@pytest.mark.parametrize("layers", [LAYERS[:1], LAYERS], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(
+    "layers",
+    [slow_unless(False, LAYERS[:1], name="one layer"), pytest.param(LAYERS, id="two layers")],
+)
 @pytest.mark.parametrize("keys", [["grad_cam"], ["hires_cam"], ["xgrad_cam", "fem"], ONCE], ids=str)
 def test_through_windows_those_with_a_seed_are_run_once_more(keys, layers):
     assert inputs_run(keys, SIX, [in_a_corner], layers=layers) == 6 + 1

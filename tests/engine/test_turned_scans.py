@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import toy
-from helpers_engine import EXACT, signed_maps
+from helpers_engine import EXACT, each_method, signed_maps
 from torch import nn
 from toy import deviation
 
@@ -18,6 +18,8 @@ from seg3dcam.cams.result import CamResult
 
 METHODS = CAMS | {key: ATTRIBUTIONS[key] for key in ("gradient", "gradient_x_input", "occlusion")}
 LAYERS = ["encoder", "bottleneck"]  # of stride 1 and 2
+#: With the methods whose axes are not alike, and without those that are slow to begin with.
+QUICK = ("slice_grad_cam", "xres_cam", "hires_cam", "eigen_grad_cam", "score_cam", "full_grad")
 SHAPES = {2: (5, 7), 3: (5, 3, 7)}
 PLANS = {"one window": None, "windows": WindowPlan(3, overlap=0.33)}
 
@@ -52,7 +54,7 @@ def assert_turned(found: CamResult, straight: CamResult, turn: toy.Turn) -> None
 @signed_maps
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("axes", [(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("key", METHODS)
+@each_method(METHODS, QUICK)
 def test_mirrored_scan_gives_the_mirrored_map(key, axes, plan):
     ndim = 2 if max(axes) == 3 else 3
     blocks = (1, None, 1)[:ndim]
@@ -64,7 +66,7 @@ def test_mirrored_scan_gives_the_mirrored_map(key, axes, plan):
 @signed_maps
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("order", [(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], ids=str)
-@pytest.mark.parametrize("key", METHODS)
+@each_method(METHODS, QUICK)
 def test_permuted_axes_give_the_permuted_map(key, order, plan):
     if key == "slice_grad_cam" and len(order) == 3 and order[0] != 0:
         pytest.skip("another axis counts the slices")

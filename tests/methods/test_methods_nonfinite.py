@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import toy
+from helpers_engine import each_method, slow_unless
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
@@ -115,10 +116,12 @@ def network(ndim, where, value):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize(
+    ("ndim", "windows"),
+    [(2, False), (3, True), slow_unless(False, 2, True), slow_unless(False, 3, False)],
+)
 @pytest.mark.parametrize("where", ["activations", "gradients"])
-@pytest.mark.parametrize("key", LAYERED)
+@each_method(LAYERED)
 def test_through_networks_and_windows(key, where, ndim, windows):
     """One voxel of one item is broken: the whole item says so, in whichever window it lies."""
     if where == "gradients" and key in AGNOSTIC | RESCORING:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from helpers_engine import each_case
 from reference import methods as slow
 from reference import scores
 from torch import nn
@@ -55,7 +56,7 @@ def scored(case: toy.Case) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 @pytest.mark.parametrize("method", list(ONE_PASS))
 def test_native_map_is_the_formula(method, name):
     case = toy.shared(toy.CASES[name])
@@ -93,7 +94,7 @@ def on_the_input(case: toy.Case, a: torch.Tensor) -> torch.Tensor:
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_score_cam_sees_the_input_through_each_channel(name):
     """The score is the mean over the region: of a sum the softmax would be one for one channel."""
     case = toy.shared(toy.CASES[name])
@@ -127,7 +128,7 @@ def test_score_cam_sees_nothing_through_a_constant_channel():
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_ablation_cam_removes_each_channel(name):
     case = toy.shared(toy.CASES[name])
     score = scored(case)
@@ -192,7 +193,7 @@ def test_shapley_cam_with_the_whole_hessian(ndim):
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_shapley_cam_of_a_logit_of_a_relu_network_is_grad_cam(name):
     case = toy.shared(toy.CASES[name])
     if "norm" in name or "in-place" in name:
