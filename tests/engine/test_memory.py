@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import toy
+from helpers_engine import each_method
 from torch import nn
 
 from seg3dcam import Ensemble, GradCAM, HiResCAM, WindowPlan, targets
@@ -76,7 +77,7 @@ def close(found, expected):
 
 @FEWER
 @pytest.mark.parametrize("convention", ["monai", "nnunet"])
-@pytest.mark.parametrize("key", CAMS)
+@each_method(CAMS)
 def test_every_method_with_fewer_windows_at_once(key, convention, x):
     """Ablation-CAM's and Score-CAM's changed inputs are counted the same way."""
     roomy, tight = toy.shared(network), toy.shared(network, most=3)
