@@ -6,8 +6,9 @@ sliding window inference, and let autograd differentiate the stitched logits: on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,39 @@ EXACT = 1e-9  # float64, relative to the largest value of the map
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 
+#: A method of every kind: of means, products, components, second derivatives, scores, biases, and
+#: of the input.
+QUICK = (
+    "grad_cam",
+    "hires_cam",
+    "eigen_grad_cam",
+    "shapley_cam",
+    "score_cam",
+    "full_grad",
+    "gradient",
+)
+
+
+def each_method(keys: Iterable[str], quick: Sequence[str] = QUICK) -> pytest.MarkDecorator:
+    """Parametrise a test over methods, of which all but the quick ones are slow."""
+    return pytest.mark.parametrize("key", [slow_unless(key in quick, key) for key in keys])
+
+
+def slow_unless(quick: bool, *values: object, name: str | None = None) -> Any:
+    """Return the values of a parameter, which are slow unless told."""
+    return pytest.param(*values, id=name, marks=[pytest.mark.slow] * (not quick))
+
+
 # A random network may well find nothing that speaks for a class; its numbers count all the same.
 signed_maps = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
+
+
+#: Cases of every kind of network; where a test runs many methods on each case, the others are slow.
+QUICK_CASES = ("plain 2D", "linear head", "in-place activation", "U-Net bottleneck")
+
+each_case = pytest.mark.parametrize(
+    "name", [slow_unless(name in QUICK_CASES, name) for name in toy.CASES]
+)
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -46,9 +78,9 @@ def two_levels(ndim: int = 3, *, smooth: bool = False) -> nn.Sequential:
 STRIDES = {"1": 1, "3": 2}
 
 
-def level(layer: str, x: torch.Tensor, **settings: bool) -> toy.Case:
-    """Return `two_levels` cut behind one of its layers."""
-    return toy.cut(two_levels(x.ndim - 2, **settings), int(layer), x)
+def level(layer: str, x: torch.Tensor) -> toy.Case:
+    """Return `two_levels`, which is shared, cut behind one of its layers."""
+    return toy.cut(toy.shared(two_levels, x.ndim - 2), int(layer), x)
 
 
 class Counting(nn.Module):
@@ -75,6 +107,11 @@ class Counting(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._sizes().append(len(x))
         return self.network(x)
+
+
+def counting_levels() -> Counting:
+    """Return `two_levels`, the runs of which are counted; its layers are in "network"."""
+    return Counting(two_levels())
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -10,7 +10,8 @@ import copy
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,24 @@ NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 #: Odd, so that blocks of 2 and of 3 end raggedly.
 SHAPES = {1: (11,), 2: (7, 5), 3: (5, 4, 7)}
+
+
+Made = TypeVar("Made")
+
+
+@cache
+def shared(make: Callable[..., Made], *args: Any, **settings: Any) -> Made:
+    """Return what `make` returns, a network or a case: the same one for all tests.
+
+    So the grids of its layers are measured once, which takes longer than the rest of most tests. A
+    test that changes a network calls `make` itself.
+    """
+    return make(*args, **settings)
+
+
+def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the network in another precision."""
+    return copy.deepcopy(network).to(dtype)
 
 
 def deviation(found: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
@@ -275,7 +294,22 @@ class Wrapped(nn.Module):
 # --------------------------------------------------------------------------- the same, turned round
 
 
-def turned(network: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+Turn = Callable[[torch.Tensor], torch.Tensor]
+
+
+@cache
+def mirroring(axes: tuple[int, ...]) -> Turn:
+    """Return a function that mirrors (B, C, *S) along some axes."""
+    return lambda tensor: tensor.flip(axes)
+
+
+@cache
+def permuting(order: tuple[int, ...]) -> Turn:
+    """Return a function that gives (B, C, *S) the spatial axes in another order."""
+    return lambda tensor: tensor.permute(0, 1, *(2 + axis for axis in order))
+
+
+def turned(network: nn.Module, change: Turn) -> nn.Module:
     """Return a copy of the network whose kernels are flipped or permuted by `change`."""
     twin = copy.deepcopy(network)
     for parameter in twin.parameters():

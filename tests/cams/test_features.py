@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map
 from scipy.ndimage import map_coordinates
 from torch import nn
-from toy import PACKED, Nested, linear_head_case, plain, random_input, seeded, skip_case
+from toy import PACKED, Nested, linear_head_case, plain, random_input, seeded, shared, skip_case
 
 from seg3dcam import GradCAM, SegModel, WindowPlan, load_scan, targets
 from seg3dcam.cams.feature_maps import feature_maps
@@ -42,7 +42,7 @@ def convolved(stride: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_values_are_those_of_the_layer(axis):
-    case = skip_case("bottleneck")
+    case = shared(skip_case, "bottleneck")
     expected = case.front(case.x)[1]
     for index in range(expected.shape[1 + axis]):
         found = feature_maps(case.network, case.x, case.layer, axis=axis, index=index, item=1)
@@ -87,8 +87,10 @@ def test_the_middle_slice_is_the_default():
 def test_windows_change_nothing_where_the_network_is_local(axis, mode):
     x = random_input(1, 1, 12, 14, 10)
     plan = WindowPlan(8, overlap=0.5, mode=mode)
-    whole = feature_maps(strided(), x, "1", axis=axis, index=3, target=VOLUME)
-    found = feature_maps(strided(), x, "1", axis=axis, index=3, target=VOLUME, sliding_window=plan)
+    whole = feature_maps(shared(strided), x, "1", axis=axis, index=3, target=VOLUME)
+    found = feature_maps(
+        shared(strided), x, "1", axis=axis, index=3, target=VOLUME, sliding_window=plan
+    )
     assert found.grid == whole.grid
     np.testing.assert_allclose(found.values, whole.values, atol=1e-14)
     np.testing.assert_allclose(found.weights, whole.weights, atol=1e-14)
@@ -136,7 +138,7 @@ PLANS = {
 
 @pytest.mark.parametrize(("stride", "plan", "shape"), PLANS.values(), ids=PLANS)
 def test_windows_are_blended_by_their_shares(stride, plan, shape):
-    network, x = convolved(stride), random_input(1, 1, *shape)
+    network, x = shared(convolved, stride), random_input(1, 1, *shape)
     roi = plan_windows(plan, shape).roi
     window_grid = feature_maps(network, random_input(1, 1, *roi), "1").grid
     whole = feature_maps(network, x, "1", sliding_window=plan).grid
@@ -204,7 +206,7 @@ def gradients_by_hand(case, target):
 
 @pytest.mark.parametrize("item", [0, 1])
 def test_weights_are_the_mean_gradient(item):
-    case = skip_case("bottleneck")
+    case = shared(skip_case, "bottleneck")
     # The network's second half looks at the item's own encoder.
     found = feature_maps(case.network, case.x, case.layer, target=VOLUME, item=item)
     _, g = gradients_by_hand(case, VOLUME)
@@ -216,7 +218,7 @@ def test_weights_are_the_mean_gradient(item):
 @pytest.mark.parametrize("plan", [None, WindowPlan(8, overlap=0.5)], ids=["one", "windows"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_weighted_channels_are_grad_cams_map_and_the_slice_is_its_peak(plan, axis):
-    network, x = convolved(2), random_input(1, 1, 12, 16, 8)
+    network, x = shared(convolved, 2), random_input(1, 1, 12, 16, 8)
     found = feature_maps(network, x, "1", target=1, axis=axis, sliding_window=plan)
     result = GradCAM(network, "1", sliding_window=plan)(x, target=1)
     layer = result.layers["1"]
@@ -231,7 +233,7 @@ def test_weighted_channels_are_grad_cams_map_and_the_slice_is_its_peak(plan, axi
 
 
 def test_a_given_slice_wins_over_the_peak():
-    network, x = convolved(2), random_input(1, 1, 12, 16, 8)
+    network, x = shared(convolved, 2), random_input(1, 1, 12, 16, 8)
     assert feature_maps(network, x, "1", target=1, index=0).index == 0
 
 
@@ -338,7 +340,7 @@ REFUSED = {
 def test_refusals_say_what_is_legal(given, error, message):
     given = {"layer": "1", **given}
     with pytest.raises(error, match=message):
-        feature_maps(convolved(2), random_input(1, 1, 8, 8, 8), **given)
+        feature_maps(shared(convolved, 2), random_input(1, 1, 8, 8, 8), **given)
 
 
 def test_a_slice_of_a_2d_layer_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import replace
 
@@ -462,10 +461,10 @@ DTYPES = [
 @pytest.mark.parametrize("cam", [GradCAM, HiResCAM])
 @pytest.mark.parametrize(("dtype", "expected", "tolerance"), DTYPES, ids=str)
 def test_half_precision_gives_float32_maps_and_float64_stays(dtype, expected, tolerance, cam):
-    network, x = toy.plain(3, seed=3), toy.random_input(1, 1, 4, 5, 6)
+    network, x = toy.shared(toy.plain, 3, seed=3), toy.random_input(1, 1, 4, 5, 6)
     target = targets.ClassLogit(1, "volume")
     exact = cam(network, "1")(x, target).maps["1"]
-    result = cam(copy.deepcopy(network).to(dtype), "1")(x.to(dtype), target)
+    result = cam(toy.shared(toy.converted, network, dtype), "1")(x.to(dtype), target)
     for found in (result.maps["1"], result.native["1"], result.volume(), result.slice(2)):
         assert found.dtype == expected
     assert (result.maps["1"] - exact).abs().max() < tolerance * exact.abs().max()
@@ -502,7 +501,7 @@ FLIPPED = np.diag([-1.0, -1.0, 1.0, 1.0]) @ OBLIQUE
 
 
 def explained(x: torch.Tensor) -> CamResult:
-    return HiResCAM(toy.plain(3, seed=3), "1")(x, targets.ClassLogit(1, "volume"))
+    return HiResCAM(toy.shared(toy.plain, 3, seed=3), "1")(x, targets.ClassLogit(1, "volume"))
 
 
 def meta_tensor(affine=OBLIQUE, seed: int = 0, **meta) -> MetaTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import pytest
@@ -64,7 +63,7 @@ def slopes(network: nn.Module, x: torch.Tensor, plan: WindowPlan | None, score) 
 @pytest.mark.parametrize("name", PLANS)
 def test_gradients_are_those_of_autograd_through_the_stitching(name, score):
     plan, shape = PLANS[name]
-    network, x = network_of(), toy.random_input(2, 2, *shape, seed=3)
+    network, x = toy.shared(network_of), toy.random_input(2, 2, *shape, seed=3)
     gradient = slopes(network, x, plan, score)
     found = GradientXInput(network, sliding_window=plan)(x, score)
     assert found.layers["input"].values.shape == (2, *shape)
@@ -75,7 +74,7 @@ def test_gradients_are_those_of_autograd_through_the_stitching(name, score):
 
 @signed_maps
 def test_smooth_grad_without_noise_is_the_gradient():
-    network, x = network_of(), toy.random_input(2, 2, 6, 4, 8)
+    network, x = toy.shared(network_of), toy.random_input(2, 2, 6, 4, 8)
     plain = Gradient(network)(x, curved).maps["input"]
     for samples in (1, 5):
         cam = SmoothGrad(network, noise=0.0, samples=samples, batch=2)
@@ -102,7 +101,7 @@ def test_integrated_gradients_sum_to_what_the_score_gains(baseline):
     """Up to the error of the steps, which kinks make larger; a smooth network has none."""
     x = toy.random_input(2, 2, 6, 4, 8)
     for smooth, steps, limit in ((False, 128, 0.1), (True, 16, EXACT)):
-        network = network_of(smooth=smooth)
+        network = toy.shared(network_of, smooth=smooth)
         gain = (curved(network(x)) - curved(network(torch.full_like(x, baseline)))).detach()
         cam = IntegratedGradients(network, steps=steps, baseline=baseline, batch=7)
         assert deviation(cam(x, curved).maps["input"].flatten(1).sum(1), gain) < limit
@@ -110,7 +109,7 @@ def test_integrated_gradients_sum_to_what_the_score_gains(baseline):
 
 @signed_maps
 def test_integrated_gradients_of_one_step_look_half_way():
-    network, x = network_of(smooth=True), toy.random_input(2, 2, 6, 4, 8)
+    network, x = toy.shared(network_of, smooth=True), toy.random_input(2, 2, 6, 4, 8)
     found = IntegratedGradients(network, steps=1, baseline=0.4)(x, curved).maps["input"]
     half_way = slopes(network, (x + 0.4) / 2, None, curved)
     assert deviation(found, ((x - 0.4) * half_way).sum(1)) < EXACT
@@ -144,7 +143,7 @@ def test_no_more_than_a_batch_of_inputs_goes_through_the_network_at_once(key, se
 def test_integrated_gradients_of_a_linear_score_through_windows(name):
     given, shape = PLANS[name]
     plan = given or WindowPlan(shape)
-    network, x = network_of(smooth=True), toy.random_input(2, 2, *shape, seed=3)
+    network, x = toy.shared(network_of, smooth=True), toy.random_input(2, 2, *shape, seed=3)
     target, empty = targets.ClassLogit(1, "volume"), torch.full_like(x, plan.cval)
     gain = target(predicted(network, x, plan)) - target(predicted(network, empty, plan))
     cam = IntegratedGradients(network, sliding_window=given, steps=16, baseline=plan.cval)
@@ -245,7 +244,7 @@ def test_occlusion_by_hand(batch):
 @signed_maps
 def test_occlusion_of_whole_windows():
     """What a window's logits lose, weighted with the slope of the score at the prediction."""
-    network, x = network_of(), toy.random_input(1, 2, 4, 4, 8)
+    network, x = toy.shared(network_of), toy.random_input(1, 2, 4, 4, 8)
     plan = WindowPlan(4, overlap=0, mode="constant")
     logits = predicted(network, x, plan).detach().requires_grad_()
     (slope,) = torch.autograd.grad(curved(logits).sum(), logits)
@@ -258,7 +257,7 @@ def test_occlusion_of_whole_windows():
 @signed_maps
 @pytest.mark.parametrize("key", ATTRIBUTIONS)
 def test_items_of_a_batch_may_have_masks_of_their_own(key):
-    network, x = network_of(), toy.random_input(2, 2, 6, 4, 8)
+    network, x = toy.shared(network_of), toy.random_input(2, 2, 6, 4, 8)
     mask = torch.zeros(2, 6, 4, 8)
     mask[0, :2] = mask[1, 4:] = 1
     settings = {"noise": 0.0} if key == "smooth_grad" else {}
@@ -285,7 +284,7 @@ def test_windows_without_a_seed_are_not_run_again():
 @pytest.mark.parametrize("key", ATTRIBUTIONS)
 def test_without_captum_the_error_names_the_extra(key, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum", None)
-    network = copy.deepcopy(network_of())
+    network = toy.shared(network_of)
     with pytest.raises(MissingExtraError, match=r"pip install 'seg3dcam\[captum\]'"):
         ATTRIBUTIONS[key](network)(toy.random_input(1, 2, 6, 4, 8), curved)
 
@@ -299,7 +298,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("key", ATTRIBUTIONS)
 def test_settings_that_are_not_given_are_the_documented_ones(key):
-    assert ATTRIBUTIONS[key](network_of()).settings == DEFAULTS.get(key, {})
+    assert ATTRIBUTIONS[key](toy.shared(network_of)).settings == DEFAULTS.get(key, {})
 
 
 def test_settings_are_those_of_the_comparator():

@@ -17,6 +17,7 @@ from helpers_engine import (
     parts_of,
     predicted,
     signed_maps,
+    slow_unless,
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -125,12 +126,12 @@ def shapley(case: toy.Case, plan: WindowPlan, score, stride: int) -> torch.Tenso
 
 @signed_maps
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [slow_unless(name != "overlapping", name) for name in PLANS])
 def test_curvature_is_that_of_the_whole_hessian(name, score):
     given, shape = PLANS[name]
     if len(shape) == 3 and score == "log-odds over a box":
         pytest.skip("the box is drawn in 2D")
-    network = smooth(len(shape))
+    network = toy.shared(smooth, len(shape))
     x = toy.random_input(2, 1, *shape, seed=4)
     value, of_library = SCORES[score]
     target = of_library(network(x)) if of_library else value
@@ -147,7 +148,7 @@ def test_curvature_is_that_of_the_whole_hessian(name, score):
 @signed_maps
 @pytest.mark.parametrize("plan", [None, WindowPlan((4, 4), overlap=0.5)], ids=["one", "many"])
 def test_several_targets_and_layers_at_once(plan):
-    network, x = smooth(2), toy.random_input(2, 1, 4, 6)
+    network, x = toy.shared(smooth, 2), toy.random_input(2, 1, 4, 6)
     asked = [targets.ClassLogit(1, "volume"), product, targets.SoftDice(0, mask_of(x))]
     together = ShapleyCAM(network, ["1", "3"], sliding_window=plan).each(x, asked)
     for target, result in zip(asked, together, strict=True):
@@ -158,7 +159,7 @@ def test_several_targets_and_layers_at_once(plan):
 
 @signed_maps
 def test_a_score_whose_own_weights_want_a_gradient_is_linear_all_the_same():
-    network, x = smooth(2), toy.random_input(2, 1, 4, 6)
+    network, x = toy.shared(smooth, 2), toy.random_input(2, 1, 4, 6)
     weights = toy.random_input(1, 2, 4, 6, seed=3)
     learnt = nn.Parameter(weights.clone())
     found, expected = (

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, predicted, signed_maps
+from helpers_engine import EXACT, predicted, signed_maps, slow_unless
 from reference import methods as slow
 from torch import nn
 from toy import deviation
@@ -100,12 +100,20 @@ TARGETS = {
 }
 
 
+def seeded(name: str) -> nn.Module:
+    return toy.seeded(NETWORKS[name](), seed=4)
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "plan", [slow_unless(name in ("one window", "overlapping"), name) for name in PLANS]
+)
+@pytest.mark.parametrize(
+    "name", [slow_unless(name != "strides and pooling", name) for name in NETWORKS]
+)
 @signed_maps
 def test_map_sums_to_the_score(name, plan, target, recwarn):
-    network = toy.seeded(NETWORKS[name](), seed=4)
+    network = toy.shared(seeded, name)
     x = toy.random_input(2, 2, 8, 4, 12, seed=1)
     result = FullGrad(network, sliding_window=PLANS[plan])(x, TARGETS[target])
     assert not [w for w in recwarn if "complete" in str(w.message)]
@@ -118,7 +126,7 @@ def test_map_sums_to_the_score(name, plan, target, recwarn):
 @signed_maps
 def test_every_window_has_its_share_of_every_contribution():
     """Windows of one graph: contributions of input and biases, each where its window lies."""
-    network = toy.seeded(NETWORKS["one grid"](), seed=4)
+    network = toy.shared(seeded, "one grid")
     x = toy.random_input(1, 2, 6, 4, 7, seed=1)
     plan = WindowPlan((4, 3, 4), overlap=0.4)
     weights = toy.random_input(1, 3, 6, 4, 7, seed=2)
@@ -150,7 +158,7 @@ def test_every_window_has_its_share_of_every_contribution():
 
 @signed_maps
 def test_a_nonlinear_score_is_taken_apart_along_its_slope():
-    network, x = toy.seeded(NETWORKS["U-Net"](), seed=4), toy.random_input(2, 2, 8, 4, 12)
+    network, x = toy.shared(seeded, "U-Net"), toy.random_input(2, 2, 8, 4, 12)
     target = targets.ClassProbability(1, "volume")
     for plan in (None, WindowPlan((4, 4, 8), overlap=0)):
         result = FullGrad(network, sliding_window=plan)(x, target)

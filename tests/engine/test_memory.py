@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy
+from helpers_engine import each_method
 from torch import nn
 
 from seg3dcam import Ensemble, GradCAM, HiResCAM, WindowPlan, targets
@@ -75,13 +77,16 @@ def close(found, expected):
 
 @FEWER
 @pytest.mark.parametrize("convention", ["monai", "nnunet"])
-@pytest.mark.parametrize("key", CAMS)
+@each_method(CAMS)
 def test_every_method_with_fewer_windows_at_once(key, convention, x):
     """Ablation-CAM's and Score-CAM's changed inputs are counted the same way."""
-    roomy, tight = network(), network(most=3)
+    roomy, tight = toy.shared(network), toy.shared(network, most=3)
+    x = x[..., :4]
+    roomy.sizes.clear()
     settings = plan(convention, cache_gb=0)
     expected = CAMS[key](roomy, LAYER, sliding_window=settings)(x, VOLUME)
     found = CAMS[key](tight, LAYER, sliding_window=settings)(x, VOLUME)
+    assert expected.windows == 9
     for name, values in expected.maps.items():
         close(found.maps[name], values)
     close(found.logits, expected.logits)
@@ -129,7 +134,7 @@ def test_members_of_an_ensemble(x):
 @FEWER
 def test_changed_inputs_of_one_window(x):
     """Without windows there is nothing to cut, but Score-CAM's inputs are many."""
-    expected = CAMS["score_cam"](network(), LAYER)(x, VOLUME)
+    expected = CAMS["score_cam"](toy.shared(network), LAYER)(x, VOLUME)
     found = CAMS["score_cam"](network(most=2), LAYER)(x, VOLUME)
     close(found.maps[LAYER], expected.maps[LAYER])
 

@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import toy
+from helpers_engine import slow_unless
 from monai.networks import nets
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
@@ -85,7 +87,7 @@ def explained(net, size=16, cam=HiResCAM, layer="conv", plan=None):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("plan", [None, WindowPlan(8, overlap=0.5)])
+@pytest.mark.parametrize("plan", [None, slow_unless(False, WindowPlan(8, overlap=0.5))])
 def test_a_branch_without_a_gradient_is_said_and_not_drawn(name, plan):
     result, said = explained(TwoWays(BROKEN[name]), plan=plan)
     assert result.status["conv"] == "incomplete"
@@ -122,12 +124,16 @@ def test_only_layers_before_the_break_are_incomplete():
     assert missing["0.head"] == 0
 
 
+def detached() -> TwoWays:
+    return TwoWays(lambda z: z.detach())
+
+
 @pytest.mark.parametrize("key", sorted(CAMS))
 def test_methods_without_a_gradient_see_all(key):
     """Every method whose map is made of gradients says so; the others need not."""
     free = {"eigen_cam", "kpca_cam", "fem", "score_cam", "ablation_cam", "random"}
     layer = () if key == "full_grad" else ("conv",)
-    cam = CAMS[key](TwoWays(lambda z: z.detach()), *layer)
+    cam = CAMS[key](toy.shared(detached), *layer)
     x = torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Seg3dcamWarning)
@@ -137,7 +143,7 @@ def test_methods_without_a_gradient_see_all(key):
 
 @pytest.mark.parametrize("key", sorted(ATTRIBUTIONS))
 def test_gradients_of_the_input_miss_it_too(key):
-    cam = ATTRIBUTIONS[key](TwoWays(lambda z: z.detach()))
+    cam = ATTRIBUTIONS[key](toy.shared(detached))
     x = torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Seg3dcamWarning)
@@ -313,7 +319,7 @@ def test_what_is_exactly_0_stays(number):
     assert not promises._direction(0 * a, number).any()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [slow_unless(seed == 0, seed) for seed in range(4)])
 @pytest.mark.parametrize("layer", ["0", "1", "4"])
 def test_ties_in_a_pooling_are_no_missing_branch(seed, layer):
     """Behind a ReLU most windows of a pooling hold several zeros."""

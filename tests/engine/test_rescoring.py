@@ -15,14 +15,15 @@ import torch
 import toy
 from helpers_engine import (
     EXACT,
-    Counting,
     Part,
     box_of,
+    counting_levels,
     curved,
     importance_of,
     parts_of,
     predicted,
     signed_maps,
+    slow_unless,
     two_levels,
 )
 from reference import methods as slow
@@ -141,12 +142,14 @@ METHODS = {"score_cam": ScoreCAM, "ablation_cam": AblationCAM}
 
 
 @signed_maps
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [slow_unless(name in ("predicted mask", "a sum"), name) for name in TARGETS]
+)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("key", METHODS)
 def test_map_is_that_of_brute_force(key, name, target):
     given, shape = PLANS[name]
-    network = in_place()
+    network = toy.shared(in_place)
     x = toy.random_input(1, 1, *shape, seed=8)
     plan = given or WindowPlan(shape)
     asked = TARGETS[target](predicted(lambda batch: network(batch.clone()), x, plan).detach())
@@ -163,7 +166,7 @@ def test_map_is_that_of_brute_force(key, name, target):
 def test_how_many_channels_go_at_once_does_not_matter(key, name):
     plan, shape = PLANS[name]
     x, target = toy.random_input(2, 1, *shape, seed=8), targets.ClassLogOdds(1)
-    counting = Counting(two_levels())
+    counting = toy.shared(counting_levels)
     layer, maps, runs = "network.3", [], []
     for memory_gb in (1e-9, 1e-4, 2.0):
         cam = METHODS[key](counting, layer, sliding_window=plan, memory_gb=memory_gb)
@@ -199,7 +202,7 @@ def test_what_goes_through_the_network_at_once_fits_the_memory_that_it_may_take(
 @signed_maps
 @pytest.mark.parametrize("key", METHODS)
 def test_windows_that_the_region_does_not_touch_are_not_run_again(key):
-    counting = Counting(two_levels())
+    counting = toy.shared(counting_levels)
     plan = WindowPlan(4, overlap=0, mode="constant")
     x = toy.random_input(1, 1, 4, 4, 20)
     cam = METHODS[key](counting, "network.1", sliding_window=plan)
@@ -223,7 +226,7 @@ def test_windows_that_the_region_does_not_touch_are_not_run_again(key):
 @pytest.mark.parametrize("key", METHODS)
 def test_a_batch_is_scored_item_by_item(key, plan):
     """Items have regions of their own, and windows of their own that these touch."""
-    case = toy.cut(two_levels(), 3, toy.random_input(2, 1, 8, 4, 8))
+    case = toy.cut(toy.shared(two_levels), 3, toy.random_input(2, 1, 8, 4, 8))
     mask = torch.zeros(2, 8, 4, 8)
     mask[0, :2, :2, :2] = mask[1, 6:, 1:, 5:] = 1
     cam = METHODS[key](case.network, "3", sliding_window=plan)
@@ -237,7 +240,7 @@ def test_a_batch_is_scored_item_by_item(key, plan):
 @pytest.mark.parametrize("key", METHODS)
 def test_region_is_the_one_that_was_predicted_first(key):
     """With less to see the class may not be predicted at all; the score means the old voxels."""
-    case = toy.plain_case(3)
+    case = toy.shared(toy.plain_case, 3)
     mask = case.network(case.x).argmax(1) == 1
     assert mask.flatten(1).any(1).all()
     cam = METHODS[key](case.network, "1")

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, Counting, curved, in_a_corner, signed_maps, two_levels
+from helpers_engine import (
+    EXACT,
+    counting_levels,
+    curved,
+    in_a_corner,
+    signed_maps,
+    slow_unless,
+    two_levels,
+)
 from toy import deviation
 
 from seg3dcam import WindowPlan, targets
@@ -37,10 +45,12 @@ def volume(items: int = 2, shape: tuple[int, ...] = (8, 4, 18)) -> torch.Tensor:
 
 
 @signed_maps
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "plan", [slow_unless(name == "overlapping", plan, name=name) for name, plan in PLANS.items()]
+)
 def test_together_is_alone(plan):
     """Every method of the library, in one call, whatever the others need."""
-    network, x = two_levels(), volume(1, (4, 4, 12))
+    network, x = toy.shared(two_levels), volume(1, (4, 4, 12))
     layers = [name.removeprefix("network.") for name in LAYERS]
     cams = [
         (CAMS | ATTRIBUTIONS)[key](network, layers, sliding_window=plan)
@@ -61,7 +71,7 @@ def test_together_is_alone(plan):
 @signed_maps
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_order_of_methods_does_not_matter(plan):
-    network, x = two_levels(), volume(1, (4, 4, 12))
+    network, x = toy.shared(two_levels), volume(1, (4, 4, 12))
     keys = ["ablation_cam", "full_grad", "shapley_cam", "score_cam", "hires_cam", "eigen_cam"]
     found = []
     for chosen in (keys, keys[::-1]):
@@ -77,7 +87,7 @@ def test_the_order_of_methods_does_not_matter(plan):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("key", AGNOSTIC)
 def test_agnostic_methods_give_every_target_one_map(key, plan):
-    cam = CAMS[key](two_levels(), "3", sliding_window=plan)
+    cam = CAMS[key](toy.shared(two_levels), "3", sliding_window=plan)
     first, *others = cam.each(volume(shape=(4, 4, 12)), TARGETS)
     for other in others:
         assert torch.equal(other.maps["3"], first.maps["3"])
@@ -89,10 +99,10 @@ def test_agnostic_methods_give_every_target_one_map(key, plan):
 
 def inputs_run(keys, plan, asked, *, x=None, layers=LAYERS) -> int:
     """Return on how many windows the network is run, the layers' grids being known."""
-    counting = Counting(two_levels())
+    counting = toy.shared(counting_levels)
     cams = [CAMS[key](counting, layers, sliding_window=plan) for key in keys]
     x = volume(1) if x is None else x
-    each_by(cams, x, asked)
+    each_by(cams, x, [curved])
     counting.reset()
     each_by(cams, x, asked)
     return counting.inputs
@@ -117,7 +127,10 @@ SIX = WindowPlan((4, 4, 6), overlap=0, mode="constant")
 
 
 @signed_maps
-@pytest.mark.parametrize("layers", [LAYERS[:1], LAYERS], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(
+    "layers",
+    [slow_unless(False, LAYERS[:1], name="one layer"), pytest.param(LAYERS, id="two layers")],
+)
 @pytest.mark.parametrize("keys", [["grad_cam"], ["hires_cam"], ["xgrad_cam", "fem"], ONCE], ids=str)
 def test_through_windows_those_with_a_seed_are_run_once_more(keys, layers):
     assert inputs_run(keys, SIX, [in_a_corner], layers=layers) == 6 + 1
@@ -181,7 +194,7 @@ def test_progress_counts_up_to_what_there_is_to_do(key, plan):
         steps[-1].append(call)
 
     kind = (CAMS | ATTRIBUTIONS)[key]
-    kind(two_levels(), "3", sliding_window=plan, progress=progress)(volume(1), curved)
+    kind(toy.shared(two_levels), "3", sliding_window=plan, progress=progress)(volume(1), curved)
     for step in steps:
         _, counts, (total, *others) = zip(*step, strict=True)
         assert {*others} <= {total}
@@ -205,7 +218,7 @@ def test_a_target_is_differentiated_in_its_own_windows_only(key, monkeypatch):
     gradients = Capture.gradients
     monkeypatch.setattr(Capture, "gradients", counted)
     other = targets.ClassLogit(1, targets.Voxel((7, 3, 16)))
-    cam = CAMS[key](two_levels(), "1", sliding_window=SIX)
+    cam = CAMS[key](toy.shared(two_levels), "1", sliding_window=SIX)
     cam(volume(1), other)  # whether the gradient tells the truth is found out once
     batches.clear()
     cam.each(volume(1), [in_a_corner, other])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import toy
-from helpers_engine import curved, signed_maps, two_levels
+from helpers_engine import curved, each_method, signed_maps, slow_unless, two_levels
 from torch import nn
 from toy import deviation
 
@@ -25,8 +23,12 @@ from seg3dcam.cams.attributions import ATTRIBUTIONS
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.errors import ConfigError, Seg3dcamWarning
 
-PLANS = {"one window": None, "windows": WindowPlan((4, 4, 8), overlap=0.5)}
-through = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+#: plan and volume; all windows have one shape, for which grids are measured once
+PLANS = {
+    "one window": (None, (4, 4, 8)),
+    "windows": (WindowPlan((4, 4, 8), overlap=0.5), (8, 4, 8)),
+}
+through = pytest.mark.parametrize(("plan", "shape"), PLANS.values(), ids=PLANS)
 SIDE_BY_SIDE = WindowPlan((4, 4, 8), overlap=0, mode="constant")
 VOLUME = targets.ClassLogit(1, "volume")
 
@@ -71,8 +73,8 @@ def test_one_degenerate_item_of_a_batch():
 
 @signed_maps
 @through
-def test_grad_cam_plus_plus_says_where_activations_are_negative(plan):
-    network, x = two_levels(), toy.random_input(1, 1, 8, 4, 8)
+def test_grad_cam_plus_plus_says_where_activations_are_negative(plan, shape):
+    network, x = toy.shared(two_levels), toy.random_input(1, 1, *shape)
     result = GradCAMPlusPlus(network, ["0", "1"], sliding_window=plan)(x, curved)
     lowest = network[0](x).min().item()
     (flag,) = result.layers["0"].flags
@@ -112,18 +114,19 @@ UNITLESS = ("eigen_cam", "kpca_cam", "fem", "random", "score_cam", "ablation_cam
 @signed_maps
 @through
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("key", METHODS)
-def test_networks_of_low_precision_give_finite_maps_of_float32(key, dtype, plan):
-    x = toy.random_input(1, 1, 8, 4, 8)
-    exact = two_levels()
-    network = copy.deepcopy(exact).to(dtype)
+@each_method(METHODS)
+def test_networks_of_low_precision_give_finite_maps_of_float32(key, dtype, plan, shape):
+    x = toy.random_input(1, 1, *shape)
+    exact = toy.shared(two_levels)
+    network = toy.shared(toy.converted, exact, dtype)
     result = METHODS[key](network, ["1", "3"], sliding_window=plan)(x.float(), VOLUME)
-    expected = METHODS[key](exact, ["1", "3"], sliding_window=plan)(x, VOLUME)
     for name, map_ in result.maps.items():
         assert map_.dtype == torch.float32
         assert torch.isfinite(map_).all()
         assert result.status[name] in ("ok", "zero")
-        if dtype == torch.float32 and key != "smooth_grad":
+    if dtype == torch.float32 and key != "smooth_grad":
+        expected = METHODS[key](exact, ["1", "3"], sliding_window=plan)(x, VOLUME)
+        for name, map_ in result.maps.items():
             assert deviation(map_, expected.maps[name]) < 1e-4
 
 
@@ -145,12 +148,12 @@ def test_the_ceiling_is_what_a_map_would_be_if_nothing_cancelled(key, sign, plan
 
 @signed_maps
 @through
-@pytest.mark.parametrize("key", METHODS)
-def test_a_score_in_other_units_is_no_less_of_a_map(key, plan):
+@each_method(METHODS)
+def test_a_score_in_other_units_is_no_less_of_a_map(key, plan, shape):
     """What is rounding noise is measured by the map's own ceiling."""
-    network, x = two_levels(smooth=True), toy.random_input(1, 1, 8, 4, 8)
+    network, x = toy.shared(two_levels, smooth=True), toy.random_input(1, 1, *shape)
     cam = METHODS[key](network, ["1", "3"], sliding_window=plan)
-    target = targets.ClassLogit(1, targets.Box((1, 0, 2), (7, 3, 6)))
+    target = targets.ClassLogit(1, targets.Box((1, 0, 2), (shape[0] - 1, 3, 6)))
     one, tiny = cam(x, target), cam(x, targets.WeightedSum([(1e-9, target)]))
     assert one.status == tiny.status
     assert one.layers.keys() == tiny.layers.keys()
@@ -159,16 +162,23 @@ def test_a_score_in_other_units_is_no_less_of_a_map(key, plan):
             assert deviation(1e9 * tiny.layers[name].ceiling, layer.ceiling) < 1e-6
 
 
-@signed_maps
-@through
-@pytest.mark.parametrize("key", METHODS)
-def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, plan):
-    """All weights are zero: no method may make something of that."""
-    network = two_levels()
+def silent(ndim: int) -> nn.Sequential:
+    network = two_levels(ndim)
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
-    result = METHODS[key](network, ["1", "3"], sliding_window=plan)(
-        toy.random_input(1, 1, 8, 4, 8), VOLUME
+    return network
+
+
+@signed_maps
+@through
+@pytest.mark.parametrize("ndim", [2, slow_unless(False, 3)])
+@pytest.mark.parametrize("key", METHODS)
+def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, ndim, plan, shape):
+    """All weights are zero: no method may make something of that."""
+    if ndim == 2:
+        shape, plan = shape[:2], plan and WindowPlan(4, overlap=0.5)
+    result = METHODS[key](toy.shared(silent, ndim), ["1", "3"], sliding_window=plan)(
+        toy.random_input(1, 1, *shape), VOLUME
     )
     assert set(result.status.values()) <= {"zero", "degenerate"}
     assert not result.volume().any()

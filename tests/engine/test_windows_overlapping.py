@@ -20,6 +20,7 @@ from helpers_engine import (
     Part,
     box_of,
     curved,
+    each_method,
     importance_of,
     level,
     parts_of,
@@ -197,7 +198,7 @@ LEVELS = {
 @signed_maps
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("layer", STRIDES)
-@pytest.mark.parametrize("key", DEFINITIONS)
+@each_method(DEFINITIONS, ["grad_cam", "xres_cam", "eigen_grad_cam", "kpca_cam", "fem"])
 def test_map_is_the_definition(key, layer, score):
     plan, shape = LEVELS[layer]
     case = level(layer, toy.random_input(2, 1, *shape, seed=9))
@@ -233,9 +234,9 @@ COUNTING = ("grad_cam", "slice_grad_cam", "xgrad_cam", "eigen_cam", "fem", "shap
 
 
 @signed_maps
-@pytest.mark.parametrize("key", [*LINEAR, "shapley_cam", "full_grad", "score_cam", "ablation_cam"])
+@each_method([*LINEAR, "shapley_cam", "full_grad", "score_cam", "ablation_cam"])
 def test_how_a_network_that_sees_each_voxel_alone_is_cut_does_not_matter(key):
-    network, target = pointwise(), targets.ClassLogit(1, "volume")
+    network, target = toy.shared(pointwise), targets.ClassLogit(1, "volume")
     x = toy.random_input(2, 1, 6, 10, 8)
     (expected,) = CAMS[key](network, "1")(x, target).maps.values()
     plans = [
@@ -258,7 +259,7 @@ def assert_same(found: CamResult, expected: CamResult) -> None:
 
 
 @signed_maps
-@pytest.mark.parametrize("key", CAMS)
+@each_method(CAMS)
 def test_one_window_is_no_window(key):
     case = level("3", toy.random_input(2, 1, 6, 4, 8))
     plain = CAMS[key](case.network, ["1", "3"])(case.x, curved)
@@ -278,7 +279,7 @@ VARIANTS = {
 
 @signed_maps
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("key", CAMS)
+@each_method(CAMS)
 def test_how_the_windows_are_worked_through_does_not_matter(key, variant):
     case = level("3", toy.random_input(2, 1, 6, 4, 10, seed=2))
     sizes = {"roi_size": (4, 4, 6), "overlap": 0.5}
@@ -292,7 +293,7 @@ def test_how_the_windows_are_worked_through_does_not_matter(key, variant):
 
 @signed_maps
 @pytest.mark.parametrize("plan", [None, WindowPlan((4, 4, 6), overlap=0.5)], ids=["one", "many"])
-@pytest.mark.parametrize("key", CAMS)
+@each_method(CAMS)
 def test_a_batch_gives_what_its_items_give_alone(key, plan):
     case = level("3", toy.random_input(3, 1, 6, 4, 10, seed=2))
     cam = CAMS[key](case.network, ["1", "3"], sliding_window=plan)
@@ -308,7 +309,7 @@ def test_a_batch_gives_what_its_items_give_alone(key, plan):
 @pytest.mark.parametrize("key", ["hires_cam", "xgrad_cam"])
 def test_map_sums_to_the_score_of_a_linear_head(key):
     """Whatever the windows: the shares sum to 1 at every voxel."""
-    case = toy.linear_head_case()
+    case = toy.shared(toy.linear_head_case)
     plan = WindowPlan((4, 3, 5), overlap=0.4)
     target = targets.ClassLogit(1, "volume")
     result = CAMS[key](case.network, "3", sliding_window=plan)(case.x, target)

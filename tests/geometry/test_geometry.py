@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import toy
+from helpers_engine import slow_unless
 from helpers_geometry import OBLIQUE_LAS, rotation, world_field
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,11 +229,22 @@ UNDER = {
 LEVELS = {"strided": strided, "max-pooled": pooled, "averaged": averaged}
 
 
+def encoder_of(kind: str) -> nn.Module:
+    return encoder(LEVELS[kind]())
+
+
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("cam", [GradCAM, HiResCAM])
-@pytest.mark.parametrize("window", [None, WindowPlan(48, overlap=0.5), WindowPlan(32, overlap=0.5)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        slow_unless(False, None),
+        slow_unless(False, WindowPlan(48, overlap=0.5)),
+        WindowPlan(32, overlap=0.5),
+    ],
+)
 def test_a_blob_under_a_stride_8_feature_voxel_is_found_within_half_a_voxel(kind, cam, window):
-    network = encoder(LEVELS[kind]())
+    network = toy.shared(encoder_of, kind)
     x = blob((56, 64, 56), UNDER[kind])
     result = cam(network, "encoder", sliding_window=window)(x, targets.ClassLogit(1, "volume"))
     volume = result.volume()[0]

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import toy
+from helpers_engine import each_method, slow_unless
 from torch import nn
 
 from seg3dcam import METHODS, WindowPlan, targets
@@ -114,10 +116,12 @@ def network(ndim, where, value):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize(
+    ("ndim", "windows"),
+    [(2, False), (3, True), slow_unless(False, 2, True), slow_unless(False, 3, False)],
+)
 @pytest.mark.parametrize("where", ["activations", "gradients"])
-@pytest.mark.parametrize("key", LAYERED)
+@each_method(LAYERED)
 def test_through_networks_and_windows(key, where, ndim, windows):
     """One voxel of one item is broken: the whole item says so, in whichever window it lies."""
     if where == "gradients" and key in AGNOSTIC | RESCORING:
@@ -127,7 +131,7 @@ def test_through_networks_and_windows(key, where, ndim, windows):
     x = drawn(2, 1, *(6,) * ndim)
     x[(1, 0, *(1,) * ndim)] = 100
     for bad in BAD:
-        cam = CAMS[key](network(ndim, where, bad), "0", sliding_window=plan)
+        cam = CAMS[key](toy.shared(network, ndim, where, bad), "0", sliding_window=plan)
         result, alone = cam(x, target=target), cam(x[:1], target=target)
         assert [s == "nonfinite" for s in result.layers["0"].item_status] == [False, True]
         assert result.status["0"] == "nonfinite"

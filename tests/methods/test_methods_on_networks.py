@@ -6,13 +6,13 @@ where class 1 was predicted in the first place, also when the network sees less.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import toy
+from helpers_engine import each_case
 from reference import methods as slow
 from reference import scores
 from torch import nn
@@ -56,10 +56,10 @@ def scored(case: toy.Case) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 @pytest.mark.parametrize("method", list(ONE_PASS))
 def test_native_map_is_the_formula(method, name):
-    case = toy.CASES[name]()
+    case = toy.shared(toy.CASES[name])
     a, g = scores.activations_and_gradients(case.front, case.back, case.x, scored(case))
     expected = ONE_PASS[method](a, g)
     cam = getattr(seg3dcam, method)
@@ -68,7 +68,7 @@ def test_native_map_is_the_formula(method, name):
     assert native.dtype == torch.float64
     assert deviation(native, expected) < EXACT
 
-    single = cam(copy.deepcopy(case.network).float(), case.layer)
+    single = cam(toy.shared(toy.converted, case.network, torch.float32), case.layer)
     native = single(case.x.float(), target=1).native[case.layer]
     assert native.dtype == torch.float32
     gap = min(map(slow.spectral_gap, COMPONENTS[method](a, g))) if method in COMPONENTS else 1
@@ -94,10 +94,10 @@ def on_the_input(case: toy.Case, a: torch.Tensor) -> torch.Tensor:
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_score_cam_sees_the_input_through_each_channel(name):
     """The score is the mean over the region: of a sum the softmax would be one for one channel."""
-    case = toy.CASES[name]()
+    case = toy.shared(toy.CASES[name])
     score = scored(case)
     a = case.front(case.x).detach()
     seen = slow.masks(on_the_input(case, a))
@@ -128,9 +128,9 @@ def test_score_cam_sees_nothing_through_a_constant_channel():
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_ablation_cam_removes_each_channel(name):
-    case = toy.CASES[name]()
+    case = toy.shared(toy.CASES[name])
     score = scored(case)
     a = case.front(case.x).detach()
     table = np.zeros(a.shape[:2])
@@ -179,7 +179,7 @@ def smooth_case(ndim: int) -> toy.Case:
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_shapley_cam_with_the_whole_hessian(ndim):
     """The curvature of both the network and the score, which is not linear in the logits."""
-    case = smooth_case(ndim)
+    case = toy.shared(smooth_case, ndim)
 
     def score(logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, 1] * logits[:, 0].sigmoid()).flatten(1).sum(1)
@@ -193,9 +193,9 @@ def test_shapley_cam_with_the_whole_hessian(ndim):
 
 
 @signed_maps
-@pytest.mark.parametrize("name", list(toy.CASES))
+@each_case
 def test_shapley_cam_of_a_logit_of_a_relu_network_is_grad_cam(name):
-    case = toy.CASES[name]()
+    case = toy.shared(toy.CASES[name])
     if "norm" in name or "in-place" in name:
         pytest.skip("InstanceNorm is curved")
     target = targets.ClassLogit(1, "volume")
@@ -209,7 +209,7 @@ def test_shapley_cam_of_a_logit_of_a_relu_network_is_grad_cam(name):
 # ---------------------------------------------------------------------------------------- FullGrad
 
 
-def piecewise_linear(ndim: int = 3) -> nn.Sequential:
+def piecewise_linear(ndim: int) -> nn.Sequential:
     """Convolutions, BatchNorm as learnt, ReLU and LeakyReLU, all on the input's grid."""
     conv, norm = toy.CONV[ndim], (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 1]
     layers = [
@@ -236,7 +236,7 @@ def logit(logits: torch.Tensor) -> torch.Tensor:
 @signed_maps
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_full_grad_takes_the_score_apart(ndim):
-    network = piecewise_linear(ndim)
+    network = toy.shared(piecewise_linear, ndim)
     x = toy.random_input(2, 2, *toy.SHAPES[ndim], seed=ndim)
     parts = slow.full_grad(network, x, logit)
     assert list(parts) == ["input", "0", "1", "4", "6"]
@@ -251,7 +251,7 @@ def test_full_grad_takes_the_score_apart(ndim):
 
 @signed_maps
 def test_full_grad_as_in_the_paper_takes_absolute_values_and_scales_each_channel():
-    network, x = piecewise_linear(), toy.random_input(2, 2, *toy.SHAPES[3])
+    network, x = toy.shared(piecewise_linear, 3), toy.random_input(2, 2, *toy.SHAPES[3])
     parts = slow.full_grad(network, x, logit)
     expected = sum(slow.masks(torch.as_tensor(abs(part))).sum(1) for part in parts.values())
     result = FullGrad(network, psi="paper")(x, targets.ClassLogit(1, "volume"))
@@ -283,7 +283,7 @@ def test_full_grad_is_complete_across_strides():
 @signed_maps
 @pytest.mark.parametrize("layer", ["encoder", "bottleneck"])
 def test_full_grad_of_a_u_net_sums_to_the_score(layer):
-    case = toy.skip_case(layer)
+    case = toy.shared(toy.skip_case, layer)
     result = FullGrad(case.network)(case.x, targets.ClassLogit(1, "volume"))
     assert deviation(result.native["input"].flatten(1).sum(1), result.score) < EXACT
 
@@ -337,7 +337,7 @@ def classifier() -> nn.Sequential:
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize("method", list(ONE_PASS))
 def test_networks_that_classify_are_explained_too(method, layer):
-    case = toy.cut(classifier(), layer, toy.random_input(2, 1, 9, 8))
+    case = toy.cut(toy.shared(classifier), layer, toy.random_input(2, 1, 9, 8))
     pair = scores.activations_and_gradients(case.front, case.back, case.x, lambda z: z[:, 2])
     result = getattr(seg3dcam, method)(case.network, case.layer)(case.x, targets.ClassLogit(2))
     assert deviation(result.native[case.layer], ONE_PASS[method](*pair)) < EXACT
@@ -345,7 +345,7 @@ def test_networks_that_classify_are_explained_too(method, layer):
 
 @signed_maps
 def test_networks_that_classify_are_rescored():
-    network, x, target = classifier(), toy.random_input(2, 1, 9, 8), targets.ClassLogit(1)
+    network, x, target = toy.shared(classifier), toy.random_input(2, 1, 9, 8), targets.ClassLogit(1)
     case = toy.cut(network, 1, x)
     a = case.front(x).detach()
     seen = slow.masks(a)
@@ -363,7 +363,7 @@ def test_networks_that_classify_are_rescored():
 @signed_maps
 def test_full_grad_of_a_network_that_classifies_sums_to_the_score():
     """The bias of the last, linear layer has no place, but it is part of the score."""
-    network, x = classifier(), toy.random_input(2, 1, 9, 8)
+    network, x = toy.shared(classifier), toy.random_input(2, 1, 9, 8)
     parts = slow.full_grad(network, x, lambda logits: logits[:, 1])
     total = torch.as_tensor(sum(part.reshape(2, -1).sum(1) for part in parts.values()))
     result = FullGrad(network)(x, targets.ClassLogit(1))

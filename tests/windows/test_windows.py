@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy
+from helpers_engine import slow_unless
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from torch import nn
@@ -84,7 +86,7 @@ def through_monai(
 
 def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None:
     plan, x = case
-    network = unet()
+    network = toy.shared(unet)
     result = HiResCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
     assert torch.equal(result.logits, through_monai(network, x, plan).detach())
 
@@ -92,20 +94,23 @@ def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None
 @pytest.mark.parametrize(
     "target",
     [
-        targets.ClassLogOdds(1),
-        targets.ClassProbability(2, region="volume"),
-        targets.MaskOutput(),
-        lambda logits: (logits.softmax(1)[:, 1] ** 2).flatten(1).mean(1).sqrt(),
+        slow_unless(True, targets.ClassLogOdds(1), name="log-odds"),
+        slow_unless(False, targets.ClassProbability(2, region="volume"), name="probability"),
+        slow_unless(False, targets.MaskOutput(), name="mask output"),
+        slow_unless(
+            True,
+            lambda logits: (logits.softmax(1)[:, 1] ** 2).flatten(1).mean(1).sqrt(),
+            name="a nonlinear function",
+        ),
     ],
-    ids=["log-odds", "probability", "mask output", "a nonlinear function"],
 )
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("norm", ["batch", slow_unless(False, "instance")])
 def test_hires_cam_is_the_gradient_of_one_giant_graph(
     case: tuple[WindowPlan, torch.Tensor], target, norm: str
 ) -> None:
     """Sum over windows of gradient x activation, all taken from one graph through MONAI."""
     plan, x = case
-    network = unet(norm)
+    network = toy.shared(unet, norm)
     result = HiResCAM(network, LAYER, sliding_window=plan)(x, target)
 
     batches: list[torch.Tensor] = []
@@ -159,7 +164,7 @@ def test_grad_cam_pools_its_weights_over_all_windows(
     plan, x = case
     where = targets.Box((2, 3, 1), (7, 8, 6)) if region == "box" else "volume"
     target = targets.ClassLogit(1, region=where)
-    network = unet()
+    network = toy.shared(unet)
     result = GradCAM(network, LAYER, sliding_window=plan)(x, target)
 
     batches: list[torch.Tensor] = []
@@ -183,7 +188,7 @@ def test_grad_cam_pools_its_weights_over_all_windows(
 
 @pytest.mark.parametrize("cam", [GradCAM, SliceGradCAM, HiResCAM, XResCAM])
 def test_one_window_and_no_window_give_the_plain_numbers(cam) -> None:
-    network, x = unet(), volume(16, 20, 12)
+    network, x = toy.shared(unet), volume(16, 20, 12)
     plain = cam(network, LAYER)(x, targets.ClassLogit(1))
     for plan in (WindowPlan((16, 20, 12)), WindowPlan(-1), WindowPlan((16, 20, 12), overlap=0.9)):
         windowed = cam(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1))
@@ -233,7 +238,7 @@ def test_a_constant_stays_constant_through_blending(
     "cache_gb", [0.0, 2e-5, 2.0], ids=["nothing kept", "some kept", "all kept"]
 )
 def test_activations_kept_or_computed_again_give_the_same_map(cache_gb: float) -> None:
-    network, x = unet(), volume(24, 32, 24)
+    network, x = toy.shared(unet), volume(24, 32, 24)
     target = targets.ClassLogit(1, region=targets.Box((0, 0, 0), (6, 6, 6)))
     plan = WindowPlan(16, overlap=0.5, sw_batch_size=2)
     reference = GradCAM(network, LAYER, sliding_window=plan)(x, target).maps[LAYER]
@@ -260,7 +265,7 @@ def test_a_window_without_a_seed_gets_no_backward_pass() -> None:
 
 
 def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
-    network = unet()
+    network = toy.shared(unet)
     x = torch.cat([volume(20, 18, 16), 1 - volume(20, 18, 16)])
     plan = WindowPlan(12, overlap=0.5, sw_batch_size=4)
     target = targets.ClassLogit(1, region="volume")
@@ -273,7 +278,7 @@ def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
 
 
 def test_several_targets_share_the_prediction_and_give_what_each_gives_alone() -> None:
-    network, x = unet(), volume(20, 18, 16)
+    network, x = toy.shared(unet), volume(20, 18, 16)
     plan = WindowPlan(12, overlap=0.5)
     wanted = [targets.ClassLogit(c, region="volume") for c in range(3)]
     for window in (plan, None):
@@ -287,7 +292,7 @@ def test_several_targets_share_the_prediction_and_give_what_each_gives_alone() -
 
 def test_the_seam_is_no_stronger_than_the_map_elsewhere() -> None:
     """Weights and scaling of each window's own, as other tools do, leave steps at its borders."""
-    network, x = unet(), volume(16, 16, 48)
+    network, x = toy.shared(unet), volume(16, 16, 48)
     plan = WindowPlan(16, overlap=0.5)
     found = GradCAM(network, LAYER, sliding_window=plan)(x, targets.ClassLogit(1, "volume"))
     steps = found.maps[LAYER][0].diff(dim=-1).abs().mean((0, 1))
@@ -298,7 +303,7 @@ def test_the_seam_is_no_stronger_than_the_map_elsewhere() -> None:
 def test_native_maps_exist_for_one_window_only() -> None:
     from seg3dcam.errors import InputError
 
-    result = HiResCAM(unet(), LAYER, sliding_window=WindowPlan(12))(
+    result = HiResCAM(toy.shared(unet), LAYER, sliding_window=WindowPlan(12))(
         volume(20, 12, 12), targets.ClassLogit(1, "volume")
     )
     with pytest.raises(InputError, match=r"cut into 2 windows.*use .maps"):
@@ -376,10 +381,10 @@ def cancelling() -> nn.Module:
 @pytest.mark.parametrize("region", ["volume", targets.Box((4, 4, 4), (8, 8, 8))])
 @pytest.mark.parametrize("window", [None, WindowPlan(16, overlap=0.5)])
 def test_rounding_noise_is_no_map(dtype, region, window) -> None:
+    network = toy.shared(toy.converted, toy.shared(cancelling), dtype)
+    x, target = volume(32, 32, 32).float(), targets.ClassLogit(0, region)
     with pytest.warns(Seg3dcamWarning, match="contributions cancel"):
-        result = GradCAM(cancelling().to(dtype), "0", sliding_window=window)(
-            torch.rand(1, 1, 32, 32, 32), targets.ClassLogit(0, region)
-        )
+        result = GradCAM(network, "0", sliding_window=window)(x, target)
     assert result.status["0"] == "zero"
     assert not result.volume().any()
 
@@ -394,15 +399,21 @@ def test_one_voxel_of_a_large_volume_is_enough_for_a_map() -> None:
     assert result.status["1"] == "ok"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, WindowPlan(8, overlap=0.5)])
-def test_a_model_of_another_precision_than_the_input(dtype, window) -> None:
+def biased() -> nn.Module:
+    """Return a network whose score overflows in half precision if it is summed there."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Softplus(), nn.Conv3d(4, 2, 1))
-    network[2].bias.data.fill_(40.0)  # half precision would overflow in the sum
-    x = torch.rand(1, 1, 16, 16, 16)
+    network[2].bias.data.fill_(40.0)
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, slow_unless(False, WindowPlan(8, overlap=0.5))])
+def test_a_model_of_another_precision_than_the_input(dtype, window) -> None:
+    network, x = toy.shared(biased), volume(16, 16, 16).float()
     single = HiResCAM(network, "1", sliding_window=window)(x, targets.MaskOutput())
-    other = HiResCAM(network.to(dtype), "1", sliding_window=window)(x, targets.MaskOutput())
+    network = toy.shared(toy.converted, network, dtype)
+    other = HiResCAM(network, "1", sliding_window=window)(x, targets.MaskOutput())
     assert other.maps["1"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(other.score.float(), single.score, rtol=1e-2, atol=0)
 
