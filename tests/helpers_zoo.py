@@ -537,6 +537,9 @@ LAYOUTS = {
     ),
 }
 
+#: One of one label map, one of overlapping regions, one of YAML with an architecture of its own.
+QUICK = ("spleen_ct", "brats_mri", "pancreas_ct_dints")
+
 #: Layouts that are refused, with what is said.
 REFUSED = {
     "ventricular_short_axis_3label": (

@@ -28,7 +28,8 @@ from helpers_nnunet import (
 from nnunetv2.imageio import simpleitk_reader_writer
 from scipy import ndimage
 
-from seg3dcam import GradCAM, explain, load_model, load_scan
+from seg3dcam import explain, load_model, load_scan
+from seg3dcam.cams.attributions import Gradient
 from seg3dcam.errors import ConfigError, MissingExtraError, ModelError, ScanError, Seg3dcamWarning
 from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.targets import ClassLogit
@@ -88,7 +89,7 @@ def test_headers_that_say_two_voxel_sizes(case, reader, tmp_path):
     scan, model = load_scan(file), load_model(f"nnunet:{folder}")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = explain(scan, model, ClassLogit(0, "volume"), layers=LAYER)
+        found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
     assert np.array_equal(found.prediction.numpy().argmax(0), segmentation)
     assert np.array_equal(found.affine, nib.load(file).affine)
     assert found.volume().shape == scan.shape
@@ -157,15 +158,11 @@ def test_the_prediction_is_nnunets_own(case, tmp_path):
 
     model = load_model(f"nnunet:{folder}")
     scan = load_scan(files)
-    found = explain(scan, model, ClassLogit(0, "volume"), layers=LAYER)
+    # The gradient of the input is the map that costs least, and the prediction is that of any.
+    found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
     prepared = model.prepare(scan)
-    cam = GradCAM(
-        model.module,
-        LAYER,
-        sliding_window=model.window,
-        activation=model.activation,
-    )
-    own = cam(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
+    gradient = Gradient(model.module, sliding_window=model.window, activation=model.activation)
+    own = gradient(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
     assert (own - logits).abs().max() < 1e-4
     # Summed up in half precision, nnU-Net's own logits vanish in the corners of the volume.
     assert (own - in_half).abs().median() < 2e-3 * own.abs().max()
