@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 
-def crossed(names: str, *axes: Iterable[Any], rows: int | None = None) -> Any:
-    """Parametrise a test over all combinations of the values of its arguments.
+def crossed(*axes: Iterable[Any], rows: int | None = None) -> list[Any]:
+    """Return all combinations of the axes' values, to parametrise a test by; most are slow.
 
     A default run takes a diagonal, in which every value is met at least once: the first value of
-    each axis, then the second of each, and so on; the shorter axes begin again. The other
-    combinations are slow. A value that is added to an axis later is in the diagonal, too.
+    each axis, then the second of each, and so on; the shorter axes begin again. A value that is
+    added to an axis later is in the diagonal, too.
 
     Args:
-        names: of the arguments, with commas between them.
-        axes: the values of each argument.
         rows: the length of the diagonal, where not every value of the longer axes is needed by
             default; those that are taken are spread over the axis.
+
+    >>> [case.values for case in crossed("abc", "xy") if not case.marks]
+    [('a', 'x'), ('b', 'y'), ('c', 'x')]
     """
     columns = [list(axis) for axis in axes]
     rows = rows or max(map(len, columns))
@@ -31,25 +32,10 @@ def crossed(names: str, *axes: Iterable[Any], rows: int | None = None) -> Any:
         )
         for row in range(rows)
     }
-    combinations = itertools.product(*(range(len(column)) for column in columns))
-    return pytest.mark.parametrize(
-        names,
-        [
-            pytest.param(
-                *(column[n] for column, n in zip(columns, places, strict=True)),
-                id="-".join(
-                    _id(column[n], f"{name.strip()}{n}")
-                    for name, column, n in zip(names.split(","), columns, places, strict=True)
-                ),
-                marks=[pytest.mark.slow] * (places not in quick),
-            )
-            for places in combinations
-        ],
-    )
-
-
-def _id(value: Any, otherwise: str) -> str:
-    """Return what names a value in a test's id, as pytest itself would."""
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return str(value)
-    return getattr(value, "__name__", otherwise)
+    return [
+        pytest.param(
+            *(column[place] for column, place in zip(columns, places, strict=True)),
+            marks=[pytest.mark.slow] * (places not in quick),
+        )
+        for places in itertools.product(*(range(len(column)) for column in columns))
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundles import random, run_by_monai, write_bundle, write_scan, write_weights
-from helpers_zoo import LAYOUTS, QUICK, REFUSED, WHOLE_BODY, Layout
+from helpers_zoo import LARGE, LAYOUTS, QUICK, REFUSED, WHOLE_BODY, Layout
 from scipy import ndimage
 
 from seg3dcam import explain, load_model, load_scan
@@ -97,7 +97,8 @@ def test_the_prediction_is_the_file_that_monai_writes(name, tmp_path):
     assert (own - logits).abs().max() < 1e-4
     gap = middle(prepared.shape[1:], prepared.affine.numpy()) - middle(scan.shape, scan.affine)
     assert np.linalg.norm(gap) < 4  # mm: it lies where the scan lies
-    found = explain(scan, model, ClassLogit(0, "volume"))
+    method = "gradient" if name in LARGE else "hires_cam"
+    found = explain(scan, model, ClassLogit(0, "volume"), method=method)
     masks = found.prediction.numpy()
     values = np.asarray(written.dataobj)
     assert np.array_equal(layout.joined(masks), np.rint(values))

@@ -16,6 +16,7 @@ import pytest
 import SimpleITK
 import torch
 from helpers_cases import Calls, seg3dcam, write_yaml
+from helpers_crossed import crossed
 from helpers_nnunet import (
     INSTANCE_NORM,
     OLD_UNET,
@@ -73,8 +74,9 @@ HEADERS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*the header says two")
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
-@pytest.mark.parametrize("case", HEADERS)
+@pytest.mark.parametrize(
+    ("case", "reader"), crossed(HEADERS, ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+)
 def test_headers_that_say_two_voxel_sizes(case, reader, tmp_path):
     qform, qcode, sform, scode, pixdim = HEADERS[case]
     folder = write_folder(tmp_path, reader=reader, spacing=(4.0, 1.3, 1.3), patch=(8, 16, 16))
@@ -149,7 +151,14 @@ if hasattr(simpleitk_reader_writer, "SimpleITKIOWithReorient"):  # since nnU-Net
     FOLDERS["reoriented by ITK"] = {"reader": "SimpleITKIOWithReorient"}
 
 
-@pytest.mark.parametrize("case", FOLDERS)
+#: The others are slow where they are predicted, and not where they are prepared.
+QUICK = ("labels", "regions", "folds and flips", "2d, permuted", "residual encoder")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in FOLDERS],
+)
 def test_the_prediction_is_nnunets_own(case, tmp_path):
     settings = FOLDERS[case]
     folder = write_folder(tmp_path, **settings)

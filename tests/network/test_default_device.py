@@ -65,11 +65,13 @@ def same_elsewhere(explained):
 
 # captum itself makes the steps of integrated gradients on the default device.
 @quiet
-@crossed(
-    "key, plan",
-    [key for key in METHODS if key != "integrated_gradients"],
-    [None, WindowPlan((8, 8, 4))],
-    rows=8,
+@pytest.mark.parametrize(
+    ("key", "plan"),
+    crossed(
+        [key for key in METHODS if key != "integrated_gradients"],
+        [None, WindowPlan((8, 8, 4))],
+        rows=8,
+    ),
 )
 def test_every_method(key, plan, net, x):
     def explained():

@@ -58,10 +58,9 @@ def image(items=1, size=16):
     return torch.rand(items, 1, 8, 8, size, generator=torch.Generator().manual_seed(2))
 
 
-@crossed(
-    "name, plan",
-    DRAWS,
-    [None, WindowPlan(8, overlap=0), WindowPlan(8, overlap=0.5, sw_batch_size=2)],
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    crossed(DRAWS, [None, WindowPlan(8, overlap=0), WindowPlan(8, overlap=0.5, sw_batch_size=2)]),
 )
 def test_prediction_and_gradient_draw_the_same(name, plan):
     draw, operation = DRAWS[name]
@@ -138,7 +137,7 @@ def test_a_network_is_tried_a_few_times_in_its_life(beside):
 
 
 @pytest.mark.parametrize("beside", [lambda: None], indirect=True)
-@crossed("kind, late", ["numpy", "python", "dropout"], [False, True])
+@pytest.mark.parametrize(("kind", "late"), crossed(["numpy", "python", "dropout"], [False, True]))
 def test_draws_are_known_beside_another_thread(kind, late, beside):
     """As in every notebook."""
     draw, operation = DRAWS[kind]
@@ -222,7 +221,7 @@ def owning(kind, place="attribute"):
     return net, lambda: state(find(net.kept))
 
 
-@crossed("kind, place", OWNED, PLACES)
+@pytest.mark.parametrize(("kind", "place"), crossed(OWNED, PLACES))
 def test_generators_of_the_networks_own(kind, place):
     net, state = owning(kind, place)
     before, generator = state(), PLACES[place][1](net.kept)
@@ -241,7 +240,7 @@ def test_generators_of_the_networks_own(kind, place):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@crossed("kind, known", OWNED, [False, True])
+@pytest.mark.parametrize(("kind", "known"), crossed(OWNED, [False, True]))
 def test_a_generators_state_is_given_back_after_an_error(kind, known):
     net, state = owning(kind)
     cam, before = HiResCAM(net, "relu"), state()
@@ -308,7 +307,7 @@ def only_if_bright(draw):
     return net
 
 
-@crossed("name, cam", DRAWS, [HiResCAM, GradCAM])
+@pytest.mark.parametrize(("name", "cam"), crossed(DRAWS, [HiResCAM, GradCAM]))
 def test_what_draws_in_some_windows_alone_is_explained_as_one_that_draws(name, cam):
     """As a network of which that was known from the start, from its first, bright window."""
     plan = WindowPlan(8, overlap=0.5)

@@ -96,11 +96,13 @@ PLACES = {
 }
 
 
-@crossed(
-    "key, name, place",
-    ["hires_cam", "grad_cam", "shapley_cam", "full_grad", "gradient", "integrated_gradients"],
-    STEPS,
-    PLACES,
+@pytest.mark.parametrize(
+    ("key", "name", "place"),
+    crossed(
+        ["hires_cam", "grad_cam", "shapley_cam", "full_grad", "gradient", "integrated_gradients"],
+        STEPS,
+        PLACES,
+    ),
 )
 def test_the_map_is_that_of_the_network_that_replaces(name, key, place):
     layer, plan = PLACES[place]

@@ -117,7 +117,7 @@ class _LastAxis(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@crossed("name, layer", EXPLAINED, ["2", "auto", "all"])
+@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"]))
 def test_explained_and_as_before(name, layer):
     net = EXPLAINED[name]().eval()
     expected = net(image()).detach()
@@ -531,7 +531,7 @@ WRITES = {
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@crossed("name, random", WRITES, [0, 1])
+@pytest.mark.parametrize(("name", "random"), crossed(WRITES, [0, 1]))
 def test_parameters_that_the_network_itself_changes_are_put_back(name, random):
     net = blocks(Drifts(WRITES[name], random))
     mean, at = net[3].mean, net[3].mean.data_ptr()

@@ -222,7 +222,7 @@ METHODS = CAMS | ATTRIBUTIONS
 
 
 @quiet
-@crossed("key, plan", METHODS, [None, WindowPlan((8, 8, 4))], rows=8)
+@pytest.mark.parametrize(("key", "plan"), crossed(METHODS, [None, WindowPlan((8, 8, 4))], rows=8))
 def test_after_every_method(key, plan, net, x):
     with untouched(net):
         METHODS[key](net, LAYER, sliding_window=plan)(x, VOLUME)
@@ -250,7 +250,7 @@ PLACES = {
 
 
 @quiet
-@crossed("key, place", METHODS, PLACES, rows=8)
+@pytest.mark.parametrize(("key", "place"), crossed(METHODS, PLACES, rows=8))
 def test_after_every_method_that_is_interrupted_half_way(key, place, net, x):
     bomb, plan = Bomb(), WindowPlan((8, 8, 4))
     cam = METHODS[key](net, LAYER, sliding_window=plan)
@@ -417,7 +417,7 @@ def without_garbage_collection():
         gc.enable()
 
 
-@crossed("cam_class, plan", [GradCAM, HiResCAM], [None, WindowPlan(4)])
+@pytest.mark.parametrize(("cam_class", "plan"), crossed([GradCAM, HiResCAM], [None, WindowPlan(4)]))
 @quiet
 def test_no_activations_outlive_the_call(cam_class, plan, net, x):
     """Neither the CAM nor its result keeps any, and no reference cycle waits for collection."""
