@@ -17,12 +17,12 @@ DATASET = "Dataset901_Balls"
 
 
 def write_cases(folder: Path) -> None:
-    """Write ten scans of 32 x 32 x 24 voxels of 1 x 1 x 1.5 mm, and their labels."""
+    """Write six scans of 32 x 32 x 24 voxels of 1 x 1 x 1.5 mm, and their labels."""
     rng = np.random.default_rng(0)
     for place in ("imagesTr", "labelsTr"):
         (folder / place).mkdir(parents=True)
     affine = np.diag([1, 1, 1.5, 1])
-    for number in range(10):
+    for number in range(6):
         centre = rng.uniform([10, 10, 8], [22, 22, 16])
         grid = np.stack(np.meshgrid(*map(np.arange, (32, 32, 24)), indexing="ij"), -1)
         ball = np.linalg.norm((grid - centre) * [1, 1, 1.5], axis=-1) < 8
@@ -33,7 +33,7 @@ def write_cases(folder: Path) -> None:
     dataset = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "ball": 1},
-        "numTraining": 10,
+        "numTraining": 6,
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(dataset))
@@ -80,7 +80,7 @@ def main() -> None:
         json.loads((prepared / "dataset.json").read_text()),
         device=torch.device("cpu"),
     )
-    trainer.num_epochs, trainer.num_iterations_per_epoch = 2, 40
+    trainer.num_epochs, trainer.num_iterations_per_epoch = 2, 20
     trainer.num_val_iterations_per_epoch = 2
     trainer.run_training()
 

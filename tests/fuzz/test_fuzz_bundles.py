@@ -39,7 +39,9 @@ def damaged(files: dict[str, Any], seed: int, count: int) -> Iterator[tuple[str,
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", ["corpus", 0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", ["corpus", *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3))]
+)
 def test_a_changed_bundle_is_read_or_refused_by_us(seed, tmp_path):
     layout = LAYOUTS["spleen_ct"]
     root = write_bundle(tmp_path / "b", layout.config, about=layout.about())

@@ -87,7 +87,10 @@ class Bench:
             (self.folder / file).write_text(json.dumps(content))
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=[pytest.mark.slow] * (k != "labels")) for k in FOLDERS],
+)
 def bench(request, tmp_path_factory) -> Bench:
     place = tmp_path_factory.mktemp("nnunet")
     folder = write_folder(place, **{"patch": (8, 8, 8), **FOLDERS[request.param]})

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import nn
 
-from seg3dcam import GradCAM, WindowPlan, explain, load_model, load_scan
+from seg3dcam import WindowPlan, explain, load_model, load_scan
+from seg3dcam.cams.attributions import Gradient
 from seg3dcam.errors import ConfigError, ModelError, Seg3dcamWarning
 from seg3dcam.targets import ClassLogit
 
@@ -79,10 +80,10 @@ def test_the_prediction_is_monais_own(case, tmp_path):
     logits, written = run_by_monai(root, file, kind)
 
     model, scan = trusted(root), load_scan(file)
-    found = explain(scan, model, ClassLogit(0, "volume"))
+    found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
     prepared = model.prepare(scan)
-    cam = GradCAM(model.module, sliding_window=model.window, activation=model.activation)
-    own = cam(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
+    gradient = Gradient(model.module, sliding_window=model.window, activation=model.activation)
+    own = gradient(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
     assert (own - logits).abs().max() < 1e-4
     masks, labels = found.prediction.numpy(), np.asarray(written.dataobj)
     if model.activation == "sigmoid":
@@ -484,11 +485,10 @@ def test_a_way_back_that_fails_is_said_and_gone_without(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN, change=change)
     scan = load_scan(noise()[0], affine=OBLIQUE)
     with pytest.warns(Seg3dcamWarning, match="postprocessing Invertd failed .*other.* linearly"):
-        found = explain(scan, trusted(root), ClassLogit(0, "volume"))
+        found = explain(scan, trusted(root), ClassLogit(0, "volume"), method="gradient")
     linearly = replace(trusted(root), restore=None)
-    assert torch.equal(
-        found.prediction, explain(scan, linearly, ClassLogit(0, "volume")).prediction
-    )
+    expected = explain(scan, linearly, ClassLogit(0, "volume"), method="gradient")
+    assert torch.equal(found.prediction, expected.prediction)
 
 
 def test_a_folder_that_is_no_bundle_says_so(tmp_path):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundles import random, run_by_monai, write_bundle, write_scan, write_weights
-from helpers_zoo import LAYOUTS, REFUSED, WHOLE_BODY, Layout
+from helpers_zoo import LARGE, LAYOUTS, QUICK, REFUSED, WHOLE_BODY, Layout
 from scipy import ndimage
 
-from seg3dcam import GradCAM, explain, load_model, load_scan
+from seg3dcam import explain, load_model, load_scan
+from seg3dcam.cams.attributions import Gradient
 from seg3dcam.errors import ModelError, Seg3dcamWarning
 from seg3dcam.targets import ClassLogit
 
@@ -59,7 +60,10 @@ def write(layout: Layout, root: Path, *, for_monai: bool = False) -> Path:
 @pytest.mark.filterwarnings("ignore:.*mostly (evidence )?against")
 @pytest.mark.filterwarnings("ignore:where the voxels of layer .* lie could not be measured")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LAYOUTS],
+)
 def test_the_prediction_is_the_file_that_monai_writes(name, tmp_path):
     layout = LAYOUTS[name]
     channels = noise(layout.scan_channels)
@@ -88,12 +92,13 @@ def test_the_prediction_is_the_file_that_monai_writes(name, tmp_path):
     assert model.class_names == tuple(layout.names)
     scan = load_scan([str(file) for file in files])
     prepared = model.prepare(scan)
-    cam = GradCAM(model.module, sliding_window=model.window, activation=model.activation)
-    own = cam(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
+    gradient = Gradient(model.module, sliding_window=model.window, activation=model.activation)
+    own = gradient(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
     assert (own - logits).abs().max() < 1e-4
     gap = middle(prepared.shape[1:], prepared.affine.numpy()) - middle(scan.shape, scan.affine)
     assert np.linalg.norm(gap) < 4  # mm: it lies where the scan lies
-    found = explain(scan, model, ClassLogit(0, "volume"))
+    method = "gradient" if name in LARGE else "hires_cam"
+    found = explain(scan, model, ClassLogit(0, "volume"), method=method)
     masks = found.prediction.numpy()
     values = np.asarray(written.dataobj)
     assert np.array_equal(layout.joined(masks), np.rint(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import zipfile
 
@@ -36,7 +37,9 @@ SIZE = 16
 LAYERS = ["model.0", "model.1.submodule", "model.1.submodule.1.submodule"]
 
 
+@functools.cache
 def unet() -> nn.Module:
+    """Return the network, the same one for all tests, so that its grids are measured once."""
     torch.manual_seed(0)
     network = UNet(**UNET)
     for module in network.modules():
@@ -64,10 +67,16 @@ def spec(file, place, **changes):
     return write_yaml(place / "model.yaml", content)
 
 
-@pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "eigen_cam"])
-def test_maps_are_those_of_the_network_that_was_exported(method, programs, tmp_path):
+@pytest.fixture(scope="module")
+def loaded(programs, tmp_path_factory):
+    """Return a network and its program as a module, whose grids are measured once, too."""
     network, file, _ = programs
-    module = load_model(spec(file, tmp_path), trust=True).module
+    return network, load_model(spec(file, tmp_path_factory.mktemp("spec")), trust=True).module
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "eigen_cam"])
+def test_maps_are_those_of_the_network_that_was_exported(method, loaded):
+    network, module = loaded
     x = torch.rand(1, 1, SIZE, SIZE, SIZE)
     own = CAMS[method](module, LAYERS)(x, TARGET)
     expected = CAMS[method](network, LAYERS)(x, TARGET)

@@ -16,6 +16,7 @@ import pytest
 import SimpleITK
 import torch
 from helpers_cases import Calls, seg3dcam, write_yaml
+from helpers_crossed import crossed
 from helpers_nnunet import (
     INSTANCE_NORM,
     OLD_UNET,
@@ -28,7 +29,8 @@ from helpers_nnunet import (
 from nnunetv2.imageio import simpleitk_reader_writer
 from scipy import ndimage
 
-from seg3dcam import GradCAM, explain, load_model, load_scan
+from seg3dcam import explain, load_model, load_scan
+from seg3dcam.cams.attributions import Gradient
 from seg3dcam.errors import ConfigError, MissingExtraError, ModelError, ScanError, Seg3dcamWarning
 from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.targets import ClassLogit
@@ -72,8 +74,9 @@ HEADERS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*the header says two")
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
-@pytest.mark.parametrize("case", HEADERS)
+@pytest.mark.parametrize(
+    ("case", "reader"), crossed(HEADERS, ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+)
 def test_headers_that_say_two_voxel_sizes(case, reader, tmp_path):
     qform, qcode, sform, scode, pixdim = HEADERS[case]
     folder = write_folder(tmp_path, reader=reader, spacing=(4.0, 1.3, 1.3), patch=(8, 16, 16))
@@ -88,7 +91,7 @@ def test_headers_that_say_two_voxel_sizes(case, reader, tmp_path):
     scan, model = load_scan(file), load_model(f"nnunet:{folder}")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = explain(scan, model, ClassLogit(0, "volume"), layers=LAYER)
+        found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
     assert np.array_equal(found.prediction.numpy().argmax(0), segmentation)
     assert np.array_equal(found.affine, nib.load(file).affine)
     assert found.volume().shape == scan.shape
@@ -148,7 +151,14 @@ if hasattr(simpleitk_reader_writer, "SimpleITKIOWithReorient"):  # since nnU-Net
     FOLDERS["reoriented by ITK"] = {"reader": "SimpleITKIOWithReorient"}
 
 
-@pytest.mark.parametrize("case", FOLDERS)
+#: The others are slow where they are predicted, and not where they are prepared.
+QUICK = ("labels", "regions", "folds and flips", "2d, permuted", "residual encoder")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in FOLDERS],
+)
 def test_the_prediction_is_nnunets_own(case, tmp_path):
     settings = FOLDERS[case]
     folder = write_folder(tmp_path, **settings)
@@ -157,15 +167,11 @@ def test_the_prediction_is_nnunets_own(case, tmp_path):
 
     model = load_model(f"nnunet:{folder}")
     scan = load_scan(files)
-    found = explain(scan, model, ClassLogit(0, "volume"), layers=LAYER)
+    # The gradient of the input is the map that costs least, and the prediction is that of any.
+    found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
     prepared = model.prepare(scan)
-    cam = GradCAM(
-        model.module,
-        LAYER,
-        sliding_window=model.window,
-        activation=model.activation,
-    )
-    own = cam(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
+    gradient = Gradient(model.module, sliding_window=model.window, activation=model.activation)
+    own = gradient(prepared.as_tensor()[None], ClassLogit(0, "volume")).logits[0]
     assert (own - logits).abs().max() < 1e-4
     # Summed up in half precision, nnU-Net's own logits vanish in the corners of the volume.
     assert (own - in_half).abs().median() < 2e-3 * own.abs().max()

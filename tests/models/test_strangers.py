@@ -56,7 +56,7 @@ def accepted(factory):
         return None
 
 
-@pytest.mark.parametrize("package", [MONAI, DNA])
+@pytest.mark.parametrize("package", [pytest.param(MONAI, marks=pytest.mark.slow), DNA])
 def test_of_all_classes_that_can_be_reached_only_networks_are_built(package):
     """Over every attribute of every module, and every attribute of those."""
     direct, beyond = {}, []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -553,23 +554,67 @@ def test_all_explains_every_convolution_that_can_be(x, seed):
     assert [str(layer) for layer in capture.dropped] == ["spare", "aside"]
 
 
-@pytest.mark.parametrize("plan", [None, WindowPlan(8, cache_gb=0), WindowPlan(8)])
+class DeeplySupervised(nn.Module):
+    """Its head of the coarser level is compared in training; otherwise it feeds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.down = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 3, 3, 2, 1)
+        self.coarse, self.up = nn.Conv2d(3, 3, 3, padding=1), nn.ConvTranspose2d(3, 2, 2, 2)
+        self.joined, self.head = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+        self.supervision = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        fine = self.fine(x).relu()
+        coarse = self.coarse(self.down(fine).relu()).relu()
+        aside = self.supervision(coarse)
+        logits = self.head(self.joined(torch.cat([self.up(coarse), fine], 1)).relu())
+        return [logits, aside] if self.training else logits
+
+
+def dynunet():
+    kernels, strides = (3, 3, 3), (1, 2, 2)
+    return DynUNet(2, 1, 2, kernels, strides, (2, 2), filters=(2, 3, 4), deep_supervision=True)
+
+
+#: Network -> how it is made, the head that feeds nothing, and two of its other layers.
+SUPERVISED = {
+    "small": (DeeplySupervised, "supervision", ["fine", "head"]),
+    "DynUNet": (
+        dynunet,
+        "deep_supervision_heads.0.conv.conv",
+        ["input_block.conv1.conv", "output_block.conv.conv"],
+    ),
+}
+
+
+@functools.cache
+def supervised(name):
+    """Return a network, the same one for all tests, so that its grids are measured once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SUPERVISED[name][0]().eval()
+
+
+# Windows do not depend on the network, and the small one is measured in a moment.
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("small", None),
+        ("small", WindowPlan(8, cache_gb=0)),
+        ("small", WindowPlan(8)),
+        pytest.param("DynUNet", None, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("other", [AblationCAM, EigenCAM, GradCAMPlusPlus])
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-def test_a_layer_without_a_gradient_does_not_stop_the_others(other, plan):
+def test_a_layer_without_a_gradient_does_not_stop_the_others(other, name, plan):
     """In training this network's heads of the coarser levels are compared; here they feed nothing.
 
     Later passes, for which it was said that this layer is there, must still find it.
     """
-    head = "deep_supervision_heads.0.conv.conv"
-    kernels, strides = (3, 3, 3), (1, 2, 2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = DynUNet(
-            2, 1, 2, kernels, strides, (2, 2), filters=(2, 3, 4), deep_supervision=True
-        ).eval()
+    net, (_, head, names) = supervised(name), SUPERVISED[name]
     x = torch.rand(2, 1, 8, 16, generator=torch.Generator().manual_seed(1))
-    names = ["input_block.conv1.conv", "output_block.conv.conv"]
     cams, alone = (
         [HiResCAM(net, layers, sliding_window=plan), other(net, layers, sliding_window=plan)]
         for layers in ("all", names)
@@ -579,8 +624,8 @@ def test_a_layer_without_a_gradient_does_not_stop_the_others(other, plan):
         assert "does not depend on" in result.dropped[head]
         assert head not in result.layers
         assert len(result.layers) > 5
-        for name in names:
-            torch.testing.assert_close(result.layers[name].values, expected.layers[name].values)
+        for layer in names:
+            torch.testing.assert_close(result.layers[layer].values, expected.layers[layer].values)
     of_gradients = cams[1].formula.gradients_at == "layers"
     assert head in other(net, "all", sliding_window=plan)(x, VOLUME).dropped or not of_gradients
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_cases import OBLIQUE, SHAPE, Place
+from helpers_crossed import crossed
 from helpers_nnunet import write_case, write_folder
 from monai.data import MetaTensor
 from torch import nn
@@ -64,8 +65,14 @@ def same_elsewhere(explained):
 
 # captum itself makes the steps of integrated gradients on the default device.
 @quiet
-@pytest.mark.parametrize("plan", [None, WindowPlan((8, 8, 4))], ids=["one window", "windows"])
-@pytest.mark.parametrize("key", [key for key in METHODS if key != "integrated_gradients"])
+@pytest.mark.parametrize(
+    ("key", "plan"),
+    crossed(
+        [key for key in METHODS if key != "integrated_gradients"],
+        [None, WindowPlan((8, 8, 4))],
+        rows=8,
+    ),
+)
 def test_every_method(key, plan, net, x):
     def explained():
         torch.manual_seed(0)
@@ -114,7 +121,7 @@ def test_a_voxel_outside_of_every_component_is_explained(net, x):
 @quiet
 @pytest.mark.parametrize("convention", ["monai", "nnunet"])
 def test_ensembles_in_overlapping_windows(convention, net, x):
-    plan = WindowPlan(4, overlap=0.5, convention=convention)
+    plan = WindowPlan((4, 8, 8), overlap=0.5, convention=convention)
     ensemble = Ensemble([net, net], mirror_axes=(0, 2))
     cam = GradCAM(ensemble, LAYER, sliding_window=plan)
     same_elsewhere(lambda: cam(x, VOLUME).maps[LAYER])

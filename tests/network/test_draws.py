@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers_crossed import crossed
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.utils.checkpoint import checkpoint
@@ -53,12 +54,13 @@ DRAWS = {
 
 
 def image(items=1, size=16):
-    return torch.rand(items, 1, size, size, size, generator=torch.Generator().manual_seed(2))
+    """Return noise of a few windows of 8 voxels: size is the length of the last axis alone."""
+    return torch.rand(items, 1, 8, 8, size, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", DRAWS)
 @pytest.mark.parametrize(
-    "plan", [None, WindowPlan(8, overlap=0), WindowPlan(8, overlap=0.5, sw_batch_size=3)]
+    ("name", "plan"),
+    crossed(DRAWS, [None, WindowPlan(8, overlap=0), WindowPlan(8, overlap=0.5, sw_batch_size=2)]),
 )
 def test_prediction_and_gradient_draw_the_same(name, plan):
     draw, operation = DRAWS[name]
@@ -111,7 +113,7 @@ def beside(request):
     "beside", [lambda: torch.rand(1000), lambda: np.random.rand(1000), random.random], indirect=True
 )
 def test_what_another_thread_draws_is_not_the_networks(beside):
-    for _ in range(5):
+    for _ in range(3):
         assert HiResCAM(Drawing(lambda a: a), "relu")(image(size=8), VOLUME).draws == ""
 
 
@@ -135,8 +137,7 @@ def test_a_network_is_tried_a_few_times_in_its_life(beside):
 
 
 @pytest.mark.parametrize("beside", [lambda: None], indirect=True)
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("kind", ["numpy", "python", "dropout"])
+@pytest.mark.parametrize(("kind", "late"), crossed(["numpy", "python", "dropout"], [False, True]))
 def test_draws_are_known_beside_another_thread(kind, late, beside):
     """As in every notebook."""
     draw, operation = DRAWS[kind]
@@ -220,8 +221,7 @@ def owning(kind, place="attribute"):
     return net, lambda: state(find(net.kept))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", OWNED)
+@pytest.mark.parametrize(("kind", "place"), crossed(OWNED, PLACES))
 def test_generators_of_the_networks_own(kind, place):
     net, state = owning(kind, place)
     before, generator = state(), PLACES[place][1](net.kept)
@@ -240,8 +240,7 @@ def test_generators_of_the_networks_own(kind, place):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("kind", OWNED)
+@pytest.mark.parametrize(("kind", "known"), crossed(OWNED, [False, True]))
 def test_a_generators_state_is_given_back_after_an_error(kind, known):
     net, state = owning(kind)
     cam, before = HiResCAM(net, "relu"), state()
@@ -308,11 +307,10 @@ def only_if_bright(draw):
     return net
 
 
-@pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("cam", [HiResCAM, GradCAM])
+@pytest.mark.parametrize(("name", "cam"), crossed(DRAWS, [HiResCAM, GradCAM]))
 def test_what_draws_in_some_windows_alone_is_explained_as_one_that_draws(name, cam):
     """As a network of which that was known from the start, from its first, bright window."""
-    plan = WindowPlan(8, overlap=0.5, sw_batch_size=3)
+    plan = WindowPlan(8, overlap=0.5)
     late, early = only_if_bright(DRAWS[name][0]), only_if_bright(DRAWS[name][0])
     with pytest.warns(Seg3dcamWarning, match=SAID):
         HiResCAM(early, "relu")(image(size=8), VOLUME)

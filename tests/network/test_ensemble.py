@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -24,6 +25,12 @@ X = random_input(1, 1, 6, 8, 10, seed=3)
 #: Voxels that every score sums over: they do not depend on who predicts.
 MASK = X[0, 0] > 0.3
 TARGET = ClassLogOdds(1, MASK)
+
+
+@functools.cache
+def shared(seed: int, ndim: int = 3) -> nn.Sequential:
+    """Return `plain`, the same one for all tests, which change nothing: it is measured once."""
+    return plain(ndim, seed=seed)
 
 
 def strided(seed: int = 0) -> nn.Sequential:
@@ -65,7 +72,7 @@ def by_hand(
 @pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "slice_grad_cam"])
 @pytest.mark.parametrize("axes", [(), (0, 2)], ids=["as it is", "flipped"])
 def test_the_map_is_the_mean_of_those_of_the_ensembles_gradient(method, axes):
-    networks = [plain(seed=1), plain(seed=2)]
+    networks = [shared(1), shared(2)]
     ensemble = Ensemble(networks, axes)
     result = CAMS[method](ensemble, "3")(X, TARGET)
     expected = torch.stack(by_hand(networks, ensemble.flips, 3, method)).mean(0)
@@ -111,7 +118,7 @@ def test_a_symmetric_picture_has_a_symmetric_map():
 @pytest.mark.parametrize("method", CAMS)
 def test_an_ensemble_of_twins_gives_the_map_of_one(method):
     """Also through windows, and by the methods that take no gradients."""
-    network, target = plain(seed=1), ClassLogit(1, MASK)
+    network, target = shared(1), ClassLogit(1, MASK)
     for plan in (None, WindowPlan((6, 6, 6), overlap=0.5)):
         one = CAMS[method](network, "3", sliding_window=plan)(X, target)
         both = CAMS[method](Ensemble([network, network]), "3", sliding_window=plan)(X, target)
@@ -134,7 +141,7 @@ def test_flips_change_nothing_where_the_network_sees_single_voxels(method):
 @pytest.mark.parametrize("plan", [None, WindowPlan((6, 6, 6), overlap=0.5)])
 def test_methods_that_look_at_logits_look_at_the_members_own(method, plan):
     """Of a score that is linear in the logits the ensemble's map is then the mean of theirs."""
-    networks, target = [plain(seed=1), plain(seed=2)], ClassLogit(1, MASK)
+    networks, target = [shared(1), shared(2)], ClassLogit(1, MASK)
     settings = {"sliding_window": plan}
     (both,) = CAMS[method](Ensemble(networks), "3", **settings)(X, target).maps.values()
     maps = [CAMS[method](n, "3", **settings)(X, target).maps.values() for n in networks]
@@ -155,7 +162,7 @@ def test_the_ensemble_is_untouched_and_runs_by_itself():
 
 
 def test_wrapped_ensembles_are_seen_whole():
-    networks = [plain(seed=1), plain(seed=2)]
+    networks = [shared(1), shared(2)]
     wrapped = GradCAM(nn.DataParallel(Ensemble(networks)), "3")(X, TARGET)
     assert wrapped.members == 2
     assert torch.equal(wrapped.maps["3"], GradCAM(Ensemble(networks), "3")(X, TARGET).maps["3"])
@@ -179,7 +186,7 @@ def test_bad_ensembles_are_refused():
 @pytest.mark.parametrize("plane", [(8, 10), (8, 6)], ids=["whole slices", "windows"])
 @pytest.mark.parametrize("axes", [(), (1, 2)], ids=["as it is", "flipped"])
 def test_a_2d_network_explains_a_volume_slice_by_slice(plane, axes):
-    network = plain(ndim=2, seed=4)
+    network = shared(4, ndim=2)
     ensemble = Ensemble([network], axes, slices=True)
     plan = WindowPlan((1, *plane), overlap=0.5)
     result = HiResCAM(ensemble, "3", sliding_window=plan)(X, ClassLogit(1, MASK))
@@ -192,7 +199,7 @@ def test_a_2d_network_explains_a_volume_slice_by_slice(plane, axes):
 
 
 def test_weights_are_pooled_over_all_slices():
-    network, target = plain(ndim=2, seed=4), ClassLogit(1, MASK)
+    network, target = shared(4, ndim=2), ClassLogit(1, MASK)
     plan = WindowPlan((1, 8, 10))
     found = GradCAM(Ensemble([network], slices=True), "3", sliding_window=plan)(X, target)
     a = network[:4](X[0].transpose(0, 1)).detach().requires_grad_()
@@ -268,7 +275,7 @@ def test_what_is_stitched_here_is_what_monai_stitches(shape):
 
 def test_gradients_through_nnunets_windows_are_exact():
     pytest.importorskip("nnunetv2")
-    network = plain(seed=1)
+    network = shared(1)
     plan = WindowPlan((6, 6, 6), overlap=0.5, convention="nnunet", sw_batch_size=2)
     windows = plan_windows(plan, X.shape[2:])
     result = HiResCAM(network, "3", sliding_window=plan)(X, TARGET)

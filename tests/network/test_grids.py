@@ -7,6 +7,7 @@ a transposed one to (stride / s, offset - stride / s * ((k - 1) / 2 - p)).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -236,8 +237,13 @@ def unet():
     return nets.UNet(3, 1, 3, channels=(4, 6, 8, 10), strides=(2, 2, 2), num_res_units=1)
 
 
-def basic_unet():
-    return nets.BasicUNet(3, 1, 3, features=(4, 4, 6, 8, 10, 4))
+@functools.cache
+def grids_of_basic_unet(shape):
+    """Measure all levels of a BasicUNet at once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nets.BasicUNet(len(shape), 1, 3, features=(4, 4, 6, 8, 10, 4))
+    return grids_of(net, shape, ["down_*", "upcat_*"])
 
 
 @pytest.mark.parametrize("shape", [(32, 48, 64), (64, 64, 64)])
@@ -250,15 +256,24 @@ def test_monai_unet_has_no_offset(shape):
         assert_grid(grids[name], (stride,) * 3, (0,) * 3)
 
 
-@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 48, 64), (64, 64, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (32, 48),
+        (64, 64),
+        pytest.param((16, 16, 32), marks=pytest.mark.slow),
+        pytest.param((64, 16, 16), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("level", [4, 3, 2, 1])
 def test_monai_basic_unet_has_the_offset_of_max_pooling(level, shape):
     """(stride - 1) / 2 at every level, on the way down and on the way up."""
     stride = 2**level
     up_stride = 2 ** (level - 1)
-    grids = grids_of(basic_unet(), shape, [f"down_{level}", f"upcat_{level}"])
-    assert_grid(grids[f"down_{level}"], (stride,) * 3, ((stride - 1) / 2,) * 3)
-    assert_grid(grids[f"upcat_{level}"], (up_stride,) * 3, ((up_stride - 1) / 2,) * 3)
+    grids = grids_of_basic_unet(shape)
+    ndim = len(shape)
+    assert_grid(grids[f"down_{level}"], (stride,) * ndim, ((stride - 1) / 2,) * ndim)
+    assert_grid(grids[f"upcat_{level}"], (up_stride,) * ndim, ((up_stride - 1) / 2,) * ndim)
 
 
 MEASURED = {
@@ -269,25 +284,28 @@ MEASURED = {
     ),
     "VNet": (
         lambda: nets.VNet(3, 1, 3),
-        (32, 32, 48),
+        (16, 16, 32),
         {"down_tr256": 16, "up_tr256": 8, "up_tr128": 4},
     ),
     "DynUNet": (
         lambda: nets.DynUNet(
             3, 1, 3, [3] * 4, [1, 2, 2, 2], [2, 2, 2], filters=[4, 6, 8, 10], res_block=True
         ),
-        (32, 48, 64),
+        (16, 16, 32),
         {"bottleneck": 8, "upsamples.0": 4, "upsamples.1": 2, "upsamples.2": 1},
     ),
     "AttentionUnet": (
         lambda: nets.AttentionUnet(3, 1, 3, channels=(4, 6, 8), strides=(2, 2)),
-        (32, 48, 64),
+        (16, 16, 32),
         {"model.1.submodule.1.submodule": 4, "model.1.submodule": 2, "model.1": 1},
     ),
 }
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "DynUNet")) for name in MEASURED],
+)
 def test_layers_of_a_regular_network_have_their_strides(name):
     """Where the size of a level divides that of the input, its stride is their quotient."""
     make, shape, layers = MEASURED[name]
@@ -324,17 +342,24 @@ def test_tokens_behind_a_class_token():
         assert_grid(grid, (8, 8), (3.5, 3.5))
 
 
-def test_swin_merges_patches():
-    """2 voxels a patch, then 2 patches: from (2 - 1) / 2 to (stride - 1) / 2 at every level."""
-    net = nets.SwinUNETR(1, 3, feature_size=12, depths=(2,) * 4, num_heads=(3,) * 4, spatial_dims=2)
-    levels = {
+SWIN = {
+    "fine": {
         "swinViT.patch_embed": 2,
         "swinViT.layers1.0.blocks.1": 2,
         "swinViT.layers1.0.downsample": 4,
         "swinViT.layers2.0": 8,
-        "encoder10": 32,
-        "decoder5": 16,
-    }
+    },
+    "coarse": {"encoder10": 32, "decoder5": 16},
+}
+
+
+@pytest.mark.parametrize("part", ["fine", pytest.param("coarse", marks=pytest.mark.slow)])
+def test_swin_merges_patches(part):
+    """2 voxels a patch, then 2 patches: from (2 - 1) / 2 to (stride - 1) / 2 at every level."""
+    net = nets.SwinUNETR(
+        1, 3, feature_size=12, depths=(2, 1, 1, 1), num_heads=(3,) * 4, spatial_dims=2
+    )
+    levels = SWIN[part]
     for name, grid in grids_of(net, (64, 96), list(levels)).items():
         stride = levels[name]
         assert_grid(grid, (stride,) * 2, ((stride - 1) / 2,) * 2)

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from helpers_crossed import crossed
 from monai.networks import nets
 from torch import nn
 from toy import CONV, UP, random_input, seeded
@@ -92,9 +93,9 @@ def maps(net, x, layer="mix", method=HiResCAM, **settings):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("method", [GradCAM, HiResCAM])
-@pytest.mark.parametrize("layout", WAYS)
-@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("layout", "ndim", "method"), crossed(WAYS, [1, 2, 3], [GradCAM, HiResCAM])
+)
 def test_every_layout_gives_the_map_of_channels_first(ndim, layout, method):
     x = random_input(2, 1, *SIZES[ndim])
     expected = maps(patches(ndim, "first"), x, method=method)
@@ -117,8 +118,7 @@ def test_every_layout_gives_the_map_in_windows(layout):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("layout", WAYS)
-@pytest.mark.parametrize("axis", [2, 3, 4])
+@pytest.mark.parametrize(("layout", "axis"), crossed(WAYS, [2, 3, 4]))
 def test_the_axes_of_the_grid_are_those_of_the_image(layout, axis):
     """A network that treats each voxel alone flips with its input."""
     net = patches(3, layout)

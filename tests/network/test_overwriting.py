@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers_crossed import crossed
 from monai.networks.nets import VarAutoEncoder
 from torch import nn
 
@@ -87,14 +88,24 @@ def explained(key, step, layer, plan):
     return METHODS[key](Net(step), *layers, sliding_window=plan)(image(), VOLUME)
 
 
-@pytest.mark.parametrize("name", STEPS)
+#: A layer, and the windows in which it is explained.
+PLACES = {
+    "conv": ("conv", None),
+    "auto": ("auto", None),
+    "down, in windows": ("down", WindowPlan((4, 8, 8), overlap=0.5)),
+}
+
+
 @pytest.mark.parametrize(
-    "key", ["hires_cam", "grad_cam", "shapley_cam", "full_grad", "gradient", "integrated_gradients"]
+    ("key", "name", "place"),
+    crossed(
+        ["hires_cam", "grad_cam", "shapley_cam", "full_grad", "gradient", "integrated_gradients"],
+        STEPS,
+        PLACES,
+    ),
 )
-@pytest.mark.parametrize(
-    ("layer", "plan"), [("conv", None), ("auto", None), ("down", WindowPlan(4, overlap=0.5))]
-)
-def test_the_map_is_that_of_the_network_that_replaces(name, key, layer, plan):
+def test_the_map_is_that_of_the_network_that_replaces(name, key, place):
+    layer, plan = PLACES[place]
     if layer == "auto" and name == "square":
         layer = "down"  # a layer whose output is overwritten is not suggested
     one = explained(key, STEPS[name](written), layer, plan)

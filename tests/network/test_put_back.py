@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers_crossed import crossed
 from helpers_untouched import untouched
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -116,8 +117,7 @@ class _LastAxis(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("name", EXPLAINED)
-@pytest.mark.parametrize("layer", ["2", "auto", "all"])
+@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"]))
 def test_explained_and_as_before(name, layer):
     net = EXPLAINED[name]().eval()
     expected = net(image()).detach()
@@ -531,8 +531,7 @@ WRITES = {
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("random", [0, 1])
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize(("name", "random"), crossed(WRITES, [0, 1]))
 def test_parameters_that_the_network_itself_changes_are_put_back(name, random):
     net = blocks(Drifts(WRITES[name], random))
     mean, at = net[3].mean, net[3].mean.data_ptr()

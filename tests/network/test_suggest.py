@@ -39,7 +39,7 @@ NNUNET = {
 NETWORKS = {
     "UNet": (
         unet,
-        (32, 48, 64),
+        (16, 24, 32),
         {
             "model.1.submodule.1.submodule.1.submodule": 8,
             "model.1.submodule.1": 4,
@@ -62,7 +62,7 @@ NETWORKS = {
     ),
     "BasicUNet": (
         lambda: nets.BasicUNet(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
-        (32, 48, 64),
+        (16, 32, 32),
         {"down_4": 16, "upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
     ),
     "DynUNet": (
@@ -178,7 +178,27 @@ def as_expected(layers, ndim):
     }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+#: One of every kind: plain, of slices, with transposed convolutions and deep supervision, with a
+#: branch, of one resolution, of tokens.
+QUICK = (
+    "UNet, 2D",
+    "DynUNet, deep supervision",
+    "SegResNet",
+    "FlexibleUNet",
+    "HighResNet",
+    "SwinUNETR, 2D",
+)
+
+
+def each(table):
+    """Parametrise a test over a table; of the real networks all but a few are slow."""
+    slow = {*NETWORKS, "EfficientNet", "SEResNet"} - {*QUICK}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+    )
+
+
+@each(NETWORKS)
 def test_the_documented_layers_are_suggested(name):
     make, shape, layers = NETWORKS[name]
     net = seeded(make)
@@ -542,7 +562,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
+@each(TOLD)
 def test_all_evidence_passes_a_layer_exactly_where_it_is_said(name):
     """Where the layer's output is cut off from its past, no gradient is left at the input."""
     make, shape, output = TOLD[name]
@@ -589,7 +609,7 @@ def test_what_goes_through_a_class_token_the_map_leaves_out():
     assert "leaves out the evidence that reaches the classes around it" in only.reason
 
 
-@pytest.mark.parametrize("name", [name for name in TOLD if "classifier" not in name])
+@each(name for name in TOLD if "classifier" not in name)
 def test_voxels_are_read_one_by_one_where_it_is_said(name):
     """No logit, wherever it lies, depends on two voxels of such a layer."""
     make, shape, _ = TOLD[name]

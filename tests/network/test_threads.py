@@ -30,7 +30,7 @@ def network():
 
 
 def image(seed):
-    return torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(1, 1, 8, 8, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def jobs():

@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+from helpers_crossed import crossed
 from helpers_untouched import modes, untouched
 from torch import nn
 
@@ -221,8 +222,7 @@ METHODS = CAMS | ATTRIBUTIONS
 
 
 @quiet
-@pytest.mark.parametrize("plan", [None, WindowPlan((8, 8, 4))], ids=["one window", "windows"])
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize(("key", "plan"), crossed(METHODS, [None, WindowPlan((8, 8, 4))], rows=8))
 def test_after_every_method(key, plan, net, x):
     with untouched(net):
         METHODS[key](net, LAYER, sliding_window=plan)(x, VOLUME)
@@ -250,8 +250,7 @@ PLACES = {
 
 
 @quiet
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize(("key", "place"), crossed(METHODS, PLACES, rows=8))
 def test_after_every_method_that_is_interrupted_half_way(key, place, net, x):
     bomb, plan = Bomb(), WindowPlan((8, 8, 4))
     cam = METHODS[key](net, LAYER, sliding_window=plan)
@@ -418,8 +417,7 @@ def without_garbage_collection():
         gc.enable()
 
 
-@pytest.mark.parametrize("plan", [None, WindowPlan(4)])
-@pytest.mark.parametrize("cam_class", [GradCAM, HiResCAM])
+@pytest.mark.parametrize(("cam_class", "plan"), crossed([GradCAM, HiResCAM], [None, WindowPlan(4)]))
 @quiet
 def test_no_activations_outlive_the_call(cam_class, plan, net, x):
     """Neither the CAM nor its result keeps any, and no reference cycle waits for collection."""

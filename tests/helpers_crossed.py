@@ -1,0 +1,41 @@
+"""Tests over all combinations of several lists, of which a default run takes a few."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def crossed(*axes: Iterable[Any], rows: int | None = None) -> list[Any]:
+    """Return all combinations of the axes' values, to parametrise a test by; most are slow.
+
+    A default run takes a diagonal, in which every value is met at least once: the first value of
+    each axis, then the second of each, and so on; the shorter axes begin again. A value that is
+    added to an axis later is in the diagonal, too.
+
+    Args:
+        rows: the length of the diagonal, where not every value of the longer axes is needed by
+            default; those that are taken are spread over the axis.
+
+    >>> [case.values for case in crossed("abc", "xy") if not case.marks]
+    [('a', 'x'), ('b', 'y'), ('c', 'x')]
+    """
+    columns = [list(axis) for axis in axes]
+    rows = rows or max(map(len, columns))
+    quick = {
+        tuple(
+            row * len(column) // rows if len(column) > rows else row % len(column)
+            for column in columns
+        )
+        for row in range(rows)
+    }
+    return [
+        pytest.param(
+            *(column[place] for column, place in zip(columns, places, strict=True)),
+            marks=[pytest.mark.slow] * (places not in quick),
+        )
+        for places in itertools.product(*(range(len(column)) for column in columns))
+    ]
