@@ -24,6 +24,26 @@ def place(tmp_path):
     return Place.at(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def explained_once():
+    """Let jobs that ask for the same explanation compute it once: for tests of what is written."""
+    from helpers_cases import explain_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seg3dcam.job.run.explain_each", explain_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured_once():
+    """Let networks that are the same have their grids measured once: for tests of other things."""
+    from helpers_cases import measure_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seg3dcam.network.grids.measurement.measure_grids", measure_once)
+        yield
+
+
 @pytest.fixture
 def voxels():
     """Voxels (4, 5, 6) for a small file, none of them 0."""

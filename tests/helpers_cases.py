@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,14 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 from seg3dcam.cli.commands import main
+from seg3dcam.explaining.explain import explain_each
+from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.geometry import FeatureGrid
+from seg3dcam.models import SegModel
+from seg3dcam.network.facts import key_of
+from seg3dcam.network.grids.measurement import measure_grids
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.scan import Scan, place_code
 
 TURN = Rotation.from_euler("xyz", [5, -1, 5], degrees=True).as_matrix()
 #: Oblique, anisotropic and left-handed, with more digits than float32 holds. Its axes stand at
@@ -37,6 +46,8 @@ OBLIQUE[:3, :3] = TURN * [-1.4, 1.4, 2.45]
 OBLIQUE[:3, 3] = 90.3, -120.7, -519.1
 #: Options for volumes and PNGs, without what takes longer to write.
 PICTURES = ("--format", "nifti", "--format", "png")
+#: The same with one picture, and without the overviews, which take most of the time.
+PICTURE = (*PICTURES, "--slice", 8)
 
 SHAPE = (20, 24, 18)
 CLASSES = ["background", "organ", "lesion"]
@@ -223,6 +234,38 @@ def seg3dcam(*words: object) -> Outcome:
     # Typer colours its own messages also where nobody sees them, as on GitHub.
     plain = [re.sub(r"\x1b\[[\d;]*m", "", text.getvalue()) for text in (out, err)]
     return Outcome(code, *plain)
+
+
+_EXPLAINED: dict[tuple[Any, ...], list[Explanation]] = {}
+
+
+def explain_once(
+    scan: Scan, model: SegModel, targets: Any, *, progress: Any = None, **asked: Any
+) -> Iterator[Explanation]:
+    """Do as `explain_each`, and remember what was found for a call that asks for the same."""
+    of_scan = scan.name, place_code(scan), scan.data.numpy().tobytes()
+    of_model = model.name, model.class_names, model.activation, model.window, model.spec
+    key = (*of_scan, model.fingerprint(), repr(of_model), pickle.dumps((targets, asked)))
+    if key not in _EXPLAINED:
+        _EXPLAINED[key] = list(explain_each(scan, model, targets, progress=progress, **asked))
+    return iter(_EXPLAINED[key])
+
+
+_MEASURED: dict[tuple[Any, ...], list[FeatureGrid]] = {}
+
+
+def measure_once(
+    network: nn.Module, x: torch.Tensor, shapes: Mapping[LayerRef, tuple[int, ...]]
+) -> dict[LayerRef, FeatureGrid]:
+    """Do as `measure_grids`, and remember the grids also for other networks that are the same."""
+    layers = [key_of(layer) for layer in shapes]
+    if None in layers:  # of a layout that is somebody's own function
+        return measure_grids(network, x, shapes)
+    of_network = repr(network), SegModel(network).fingerprint()
+    key = (*of_network, x.shape, x.dtype, *layers, *shapes.values())
+    if key not in _MEASURED:
+        _MEASURED[key] = list(measure_grids(network, x, shapes).values())
+    return dict(zip(shapes, _MEASURED[key], strict=True))
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers_cases import (
     OBLIQUE,
+    PICTURE,
     PICTURES,
     SHAPE,
     Calls,
@@ -34,6 +35,8 @@ from helpers_cases import (
     write_yaml,
 )
 from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("explained_once", "measured_once")
 
 
 def refused(place, code, said, *options, scans=()):
@@ -519,9 +522,9 @@ def test_bad_option(place, options, said):
 
 @pytest.mark.parametrize("name", ["unknown class", "unknown layer", "unknown colormap"])
 def test_a_bad_option_leaves_the_earlier_case_as_it_was(place, name):
-    assert place.explain(*PICTURES).code == 0
+    assert place.explain(*PICTURE).code == 0
     case = contents(place.out)
-    assert place.explain(*PICTURES, *BAD_OPTIONS[name][0]).code == 2
+    assert place.explain(*PICTURE, *BAD_OPTIONS[name][0]).code == 2
     assert contents(place.out) == case
 
 
@@ -659,6 +662,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(place, monkeypatch):
     """A real one where this user may mount one, else fsync that says so."""
     place.out.mkdir()

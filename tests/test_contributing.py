@@ -72,6 +72,7 @@ def run(changed, folder, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_job_uses_all_recipes(changed, tmp_path):
     """Of a network without weights but one the map is known: its logit over the bright voxels."""
     voxels = np.random.default_rng(0).random((6, 7, 8), dtype=np.float32)

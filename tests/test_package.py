@@ -102,37 +102,36 @@ def test_every_public_class_and_function_has_a_docstring(name):
 # ---------------------------------------------------------------------------------- what is loaded
 
 
-def modules_after(imports):
-    """The modules that are there after some imports, with our warnings as errors."""
-    code = f"import sys; {imports}; print(*sorted(sys.modules))"
+def modules_after(*imports):
+    """The modules that are there after each of some imports, with our warnings as errors."""
+    code = "; ".join(["import sys", *(f"{one}; print(*sys.modules)" for one in imports)])
     command = [sys.executable, "-W", "error::DeprecationWarning:seg3dcam", "-c", code]
     done = subprocess.run(
         command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """After all public names are imported, and with them all that they need."""
-    return modules_after("from seg3dcam import *")
+    """After MONAI, which imports every reader of images that is installed; then after our names."""
+    of_monai = "import monai.data, monai.inferers, monai.transforms, monai.networks.nets"
+    return modules_after(of_monai, "from seg3dcam import *")
 
 
-@pytest.fixture(scope="module")
-def of_monai():
-    """MONAI imports every reader of images that is installed."""
-    return modules_after("import monai.data, monai.inferers, monai.transforms, monai.networks.nets")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("package", NEVER_LOADED)
-def test_importing_loads_no_optional_package(package, loaded, of_monai):
-    assert package not in loaded - of_monai
+def test_importing_loads_no_optional_package(package, loaded):
+    of_monai, after = loaded
+    assert package not in after - of_monai
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_compiler_nor_command_line(loaded):
-    assert not loaded & {"torch._dynamo", "torch._inductor", "seg3dcam.cli.commands", "typer"}
+    unwanted = {"torch._dynamo", "torch._inductor", "seg3dcam.cli.commands", "typer"}
+    assert not loaded[1] & unwanted
 
 
 def imports_of(path, *, lazy=False):
@@ -173,7 +172,8 @@ def test_the_core_imports_monai_where_it_is_used():
 
 def test_monai_is_loaded_by_nothing_but_what_needs_it():
     names = "GradCAM, explain, explain_each, load_explanation, load_model, load_scan, targets"
-    assert "monai" not in modules_after(f"from seg3dcam import {names}; targets.ClassLogit")
+    (found,) = modules_after(f"from seg3dcam import {names}; targets.ClassLogit")
+    assert "monai" not in found
 
 
 # ------------------------------------------------------------------------------ imports run one way

@@ -33,6 +33,8 @@ import seg3dcam as seg3dcam_package
 from seg3dcam import METHODS, load_model, suggest_layers
 from seg3dcam.job.settings import Job
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 BOTTLENECK = "model.1.submodule"
 
 
@@ -46,7 +48,9 @@ def explained(place):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_explain_with_every_option_named(place, method):
+def test_explain_with_every_option_named(tmp_path, method):
+    """In two windows: kpca_cam compares every feature voxel of all windows with every other."""
+    place = Place.at(tmp_path, window={"roi_size": [16, 24, 18]})
     outcome = place.explain("--target", "lesion", "--layer", BOTTLENECK, "--method", method)
     assert outcome.code == 0, outcome.err
     assert list(explained(place)) == ["lesion"]
@@ -648,6 +652,7 @@ def installed(*words, cwd=None):
     )
 
 
+@pytest.mark.slow
 def test_installed_command_explains(place):
     done = installed("explain", "scan.nii.gz", "--model", "model.yaml", cwd=place.folder)
     assert done.returncode == 0, done.stderr
@@ -658,6 +663,7 @@ def test_installed_command_explains(place):
     assert np.array_equal(cam.affine, nib.load(place.scan).affine)
 
 
+@pytest.mark.slow
 def test_installed_command_fails_without_traceback(place):
     place.scan.write_bytes(b"no scan")
     done = installed("explain", place.scan, "--model", place.model, "--out", place.out)

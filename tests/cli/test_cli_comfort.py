@@ -21,6 +21,8 @@ from seg3dcam.job.case import write_case
 from seg3dcam.job.settings import Job
 from seg3dcam.models import load_model
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 # ------------------------------------------------------------------------------- how it is called
 
 

@@ -22,6 +22,8 @@ from seg3dcam.cams.attributions import ATTRIBUTIONS
 from seg3dcam.cams.catalogue import CAMS
 from seg3dcam.cams.method_cards import ENTRIES
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 BOTTLENECK = "model.1.submodule"
 
 

@@ -23,6 +23,8 @@ from seg3dcam import METHODS, GradCAM, SliceGradCAM
 from seg3dcam.errors import Seg3dcamWarning, TargetError
 from seg3dcam.targets import ClassLogit, DetectionClass, detection_map
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: These have tests of their own, in tests/integrations and for the demo's model.
 TRAINING = ["train_demo_model.py", "train_lightning.py", "train_monai.py", "train_plain.py"]
@@ -101,7 +103,13 @@ def test_every_script_is_in_the_table():
         assert words[1] == f"examples/{script}"
 
 
-@pytest.mark.parametrize("script", WRITTEN)
+def _each_script():
+    """Return every script; slow are those of which other tests here run most of the lines."""
+    quick = ("detector_heads.py", "bundle.py", "nnunet.py")
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in WRITTEN]
+
+
+@pytest.mark.parametrize("script", _each_script())
 def test_the_command_of_the_table_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*commands()[script][1:], "--out", str(tmp_path / "new")])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
@@ -132,6 +140,7 @@ def test_overlays_are_what_their_articles_compute():
         of.sum_with(picture * 255, heat)
 
 
+@pytest.mark.slow
 def test_the_classifier_explains_the_class_of_the_largest_logit(tmp_path, capsys):
     of = example("classifier_2d")
     of.main(tmp_path / "top")

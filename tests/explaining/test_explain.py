@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_geometry import OBLIQUE_LAS, rotation, world_field
+from helpers_thinned import thinned
 from monai.data import MetaTensor
 from scipy import ndimage
 from torch import nn
@@ -63,9 +64,10 @@ def field_scan(
     return path, field
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("pool", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, WindowPlan(24, overlap=0.5), WindowPlan((20, 24, 16))])
+@pytest.mark.parametrize(
+    ("orientation", "pool", "window"),
+    thinned(ORIENTATIONS, [1, 2, 4], [None, WindowPlan(24, overlap=0.5), WindowPlan((20, 24, 16))]),
+)
 def test_a_world_field_comes_back_in_place_through_the_whole_preparation(
     orientation: str, pool: int, window: WindowPlan | None, tmp_path: Path
 ) -> None:

@@ -49,6 +49,8 @@ needs_slicer = pytest.mark.skipif(
     importlib.util.find_spec("slicer") is None and "CI" not in os.environ,
     reason="3D Slicer's code: pip install slicer-core",
 )
+#: Of tests that start 3D Slicer for a scene of their own; a quick run starts it for one alone.
+starts_slicer = pytest.mark.slow
 READER = Path(__file__).with_name("slicer_reader.py")
 CORNER = np.s_[-110:, -110:]  # of a view: arrows with letters
 LOOK = Look(window="soft tissue", threshold=0.3, opacity=0.4)
@@ -231,6 +233,7 @@ def test_scan_and_heat_have_their_own_colours(scene, phantom, view):
 
 
 @needs_slicer
+@starts_slicer
 @pytest.mark.parametrize(("height", "sign"), [(1.0, -1), (4.0, 1)])
 def test_a_signed_scene_shows_each_sign_in_its_colour_and_nothing_between(tmp_path, height, sign):
     """The views go through the strongest place: with bumps of 1 and -2 the one against."""
@@ -326,6 +329,7 @@ def test_arrows_lead_to_the_patients_right_front_and_head(scene, view, to_the_le
 
 
 @needs_slicer
+@starts_slicer
 @pytest.mark.parametrize("codes", ["PIR", "SLA", "gantry tilt"])
 def test_every_grid_keeps_its_place(tmp_path, codes):
     phantom = make_phantom(codes) if len(codes) == 3 else tilted_phantom()
@@ -361,6 +365,7 @@ def tilted_grid(*args):
 
 
 @needs_slicer
+@starts_slicer
 def test_the_bundle_holds_the_same(folder, scene):
     found = slicer_reads(folder / "case.mrb")
     for part in ("volumes", "segments", "views"):
@@ -409,6 +414,7 @@ def channels_of(phantom):
 
 
 @needs_slicer
+@starts_slicer
 def test_odd_names_several_classes_and_channels(tmp_path):
     names = ("background", "../x", 'Läsion 肝 <a&b>"x";1:2%3B', "none\n")
     first = channels_of(make_phantom(classes=names))
@@ -448,6 +454,7 @@ def test_odd_names_several_classes_and_channels(tmp_path):
 
 
 @needs_slicer
+@starts_slicer
 def test_without_heat_the_scan_is_shown_alone(tmp_path):
     quiet = silent(make_phantom(), "nonfinite")
     save_scene(tmp_path, quiet, LOOK)
@@ -475,6 +482,7 @@ def test_without_heat_the_cams_name_says_why(tmp_path, phantom, status):
 
 
 @needs_slicer
+@starts_slicer
 def test_two_slices_one_value_and_no_mask(tmp_path):
     affine = np.diag([2.0, 2.0, 5.0, 1.0])
     cam = torch.zeros(30, 20, 2)

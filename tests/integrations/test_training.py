@@ -55,16 +55,31 @@ def random_states() -> tuple:
 # ---------------------------------------------------------------- MONAI
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_a_monai_training_is_bit_identical_with_the_handler(amp, tmp_path, monkeypatch):
-    if amp:  # MONAI's autocast is CUDA's: here it is the CPU's
-        monkeypatch.setattr(torch, "autocast", on_cpu(torch.autocast))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The example's training with the handler: its folder, its losses, and the random states."""
+    out = tmp_path_factory.mktemp("trained")
+    losses = example("train_monai").train(out)
+    return SimpleNamespace(out=out, losses=losses, states=random_states())
+
+
+def test_a_monai_training_is_bit_identical_with_the_handler(trained):
+    assert len(trained.losses) == 12
+    assert example("train_monai").train(None) == trained.losses
+    assert random_states() == trained.states
+    assert trained.losses[-1] < trained.losses[0]
+
+
+@pytest.mark.slow
+def test_a_monai_training_in_half_precision_is_bit_identical_too(tmp_path, monkeypatch):
+    """MONAI's autocast is CUDA's: here it is the CPU's."""
+    monkeypatch.setattr(torch, "autocast", on_cpu(torch.autocast))
     of = example("train_monai")
-    with_cams = of.train(tmp_path, amp=amp), random_states()
-    without = of.train(None, amp=amp), random_states()
-    assert len(with_cams[0]) == 12
-    assert with_cams == without
-    assert with_cams[0][-1] < with_cams[0][0]
+    losses, states = of.train(tmp_path, amp=True), random_states()
+    assert of.train(None, amp=True) == losses
+    assert random_states() == states
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
 
 
 def on_cpu(autocast):
@@ -78,10 +93,11 @@ def on_cpu(autocast):
     return replaced
 
 
-def test_chosen_cases_of_chosen_epochs_are_written_in_place(tmp_path, capsys):
-    of = example("train_monai")
-    of.main(tmp_path)
-    written = sorted(str(f.relative_to(tmp_path)) for f in (tmp_path / "cams").rglob("*.*"))
+def test_chosen_cases_of_chosen_epochs_are_written_in_place(trained, capsys, monkeypatch):
+    of, out = example("train_monai"), trained.out
+    monkeypatch.setitem(of.main.__globals__, "train", lambda _: trained.losses)
+    of.main(out)
+    written = sorted(str(f.relative_to(out)) for f in (out / "cams").rglob("*.*"))
     names = ("cam_ball_whole_volume.nii.gz", "cam_ball_whole_volume.png")
     assert written == [
         f"cams/epoch_{epoch:04d}/case_{case}/{name}"
@@ -89,10 +105,10 @@ def test_chosen_cases_of_chosen_epochs_are_written_in_place(tmp_path, capsys):
         for case in (0, 2)
         for name in names
     ]
-    assert all(str(tmp_path / file) in capsys.readouterr().out for file in written[1:2])
+    assert all(str(out / file) in capsys.readouterr().out for file in written[1:2])
     case = of.make_case(90)
     ball = case["label"][0].numpy() > 0
-    image = nib.load(tmp_path / "cams/epoch_0004/case_0" / names[0])
+    image = nib.load(out / "cams/epoch_0004/case_0" / names[0])
     assert np.array_equal(image.affine, of.AFFINE)
     heat = image.get_fdata()
     near = ndimage.binary_dilation(ball, iterations=4)  # a stride of the bottleneck
@@ -100,7 +116,7 @@ def test_chosen_cases_of_chosen_epochs_are_written_in_place(tmp_path, capsys):
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == [f"case_{n}/cam_ball_whole_volume" for n in (0, 2)]
     assert [e.step for e in events.Images("case_0/cam_ball_whole_volume")] == [2, 4]
@@ -357,6 +373,7 @@ def test_a_plain_training_is_bit_identical_with_the_line(tmp_path):
 # ---------------------------------------------------------------- the room
 
 
+@pytest.mark.slow
 def test_the_room_loads_nothing_optional():
     code = (
         "import sys, seg3dcam.integrations as i; i.EpochCams; i.CamInferer; i.Camd;"

@@ -12,6 +12,7 @@ import SimpleITK
 from helpers_cases import (
     IN_LESION,
     OBLIQUE,
+    PICTURE,
     PICTURES,
     Place,
     contents,
@@ -23,6 +24,8 @@ from helpers_cases import (
 from seg3dcam.errors import OutputError
 from seg3dcam.files import unique_names
 from seg3dcam.job.record import record_of
+
+pytestmark = pytest.mark.usefixtures("explained_once")
 
 
 def file_names(place):
@@ -154,7 +157,7 @@ def refuse(*args, **kwargs):
 
 def test_case_json_comes_last(place, monkeypatch):
     monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
-    outcome = place.explain(*PICTURES)
+    outcome = place.explain("--target", "lesion", *PICTURES)
     assert outcome.code == 1
     assert "montage.png cannot be written" in outcome.err
     assert not any(place.out.iterdir())
@@ -162,26 +165,26 @@ def test_case_json_comes_last(place, monkeypatch):
 
 @pytest.mark.parametrize("again", [("--method", "grad_cam"), ("--force",)], ids=" ".join)
 def test_a_failure_leaves_the_earlier_case_as_it_was(place, again, monkeypatch):
-    assert place.explain(*PICTURES).code == 0
+    assert place.explain("--target", "lesion", *PICTURES).code == 0
     before = contents(place.out)
     monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
-    assert place.explain(*PICTURES, *again).code == 1
+    assert place.explain("--target", "lesion", *PICTURES, *again).code == 1
     assert contents(place.out) == before
 
 
 def test_the_run_after_a_failure_is_whole(place, tmp_path_factory, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("seg3dcam.job.writers.save_montage", refuse)
-        place.explain(*PICTURES)
-    assert place.explain(*PICTURES).code == 0
+        place.explain("--target", "lesion", *PICTURES)
+    assert place.explain("--target", "lesion", *PICTURES).code == 0
     fresh = Place.at(tmp_path_factory.mktemp("fresh"))
-    fresh.explain(*PICTURES)
+    fresh.explain("--target", "lesion", *PICTURES)
     assert contents(place.out) == contents(fresh.out)
 
 
 def test_no_temporary_file_stays(place, monkeypatch):
     monkeypatch.setattr("seg3dcam.job.writers.save_montage", refuse)
-    place.explain(*PICTURES)
+    place.explain("--target", "lesion", *PICTURES)
     assert not [name for name in file_names(place) if "/." in f"/{name}"]
 
 
@@ -197,7 +200,7 @@ def test_foreign_files_stay(place):
     for name, content in mine.items():
         (place.out / name).parent.mkdir(parents=True, exist_ok=True)
         (place.out / name).write_bytes(content)
-    place.explain(*PICTURES)
+    place.explain("--target", "lesion", *PICTURE)
     place.explain("--target", "organ")
     assert mine.items() <= contents(place.out).items()
 
@@ -278,13 +281,13 @@ def test_unique_names(names, safe):
 def test_odd_class_names_stay_inside_the_folder(place):
     write_model(place.folder, classes=["background", "../../x", "Läsion a/b"])
     before = contents(place.folder)
-    assert place.explain(*PICTURES).code == 0
+    assert place.explain(*PICTURE).code == 0
     outside = {k: v for k, v in contents(place.folder).items() if not k.startswith("out")}
     assert outside == before
     classes = [case["target"]["class"] for case in place.record["explanations"]]
     assert classes == ["../../x", "Läsion a/b"]
     assert {"cam_x.nii.gz", "cam_L_sion_a_b.nii.gz"} <= file_names(place)
-    assert place.explain(*PICTURES, "--target", "Läsion a/b").code == 0
+    assert place.explain(*PICTURE, "--target", "Läsion a/b").code == 0
 
 
 # ----------------------------------------------------------------------------- odd, but legal

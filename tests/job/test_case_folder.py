@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from importlib.metadata import version
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from helpers_cases import (
     IN_ORGAN,
+    PICTURE,
     PICTURES,
     contents,
     seg3dcam,
@@ -25,12 +24,16 @@ from helpers_cases import (
     write_model,
     write_scan,
 )
+from helpers_thinned import thinned
 
 from seg3dcam.errors import OutputError
+from seg3dcam.explaining.explain import explain_each
 from seg3dcam.files import temporary_name
 from seg3dcam.job import case, writers
 from seg3dcam.job.folder import LOCK, locked
 from seg3dcam.job.record import is_done, listed_files, record_of
+
+pytestmark = pytest.mark.usefixtures("explained_once")
 
 
 def files_of(folder):
@@ -53,20 +56,20 @@ def other_scan(place, name="other.nii.gz"):
 # ------------------------------------------------------------------------------------- adds
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("--target", "lesion"),
-        ("--target", "organ", "--method", "grad_cam"),
-        ("--target", "organ", "--layer", "model.0"),
-        ("--target", "organ", "--signed"),
-        ("--target", "organ", "--region", "boundary"),
-        ("--target", "organ", "--threshold", "0.5", "--format", "html"),
-    ],
-    ids=" ".join,
-)
+CHANGES = [
+    ("--target", "lesion"),
+    ("--target", "organ", "--method", "grad_cam"),
+    ("--target", "organ", "--layer", "model.0"),
+    ("--target", "organ", "--signed"),
+    ("--target", "organ", "--region", "boundary"),
+    ("--target", "organ", "--threshold", "0.5", "--format", "html"),
+]
+
+
+@pytest.mark.parametrize("change", thinned(CHANGES), ids=" ".join)
 def test_a_job_that_differs_adds_to_the_case(place, change):
-    formats = ("--format", "nifti", "--format", "png", "--format", "html", "--format", "slicer")
+    kinds = ("nifti", "png", "html", "slicer")
+    formats = ("--slice", 8, *(word for kind in kinds for word in ("--format", kind)))
     assert place.explain("--target", "organ", *formats).code == 0
     before = contents(place.out)
     formats = () if "--format" in change else formats
@@ -93,7 +96,7 @@ def test_another_model_adds_to_the_case(place):
 
 def test_the_same_explanation_in_another_format_is_written_once(place):
     assert place.explain("--target", "organ").code == 0
-    assert place.explain("--target", "organ", *PICTURES).code == 0
+    assert place.explain("--target", "organ", *PICTURE).code == 0
     assert not list(place.out.glob("*_2*"))
     assert [entry["name"] for entry in place.record["explanations"]] == ["organ", "organ"]
     assert is_whole(place.out)
@@ -155,7 +158,7 @@ def test_files_of_others_stay_whatever_their_names(place, name):
     mine = place.out / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    assert place.explain("--target", "organ", *PICTURES).code == 0
+    assert place.explain("--target", "organ", *PICTURE).code == 0
     assert mine.read_bytes() == b"mine"
     assert files_of(place.out) == {*place.record["files"], "case.json", name}
 
@@ -169,7 +172,7 @@ def test_a_file_or_folder_of_others_where_another_kind_is_wanted(place, name):
         mine.parent.mkdir(parents=True)
         mine.write_text("mine")
     formats = [word for kind in ("png", "slicer", "html") for word in ("--format", kind)]
-    outcome = place.explain("--target", "organ", *formats)
+    outcome = place.explain("--target", "organ", "--slice", 8, *formats)
     assert outcome.code == 0, outcome.err
     assert mine.is_dir() if "." in name else mine.read_text() == "mine"
     assert is_done(place.out, place.record["key"], verify=True)
@@ -180,7 +183,7 @@ def test_links_are_not_followed(place, name, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (place.out / name).parent.mkdir(parents=True)
     (place.out / name).symlink_to(elsewhere / "file" if "." in name else elsewhere)
-    formats = ("--format", "nifti", "--format", "png", "--format", "slicer")
+    formats = (*PICTURE, "--format", "slicer")
     assert place.explain("--target", "organ", *formats).code == 0
     assert not any(elsewhere.iterdir())
     assert is_done(place.out, place.record["key"], verify=True)
@@ -437,9 +440,10 @@ def killed_while_moving(place, monkeypatch, moved, *options):
         shutil.rmtree(staged)
 
 
-@pytest.mark.parametrize("moved", [0, 2, 4])
-@pytest.mark.parametrize("options", [("--force",), ("--threshold", 0.3)], ids=["again", "another"])
-@pytest.mark.parametrize("then", ["organ", "features"])
+@pytest.mark.parametrize(
+    ("moved", "options", "then"),
+    thinned([0, 2, 4], [("--force",), ("--threshold", 0.3)], ["organ", "features"]),
+)
 def test_what_was_complete_outlives_a_kill_in_the_last_step(
     place, monkeypatch, moved, options, then
 ):
@@ -498,64 +502,70 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(place, monk
 
 # ------------------------------------------------------------------------------------- kills
 
-#: The command; it hears Ctrl-C also where the tests run in the background, which do not.
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from seg3dcam.cli.commands import main; main()"
+#: One file of its own, one in the explanation's folder, and a folder of files that belong together.
+ENDED = ("--slice", 8, "--format", "nrrd", "--format", "png", "--format", "slicer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "job", [("organ",), ("lesion", "--force")], ids=["another job", "the same job again"]
 )
-
-
-#: Moments at which each signal ends a run.
-MOMENTS = 6
-
-
-def command(place, *options):
-    words = ("explain", place.scan, "--model", place.model, "--out", place.out, *options)
-    formats = [word for kind in ("nifti", "png", "html", "slicer") for word in ("--format", kind)]
-    return [sys.executable, "-c", COMMAND, *map(str, words), *formats]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, kind):
-    """At moments from the first file in the folder on to the end of the run."""
-    assert place.explain("--target", "lesion").code == 0
+def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, job):
+    """Before every change on the disk, and by signals from outside; see `ended_runs`."""
+    assert place.explain("--target", "lesion", *ENDED).code == 0
     before = contents(place.out)
-    started = time.monotonic()
-    subprocess.run(command(place, "--force"), check=True, capture_output=True)
-    whole = time.monotonic() - started
-    rng = np.random.default_rng(int(getattr(signal, kind)))
-    codes = set()
-    for moment in rng.uniform(0.5 * whole, 1.02 * whole, MOMENTS):
-        run = subprocess.Popen(command(place, "--method", "grad_cam", "--force"))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(moment)
-        run.send_signal(getattr(signal, kind))
-        codes.add(run.wait())
-        there = contents(place.out)
+    kept = place.folder / "kept"
+    words = ("explain", place.scan, "--model", place.model, "--target", *job, *ENDED)
+    script = Path(__file__).with_name("ended_runs.py")
+    run = subprocess.run(
+        [sys.executable, *map(str, (script, place.out, kept, *words))],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    codes = json.loads(run.stdout.splitlines()[-1])
+    for kind, code in {"SIGTERM": {143}, "SIGINT": {130}, "whole": {0}, "again": {0}}.items():
+        assert {codes[name] for name in codes if name.startswith(kind)} == code
+    assert any(codes[name] for name in codes if name.startswith("outside"))
+    whole = contents(kept / "whole")
+    assert contents(kept / "again") == whole
+    assert is_whole(kept / "whole")
+    for folder in kept.iterdir():
+        there = contents(folder)
         for name, content in before.items():
-            assert name == "case.json" or there[name] == content, name
-        with contextlib.suppress(FileNotFoundError):
-            json.loads((place.out / "case.json").read_text(encoding="utf-8"))
-        assert place.explain("--target", "lesion").code == 0
-        assert is_done(place.out, record_of(place.out).runs[0].key, verify=True)
-    assert place.explain("--method", "grad_cam").code == 0
-    assert is_whole(place.out)
-    assert codes - {0}
+            assert name == "case.json" or there[name] == content, (folder.name, name)
+        with locked(folder, listed_files):  # as the next run begins
+            pass
+        there = contents(folder)
+        if record_of(folder).key:
+            assert there in (before, whole), folder.name
+        else:  # has to be done again
+            assert there | {"case.json": whole["case.json"]} == whole, folder.name
+            assert listed_files(folder) == files_of(folder) - {"case.json"}
+    for folder in sorted(kept.glob("SIGKILL_*"))[::10]:
+        assert place.explain("--target", *job, *ENDED, "--out", folder).code == 0
+        assert contents(folder) == whole
 
 
 @pytest.mark.slow
-def test_of_two_runs_at_once_one_is_refused(place):
-    runs = [
-        subprocess.Popen(
-            command(place, "--method", method), stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for method in ("grad_cam", "hires_cam")
-    ]
-    said = [run.communicate()[1].decode() for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 1]
-    assert sum("is at work in" in text for text in said) == 1
+def test_of_two_runs_at_once_one_is_refused(place, monkeypatch):
+    """The other one is another process, which begins and ends while this one explains."""
+    ends = []
+
+    def explain_meanwhile(*args, **kwargs):
+        words = ("explain", place.scan, "--model", place.model, "--out", place.out)
+        code = "from seg3dcam.cli.commands import main; main()"
+        command = [sys.executable, "-c", code, *map(str, words), "--method", "grad_cam"]
+        ends.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        return explain_each(*args, **kwargs)
+
+    monkeypatch.setattr("seg3dcam.job.run.explain_each", explain_meanwhile)
+    assert place.explain().code == 0
+    (other,) = ends
+    assert other.returncode == 1
+    assert f"process {os.getpid()} on {socket.gethostname()} is at work in" in other.stderr
     assert is_whole(place.out)
+    assert len(place.record["runs"]) == 1
 
 
 def test_locked_refuses_a_folder_that_cannot_be_written(tmp_path):

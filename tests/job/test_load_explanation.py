@@ -16,6 +16,8 @@ from seg3dcam.explaining.findings import findings
 from seg3dcam.files import plain
 from seg3dcam.targets import Boundary, ClassLogOdds, EveryComponent
 
+pytestmark = pytest.mark.usefixtures("explained_once", "measured_once")
+
 #: Two lesions beside each other.
 SMALL, LARGE = np.s_[2:5, 2:5, 2:5], np.s_[9:15, 10:16, 6:12]
 FORMATS = ("--format", "nifti", "--format", "slicer")

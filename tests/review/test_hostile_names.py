@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 import pytest
 import SimpleITK
-from helpers_browser import open_browser
 from helpers_cases import IN_LESION, Place, contents, write_model, write_scan
+
+pytestmark = pytest.mark.usefixtures("measured_once")
 
 NAMES = {
     "lines": "liver\r\nspace origin: (900,0,0)\r\n\r\nSegment0_Name:=none",
@@ -31,7 +32,13 @@ FORMATS = ("nifti", "png", "html", "slicer", "nrrd", "fused", "cine")
 READER = Path(__file__).parents[1] / "export" / "slicer_reader.py"
 
 
-@pytest.fixture(scope="module", params=NAMES)
+def _each_name():
+    """Return every name as a parameter; the first two are tried in a quick run too."""
+    quick = list(NAMES)[:2]
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in NAMES]
+
+
+@pytest.fixture(scope="module", params=_each_name())
 def place(request, tmp_path_factory):
     """A case whose name and classes are hostile; the folder beside it was listed before."""
     place = Place.at(tmp_path_factory.mktemp("hostile"))
@@ -126,12 +133,12 @@ def test_pictures_can_be_read(place):
         assert max(height, width) < 4000, file.name
 
 
-def test_the_page_opens_and_runs_nothing(place):
-    with open_browser() as page:
-        page.open((place.out / "report.html").as_uri())
-        assert page.console() == []
-        assert page.run("return document.title") != "run"
-        assert page.run("return document.images.length") == 0
-        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
-        requests = page.run("return performance.getEntriesByType('resource').map((e) => e.name)")
-        assert [name for name in requests if not name.startswith(("blob:", "data:"))] == []
+def test_the_page_opens_and_runs_nothing(place, browser):
+    page = browser
+    page.open((place.out / "report.html").as_uri())
+    assert page.console() == []
+    assert page.run("return document.title") != "run"
+    assert page.run("return document.images.length") == 0
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    requests = page.run("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert [name for name in requests if not name.startswith(("blob:", "data:"))] == []

@@ -17,6 +17,9 @@ from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.review import save_report
 from seg3dcam.review.look import Look
 
+#: A quick run looks at the page by test_report_browser.py alone.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def phantom() -> Explanation:
