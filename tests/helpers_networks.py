@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from monai.networks import nets
 from torch import nn
+
+from seg3dcam.geometry import FeatureGrid
 
 CLASSES = 3
 
@@ -45,7 +47,7 @@ class Row:
         many: a pattern for several layers.
         first_voxel: where the first feature voxel lies: strided convolutions centre it on the
             "corner", the input's first voxel, pooling on the "centre" of the voxels that it spans.
-        slow: it takes seconds.
+        slow: it takes seconds, and a smaller relative is in the table.
     """
 
     make: Callable[[], nn.Module]
@@ -77,6 +79,12 @@ class Row:
         return torch.rand(items, 1, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     @property
+    def coarse(self) -> bool:
+        """Whether the bottleneck is so coarse that measuring grids takes many passes."""
+        stride = self.bottleneck[1]
+        return (stride if isinstance(stride, int) else max(stride)) >= 16
+
+    @property
     def levels(self) -> list[str]:
         """The bottleneck and, where there are two, the finest level of the decoder but one."""
         decoder = list(self.decoder)
@@ -95,18 +103,24 @@ def unet(ndim: int = 3, channels: Sequence[int] = (4, 6, 8, 10), **settings: Any
 def dynunet(**settings: Any) -> nn.Module:
     kernels, strides = [[1, 3, 3], 3, 3, 3], [1, [1, 2, 2], 2, 2]
     return nets.DynUNet(
-        3, 1, CLASSES, kernels, strides, strides[1:], filters=[4, 6, 8, 10], **settings
+        3, 1, CLASSES, kernels, strides, strides[1:], filters=[2, 4, 6, 8], **settings
+    )
+
+
+def segresnet(kind: Callable[..., nn.Module] = nets.SegResNet, **settings: Any) -> nn.Module:
+    return kind(
+        init_filters=2,
+        in_channels=1,
+        out_channels=CLASSES,
+        norm=("GROUP", {"num_groups": 2}),
+        blocks_down=(1, 1, 1),
+        blocks_up=(1, 1),
+        **settings,
     )
 
 
 def segresnet_ds(kind: type[nn.Module] = nets.SegResNetDS) -> nn.Module:
-    return kind(3, 8, 1, CLASSES, blocks_down=(1, 1, 1, 1), dsdepth=2)
-
-
-def segresnet_vae() -> nn.Module:
-    return nets.SegResNetVAE(
-        (16, 16, 16), vae_nz=4, init_filters=8, in_channels=1, out_channels=CLASSES
-    )
+    return kind(3, 2, 1, CLASSES, blocks_down=(1, 1, 1), dsdepth=2)
 
 
 def swin_unetr(ndim: int = 3, **settings: Any) -> nn.Module:
@@ -137,13 +151,23 @@ def unetr(*size: int, **settings: Any) -> nn.Module:
 
 
 def basic_unet_plus_plus(**settings: Any) -> nn.Module:
-    return nets.BasicUNetPlusPlus(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4), **settings)
+    return nets.BasicUNetPlusPlus(3, 1, CLASSES, features=(2, 4, 6, 8, 12, 2), **settings)
 
 
 def mednext(ndim: int = 3, **settings: Any) -> nn.Module:
     once = (1, 1)
     return nets.MedNeXt(
-        ndim, 4, 1, CLASSES, kernel_size=3, blocks_down=once, blocks_up=once, **settings
+        ndim, 2, 1, CLASSES, kernel_size=3, blocks_down=once, blocks_up=once, **settings
+    )
+
+
+def high_res_net(ndim: int = 3) -> nn.Module:
+    whole = [
+        {"name": f"res_{n}", "n_features": n, "kernels": (3, 3), "repeat": 2} for n in (4, 6, 8)
+    ]
+    ends = [{"name": f"conv_{n}", "n_features": n, "kernel_size": k} for n, k in ((4, 3), (10, 1))]
+    return nets.HighResNet(
+        ndim, 1, CLASSES, layer_params=[ends[0], *whole, ends[1], {"name": "", "kernel_size": 1}]
     )
 
 
@@ -162,12 +186,12 @@ def vit_classifier() -> nn.Module:
     )
 
 
-def nnunet(kind: type[nn.Module], blocks: str, **settings: Any) -> nn.Module:
+def nnunet(kind: type[nn.Module], blocks: str, number: int = 2, **settings: Any) -> nn.Module:
     """Make a network as nnU-Net makes it: instance norm, in-place LeakyReLU, anisotropic."""
     return kind(
         1,
         4,
-        (4, 6, 8, 10),
+        (2, 4, 6, 8),
         nn.Conv3d,
         3,
         [1, [1, 2, 2], 2, 2],
@@ -178,13 +202,13 @@ def nnunet(kind: type[nn.Module], blocks: str, **settings: Any) -> nn.Module:
         norm_op_kwargs={"affine": True},
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
-        **{blocks: [2] * 4},
+        **{blocks: [number] * 4},
         **settings,
     )
 
 
 plain_conv_unet = partial(nnunet, PlainConvUNet, "n_conv_per_stage")
-residual_encoder_unet = partial(nnunet, ResidualEncoderUNet, "n_blocks_per_stage")
+residual_encoder_unet = partial(nnunet, ResidualEncoderUNet, "n_blocks_per_stage", 1)
 
 DYNUNET = {
     "shape": (8, 16, 32),
@@ -193,8 +217,8 @@ DYNUNET = {
     "many": "upsamples.*",
 }
 SEGRESNET = {
-    "bottleneck": ("down_layers.3", 8),
-    "decoder": {"up_layers.0": 4, "up_layers.1": 2, "up_layers.2": 1},
+    "bottleneck": ("down_layers.2", 4),
+    "decoder": {"up_layers.0": 2, "up_layers.1": 1},
     "many": "up_layers.*",
 }
 BASIC_UNET_PLUS_PLUS = {
@@ -231,7 +255,7 @@ VNET = {
     "many": "up_tr*",
     "first_voxel": "centre",
 }
-HIGH_RES_NET = {"bottleneck": ("blocks.5", 1), "role": "middle", "many": "blocks.*"}
+HIGH_RES_NET = {"bottleneck": ("blocks.3", 1), "role": "middle", "many": "blocks.*"}
 MEDNEXT = {
     "shape": (16, 24, 32),
     "bottleneck": ("bottleneck", 4),
@@ -260,10 +284,10 @@ NETWORKS = {
         many="model.1.**.conv",
     ),
     "UNet, residual": Row(
-        partial(unet, num_res_units=2),
+        partial(unet, channels=(4, 6, 8), num_res_units=2),
         (16, 24, 32),
-        ("model.1.submodule.1.submodule.1.submodule", 8),
-        {"model.1.submodule.1": 4, "model.1": 2},
+        ("model.1.submodule.1.submodule", 4),
+        {"model.1": 2},
         many="model.1.**.conv",
     ),
     "UNet, 2D": Row(
@@ -277,34 +301,35 @@ NETWORKS = {
     "DynUNet, deep supervision": Row(
         partial(dynunet, deep_supervision=True, deep_supr_num=2), **DYNUNET
     ),
-    "SegResNet": Row(
-        lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=CLASSES),
-        (16, 24, 32),
-        **SEGRESNET,
-    ),
+    "SegResNet": Row(segresnet, (16, 24, 32), **SEGRESNET),
     "SegResNetDS": Row(
         segresnet_ds,
         (16, 24, 32),
-        ("encoder.layers.3.blocks", 8),
-        {"up_layers.0.blocks": 4, "up_layers.1.blocks": 2, "up_layers.2.blocks": 1},
+        ("encoder.layers.2.blocks", 4),
+        {"up_layers.0.blocks": 2, "up_layers.1.blocks": 1},
         many="up_layers.*.blocks",
     ),
     "SegResNetDS2": Row(
         partial(segresnet_ds, nets.SegResNetDS2),
         (16, 24, 32),
-        ("encoder.layers.3.blocks", 8),
-        {"up_layers.0.blocks": 4, "up_layers.1.blocks": 2, "up_layers.2.blocks": 1},
+        ("encoder.layers.2.blocks", 4),
+        {"up_layers.0.blocks": 2, "up_layers.1.blocks": 1},
         output=lambda returned: returned[0][0],
         logits=lambda returned: returned[0][0],
         many="up_layers.*.blocks",
     ),
-    "SegResNetVAE": Row(segresnet_vae, (16, 16, 16), logits=first, **SEGRESNET),
-    "SwinUNETR": Row(swin_unetr, (32, 32, 64), slow=True, **SWIN_UNETR),
+    "SegResNetVAE": Row(
+        partial(segresnet, nets.SegResNetVAE, input_image_size=(16, 16, 16), vae_nz=4),
+        (16, 16, 16),
+        logits=first,
+        **SEGRESNET,
+    ),
+    "SwinUNETR": Row(partial(swin_unetr, window_size=4), (32, 32, 64), slow=True, **SWIN_UNETR),
     "SwinUNETR, 2D": Row(partial(swin_unetr, 2), (64, 64), **SWIN_UNETR),
     "UNETR": Row(
-        partial(unetr, 48, 48, 64),
-        (48, 48, 64),
-        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 3, 3, 4),
+        partial(unetr, 32, 32, 48),
+        (32, 32, 48),
+        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 2, 2, 3),
         slow=True,
         **UNETR,
     ),
@@ -315,14 +340,14 @@ NETWORKS = {
         **UNETR,
     ),
     "AttentionUnet": Row(
-        lambda: nets.AttentionUnet(3, 1, CLASSES, channels=(4, 6, 8), strides=(2, 2)),
+        lambda: nets.AttentionUnet(3, 1, CLASSES, channels=(2, 4, 6), strides=(2, 2)),
         (16, 24, 32),
         ("model.1.submodule.1.submodule", 4),
         {"model.1.submodule": 2, "model.1": 1},
         many="model.**.merge.conv",
     ),
     "BasicUNet": Row(
-        lambda: nets.BasicUNet(3, 1, CLASSES, features=(4, 4, 6, 8, 10, 4)),
+        lambda: nets.BasicUNet(3, 1, CLASSES, features=(2, 2, 6, 8, 10, 2)),
         (16, 32, 32),
         ("down_4", 16),
         {"upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
@@ -357,10 +382,8 @@ NETWORKS = {
         (64, 96),
         **FLEXIBLE_UNET,
     ),
-    "HighResNet": Row(
-        lambda: nets.HighResNet(3, 1, CLASSES), (8, 8, 12), slow=True, **HIGH_RES_NET
-    ),
-    "HighResNet, 2D": Row(lambda: nets.HighResNet(2, 1, CLASSES), (16, 24), **HIGH_RES_NET),
+    "HighResNet": Row(high_res_net, (8, 8, 12), slow=True, **HIGH_RES_NET),
+    "HighResNet, 2D": Row(partial(high_res_net, 2), (16, 24), **HIGH_RES_NET),
     "PlainConvUNet": Row(plain_conv_unet, **NNUNET),
     "PlainConvUNet, deep supervision": Row(
         partial(plain_conv_unet, deep_supervision=True), logits=first, **NNUNET
@@ -384,17 +407,14 @@ NETWORKS = {
 }
 
 
-#: Networks of every kind that are fast, also where everything else of a test is slow.
+#: The networks of a default run, one of every kind: plain, in 2D, with tokens, one that returns a
+#: list, one that returns a tuple with a loss, and a classifier.
 QUICK = (
     "UNet",
     "UNet, 2D",
-    "DynUNet",
     "SegResNetVAE",
-    "SwinUNETR, 2D",
     "UNETR, 2D",
-    "VNet, 2D",
     "PlainConvUNet, deep supervision",
-    "MedNeXt, deep supervision",
     "ViT classifier",
 )
 
@@ -403,20 +423,30 @@ QUICK = (
 ORDINARY = tuple(name for name, row in NETWORKS.items() if not row.slow)
 
 
-def named(*names: str, quick: Sequence[str] = tuple(NETWORKS)) -> Any:
-    """Parametrise a test over networks, all of them by default; slow ones are marked.
+def named(*names: str, quick: Sequence[str] = QUICK) -> Any:
+    """Parametrise a test over networks, all of them by default.
 
     Args:
         quick: the others are slow in this test.
     """
-    slow = {name for name, row in NETWORKS.items() if row.slow or name not in quick}
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
-            for name in names or NETWORKS
-        ],
-    )
+    return pytest.mark.parametrize("name", params(names or tuple(NETWORKS), quick))
+
+
+def params(names: Sequence[str], quick: Sequence[str] = QUICK) -> list[Any]:
+    """Return the names as parameters, of which all but the quick ones are marked as slow."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
+
+
+def usual_grids(
+    capture: Any, x: torch.Tensor, shapes: Mapping[Any, Sequence[int]]
+) -> dict[Any, FeatureGrid]:
+    """Return grids whose voxels fill the input evenly, in place of `measured_in_window`."""
+    grids = {}
+    for layer, shape in shapes.items():
+        strides = tuple(n / size for n, size in zip(x.shape[2:], shape, strict=True))
+        offsets = tuple((stride - 1) / 2 for stride in strides)
+        grids[layer] = FeatureGrid(tuple(shape), strides, offsets, measured=False)
+    return grids
 
 
 # ---------------------------------------------------------------- plain torch, without the library

@@ -14,13 +14,13 @@ import torch
 from helpers_networks import (
     NETWORKS,
     ORDINARY,
-    QUICK,
     Row,
     by_hand,
     deviation,
     hires_cam,
     log_odds,
     named,
+    params,
     quiet,
     swin_unetr,
 )
@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seg3dcam import HiResCAM, targets
 from seg3dcam.errors import Seg3dcamError
+
+pytestmark = pytest.mark.usefixtures("usual_grids_where_coarse")
 
 TARGET = targets.ClassLogOdds(1, region="volume")
 
@@ -82,12 +84,7 @@ class Case:
         assert not result.native[layer].requires_grad
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ORDINARY
-    ],
-)
+@pytest.fixture(scope="module", params=params(ORDINARY))
 def case(request: pytest.FixtureRequest) -> Case:
     row = NETWORKS[request.param]
     network = in_the_middle_of_a_training(row.fresh())
@@ -135,7 +132,7 @@ NEAR = ("UNet", "UNet, 2D", "SegResNetDS", "VNet, 2D", "HighResNet, 2D", "Flexib
 
 
 @quiet
-@named(*(name for name in ORDINARY if name not in NOT_IN_BFLOAT16), quick=QUICK)
+@named(*(name for name in ORDINARY if name not in NOT_IN_BFLOAT16))
 def test_a_network_of_low_precision(name):
     """Its map is finite, that of plain torch in this precision, and near that of float32."""
     row = NETWORKS[name]
@@ -151,10 +148,10 @@ def test_a_network_of_low_precision(name):
 
 
 @quiet
-@named(*ORDINARY, quick=QUICK)
+@named(*ORDINARY)
 def test_data_parallel(name):
     row = NETWORKS[name]
-    network = row.fresh()
+    network = row.network()
     with untouched(network):
         found = explained(row, nn.DataParallel(network))
     expected, uncancelled = plain(row, network)
@@ -209,7 +206,7 @@ def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> n
 
 
 @quiet
-@named(*ORDINARY, quick=QUICK)
+@named(*ORDINARY)
 def test_checkpoints_around_everything(name):
     """They run their part again in the backward pass: not another pass to look at."""
     row = NETWORKS[name]
@@ -248,7 +245,7 @@ def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
 # ---------------------------------------------------------------------- what networks remember
 
 
-@named("DynUNet", "PlainConvUNet", "ResidualEncoderUNet, deep supervision")
+@named("DynUNet", "PlainConvUNet", "ResidualEncoderUNet, deep supervision", quick=["PlainConvUNet"])
 def test_weights_of_a_module_with_two_names_stay(name):
     """nnU-Net's encoder is also `decoder.encoder`; all is measured with other weights."""
     row = NETWORKS[name]

@@ -11,7 +11,6 @@ import torch
 from helpers_networks import (
     NETWORKS,
     ORDINARY,
-    QUICK,
     by_hand,
     deviation,
     grad_cam,
@@ -26,6 +25,8 @@ from torch import nn
 
 from seg3dcam import GradCAM, HiResCAM, targets
 from seg3dcam.errors import LayerError, Seg3dcamWarning
+
+pytestmark = pytest.mark.usefixtures("usual_grids_where_coarse")
 
 TARGET = targets.ClassLogOdds(1, region="volume")
 
@@ -54,7 +55,7 @@ ONCE_EACH = [name for name in NETWORKS if f"{name}, 2D" not in NETWORKS or name 
 
 
 @quiet
-@named(*ONCE_EACH, quick=QUICK)
+@named(*ONCE_EACH)
 def test_all_explains_every_convolution_that_ran_once(name):
     """The others are named with the reason: heads that are not explained, parts that only train."""
     row = NETWORKS[name]
@@ -80,7 +81,7 @@ def w_text(warning: warnings.WarningMessage) -> str:
 
 
 @quiet
-@named(*ONCE_EACH, quick=QUICK)
+@named(*ONCE_EACH)
 def test_a_pattern_explains_the_layers_that_it_fits(name):
     row = NETWORKS[name]
     network, x = row.network(), row.input()
@@ -123,7 +124,7 @@ def test_activations_in_place_change_nothing(name, monkeypatch):
 
 
 @quiet
-@named("SwinUNETR, 2D")
+@named("SwinUNETR, 2D", quick=["SwinUNETR, 2D"])
 def test_blocks_of_swin_are_channels_last(name):
     """Taken as channels first, as other tools do, they give a map of another shape, silently."""
     row = NETWORKS[name]
@@ -175,7 +176,7 @@ def test_a_metatensor_is_explained_like_a_tensor_and_keeps_its_affine(name):
 
 
 @quiet
-@named(*ORDINARY, quick=QUICK)
+@named(*ORDINARY)
 def test_an_item_of_zeros_in_a_batch(name):
     """It gives no NaN, and the other items' maps are those that they have alone."""
     row = NETWORKS[name]

@@ -22,6 +22,8 @@ from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
 from seg3dcam.cams.calls import each_by
 from seg3dcam.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("usual_grids_where_coarse")
+
 TARGET = targets.ClassLogOdds(1, region="volume")
 
 #: A tensor, with and without a fixed size of the input; a list, a tuple, one of four, nested.
