@@ -33,7 +33,7 @@ def shared(make: Callable[..., Made], *args: Any, **settings: Any) -> Made:
     """Return what `make` returns, a network or a case: the same one for all tests.
 
     So the grids of its layers are measured once, which takes longer than the rest of most tests. A
-    test that changes a network calls `make` itself.
+    test that changes a network, if only its gradients, calls `make` itself.
     """
     return make(*args, **settings)
 

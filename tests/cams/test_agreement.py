@@ -33,7 +33,7 @@ signed_maps = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarnin
 
 def build(name: str, ndim: int) -> tuple[torch.nn.Module, str, torch.Tensor]:
     make, layer = NETWORKS[name]
-    return toy.shared(make, ndim, seed=3), layer, toy.random_input(2, 1, *SHAPES[ndim], seed=ndim)
+    return make(ndim, seed=3), layer, toy.random_input(2, 1, *SHAPES[ndim], seed=ndim)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor | np.ndarray) -> None:
@@ -120,8 +120,8 @@ def test_with_in_place_activations_ours_is_theirs_without(method, layer, others)
     """In place, what they stored of the layer is overwritten, or its gradient never seen."""
     x = toy.random_input(2, 1, *SHAPES[2], seed=2)
     theirs, ours = others[method]
-    expected, _ = their_maps(theirs, toy.shared(toy.normed, 2, inplace=False, seed=3), layer, x)
-    found = explain(ours, toy.shared(toy.normed, 2, inplace=True, seed=3), layer, x).native[layer]
+    expected, _ = their_maps(theirs, toy.normed(2, inplace=False, seed=3), layer, x)
+    found = explain(ours, toy.normed(2, inplace=True, seed=3), layer, x).native[layer]
     assert_same(found, expected)
 
 
