@@ -526,7 +526,6 @@ def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, job):
     codes = json.loads(run.stdout.splitlines()[-1])
     for kind, code in {"SIGTERM": {143}, "SIGINT": {130}, "whole": {0}, "again": {0}}.items():
         assert {codes[name] for name in codes if name.startswith(kind)} == code
-    assert any(codes[name] for name in codes if name.startswith("outside"))
     whole = contents(kept / "whole")
     assert contents(kept / "again") == whole
     assert is_whole(kept / "whole")
@@ -538,10 +537,11 @@ def test_a_run_that_is_ended_leaves_what_the_next_one_cleans(place, job):
             pass
         there = contents(folder)
         if record_of(folder).key:
-            assert there in (before, whole), folder.name
+            as_it_was = there in (before, whole)
         else:  # has to be done again
-            assert there | {"case.json": whole["case.json"]} == whole, folder.name
+            as_it_was = there | {"case.json": whole["case.json"]} == whole
             assert listed_files(folder) == files_of(folder) - {"case.json"}
+        assert as_it_was, folder.name  # not compared here: to show the differences takes minutes
     for folder in sorted(kept.glob("SIGKILL_*"))[::10]:
         assert place.explain("--target", *job, *ENDED, "--out", folder).code == 0
         assert contents(folder) == whole
