@@ -43,7 +43,10 @@ class Placement:
         """The prepared scan as a batch of one, (1, C, *S), with the affine of its voxels."""
         from monai.data import MetaTensor
 
-        return MetaTensor(self.prepared.as_tensor()[None].contiguous(), affine=self.affine)
+        data = self.prepared.as_tensor()[None].contiguous()
+        # Without a device, MetaTensor moves what it is given to the default device.
+        affine = torch.as_tensor(self.affine, device="cpu")
+        return MetaTensor(data, affine=affine, device=data.device)
 
     @property
     def shape(self) -> tuple[int, ...]:
