@@ -80,7 +80,7 @@ class Row:
 
     @property
     def coarse(self) -> bool:
-        """Whether the bottleneck is so coarse that measuring grids takes many passes."""
+        """Whether grids take many passes to measure, as few voxels lie in an image."""
         stride = self.bottleneck[1]
         return (stride if isinstance(stride, int) else max(stride)) >= 16
 
@@ -162,13 +162,14 @@ def mednext(ndim: int = 3, **settings: Any) -> nn.Module:
 
 
 def high_res_net(ndim: int = 3) -> nn.Module:
-    whole = [
-        {"name": f"res_{n}", "n_features": n, "kernels": (3, 3), "repeat": 2} for n in (4, 6, 8)
+    """Make a network of one resolution, whose middle blocks are dilated."""
+    layers = [
+        {"name": "conv_0", "n_features": 4, "kernel_size": 3},
+        *({"name": "res", "n_features": n, "kernels": (3, 3), "repeat": 2} for n in (4, 6, 8)),
+        {"name": "conv_1", "n_features": 10, "kernel_size": 1},
+        {"name": "conv_2", "kernel_size": 1},
     ]
-    ends = [{"name": f"conv_{n}", "n_features": n, "kernel_size": k} for n, k in ((4, 3), (10, 1))]
-    return nets.HighResNet(
-        ndim, 1, CLASSES, layer_params=[ends[0], *whole, ends[1], {"name": "", "kernel_size": 1}]
-    )
+    return nets.HighResNet(ndim, 1, CLASSES, layer_params=layers)
 
 
 def vit_classifier() -> nn.Module:
@@ -186,7 +187,7 @@ def vit_classifier() -> nn.Module:
     )
 
 
-def nnunet(kind: type[nn.Module], blocks: str, number: int = 2, **settings: Any) -> nn.Module:
+def nnunet(kind: type[nn.Module], blocks: str, **settings: Any) -> nn.Module:
     """Make a network as nnU-Net makes it: instance norm, in-place LeakyReLU, anisotropic."""
     return kind(
         1,
@@ -202,13 +203,13 @@ def nnunet(kind: type[nn.Module], blocks: str, number: int = 2, **settings: Any)
         norm_op_kwargs={"affine": True},
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
-        **{blocks: [number] * 4},
+        **{blocks: [1] * 4},
         **settings,
     )
 
 
 plain_conv_unet = partial(nnunet, PlainConvUNet, "n_conv_per_stage")
-residual_encoder_unet = partial(nnunet, ResidualEncoderUNet, "n_blocks_per_stage", 1)
+residual_encoder_unet = partial(nnunet, ResidualEncoderUNet, "n_blocks_per_stage")
 
 DYNUNET = {
     "shape": (8, 16, 32),
@@ -327,9 +328,9 @@ NETWORKS = {
     "SwinUNETR": Row(partial(swin_unetr, window_size=4), (32, 32, 64), slow=True, **SWIN_UNETR),
     "SwinUNETR, 2D": Row(partial(swin_unetr, 2), (64, 64), **SWIN_UNETR),
     "UNETR": Row(
-        partial(unetr, 32, 32, 48),
-        (32, 32, 48),
-        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 2, 2, 3),
+        partial(unetr, 48, 48, 64),
+        (48, 48, 64),
+        channel_first=lambda tokens: tokens.transpose(1, 2).reshape(len(tokens), -1, 3, 3, 4),
         slow=True,
         **UNETR,
     ),
@@ -419,8 +420,13 @@ QUICK = (
 )
 
 
-#: Without the large ones, of which a smaller relative is in the table.
-ORDINARY = tuple(name for name, row in NETWORKS.items() if not row.slow)
+#: Without the large ones, of which a smaller relative is in the table, and without those that are
+#: also in the table with deep supervision: their layers are the same, and more of them run.
+ORDINARY = tuple(
+    name
+    for name, row in NETWORKS.items()
+    if not row.slow and f"{name}, deep supervision" not in NETWORKS
+)
 
 
 def named(*names: str, quick: Sequence[str] = QUICK) -> Any:

@@ -148,14 +148,10 @@ def test_a_network_of_low_precision(name):
 
 
 @quiet
-@named(*ORDINARY)
-def test_data_parallel(name):
-    row = NETWORKS[name]
-    network = row.network()
-    with untouched(network):
-        found = explained(row, nn.DataParallel(network))
-    expected, uncancelled = plain(row, network)
-    assert deviation(found, expected, uncancelled) < 1e-5
+def test_data_parallel(case):
+    with untouched(case.network):
+        found = explained(case.row, nn.DataParallel(case.network))
+    assert deviation(found, case.expected, case.uncancelled) < 1e-5
 
 
 # -------------------------------------------------------------------------------- torch.compile
@@ -218,14 +214,15 @@ def test_checkpoints_around_everything(name):
 
 
 @quiet
+@named("SwinUNETR, 2D", quick=["SwinUNETR, 2D"])
 @pytest.mark.parametrize("layer", ["encoder10", "swinViT.layers2.0", "swinViT.layers1.0.blocks.1"])
-def test_the_checkpoints_of_swin_unetr(layer):
+def test_the_checkpoints_of_swin_unetr(name, layer):
     def network(**settings: Any) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return swin_unetr(2, **settings)
 
-    x = NETWORKS["SwinUNETR, 2D"].input()
+    x = NETWORKS[name].input()
     without, switched = network(), network(use_checkpoint=True)
     with untouched(switched):
         found = HiResCAM(switched, layer)(x, TARGET).native[layer]
@@ -234,6 +231,7 @@ def test_the_checkpoints_of_swin_unetr(layer):
 
 # Torch says that a reentrant checkpoint was given nothing that needs a gradient.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@quiet
 @named(*SOME)
 def test_reentrant_checkpoints_are_refused_with_the_way_out(name):
     row = NETWORKS[name]

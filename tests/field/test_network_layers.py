@@ -50,12 +50,8 @@ def convolutions(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, PLAIN)]
 
 
-#: Of the largest networks the same convolutions in 2D, which takes a fifth of the time.
-ONCE_EACH = [name for name in NETWORKS if f"{name}, 2D" not in NETWORKS or name == "UNet"]
-
-
 @quiet
-@named(*ONCE_EACH)
+@named(*ORDINARY)
 def test_all_explains_every_convolution_that_ran_once(name):
     """The others are named with the reason: heads that are not explained, parts that only train."""
     row = NETWORKS[name]
@@ -81,7 +77,7 @@ def w_text(warning: warnings.WarningMessage) -> str:
 
 
 @quiet
-@named(*ONCE_EACH)
+@named(*ORDINARY)
 def test_a_pattern_explains_the_layers_that_it_fits(name):
     row = NETWORKS[name]
     network, x = row.network(), row.input()

@@ -67,7 +67,11 @@ def test_the_middle_of_a_mesh_net_is_taken(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["model5_gw_ae", "model11_gw_ae", pytest.param("model20chan3cls", marks=pytest.mark.slow)],
+    [
+        "model11_gw_ae",
+        pytest.param("model5_gw_ae", marks=pytest.mark.slow),
+        pytest.param("model20chan3cls", marks=pytest.mark.slow),
+    ],
 )
 def test_its_map_echoes_the_mask_less_than_that_of_the_last_layer(name):
     """All that the last layer shows lies inside of the mask."""
