@@ -81,7 +81,8 @@ def test_the_code_in_place_of_a_name_is_that_of_the_voxels(explained):
 
 def test_a_name_that_is_asked_for_is_shown(tmp_path):
     place = Place.at(tmp_path)
-    options = ["--format", "png", "--format", "html", "--format", "slicer", "--axis", "axial"]
+    formats = ["--format", "png", "--format", "html", "--format", "slicer"]
+    options = ["--target", "lesion", *formats, "--axis", "axial"]
     assert place.explain(*options, "--case", "Fall 7 <ä>").code == 0
     with_name = contents(place.out)
     assert json.loads(with_name["case.json"])["case"] == "Fall 7 <ä>"
