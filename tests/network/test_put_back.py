@@ -117,7 +117,7 @@ class _LastAxis(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"]))
+@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"], rows=6))
 def test_explained_and_as_before(name, layer):
     net = EXPLAINED[name]().eval()
     expected = net(image()).detach()
