@@ -181,7 +181,7 @@ def test_kernels_that_look_to_one_side_are_said(kind, depth, pooled):
         assert not grid.measured
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_kernels_whose_padding_puts_them_to_one_side_are_in_their_place(depth):
     body = chain(Causal, (1, 6, 8, 10)[: depth + 1])
     grid = grids_of(headed(body, body[-2].out_channels), (32,) * 3, "body")["body"]
