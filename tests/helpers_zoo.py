@@ -540,9 +540,8 @@ LAYOUTS = {
 #: One of one label map, one of overlapping regions, one with a network of its own.
 QUICK = ("spleen_ct", "brats_mri", "renalStructures_UNEST")
 
-#: Networks that take long to be measured: of the one the layers are explained in tests of
-#: networks, the other is that of another bundle.
-LARGE = ("swin_unetr_btcv", "multi_organ")
+#: Layouts of networks whose layers take long to be measured.
+LARGE = ("swin_unetr_btcv", "pancreas_ct_dints", "multi_organ")
 
 #: Layouts that are refused, with what is said.
 REFUSED = {

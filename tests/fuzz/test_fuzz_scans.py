@@ -242,6 +242,7 @@ def series_fault(folder: Path) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_damaged_dicom_bytes(tmp_path):
     files = write_series(tmp_path / "ct", voxels().astype(float), AFFINE)
     assert series_fault(tmp_path / "ct") is None

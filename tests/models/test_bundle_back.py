@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundles import SPLEEN, metadata, of_prediction, run_by_monai, write_bundle, write_scan
+from helpers_crossed import crossed
 from scipy import ndimage
 
 from seg3dcam import explain, load_model, load_scan
@@ -104,7 +105,7 @@ def masks_and_file(root: Path, post: list[dict], scan: Path, classes: int) -> tu
     return found.prediction.numpy(), written
 
 
-@pytest.mark.parametrize("way", LABELS)
+@pytest.mark.parametrize("way", crossed(LABELS, rows=4))
 def test_labels_are_those_of_monais_file(way, tmp_path):
     scan = write_scan(tmp_path / "scan.nii.gz", noise(), AFFINE)
     masks, written = masks_and_file(tmp_path / "b", LABELS[way], scan, 3)
@@ -114,8 +115,7 @@ def test_labels_are_those_of_monais_file(way, tmp_path):
     assert len(np.unique(masks.argmax(0))) > 1
 
 
-@pytest.mark.parametrize("way", CHANNELS)
-@pytest.mark.parametrize("classes", [1, 3], ids=["one", "three"])
+@pytest.mark.parametrize(("way", "classes"), crossed(CHANNELS, [3, 1], rows=5))
 def test_channels_are_those_of_monais_file(way, classes, tmp_path):
     if classes == 1 and "soft" in str(CHANNELS[way]) + way:
         pytest.skip("one class excludes no other")

@@ -15,7 +15,7 @@ from helpers_bundles import random, run_by_monai, write_bundle, write_scan, writ
 from helpers_zoo import LARGE, LAYOUTS, QUICK, REFUSED, WHOLE_BODY, Layout
 from scipy import ndimage
 
-from seg3dcam import explain, load_model, load_scan
+from seg3dcam import explain, load_model, load_scan, suggest_layers
 from seg3dcam.cams.attributions import Gradient
 from seg3dcam.errors import ModelError, Seg3dcamWarning
 from seg3dcam.targets import ClassLogit
@@ -97,8 +97,11 @@ def test_the_prediction_is_the_file_that_monai_writes(name, tmp_path):
     assert (own - logits).abs().max() < 1e-4
     gap = middle(prepared.shape[1:], prepared.affine.numpy()) - middle(scan.shape, scan.affine)
     assert np.linalg.norm(gap) < 4  # mm: it lies where the scan lies
-    method = "gradient" if name in LARGE else "hires_cam"
-    found = explain(scan, model, ClassLogit(0, "volume"), method=method)
+    if name in LARGE:  # no layer is measured here, but there is one
+        assert suggest_layers(model.module, (1, layout.channels, *model.window.roi_size))
+        found = explain(scan, model, ClassLogit(0, "volume"), method="gradient")
+    else:
+        found = explain(scan, model, ClassLogit(0, "volume"))
     masks = found.prediction.numpy()
     values = np.asarray(written.dataobj)
     assert np.array_equal(layout.joined(masks), np.rint(values))

@@ -49,7 +49,9 @@ def unet() -> nn.Module:
     return network.eval()
 
 
-@pytest.fixture(scope="module", params=["any size", "one size"])
+@pytest.fixture(
+    scope="module", params=["any size", pytest.param("one size", marks=pytest.mark.slow)]
+)
 def programs(request, tmp_path_factory):
     """Return a network, the file of its program, and whether it takes any size."""
     any_size = request.param == "any size"

@@ -225,7 +225,10 @@ def with_blob() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "case", ["labels", "folds and flips", "permuted", "thick slices", "2d", "2d, permuted"]
+    "case",
+    crossed(
+        ["labels", "2d", "folds and flips", "permuted", "2d, permuted", "thick slices"], rows=3
+    ),
 )
 def test_a_planted_cue_is_found_at_its_place(case, tmp_path):
     settings = {**FOLDERS.get(case, {"transpose": (2, 0, 1), "spacing": (1.0, 1.4, 1.9)})}

@@ -213,6 +213,7 @@ print(json.dumps([seen, said]))
 """
 
 
+@pytest.mark.slow
 def test_no_file_no_request_no_import_of_hostile_models(tmp_path, evil_archive):
     """What is refused is refused before anything happens, as Python's own audit sees it."""
     (tmp_path / "nets.py").write_text("raise SystemExit('imported')\n")

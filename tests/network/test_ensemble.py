@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from helpers_crossed import crossed
 from monai.inferers import sliding_window_inference
 from torch import nn
 from toy import plain, random_input, seeded
@@ -115,7 +116,7 @@ def test_a_symmetric_picture_has_a_symmetric_map():
     assert (alone - alone.flip(1)).abs().max() > 0.01 * alone.abs().max()
 
 
-@pytest.mark.parametrize("method", CAMS)
+@pytest.mark.parametrize("method", crossed(CAMS, rows=6))
 def test_an_ensemble_of_twins_gives_the_map_of_one(method):
     """Also through windows, and by the methods that take no gradients."""
     network, target = shared(1), ClassLogit(1, MASK)

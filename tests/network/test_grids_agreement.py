@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from helpers_crossed import crossed
 from helpers_grids import assert_grid, grids_of
 from monai.networks import nets
 from torch import nn
@@ -180,7 +181,7 @@ def test_kernels_that_look_to_one_side_are_said(kind, depth, pooled):
         assert not grid.measured
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_kernels_whose_padding_puts_them_to_one_side_are_in_their_place(depth):
     body = chain(Causal, (1, 6, 8, 10)[: depth + 1])
     grid = grids_of(headed(body, body[-2].out_channels), (32,) * 3, "body")["body"]
@@ -188,17 +189,18 @@ def test_kernels_whose_padding_puts_them_to_one_side_are_in_their_place(depth):
 
 
 @functools.cache
-def grids_of_sub_pixel_upsampling():
+def grids_of_sub_pixel_upsampling(shape):
     torch.manual_seed(0)
-    net = nets.BasicUNet(3, 1, 2, features=(8, 8, 12, 16, 20, 8), upsample="pixelshuffle")
-    return grids_of(net, (32, 16, 16), "upcat_*")
+    net = nets.BasicUNet(len(shape), 1, 2, features=(8, 8, 12, 16, 20, 8), upsample="pixelshuffle")
+    return grids_of(net, shape, "upcat_*")
 
 
+@pytest.mark.parametrize("shape", [(32, 32), pytest.param((32, 16, 16), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layer", ["upcat_4", "upcat_3", "upcat_2", "upcat_1"])
-def test_decoders_of_sub_pixel_upsampling_are_in_their_place(layer):
-    stride = 2.0 ** (int(layer[-1]) - 1)
-    grid = grids_of_sub_pixel_upsampling()[layer]
-    assert_grid(grid, (stride,) * 3, ((stride - 1) / 2,) * 3, within=0.005)
+def test_decoders_of_sub_pixel_upsampling_are_in_their_place(layer, shape):
+    stride, ndim = 2.0 ** (int(layer[-1]) - 1), len(shape)
+    grid = grids_of_sub_pixel_upsampling(shape)[layer]
+    assert_grid(grid, (stride,) * ndim, ((stride - 1) / 2,) * ndim, within=0.005)
 
 
 @pytest.mark.parametrize("kind", [OwnConv, Hyper, Experts])
@@ -324,7 +326,7 @@ CANNOT = {
 
 
 @pytest.mark.filterwarnings("ignore:layer 'body' shows nothing")
-@pytest.mark.parametrize("name", CANNOT)
+@pytest.mark.parametrize("name", crossed(CANNOT, rows=4))
 def test_what_mixes_or_moves_places_is_said(name):
     torch.manual_seed(0)
     net = headed(CANNOT[name](), 6 if name == "token mixer" else 4)
@@ -363,20 +365,18 @@ def test_a_first_measurement_that_is_off_is_not_believed(shift, monkeypatch):
 
 FIELD = {
     "AttentionUnet": lambda: nets.AttentionUnet(3, 1, 3, channels=(4, 6, 8), strides=(2, 2)),
-    "BasicUNet": lambda: nets.BasicUNet(3, 1, 3, features=(4, 4, 6, 8, 10, 4)),
-    "SegResNet": lambda: nets.SegResNet(3, init_filters=8, in_channels=1, out_channels=3),
-    "DenseNet": lambda: nets.DenseNet(
-        3, 1, 2, init_features=8, growth_rate=4, block_config=(2, 2, 2, 2)
-    ),
+    "BasicUNet": lambda: nets.BasicUNet(2, 1, 3, features=(4, 4, 6, 8, 10, 4)),
+    "SegResNet": lambda: nets.SegResNet(2, init_filters=8, in_channels=1, out_channels=3),
+    "DenseNet": lambda: nets.DenseNet121(2, 1, 2, init_features=8, growth_rate=4),
 }
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "AttentionUnet",
+        "SegResNet",
+        pytest.param("AttentionUnet", marks=pytest.mark.slow),
         pytest.param("BasicUNet", marks=pytest.mark.slow),
-        pytest.param("SegResNet", marks=pytest.mark.slow),
         pytest.param("DenseNet", marks=pytest.mark.slow),
     ],
 )
@@ -386,7 +386,8 @@ def test_networks_of_the_field_are_measured_without_a_word(name):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "where the voxels", Seg3dcamWarning)
         warnings.filterwarnings("ignore", "layer .* (explains|shows) nothing", Seg3dcamWarning)
-        HiResCAM(net, "auto")(torch.rand(1, 1, 64, 32, 32), 0)
+        sizes = (64, 32, 32) if name == "AttentionUnet" else (64, 32)
+        HiResCAM(net, "auto")(torch.rand(1, 1, *sizes), 0)
 
 
 def test_settings_of_modules_are_part_of_what_is_remembered():

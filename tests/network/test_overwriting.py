@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from helpers_crossed import crossed
@@ -83,9 +85,15 @@ STEPS = {"exp": exponential, "gate": gated, "square": squared, "softmax": normal
 METHODS = CAMS | ATTRIBUTIONS
 
 
-def explained(key, step, layer, plan):
+@functools.cache
+def made(name, put):
+    """Return a network, the same one for all tests, so that its grids are measured once."""
+    return Net(STEPS[name](put))
+
+
+def explained(key, net, layer, plan):
     layers = () if key == "full_grad" or key in ATTRIBUTIONS else (layer,)
-    return METHODS[key](Net(step), *layers, sliding_window=plan)(image(), VOLUME)
+    return METHODS[key](net, *layers, sliding_window=plan)(image(), VOLUME)
 
 
 #: A layer, and the windows in which it is explained.
@@ -108,8 +116,8 @@ def test_the_map_is_that_of_the_network_that_replaces(name, key, place):
     layer, plan = PLACES[place]
     if layer == "auto" and name == "square":
         layer = "down"  # a layer whose output is overwritten is not suggested
-    one = explained(key, STEPS[name](written), layer, plan)
-    two = explained(key, STEPS[name](replaced), layer, plan)
+    one = explained(key, made(name, written), layer, plan)
+    two = explained(key, made(name, replaced), layer, plan)
     assert one.maps.keys() == two.maps.keys()
     torch.testing.assert_close(one.logits, two.logits)
     for layer_name, map_ in one.maps.items():

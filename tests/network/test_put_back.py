@@ -117,7 +117,7 @@ class _LastAxis(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"]))
+@pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"], rows=6))
 def test_explained_and_as_before(name, layer):
     net = EXPLAINED[name]().eval()
     expected = net(image()).detach()
@@ -722,7 +722,7 @@ DONE = {
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.filterwarnings("ignore:the network draws random:seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("name", DONE)
+@pytest.mark.parametrize("name", crossed(DONE, rows=9))
 def test_what_a_forward_pass_does_to_its_modules_is_undone(name):
     make, do, state = DONE[name]
     net = blocks(Does(make, do))

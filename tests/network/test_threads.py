@@ -47,7 +47,7 @@ def run(net, job):
 
 
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_number_of_threads_gives_the_maps_of_one(wrapped):
     """Also of two networks that share their modules."""
     net = network()

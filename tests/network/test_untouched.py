@@ -81,7 +81,17 @@ def x():
 
 @pytest.fixture
 def net():
-    """A network in the middle of a training: mixed modes, gradients, frozen parts, own hooks."""
+    return in_training()
+
+
+@pytest.fixture(scope="module")
+def lasting():
+    """A network for many tests, whose grids are measured once: each must leave it as it was."""
+    return in_training()
+
+
+def in_training():
+    """Return a network in the middle of one: mixed modes, gradients, frozen parts, own hooks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Net()
@@ -251,24 +261,26 @@ PLACES = {
 
 @quiet
 @pytest.mark.parametrize(("key", "place"), crossed(METHODS, PLACES, rows=8))
-def test_after_every_method_that_is_interrupted_half_way(key, place, net, x):
+def test_after_every_method_that_is_interrupted_half_way(key, place, lasting, x, request):
     bomb, plan = Bomb(), WindowPlan((8, 8, 4))
-    cam = METHODS[key](net, LAYER, sliding_window=plan)
-    PLACES[place](net, cam, bomb)
+    cam = METHODS[key](lasting, LAYER, sliding_window=plan)
+    hook = PLACES[place](lasting, cam, bomb)
+    if hook is not None:
+        request.addfinalizer(hook.remove)
 
     def target(logits):
         if place == "target":
             bomb()
         return VOLUME(logits)
 
-    cam(x, target)  # once to measure the layers' grids, once to count
+    cam(x, target)  # once to measure the layers' grids, if no other test did, once to count
     bomb.calls = 0
     cam(x, target)
     calls = bomb.calls
     assert calls or place == "backward pass"
     for at in {(calls + 1) // 2, calls} - {0}:
         bomb.calls, bomb.at = 0, at
-        with untouched(net), pytest.raises(KeyboardInterrupt):
+        with untouched(lasting), pytest.raises(KeyboardInterrupt):
             cam(x, target)
 
 
