@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers_crossed import crossed
 from helpers_geometry import OBLIQUE_LAS, rotation, world_field
-from helpers_thinned import thinned
 from monai.data import MetaTensor
 from scipy import ndimage
 from torch import nn
@@ -66,7 +66,7 @@ def field_scan(
 
 @pytest.mark.parametrize(
     ("orientation", "pool", "window"),
-    thinned(ORIENTATIONS, [1, 2, 4], [None, WindowPlan(24, overlap=0.5), WindowPlan((20, 24, 16))]),
+    crossed(ORIENTATIONS, [1, 2, 4], [None, WindowPlan(24, overlap=0.5), WindowPlan((20, 24, 16))]),
 )
 def test_a_world_field_comes_back_in_place_through_the_whole_preparation(
     orientation: str, pool: int, window: WindowPlan | None, tmp_path: Path

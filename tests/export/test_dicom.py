@@ -14,6 +14,7 @@ import pydicom
 import pytest
 import SimpleITK
 import torch
+from helpers_crossed import crossed
 from helpers_dicom import complaints, write_series
 from helpers_phantom import (
     against_mm,
@@ -24,7 +25,6 @@ from helpers_phantom import (
     offset_mm,
     silent,
 )
-from helpers_thinned import thinned
 from pydicom.sr.codedict import codes
 
 from seg3dcam.errors import ConfigError, MissingExtraError, Seg3dcamWarning
@@ -60,7 +60,7 @@ def explained(folder, acquired="LPS", modality="CT", spacing=None, **fields):
     return replace(phantom, scan=scan)
 
 
-@pytest.fixture(scope="module", params=thinned(ACQUIRED, every=2))
+@pytest.fixture(scope="module", params=crossed(ACQUIRED, rows=2))
 def written(request, tmp_path_factory):
     """The explanation of every acquisition, and its files."""
     folder = tmp_path_factory.mktemp("dicom")
@@ -313,7 +313,7 @@ def area(image, scan):
     return np.s_[MARGIN : MARGIN + rows, MARGIN : MARGIN + columns]
 
 
-@pytest.mark.parametrize("acquired", thinned(ACQUIRED, every=2))
+@pytest.mark.parametrize("acquired", crossed(ACQUIRED, rows=2))
 def test_the_heat_in_the_pictures_is_where_the_marker_is(tmp_path, acquired):
     explanation = plain(explained(tmp_path / "in", acquired))
     scan = explanation.scan

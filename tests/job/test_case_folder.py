@@ -24,7 +24,7 @@ from helpers_cases import (
     write_model,
     write_scan,
 )
-from helpers_thinned import thinned
+from helpers_crossed import crossed
 
 from seg3dcam.errors import OutputError
 from seg3dcam.explaining.explain import explain_each
@@ -66,7 +66,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", thinned(CHANGES), ids=" ".join)
+@pytest.mark.parametrize("change", crossed(CHANGES, rows=2), ids=" ".join)
 def test_a_job_that_differs_adds_to_the_case(place, change):
     kinds = ("nifti", "png", "html", "slicer")
     formats = ("--slice", 8, *(word for kind in kinds for word in ("--format", kind)))
@@ -442,7 +442,7 @@ def killed_while_moving(place, monkeypatch, moved, *options):
 
 @pytest.mark.parametrize(
     ("moved", "options", "then"),
-    thinned([0, 2, 4], [("--force",), ("--threshold", 0.3)], ["organ", "features"]),
+    crossed([0, 2, 4], [("--force",), ("--threshold", 0.3)], ["organ", "features"]),
 )
 def test_what_was_complete_outlives_a_kill_in_the_last_step(
     place, monkeypatch, moved, options, then

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_browser import Page, serve
+from helpers_crossed import crossed
 from helpers_phantom import (
     against_mm,
     make_phantom,
@@ -20,7 +21,6 @@ from helpers_phantom import (
     marker_mm,
     silent,
 )
-from helpers_thinned import thinned
 from numpy.typing import NDArray
 
 from seg3dcam.explaining.explanation import Explanation
@@ -99,7 +99,7 @@ def heat_on(page: Page, plane: str = "axial") -> NDArray[np.float64]:
 # ---------------------------------------------------------------- what is shown
 
 
-@pytest.mark.parametrize("plane", thinned(PLANES))
+@pytest.mark.parametrize("plane", crossed(PLANES, rows=1))
 def test_marker_and_heat_are_where_they_are_in_the_patient(page, phantom, plane):
     bare(page)
     columns, rows, _, down = PLANES[plane]
@@ -213,7 +213,7 @@ def test_a_turned_scan_is_counted_in_its_own_voxels(browser, tmp_path):
         assert f"slice {voxel[axis] + 1}/{shape[axis]}" in browser.text(f"#{plane} .place")
 
 
-@pytest.mark.parametrize("plane", thinned(PLANES))
+@pytest.mark.parametrize("plane", crossed(PLANES, rows=1))
 def test_crosshair_and_scale_bar(page, phantom, plane):
     bare(page)
     without = page.pixels(f"{plane}-scan")
@@ -265,7 +265,7 @@ def pixel_on(page: Page, plane: str, explanation: Explanation, mm: NDArray[np.fl
     return (int(top + y), int(left + x)), voxel
 
 
-@pytest.mark.parametrize("plane", thinned(PLANES))
+@pytest.mark.parametrize("plane", crossed(PLANES, rows=1))
 def test_each_sign_has_its_colour_at_its_place(signed_page, signed, plane):
     bare(signed_page)
     grey = signed_page.pixels(f"{plane}-overlay")
@@ -773,7 +773,9 @@ def test_light_and_dark(page):
     page.prefer("light")
 
 
-@pytest.mark.parametrize("window", thinned([(1000, 700, 1), (1920, 1080, 2), (480, 800, 2)]))
+@pytest.mark.parametrize(
+    "window", crossed([(1000, 700, 1), (1920, 1080, 2), (480, 800, 2)], rows=1)
+)
 def test_nothing_is_cut_off_at_any_size(page, window):
     width, height, scale = window
     page.resize(width, height, scale)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from helpers_crossed import crossed
 from helpers_phantom import MARKER_MM, OBLIQUE, SPACING, make_phantom
 from helpers_review import find, read
-from helpers_thinned import thinned
 
 from seg3dcam.review import review_explanation, save_planes, save_slices
 from seg3dcam.review.look import Look
@@ -22,8 +22,8 @@ EXPECTED = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 MARKER_ONLY = Look(window=(2, 170), opacity=0.0)
 
 CODES = ["LPS", "RAS", "PIR", "SLA"]
-STORED = pytest.mark.parametrize("codes", thinned(CODES, every=2))
-STORED_AND_SEEN = pytest.mark.parametrize(("codes", "axis"), thinned(CODES, display.PLANES))
+STORED = pytest.mark.parametrize("codes", crossed(CODES, rows=2))
+STORED_AND_SEEN = pytest.mark.parametrize(("codes", "axis"), crossed(CODES, display.PLANES))
 
 
 def own_direction(affine, letter):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers_crossed import crossed
 from helpers_phantom import make_phantom, silent
 from helpers_review import blob_case, review_of, written_words
-from helpers_thinned import thinned
 
 import seg3dcam.review
 from seg3dcam.engine.scales import NO_HEAT
@@ -125,7 +125,7 @@ def test_nothing_of_the_file_is_shown():
     assert "Smith" not in review.title + " ".join(review.caption)
 
 
-@pytest.mark.parametrize(("status", "writer"), thinned(NO_HEAT, WRITERS, every=2))
+@pytest.mark.parametrize(("status", "writer"), crossed(NO_HEAT, WRITERS))
 def test_why_there_is_no_heat_is_written_in_every_picture(tmp_path, writer, status):
     review = review_explanation(silent(make_phantom(), status))
     assert review.cam is None
@@ -177,7 +177,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(("odd", "writer"), thinned(ODD, WRITERS))
+@pytest.mark.parametrize(("odd", "writer"), crossed(ODD, WRITERS))
 def test_odd_explanations_are_drawn_without_a_warning(tmp_path, writer, odd):
     explanation = ODD[odd](make_phantom(spacing=(3.0, 3.0, 8.0)))
     WRITERS[writer](tmp_path / "out", review_explanation(explanation))
@@ -185,7 +185,7 @@ def test_odd_explanations_are_drawn_without_a_warning(tmp_path, writer, odd):
     assert list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("axis", "writer"), thinned(display.PLANES, WRITERS))
+@pytest.mark.parametrize(("axis", "writer"), crossed(display.PLANES, WRITERS))
 def test_scans_of_two_slices_are_drawn(tmp_path, writer, axis):
     scan = np.random.default_rng(0).random((30, 32, 2))
     cam = np.full(scan.shape, 0.5)
