@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam import GradCAM, HiResCAM, WindowPlan, targets
+from seg3dcam.errors import LayerError, ModelError
 from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.capture import capturing
 from seg3dcam.network.grids.measurement import measure_grids
@@ -172,6 +173,54 @@ def test_odd_sizes(make, expected, shape):
     assert_grid(last_grid(stack(make), shape), (2,) * 3, expected)
 
 
+class OneSize(nn.Module):
+    """Takes inputs of one size alone, as transformers with learned places do."""
+
+    def __init__(self, net, shape):
+        super().__init__()
+        self.net, self.shape = net, torch.Size(shape)
+
+    def forward(self, x):
+        assert x.shape[2:] == self.shape
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("patch", "patches", "steps"), crossed([4, 8, 16], [2, 3, 4, 5, 6], [1, 2, 3], rows=15)
+)
+def test_few_patches_that_transposed_convolutions_make_finer(patch, patches, steps):
+    """Positions are a staircase of few steps (UNETR), and no other size of input says how wide."""
+    shape = (patch * patches, 32, 32)
+    net = stack(lambda: nn.Conv3d(2, 2, patch, patch), *[lambda: up(2), conv] * steps)
+    stride = patch / 2**steps
+    if stride < 1:
+        pytest.skip("finer than the input")
+    layer = f"net.{len(net) - 1}"
+    grid = grids_of(OneSize(net, shape), shape, layer)[layer]
+    assert (grid.stride[0], grid.offset[0]) == (stride, (stride - 1) / 2)
+    assert grid.measured or patches == 3  # the second measurement leaves some of these in doubt
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), crossed(sorted(STACKS), [8, 12, 16, 24, 32, 48, 64, 80, 96], rows=6)
+)
+def test_a_grid_that_counts_as_measured_is_right_in_one_size_alone(name, length):
+    layers, stride, offset = STACKS[name]
+    if name == "adaptive pool":
+        pytest.skip("its stride depends on the size")
+    net, shape = stack(*layers), (length, 32, 32)
+    layer = f"net.{len(net) - 1}"
+    try:
+        grid = grids_of(OneSize(net, shape), shape, layer)[layer]
+    except (LayerError, ModelError):
+        return  # the input is too small for the network
+    if grid.measured:
+        # A single voxel has a place, but no stride.
+        strides = grid.shape[0] > 1
+        assert grid.offset[0] == pytest.approx(offset, abs=1e-2)
+        assert not strides or grid.stride[0] == pytest.approx(stride, abs=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(8, 32, 32), (12, 40, 64), (5, 96, 130)])
 def test_thick_slices(shape):
     """Stride (1, 2, 2), then (2, 2, 2) by pooling of (1, 2, 2) and (2, 2, 2)."""
@@ -207,6 +256,7 @@ def test_long_inputs_are_measured_on_a_short_one(length):
     assert max(seen) <= 95
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     layers=st.lists(
@@ -335,6 +385,16 @@ def test_tokens_lie_in_the_middle_of_their_patches():
         assert_grid(grid, (16,) * 3, (7.5,) * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(32, 48, 64), (80, 32, 96)])
+def test_decoders_of_few_tokens_have_the_places_of_their_patches(shape):
+    """With two or three patches along an axis, each decoder sees a staircase of so many steps."""
+    net = nets.UNETR(1, 3, shape, 4, hidden_size=24, mlp_dim=32, num_heads=2)
+    strides = {"encoder4": 8, "decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1}
+    for name, grid in grids_of(net, shape, list(strides)).items():
+        assert_grid(grid, (strides[name],) * 3, ((strides[name] - 1) / 2,) * 3)
+
+
 def test_tokens_behind_a_class_token():
     net = nets.ViT(1, (32, 48), (8, 8), 12, 16, 2, 2, spatial_dims=2, classification=True)
     layers = resolve_layers(net, "blocks.*")
@@ -356,6 +416,7 @@ SWIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["fine", pytest.param("coarse", marks=pytest.mark.slow)])
 def test_swin_merges_patches(part):
     """2 voxels a patch, then 2 patches: from (2 - 1) / 2 to (stride - 1) / 2 at every level."""

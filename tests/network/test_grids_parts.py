@@ -114,6 +114,11 @@ def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
     assert (found is not None) == believed
 
 
+def stride(index, position, size, length):
+    """Return the stride of a layer measured in the network's own input."""
+    return measurement._stride(index, position, measurement._Sizes(size, length, size, length))
+
+
 @pytest.mark.parametrize(
     ("true", "size", "length", "expected"),
     [
@@ -132,7 +137,7 @@ def test_a_layer_of_few_voxels_may_be_off_by_one_of_them(shift, believed):
 )
 def test_the_stride_is_a_whole_one_where_that_fits(true, size, length, expected):
     index = torch.arange(size // 4, size - size // 4).double()
-    found = measurement._stride(index, true * index + 3.25, size, length)
+    found = stride(index, true * index + 3.25, size, length)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -140,18 +145,58 @@ def test_a_curve_has_no_stride():
     """As a logarithm of intensities makes of the ramp; a line of that stride would have one."""
     index = torch.arange(8, 24).double()
     line = 1.9 * index + 3.25
-    assert measurement._stride(index, line, 32, 64) == pytest.approx(1.9)
-    assert measurement._stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
+    assert stride(index, line, 32, 64) == pytest.approx(1.9)
+    assert stride(index, line + 0.02 * (index - 16) ** 2, 32, 64) is None
 
 
-def test_a_staircase_has_the_whole_stride_of_its_steps():
-    """Of transposed convolutions: places in pairs, of which no line fits well.
+@pytest.mark.parametrize(
+    ("step", "length", "expected"),
+    [
+        (16, 64, 16),
+        (16, 32, None),  # the four voxels of two patches would fill the input twice
+        (8, 32, 8),
+        (7, 32, 7),
+        (3, 32, None),  # not even half of it
+    ],
+)
+def test_two_positions_alone_show_no_stride_that_does_not_fill_the_input(step, length, expected):
+    index = torch.tensor([1.0, 2.0]).double()
+    assert stride(index, step * index, 4, length) == expected
 
-    Neither does it matter that 30 voxels of 64 are left, nor 34.
-    """
-    for size in (30, 32, 34):
-        index = torch.arange(size // 4, size - size // 4).double()
-        assert measurement._stride(index, 4 * (index / 2).floor(), size, 64) == 2
+
+def test_the_middles_of_steps_lie_on_a_line():
+    index, position = measurement._steps(
+        torch.arange(6).double(), torch.tensor([7.5, 7.5, 23.5, 23.5, 39.5, 39.5]).double()
+    )
+    assert index.tolist() == [0.5, 2.5, 4.5]
+    assert position.tolist() == [7.5, 23.5, 39.5]
+
+
+def test_the_ends_of_a_staircase_may_be_distorted():
+    """The outermost quarter does not count; what is no staircase inside it stays as it is."""
+    steps = torch.arange(8).double().repeat_interleave(3) * 6
+    ends, middle = steps.clone(), steps.clone()
+    ends[[0, -1]] += 1
+    middle[12] += 1
+    index = torch.arange(24).double()
+    assert measurement._steps(index, ends)[0].tolist() == list(range(1, 24, 3))
+    assert measurement._steps(index, middle)[0].tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("size", [30, 32, 34])
+def test_a_staircase_has_the_whole_stride_of_its_steps(size):
+    """Of transposed convolutions: places in pairs. The network may have padded its input, too."""
+    index = torch.arange(size).double()
+    steps = measurement._steps(index, 4 * (index / 2).floor())
+    assert stride(*steps, size, 64) == 2
+
+
+@pytest.mark.parametrize("size", [30, 32])
+def test_a_staircase_that_begins_within_a_step_has_it_too(size):
+    """No line fits such places well."""
+    index = torch.arange(size).double()
+    steps = measurement._steps(index, 4 * ((index + 1) / 2).floor())
+    assert stride(*steps, size, 64) == 2
 
 
 def test_the_handy_shape_is_the_input_modulo_32():
@@ -162,10 +207,10 @@ def test_the_handy_shape_is_the_input_modulo_32():
 
 @pytest.mark.parametrize(("true", "expected"), [(4.6, 5), (4.4, 4)])
 def test_of_two_whole_strides_the_nearer_one_is_taken(true, expected):
-    """Places so rough that a line of either fits them; 15 voxels in 64 are 4.3 to one."""
+    """Places so rough that a line of either fits them; 13 voxels in 64 are 4.9 to one."""
     rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
     index = torch.arange(3, 11).double()
-    assert measurement._stride(index, true * index + 2 * rough, 15, 64) == expected
+    assert stride(index, true * index + 2 * rough, 13, 64) == expected
 
 
 # ----------------------------------------------------------------------- the middle of the field

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +51,15 @@ _PULLED = 0.2
 # form a curve, as after a logarithm, if it is above the second number times the sum of a layer's
 # voxel and an input voxel.
 _ON_A_LINE, _NO_CURVE = 0.02, 0.1
+
+
+class _Sizes(NamedTuple):
+    """Sizes along one axis of a layer and of the input that is measured, and both in full size."""
+
+    size: int
+    length: int
+    full_size: int
+    full_length: int
 
 
 def measure_grids(
@@ -209,49 +218,85 @@ def _fit(
     count = lit.sum(others) if others else lit
     position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
     size = len(position)
-    trim = size // 4  # padding and transposed convolutions distort the ends
-    index = torch.arange(trim, size - trim, device="cpu")
-    index = index[count[index] > 0]
+    index, position = _steps(torch.arange(size, dtype=torch.float64, device="cpu"), position)
+    trim = len(index) // 4  # padding and transposed convolutions distort the ends
+    inner = slice(trim, len(index) - trim)
+    seen = count[index[inner].long()] > 0
+    index, position = index[inner][seen], position[inner][seen]
     if len(index) < min(2, size):
         return None
-    position = position[index]
-    stride = _stride(index.double(), position, full_size, full_length)
-    if stride is None or abs(full_size - size - (full_length - length) / stride) > 0.01 * full_size:
-        return None  # the grid in the handy input is another one than in the full-sized input
-    if not float(stride).is_integer() and length != full_length:
+    stride = _stride(index, position, _Sizes(size, length, full_size, full_length))
+    if stride is None or not (float(stride).is_integer() or length == full_length):
         return None  # the stride of a resampled grid depends on the size of the input
     offset = round(float((position - stride * index).mean()), 3) + 0.0
     centre = offset + stride * (size - 1) / 2
     return (stride, offset) if abs(centre - (length - 1) / 2) <= max(length / 4, stride) else None
 
 
-def _stride(
-    index: torch.Tensor, position: torch.Tensor, full_size: int, full_length: int
-) -> float | None:
+def _steps(index: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the middles of equally wide steps and their positions, if positions form a staircase.
+
+    A transposed convolution of size 2 and stride 2 gives two voxels the same position. A line
+    through the middles of such steps is exact, while a line through a part of a staircase is too
+    steep or too flat. Positions that form no staircase are returned as they are.
+    """
+    size = len(position)
+    for width in range(size // 2, 1, -1):
+        if size % width == 0:
+            steps = position.view(-1, width)
+            trim = len(steps) // 4
+            inner = steps[trim : len(steps) - trim]
+            if float((inner.amax(1) - inner.amin(1)).max()) <= _ON_A_LINE:
+                return index.view(-1, width).mean(1), steps.mean(1)
+    return index, position
+
+
+def _stride(index: torch.Tensor, position: torch.Tensor, sizes: _Sizes) -> float | None:
     """Return the whole-number stride that fits the layer's size, if it fits the positions.
 
     Otherwise return the stride of a resampled grid: the ratio of the lengths or, with aligned
     corners, the ratio of the lengths minus one. If that does not fit either, return the fitted
     stride, or None if it makes no sense.
+
+    Args:
+        index: voxels of the layer, or middles of steps.
+        position: their positions in the input.
+        sizes: of the layer and of the input.
     """
-    exact = full_length / full_size
+    exact = sizes.full_length / sizes.full_size
     if len(position) == 1:
-        return exact
+        return exact if _fits_sizes(exact, sizes) else None
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
     whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
-    corners = (full_length - 1) / max(1, full_size - 1)
-    # The fit is rough if there are few voxels, and on the staircase of a transposed convolution,
-    # which no line fits well. In both cases a whole stride fits about as well.
+    corners = (sizes.full_length - 1) / max(1, sizes.full_size - 1)
+    # The fit is rough if there are few voxels, and on a staircase with distorted ends, which no
+    # line fits well. In both cases the stride that fits the size fits about as well.
     limit = max(1.25 * _rest(fitted, centred, position), _ON_A_LINE)
-    for choices in (whole, [exact, corners]):
-        near = [r for r in choices if abs(fitted - r) < 0.4 * r]
-        fitting = [r for r in near if _rest(r, centred, position) <= limit]
+    for choices in ([exact] if exact.is_integer() else [], whole, [exact, corners]):
+        fitting = []
+        for stride in choices:
+            rest = _rest(stride, centred, position)
+            on_a_line = len(position) > 2 and rest <= _ON_A_LINE  # two positions always are
+            near = abs(fitted - stride) < 0.4 * stride and rest <= limit
+            if near and _fits_sizes(stride, sizes, on_a_line=on_a_line):
+                fitting.append(stride)
         if fitting:
-            return min(fitting, key=lambda r: abs(fitted - r))
-    covers = 0.5 * full_length <= fitted * full_size <= full_length + fitted
+            return min(fitting, key=lambda stride: abs(fitted - stride))
     straight = _rest(fitted, centred, position) <= _NO_CURVE * (1 + fitted)
-    return fitted if fitted > 0 and covers and straight else None
+    return fitted if fitted > 0 and straight and _fits_sizes(fitted, sizes) else None
+
+
+def _fits_sizes(stride: float, sizes: _Sizes, *, on_a_line: bool = False) -> bool:
+    """Tell whether a layer with this stride can have these sizes.
+
+    If only one size of input was measured, the layer's voxels must fill about the input, unless
+    their positions lie on a line. Then the network may have padded its input.
+    """
+    size, length, full_size, full_length = sizes
+    if length != full_length:
+        return abs(full_size - size - (full_length - length) / stride) <= 0.01 * full_size
+    return on_a_line or 0.5 * full_length <= stride * full_size <= full_length + stride
 
 
 def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
