@@ -419,6 +419,9 @@ QUICK = (
     "ViT classifier",
 )
 
+#: Of these, the ones of a default run where a test explains many layers of each network.
+FEW = ("UNet, 2D", "UNETR, 2D")
+
 
 #: Without the large ones, of which a smaller relative is in the table, and without those that are
 #: also in the table with deep supervision: their layers are the same, and more of them run.

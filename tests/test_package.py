@@ -153,6 +153,7 @@ def imports_of(path, *, lazy=False):
             waiting += ast.iter_child_nodes(node)
 
 
+@pytest.mark.slow
 def test_the_core_imports_no_package_of_the_rims():
     core = [p for p in FILES if LEVEL.get(room(p), 99) <= LEVEL["cams"]]
     assert len(core) > 10

@@ -79,6 +79,7 @@ def test_the_code_in_place_of_a_name_is_that_of_the_voxels(explained):
     assert len(case) == len("scan ") + 8
 
 
+@pytest.mark.slow
 def test_a_name_that_is_asked_for_is_shown(tmp_path):
     place = Place.at(tmp_path)
     formats = ["--format", "png", "--format", "html", "--format", "slicer"]
@@ -115,6 +116,7 @@ def of_a_series(tmp_path_factory):
     return place, folder
 
 
+@pytest.mark.slow
 def test_only_dicom_objects_name_the_patient_of_a_series(of_a_series):
     place, _ = of_a_series
     files = contents(place.out)

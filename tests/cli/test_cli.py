@@ -28,6 +28,7 @@ from helpers_cases import (
     write_scan,
     write_yaml,
 )
+from helpers_crossed import crossed
 
 import seg3dcam as seg3dcam_package
 from seg3dcam import METHODS, load_model, suggest_layers
@@ -47,7 +48,7 @@ def explained(place):
 # ---------------------------------------------------------------------- the issue's own words
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", crossed(METHODS, rows=6))
 def test_explain_with_every_option_named(tmp_path, method):
     """In two windows: kpca_cam compares every feature voxel of all windows with every other."""
     place = Place.at(tmp_path, window={"roi_size": [16, 24, 18]})
@@ -199,6 +200,7 @@ def two_channels():
     return voxels(lesion=False), voxels(organ=False, lesion=True)
 
 
+@pytest.mark.slow
 def test_channels_as_files_and_as_a_fourth_axis_are_the_same(tmp_path):
     place = Place.at(tmp_path, **TWO_CHANNELS)
     organ, lesion = two_channels()
@@ -264,6 +266,7 @@ def test_one_slice_alone(place, axis):
     assert slices(place) == [f"slices/lesion/{axis}_010.png"]
 
 
+@pytest.mark.slow
 def test_every_slice(place):
     """The overview still shows those that matter."""
     assert place.explain("--target", "lesion", "--slice", "all", "--axis", "coronal").code == 0
@@ -287,6 +290,7 @@ def test_axial_is_the_patients_not_the_arrays(place):
     assert place.explain("--target", "lesion", "--slice", 19, "--axis", "coronal").code == 2
 
 
+@pytest.mark.slow
 def test_pictures_show_relevant_slices_and_a_montage(place):
     assert place.explain("--target", "lesion", *PICTURES).code == 0
     found = slices(place)
@@ -507,6 +511,7 @@ def test_a_case_that_lost_a_file_is_done_again(place):
 # ------------------------------------------------------------------------------- what is printed
 
 
+@pytest.mark.slow
 def test_every_path_on_stdout_exists(place, tmp_path_factory):
     place = Place.at(tmp_path_factory.mktemp("a folder whose name is so long that it fills a line"))
     outcome = place.explain(*PICTURES)
@@ -535,6 +540,7 @@ def test_few_lines_say_where_many_files_are_and_what_to_open_first(place):
     assert "4 files" in outcome.out  # of two classes at two layers each
 
 
+@pytest.mark.slow
 def test_nothing_on_stderr_when_it_is_no_terminal(place):
     assert place.explain(*PICTURES).err == ""
 

@@ -47,6 +47,7 @@ def test_version():
     assert (outcome.code, outcome.out) == (0, f"seg3dcam {version('seg3dcam')}\n")
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands():
     words = {"COMP_WORDS": "seg3dcam fea", "COMP_CWORD": "1"}
     done = as_module(_SEG3DCAM_COMPLETE="complete_bash", **words)

@@ -48,6 +48,7 @@ def by_label(place):
 # ---------------------------------------------------------------------------- scores and regions
 
 
+@pytest.mark.slow
 def test_every_lesion_by_itself(place):
     image = voxels()
     image[4:7, 6:7, 4:7] += 0.5  # a second, smaller one

@@ -184,6 +184,7 @@ class TestDemoScan:
         ill, well = np.median(scan[truth == LABELS["lesion"]]), np.median(scan[truth == 2])
         assert ill / well == pytest.approx(1 + DEMO_CONTRAST, abs=0.1)
 
+    @pytest.mark.slow
     def test_is_the_same_each_time(self, demo_files, tmp_path):
         for first, again in zip(demo_files, write_demo_scan(tmp_path), strict=True):
             assert np.array_equal(nib.load(first).dataobj, nib.load(again).dataobj)

@@ -207,6 +207,7 @@ class Pooled(nn.Module):
         return self.of_voxels(x.movedim(1, -1)).movedim(-1, 1)
 
 
+@pytest.mark.slow
 @signed_maps
 def test_biases_of_vectors_and_of_voxels_in_one_network_are_all_counted():
     network, x = toy.seeded(Pooled(), seed=4), toy.random_input(2, 2, 6, 4, 8, seed=1)

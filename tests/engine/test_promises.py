@@ -113,6 +113,7 @@ def test_the_part_that_is_missed_is_measured(share):
     assert result.layers["conv"].missing == pytest.approx(share / (1 + share), rel=0.15)
 
 
+@pytest.mark.slow
 def test_only_layers_before_the_break_are_incomplete():
     net = TwoWays(lambda z: z.detach())
     result, _ = explained(net, layer=["conv", "head"])
@@ -334,6 +335,7 @@ def test_ties_in_a_pooling_are_no_missing_branch(seed, layer):
     assert result.layers[layer].missing == 0
 
 
+@pytest.mark.slow
 def test_answers_that_differ_each_time_are_no_missing_branch():
     """Random numbers of a generator that nothing here can know of."""
     unknown = np.random.default_rng(0)
@@ -367,6 +369,7 @@ class Normed(nn.Module):
         return self.head(z - self.of(z.flatten(2)).detach()[..., None, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of",
     [lambda z: z.mean(2, keepdim=True), lambda z: z.quantile(0.5, 2, keepdim=True)],

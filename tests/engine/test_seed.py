@@ -47,6 +47,7 @@ def sliced(values, items, start, size) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(boxes())
 def test_cut_and_touches_are_those_of_the_dense_tensor(case):

@@ -145,6 +145,7 @@ def test_through_windows_agnostic_methods_run_each_once():
     assert inputs_run(AGNOSTIC, SIX, TARGETS) == 6
 
 
+@pytest.mark.slow
 @signed_maps
 def test_components_of_products_need_their_gradients_twice():
     for keys in (["eigen_grad_cam"], ["seg_eigen_cam"], FIRST_ORDER):
@@ -152,6 +153,7 @@ def test_components_of_products_need_their_gradients_twice():
         assert inputs_run(keys, SIX, TARGETS) == 6 + 2 * 6
 
 
+@pytest.mark.slow
 @signed_maps
 def test_batches_of_windows_and_of_items():
     """Each item has windows of its own; several go through the network at once."""
@@ -160,6 +162,7 @@ def test_batches_of_windows_and_of_items():
     assert inputs_run(ONCE, plan, [in_a_corner], x=volume(2)) == 2 * (6 + 1)
 
 
+@pytest.mark.slow
 @signed_maps
 def test_activations_that_were_not_kept_are_computed_once_more():
     """Once to survey them and once to map them; the network stops behind the last layer."""

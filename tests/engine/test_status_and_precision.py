@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import toy
-from helpers_engine import curved, each_method, signed_maps, slow_unless, two_levels
+from helpers_crossed import crossed
+from helpers_engine import curved, each_method, signed_maps, two_levels
 from torch import nn
 from toy import deviation
 
@@ -170,11 +171,10 @@ def silent(ndim: int) -> nn.Sequential:
 
 
 @signed_maps
-@through
-@pytest.mark.parametrize("ndim", [2, slow_unless(False, 3)])
-@pytest.mark.parametrize("key", METHODS)
-def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, ndim, plan, shape):
+@pytest.mark.parametrize(("key", "ndim", "through"), crossed(METHODS, [2, 3], PLANS))
+def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, ndim, through):
     """All weights are zero: no method may make something of that."""
+    plan, shape = PLANS[through]
     if ndim == 2:
         shape, plan = shape[:2], plan and WindowPlan(4, overlap=0.5)
     result = METHODS[key](toy.shared(silent, ndim), ["1", "3"], sliding_window=plan)(

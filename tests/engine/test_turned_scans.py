@@ -5,9 +5,12 @@ Sizes are odd and windows start on even voxels, so that strides of 2 look the sa
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import toy
-from helpers_engine import EXACT, each_method, signed_maps, slow_unless
+from helpers_crossed import crossed
+from helpers_engine import EXACT, signed_maps
 from torch import nn
 from toy import deviation
 
@@ -18,8 +21,6 @@ from seg3dcam.cams.result import CamResult
 
 METHODS = CAMS | {key: ATTRIBUTIONS[key] for key in ("gradient", "gradient_x_input", "occlusion")}
 LAYERS = ["encoder", "bottleneck"]  # of stride 1 and 2
-#: With the methods whose axes are not alike, and without those that are slow to begin with.
-QUICK = ("slice_grad_cam", "xres_cam", "hires_cam", "eigen_grad_cam", "score_cam", "full_grad")
 SHAPES = {2: (5, 7), 3: (5, 3, 7)}
 PLANS = {"one window": None, "windows": WindowPlan(3, overlap=0.33)}
 
@@ -52,14 +53,12 @@ def assert_turned(found: CamResult, straight: CamResult, turn: toy.Turn) -> None
 
 
 @signed_maps
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize(
-    "axes",
-    [(2,), (3,), (2, 3), slow_unless(False, (4,)), slow_unless(False, (2, 4)), (2, 3, 4)],
-    ids=str,
+    ("key", "turn"),
+    crossed(METHODS, itertools.product([(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], PLANS)),
 )
-@each_method(METHODS, QUICK)
-def test_mirrored_scan_gives_the_mirrored_map(key, axes, plan):
+def test_mirrored_scan_gives_the_mirrored_map(key, turn):
+    axes, plan = turn[0], PLANS[turn[1]]
     ndim = 2 if max(axes) == 3 else 3
     blocks = (1, None, 1)[:ndim]
     flip = toy.mirroring(axes)
@@ -68,12 +67,12 @@ def test_mirrored_scan_gives_the_mirrored_map(key, axes, plan):
 
 
 @signed_maps
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize(
-    "order", [(1, 0), (0, 2, 1), (1, 2, 0), slow_unless(False, (2, 1, 0))], ids=str
+    ("key", "turn"),
+    crossed(METHODS, itertools.product([(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], PLANS)),
 )
-@each_method(METHODS, QUICK)
-def test_permuted_axes_give_the_permuted_map(key, order, plan):
+def test_permuted_axes_give_the_permuted_map(key, turn):
+    order, plan = turn[0], PLANS[turn[1]]
     if key == "slice_grad_cam" and len(order) == 3 and order[0] != 0:
         pytest.skip("another axis counts the slices")
     ndim = len(order)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from helpers_crossed import crossed
 from helpers_engine import (
     EXACT,
     SCORES,
@@ -278,8 +279,7 @@ VARIANTS = {
 
 
 @signed_maps
-@pytest.mark.parametrize("variant", VARIANTS)
-@each_method(CAMS)
+@pytest.mark.parametrize(("key", "variant"), crossed(CAMS, VARIANTS, rows=9))
 def test_how_the_windows_are_worked_through_does_not_matter(key, variant):
     case = level("3", toy.random_input(2, 1, 6, 4, 10, seed=2))
     sizes = {"roi_size": (4, 4, 6), "overlap": 0.5}

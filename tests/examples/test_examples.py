@@ -109,6 +109,7 @@ def _each_script():
     return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in WRITTEN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", _each_script())
 def test_the_command_of_the_table_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*commands()[script][1:], "--out", str(tmp_path / "new")])
@@ -290,6 +291,7 @@ def test_the_score_of_the_flat_tensor_is_the_sum_of_the_heads():
     torch.testing.assert_close(joined.native["stages.2"], alone.native["stages.2"])
 
 
+@pytest.mark.slow
 def test_a_class_that_the_detector_does_not_have_is_refused(tmp_path):
     of = example("detector_heads")
     with pytest.raises(TargetError, match="did you mean 'leaf'"):
@@ -305,6 +307,7 @@ def test_a_class_that_the_detector_does_not_have_is_refused(tmp_path):
 # ---------------------------------------------------------------- a transformer
 
 
+@pytest.mark.slow
 def test_the_layout_found_is_the_one_that_is_told():
     of = example("transformer_tokens")
     network, x = of.build_network(), as_input(of.draw_picture())
@@ -317,6 +320,7 @@ def test_the_layout_found_is_the_one_that_is_told():
         torch.testing.assert_close(result.native[of.LAYER], expected, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_last_blocks_patches_are_used_by_nobody():
     of = example("transformer_tokens")
     network, x = of.build_network(), as_input(of.draw_picture())
@@ -330,6 +334,7 @@ def test_the_last_blocks_patches_are_used_by_nobody():
 # ---------------------------------------------------------------- feature maps
 
 
+@pytest.mark.slow
 def test_the_stages_pictures_are_their_channels(tmp_path):
     of = example("feature_maps")
     features = of.draw_picture()
@@ -349,6 +354,7 @@ def test_the_stages_pictures_are_their_channels(tmp_path):
         assert np.abs(written[zoom // 2 :: zoom, zoom // 2 :: zoom] - expected).max() < 0.02
 
 
+@pytest.mark.slow
 def test_the_slice_of_the_unet_is_ranked_by_its_weights(tmp_path):
     of = example("feature_maps")
     found = of.show_slice(tmp_path, index=7)
@@ -364,6 +370,7 @@ def test_the_slice_of_the_unet_is_ranked_by_its_weights(tmp_path):
 # ---------------------------------------------------------------- the original recipe
 
 
+@pytest.mark.slow
 def test_the_recipe_is_the_same_by_hand(tmp_path):
     of = example("original_recipe")
     assert of.main(tmp_path) < 1e-5

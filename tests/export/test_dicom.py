@@ -96,6 +96,7 @@ def slice_at(explanation, place):
 # --------------------------------------------------------------------------- the standard's view
 
 
+@pytest.mark.slow
 def test_the_checker_finds_no_error(written):
     _, files = written
     pictures = of_kind(files, "_pictures")
@@ -166,6 +167,7 @@ def signed(tmp_path_factory):
     return explanation, save_dicom(folder / "out", explanation, look)
 
 
+@pytest.mark.slow
 def test_a_signed_map_holds_both_signs_and_says_so(signed):
     explanation, files = signed
     file = of_kind(files, "_map")
@@ -183,6 +185,7 @@ def test_a_signed_map_holds_both_signs_and_says_so(signed):
     assert "below 0 against it" in mapping.LUTExplanation
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no DICOM Segmentation")
 def test_a_map_that_is_all_against_is_written_signed(tmp_path):
     against = make_phantom_against()
@@ -206,6 +209,7 @@ def test_a_map_that_is_all_against_is_written_signed(tmp_path):
         assert ("no CAM" in image.SeriesDescription) == (not signed)
 
 
+@pytest.mark.slow
 def test_signed_pictures_show_each_sign_in_its_colour_at_its_place(signed):
     explanation, files = signed
     pictures = of_kind(files, "_pictures")
@@ -443,6 +447,7 @@ def test_only_heat_and_outlines_are_coloured(axial, tmp_path):
 # ------------------------------------------------------------------------------ identity and UIDs
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_objects(axial, tmp_path):
     def uids(folder, look, explanation=axial):
         files = save_dicom(folder, explanation, look)

@@ -117,6 +117,7 @@ def test_the_bytes_are_the_same_every_time_and_name_nobody(tmp_path, volume):
     assert b"DOE" not in one
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     volume = np.zeros((256, 256, 200), np.float32)
     mask = volume == 0

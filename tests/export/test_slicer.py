@@ -113,6 +113,7 @@ def scene(folder):
 # ------------------------------------------------------------------------------ what Slicer finds
 
 
+@pytest.mark.slow
 @needs_slicer
 def test_settings_of_the_scan(scene):
     scan = scene["volumes"][0]
@@ -599,6 +600,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, phantom):
         save_scene(tmp_path / "file" / "out", phantom, LOOK)
 
 
+@pytest.mark.slow
 def test_no_volume_is_kept(tmp_path):
     phantom = make_phantom()
     kept = [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_networks import (
+    FEW,
     NETWORKS,
     ORDINARY,
     Row,
@@ -84,7 +85,7 @@ class Case:
         assert not result.native[layer].requires_grad
 
 
-@pytest.fixture(scope="module", params=params(ORDINARY))
+@pytest.fixture(scope="module", params=params(ORDINARY, FEW))
 def case(request: pytest.FixtureRequest) -> Case:
     row = NETWORKS[request.param]
     network = in_the_middle_of_a_training(row.fresh())
@@ -132,7 +133,7 @@ NEAR = ("UNet", "UNet, 2D", "SegResNetDS", "VNet, 2D", "HighResNet, 2D", "Flexib
 
 
 @quiet
-@named(*(name for name in ORDINARY if name not in NOT_IN_BFLOAT16))
+@named(*(name for name in ORDINARY if name not in NOT_IN_BFLOAT16), quick=FEW)
 def test_a_network_of_low_precision(name):
     """Its map is finite, that of plain torch in this precision, and near that of float32."""
     row = NETWORKS[name]
@@ -202,7 +203,7 @@ def checkpointed(network: nn.Module, name: str, *, reentrant: bool = False) -> n
 
 
 @quiet
-@named(*ORDINARY)
+@named(*ORDINARY, quick=FEW)
 def test_checkpoints_around_everything(name):
     """They run their part again in the backward pass: not another pass to look at."""
     row = NETWORKS[name]
@@ -213,6 +214,7 @@ def test_checkpoints_around_everything(name):
     assert deviation(found, expected, uncancelled) < 1e-5
 
 
+@pytest.mark.slow
 @quiet
 @named("SwinUNETR, 2D", quick=["SwinUNETR, 2D"])
 @pytest.mark.parametrize("layer", ["encoder10", "swinViT.layers2.0", "swinViT.layers1.0.blocks.1"])
@@ -269,6 +271,7 @@ def test_weights_that_two_modules_share_stay_shared():
     assert network[3].weight is network[0].weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_heads_that_a_network_notes_are_those_of_its_last_pass(fails):
     """DynUNet keeps them in a list: with their graph, they would not even let it be copied."""

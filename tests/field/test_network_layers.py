@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_networks import (
+    FEW,
     NETWORKS,
     ORDINARY,
     by_hand,
@@ -51,7 +52,7 @@ def convolutions(network: nn.Module) -> list[str]:
 
 
 @quiet
-@named(*ORDINARY)
+@named(*ORDINARY, quick=FEW)
 def test_all_explains_every_convolution_that_ran_once(name):
     """The others are named with the reason: heads that are not explained, parts that only train."""
     row = NETWORKS[name]
@@ -77,7 +78,7 @@ def w_text(warning: warnings.WarningMessage) -> str:
 
 
 @quiet
-@named(*ORDINARY)
+@named(*ORDINARY, quick=FEW)
 def test_a_pattern_explains_the_layers_that_it_fits(name):
     row = NETWORKS[name]
     network, x = row.network(), row.input()
@@ -119,6 +120,7 @@ def test_activations_in_place_change_nothing(name, monkeypatch):
 # ------------------------------------------------------------------------- odd layouts and input
 
 
+@pytest.mark.slow
 @quiet
 @named("SwinUNETR, 2D", quick=["SwinUNETR, 2D"])
 def test_blocks_of_swin_are_channels_last(name):
@@ -172,7 +174,7 @@ def test_a_metatensor_is_explained_like_a_tensor_and_keeps_its_affine(name):
 
 
 @quiet
-@named(*ORDINARY)
+@named(*ORDINARY, quick=FEW)
 def test_an_item_of_zeros_in_a_batch(name):
     """It gives no NaN, and the other items' maps are those that they have alone."""
     row = NETWORKS[name]

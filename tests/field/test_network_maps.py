@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_networks import (
     CLASSES,
+    FEW,
     NETWORKS,
     ORDINARY,
     Row,
@@ -76,7 +77,7 @@ def test_maps_equal_plain_torch(name):
 
 @quiet
 @pytest.mark.usefixtures("usual_grids_where_coarse")
-@named(*ORDINARY)
+@named(*ORDINARY, quick=FEW)
 def test_maps_equal_plain_torch_in_double_precision(name):
     row = NETWORKS[name]
     measured = not row.coarse

@@ -65,6 +65,7 @@ def test_the_middle_of_a_mesh_net_is_taken(name):
     assert "dilated convolutions" in only.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -100,6 +100,7 @@ JOB = {
 }
 
 
+@pytest.mark.slow
 def test_jobs(tmp_path):
     """There is no such model, so that no job is done."""
     path = write_yaml(tmp_path / "job.yaml", JOB)
@@ -170,6 +171,7 @@ def test_records(tmp_path):
     assert faults(damaged("record", json.loads(text), text), fault_of) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )

@@ -175,6 +175,7 @@ def test_the_folder_itself_is_equal(bench):
     assert outcome(bench) == "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_mutations(file, bench):
     """Each seed changes one or two things in one of the files."""
@@ -286,6 +287,7 @@ CORPUS: list[tuple[str, tuple[Any, ...], str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_what_once_failed(bench):
     """The places are those of a 3-D model: of the three folders only one counts."""
     if bench.kind != "labels":

@@ -255,6 +255,7 @@ def test_damaged_dicom_bytes(tmp_path):
     assert [fault for fault in found if fault] == []
 
 
+@pytest.mark.slow
 def test_odd_dicom_elements(tmp_path, monkeypatch):
     """Any value under any VR, in one slice or in all of them."""
     monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", 0)

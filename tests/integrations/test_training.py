@@ -63,6 +63,7 @@ def trained(tmp_path_factory):
     return SimpleNamespace(out=out, losses=losses, states=random_states())
 
 
+@pytest.mark.slow
 def test_a_monai_training_is_bit_identical_with_the_handler(trained):
     assert len(trained.losses) == 12
     assert example("train_monai").train(None) == trained.losses
@@ -93,6 +94,7 @@ def on_cpu(autocast):
     return replaced
 
 
+@pytest.mark.slow
 def test_chosen_cases_of_chosen_epochs_are_written_in_place(trained, capsys, monkeypatch):
     of, out = example("train_monai"), trained.out
     monkeypatch.setitem(of.main.__globals__, "train", lambda _: trained.losses)
@@ -298,6 +300,7 @@ def test_the_readmes_lines_for_a_loop_of_your_own_work_on_a_batch(kind, tmp_path
 # ---------------------------------------------------------------- Lightning
 
 
+@pytest.mark.slow
 def test_a_lightning_training_is_bit_identical_with_the_callback(lightning, tmp_path, capsys):
     of = example("train_lightning")
     one, states = of.train(tmp_path / "with"), random_states()
@@ -314,6 +317,7 @@ def test_a_lightning_training_is_bit_identical_with_the_callback(lightning, tmp_
     assert events
 
 
+@pytest.mark.slow
 def test_validation_in_inference_mode_is_explained(lightning, tmp_path):
     of = example("train_lightning")
     from seg3dcam.integrations import CamCallback

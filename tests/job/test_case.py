@@ -94,6 +94,7 @@ def test_volumes_of_a_signed_case_keep_both_signs_on_one_scale(place):
     assert np.asarray(usual.dataobj).min() == 0
 
 
+@pytest.mark.slow
 def test_every_format_of_a_signed_case(place):
     kinds = ("nifti", "png", "cine", "html", "slicer", "nrrd", "fused")
     options = [word for kind in kinds for word in ("--format", kind)]
@@ -125,6 +126,7 @@ def test_figures_are_those_of_the_files(place):
     assert np.allclose(found["peak_mm"], affine[:3] @ [*found["peak_voxel"], 1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_says_where_the_scan_was(tmp_path):
     """A folder may name a patient."""
     folder = tmp_path / "Smith_John_1970"
@@ -163,6 +165,7 @@ def test_case_json_comes_last(place, monkeypatch):
     assert not any(place.out.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [("--method", "grad_cam"), ("--force",)], ids=" ".join)
 def test_a_failure_leaves_the_earlier_case_as_it_was(place, again, monkeypatch):
     assert place.explain("--target", "lesion", *PICTURES).code == 0
@@ -278,6 +281,7 @@ def test_unique_names(names, safe):
     assert unique_names(names) == safe
 
 
+@pytest.mark.slow
 def test_odd_class_names_stay_inside_the_folder(place):
     write_model(place.folder, classes=["background", "../../x", "Läsion a/b"])
     before = contents(place.folder)

@@ -262,6 +262,7 @@ def test_a_truncated_file_is_seen_and_a_changed_one_if_asked(place):
     assert "holds this case already" in place.explain("--target", "organ", "--verify").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_files_that_go_while_the_run_goes_on_are_missed(place, what, monkeypatch):
     """A clean-up job, or a colleague, in the middle of the run."""

@@ -258,6 +258,7 @@ def test_full_grad_as_in_the_paper_takes_absolute_values_and_scales_each_channel
     assert deviation(result.native["input"], expected) < EXACT
 
 
+@pytest.mark.slow
 @signed_maps
 def test_full_grad_is_complete_across_strides():
     """On a coarser grid a bias speaks for several input voxels; its part is spread, not lost."""

@@ -519,6 +519,7 @@ def two_images(config):
     config["network_def"]["in_channels"] = 2
 
 
+@pytest.mark.slow
 def test_files_go_to_the_image_keys_that_are_named(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN, change=two_images)
     files = {

@@ -279,6 +279,7 @@ print("untouched")
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_a_hostile_bundle_runs_without_trust(tmp_path):
     """Each in the same process, so that it takes seconds: the hook names the one that did it."""
     loop = WATCH.replace("root, seen = sys.argv[1], []", "roots, seen = sys.argv[1:], []")

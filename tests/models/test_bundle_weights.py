@@ -213,6 +213,7 @@ def test_values_are_for_bundles_alone_and_trusted_no_more_than_they(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_values_on_the_command_line_and_in_a_job(tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN)
     shape = (20, 24, 18)

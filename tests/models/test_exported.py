@@ -166,6 +166,7 @@ def factory(tmp_path, weights):
     return write_yaml(tmp_path / "factory.yaml", content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.ts", "net.pt"])
 def test_weights_of_a_torchscript_file_go_into_the_factorys_network(name, tmp_path):
     x = torch.rand(1, 1, SIZE, SIZE, SIZE)

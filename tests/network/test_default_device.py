@@ -154,6 +154,7 @@ def test_a_whole_scan_from_file_to_file(tmp_path):
     assert torch.equal(found.prediction, expected.prediction)
 
 
+@pytest.mark.slow
 @quiet
 def test_a_folder_of_nnunet(tmp_path):
     folder = write_folder(tmp_path, mirror=(0,))

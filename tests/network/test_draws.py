@@ -271,6 +271,7 @@ def test_every_method_sees_one_draw_of_an_own_generator(key):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_operating_systems_numbers_have_no_state():
     net = Drawing(lambda a: a)
     net.system = random.SystemRandom()

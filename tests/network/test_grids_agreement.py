@@ -227,6 +227,7 @@ def test_resampling_with_aligned_corners_has_a_fractional_stride(factor, size):
     assert grid.offset == pytest.approx((0,) * 3, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_decoder_behind_aligned_corners_is_in_its_place():
     """Three strided convolutions, then eight times as large: fine voxel v sees 8 * v * 7 / 63."""
     net = nn.Sequential(

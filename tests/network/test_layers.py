@@ -49,6 +49,7 @@ def test_a_name_gives_its_module_and_element(written, name, element, net):
     assert str(layer) == written
 
 
+@pytest.mark.slow
 @given(
     path=st.lists(st.integers(-9, 99) | st.from_regex(r"[a-z_]{1,8}", fullmatch=True), max_size=4)
 )

@@ -189,6 +189,7 @@ def test_swin_blocks_are_channels_last():
     torch.testing.assert_close(gradients[first], gradients[last])
 
 
+@pytest.mark.slow
 def test_the_inside_of_attention_windows_is_refused():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -440,6 +440,7 @@ def test_large_things_are_neither_copied_nor_gone_through(monkeypatch):
     assert [int(thing[0]) for thing in (large, small, *tensors)] == [7, 0, 7, 0]
 
 
+@pytest.mark.slow
 def test_the_nearest_things_are_looked_at_first():
     """However many lie behind a list: what is no further away is found all the same."""
     many = [Trainer(number=n) for n in range(100_000)]

@@ -113,6 +113,7 @@ def test_a_pass_of_somebody_else_hides_no_layer():
     assert [s.name for s in suggest_layers(net, (1, 1, 16, 16, 16))] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 @pytest.mark.parametrize("kind", ["parameter", "buffer"])
 def test_networks_that_share_a_tensor_alone_are_explained_one_after_the_other(kind):

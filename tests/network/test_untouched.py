@@ -366,6 +366,7 @@ def test_a_graph_that_was_built_before_still_gives_its_gradients(net, x):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_the_input_is_not_changed(net, x):
     given = x.clone().requires_grad_()
     plan = WindowPlan(4, sw_batch_size=1)
@@ -451,6 +452,7 @@ def test_no_activations_outlive_the_call(cam_class, plan, net, x):
     assert result.maps[LAYER].grad_fn is None
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("plan", [None, WindowPlan(4)])
 def test_no_activations_outlive_an_error(plan, net, x):
@@ -462,6 +464,7 @@ def test_no_activations_outlive_an_error(plan, net, x):
     assert len(living_features()) == before
 
 
+@pytest.mark.slow
 def test_a_model_can_be_let_go_of():
     """What was measured is remembered by layer, but does not keep the layer alive."""
     net = Net().eval()

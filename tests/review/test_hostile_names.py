@@ -61,6 +61,7 @@ def place_truth():
     return truth
 
 
+@pytest.mark.slow
 def test_every_file_is_in_the_record_and_has_a_name_for_every_disk(place):
     files = {str(f.relative_to(place.out)) for f in place.out.rglob("*") if f.is_file()}
     assert files == {*place.record["files"], "case.json"}
@@ -105,6 +106,7 @@ def test_the_scene_is_xml(place):
     assert all((file.parent / name).is_file() for name in stored)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("slicer") is None and "CI" not in os.environ,
     reason="3D Slicer's code: pip install slicer-core",

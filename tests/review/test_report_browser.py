@@ -145,6 +145,7 @@ def test_canvas_shows_the_very_slice(page, phantom):
     assert np.corrcoef(shown.ravel(), drawn(index).ravel())[0, 1] > 0.995
 
 
+@pytest.mark.slow
 def test_letters_are_on_the_patients_sides(page):
     sides = {
         plane: [
@@ -176,6 +177,7 @@ def test_page_opens_at_the_peak_and_says_where_that_is(page, phantom):
     assert "Research use, not for diagnosis" in banner
 
 
+@pytest.mark.slow
 def test_readout_follows_a_click(page, phantom):
     left, top, width, height = box_of(page, "axial", phantom)
     shape = phantom.scan.shape
@@ -204,6 +206,7 @@ def test_readout_follows_a_click(page, phantom):
     assert min(values) == 0  # evidence against the target is no heat
 
 
+@pytest.mark.slow
 def test_a_turned_scan_is_counted_in_its_own_voxels(browser, tmp_path):
     turned = make_phantom("PIR")
     browser.open(save_report(tmp_path / "case.html", turned, Look()).as_uri())
@@ -213,6 +216,7 @@ def test_a_turned_scan_is_counted_in_its_own_voxels(browser, tmp_path):
         assert f"slice {voxel[axis] + 1}/{shape[axis]}" in browser.text(f"#{plane} .place")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", crossed(PLANES, rows=1))
 def test_crosshair_and_scale_bar(page, phantom, plane):
     bare(page)
@@ -265,6 +269,7 @@ def pixel_on(page: Page, plane: str, explanation: Explanation, mm: NDArray[np.fl
     return (int(top + y), int(left + x)), voxel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", crossed(PLANES, rows=1))
 def test_each_sign_has_its_colour_at_its_place(signed_page, signed, plane):
     bare(signed_page)
@@ -286,6 +291,7 @@ def test_each_sign_has_its_colour_at_its_place(signed_page, signed, plane):
     assert grey.shape == overlay.shape
 
 
+@pytest.mark.slow
 def test_threshold_of_a_signed_page_goes_by_the_size(signed_page):
     bare(signed_page)
     grey = signed_page.pixels("axial-overlay")
@@ -301,6 +307,7 @@ def test_threshold_of_a_signed_page_goes_by_the_size(signed_page):
     assert (signed_page.pixels("axial-overlay")[corner] == grey[corner]).all()
 
 
+@pytest.mark.slow
 def test_words_of_a_signed_page(signed_page, signed):
     assert "CAM -0.9" in signed_page.text("#readout") or "CAM -1.00" in signed_page.text("#readout")
     assert signed_page.text("#readout").split(" · ")[3].endswith(" against")
@@ -331,6 +338,7 @@ def test_the_usual_page_says_nothing_of_signs(page):
 # ---------------------------------------------------------------- sliders
 
 
+@pytest.mark.slow
 def test_heat_follows_threshold_and_opacity_and_the_formula(page, phantom):
     bare(page)
     grey = page.pixels("axial-overlay")
@@ -367,6 +375,7 @@ def test_heat_follows_threshold_and_opacity_and_the_formula(page, phantom):
     assert checked >= 10
 
 
+@pytest.mark.slow
 def test_window_changes_both_pictures_alike(page):
     bare(page)
     before = page.pixels("coronal-scan")
@@ -389,6 +398,7 @@ def test_window_changes_both_pictures_alike(page):
 # ---------------------------------------------------------------- keys
 
 
+@pytest.mark.slow
 def test_keys(page, phantom):
     size = phantom.scan.shape
     start = phantom.peak()[0]
@@ -436,6 +446,7 @@ def test_keys(page, phantom):
     assert not page.is_shown("#help")
 
 
+@pytest.mark.slow
 def test_zoom_keeps_the_crosshair_in_the_middle(page):
     bare(page)
     page.press("+", "+", "+", "+")
@@ -448,6 +459,7 @@ def test_zoom_keeps_the_crosshair_in_the_middle(page):
     assert bigger / smaller == pytest.approx(1.25**8, rel=0.1)
 
 
+@pytest.mark.slow
 def test_zoomed_pictures_follow_the_crosshair(page):
     def in_the_middle(plane: str) -> bool:
         cross = page.run(
@@ -469,6 +481,7 @@ def test_zoomed_pictures_follow_the_crosshair(page):
     assert all(map(in_the_middle, PLANES))
 
 
+@pytest.mark.slow
 def test_wheel_moves_one_slice_for_a_notch_and_for_many_small_events(page):
     def roll(**event: float) -> int:
         page.run(
@@ -486,6 +499,7 @@ def test_wheel_moves_one_slice_for_a_notch_and_for_many_small_events(page):
     assert 1 < page.run("return state.zoom") < 1.1
 
 
+@pytest.mark.slow
 def test_right_drag_changes_the_window(page):
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
@@ -498,12 +512,14 @@ def test_right_drag_changes_the_window(page):
     assert (page.text("#o-width"), page.text("#o-level")) == ("500", "-10")
 
 
+@pytest.mark.slow
 def test_keys_do_not_disturb_writing(page):
     page.find("#comment").send_keys("p c x 1 2 3")
     assert page.find("#comment").get_attribute("value") == "p c x 1 2 3"
     assert page.find("#cross").is_selected()
 
 
+@pytest.mark.slow
 def test_a_clicked_button_gives_the_keys_back(page):
     page.click("#presets button")
     page.press(" ")
@@ -513,6 +529,7 @@ def test_a_clicked_button_gives_the_keys_back(page):
 # ---------------------------------------------------------------- contours, choices
 
 
+@pytest.mark.slow
 def test_contours_are_drawn_on_the_masks_edges(page, phantom):
     bare(page)
     without = page.pixels("axial-overlay")
@@ -560,6 +577,7 @@ def test_class_layer_and_method_switch(page):
     assert page.is_shown("#f-truth")
 
 
+@pytest.mark.slow
 def test_no_heat_is_said_in_words(page, phantom):
     page.choose("#target", "../x")
     bare(page)
@@ -577,6 +595,7 @@ def test_a_report_without_any_heat_tells_no_exactness_of_it(browser, phantom, tm
     assert "NaN" in browser.text("#notices")
 
 
+@pytest.mark.slow
 def test_a_constant_scan_is_said_to_be_one(browser, phantom, tmp_path):
     flat = replace(phantom.scan, data=torch.full_like(phantom.scan.data, -3))
     path = save_report(tmp_path / "case.html", replace(phantom, scan=flat), Look())
@@ -589,6 +608,7 @@ def test_a_constant_scan_is_said_to_be_one(browser, phantom, tmp_path):
     assert 60 < inside.mean() < 195
 
 
+@pytest.mark.slow
 def test_profile_and_peaks_lead_to_their_slices(page, phantom):
     count = phantom.scan.shape[2]
     width = page.find("#profile").rect["width"]
@@ -602,6 +622,7 @@ def test_profile_and_peaks_lead_to_their_slices(page, phantom):
     assert places == [[1, 2, 3], list(phantom.peak()[0])]
 
 
+@pytest.mark.slow
 def test_numbers(page):
     words = page.text("#numbers")
     for name in ("Predicted volume", "True volume", "Dice", "CAM inside the prediction"):
@@ -619,6 +640,7 @@ def read_feedback(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 def test_cam_stays_hidden_until_the_prediction_is_read(browser, folder, tmp_path):
     page = browser
     page.open((folder / "case.html").as_uri() + "#read-first")
@@ -650,6 +672,7 @@ def test_cam_stays_hidden_until_the_prediction_is_read(browser, folder, tmp_path
     assert page.console() == []
 
 
+@pytest.mark.slow
 def test_feedback_says_what_was_seen(page, phantom, tmp_path):
     page.click("#save-csv")
     assert "Choose useful, misleading or unclear first" in page.text("#noted")
@@ -698,6 +721,7 @@ def test_feedback_says_what_was_seen(page, phantom, tmp_path):
 # ---------------------------------------------------------------- where it runs, how it looks
 
 
+@pytest.mark.slow
 def test_over_http_and_without_asking_for_more(browser, folder):
     with serve(folder) as address:
         browser.open(f"{address}/case.html")
@@ -710,6 +734,7 @@ def test_over_http_and_without_asking_for_more(browser, folder):
     assert [line for line in browser.console() if "favicon" not in line] == []
 
 
+@pytest.mark.slow
 def test_a_shrunk_scan_is_where_it_was_and_its_values_are_said_to_be_rough(
     browser, phantom, tmp_path, monkeypatch
 ):
@@ -746,6 +771,7 @@ def test_a_damaged_map_is_said_in_words(browser, folder, tmp_path):
     assert browser.console() == []
 
 
+@pytest.mark.slow
 def test_in_a_notebook_frame(browser, folder):
     browser.open((folder / "notebook.html").as_uri(), inside="iframe")
     assert (heat_on(browser) > 8).any()
@@ -756,6 +782,7 @@ def test_in_a_notebook_frame(browser, folder):
     assert browser.console() == []
 
 
+@pytest.mark.slow
 def test_light_and_dark(page):
     def brightness() -> float:
         script = "return getComputedStyle(document.querySelector('aside')).backgroundColor"
@@ -797,6 +824,7 @@ def test_nothing_is_cut_off_at_any_size(page, window):
     page.resize(1440, 900)
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(page):
     nameless = page.run(
         "return [...document.querySelectorAll('button, input, select, textarea, canvas')]"
@@ -808,6 +836,7 @@ def test_every_control_has_a_name(page):
         assert page.find(f"#{name}").get_attribute("aria-valuetext") == page.text(f"#o-{name}")
 
 
+@pytest.mark.slow
 def test_a_very_long_name_leaves_room_for_the_pictures(browser, phantom, tmp_path):
     long = replace(phantom, label="A" * 300, provenance={"model": {"name": "a model " * 50}})
     browser.open(save_report(tmp_path / "case.html", long, Look()).as_uri())

@@ -79,6 +79,7 @@ def test_the_profile_is_a_picture_with_title_and_footer(tmp_path):
 # ---------------------------------------------------------------- film
 
 
+@pytest.mark.slow
 def test_frames_are_the_slices_in_order(tmp_path):
     review = review_explanation(make_phantom(spacing=(3.0, 3.0, 10.0)), slices="all")
     frames, times, loops = decode(save_cine(tmp_path / "new" / "case.webp", review))

@@ -224,6 +224,7 @@ def test_chosen_channels_in_the_order_given(tmp_path):
     assert [f.name for f in files[:-1]] == ["rank_000_channel_011.png", "rank_001_channel_010.png"]
 
 
+@pytest.mark.slow
 def test_a_layer_of_512_channels_is_one_page_that_opens(tmp_path):
     sheet = drawing.prepare(flat(RNG.random((512, 6, 6))))
     picture = drawing.draw_mosaic(sheet)

@@ -39,6 +39,7 @@ def test_columns_decide_the_shape_of_the_montage():
     assert widths[0] < widths[1] < widths[2]
 
 
+@pytest.mark.slow
 def test_a_montage_of_very_many_slices_stays_small():
     scan = np.random.default_rng(0).random((16, 16, 200))
     picture = montage.draw_montage(review_of(scan, scan, np.eye(4), slices="all"))

@@ -264,6 +264,7 @@ def test_a_window_without_a_seed_gets_no_backward_pass() -> None:
     assert result.maps[LAYER][..., 16:32].any()
 
 
+@pytest.mark.slow
 def test_a_batch_in_windows_gives_what_its_items_give_alone() -> None:
     network = toy.shared(unet)
     x = torch.cat([volume(20, 18, 16), 1 - volume(20, 18, 16)])
@@ -389,6 +390,7 @@ def test_rounding_noise_is_no_map(dtype, region, window) -> None:
     assert not result.volume().any()
 
 
+@pytest.mark.slow
 def test_one_voxel_of_a_large_volume_is_enough_for_a_map() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Softplus(), nn.Conv3d(4, 1, 1))
