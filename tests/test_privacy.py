@@ -129,6 +129,7 @@ def test_only_dicom_objects_name_the_patient_of_a_series(of_a_series):
     assert len(named) > 30
 
 
+@pytest.mark.slow
 def test_a_series_is_explained_like_the_same_scan_in_nifti(of_a_series, tmp_path):
     """All formats agree on the place: NIfTI, the DICOM map, and what case.json says."""
     place, folder = of_a_series

@@ -443,15 +443,18 @@ def test_force_does_it_again_with_the_same_result(place):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        ("--method", "grad_cam"),
-        ("--target", "lesion"),
-        ("--layer", "model.0"),
-        ("--score", "mask_output"),
-        (*PICTURES,),
-        ("--slice", 8),
-        ("--signed",),
-    ],
+    crossed(
+        [
+            ("--method", "grad_cam"),
+            ("--target", "lesion"),
+            ("--layer", "model.0"),
+            ("--score", "mask_output"),
+            (*PICTURES,),
+            ("--slice", 8),
+            ("--signed",),
+        ],
+        rows=3,
+    ),
     ids=lambda change: " ".join(map(str, change)),
 )
 def test_other_settings_are_another_case(place, change):
@@ -468,15 +471,18 @@ def test_the_default_colours_by_name_are_the_same_case(place):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"biases": [0, -3, -18]},
-        {"window": {"roi_size": 16, "overlap": 0.5}},
-        {"window": None},
-        {"classes": ["background", "liver", "tumour"]},
-        {"activation": "sigmoid"},
-        {"prepare": {"intensity": {"range": [0.0, 2.0]}}},
-        {"prepare": {"spacing": [2.0, 2.0, 2.0]}},
-    ],
+    crossed(
+        [
+            {"biases": [0, -3, -18]},
+            {"window": {"roi_size": 16, "overlap": 0.5}},
+            {"window": None},
+            {"classes": ["background", "liver", "tumour"]},
+            {"activation": "sigmoid"},
+            {"prepare": {"intensity": {"range": [0.0, 2.0]}}},
+            {"prepare": {"spacing": [2.0, 2.0, 2.0]}},
+        ],
+        rows=3,
+    ),
     ids=["weights", "overlap", "no window", "class names", "activation", "intensity", "spacing"],
 )
 def test_another_model_is_another_case(place, change):

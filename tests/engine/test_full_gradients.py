@@ -11,7 +11,8 @@ import re
 import pytest
 import torch
 import toy
-from helpers_engine import EXACT, predicted, signed_maps, slow_unless
+from helpers_crossed import crossed
+from helpers_engine import EXACT, predicted, signed_maps
 from reference import methods as slow
 from torch import nn
 from toy import deviation
@@ -104,13 +105,7 @@ def seeded(name: str) -> nn.Module:
     return toy.seeded(NETWORKS[name](), seed=4)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "plan", [slow_unless(name in ("one window", "overlapping"), name) for name in PLANS]
-)
-@pytest.mark.parametrize(
-    "name", [slow_unless(name != "strides and pooling", name) for name in NETWORKS]
-)
+@pytest.mark.parametrize(("name", "plan", "target"), crossed(NETWORKS, PLANS, TARGETS))
 @signed_maps
 def test_map_sums_to_the_score(name, plan, target, recwarn):
     network = toy.shared(seeded, name)

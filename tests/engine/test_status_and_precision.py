@@ -171,7 +171,7 @@ def silent(ndim: int) -> nn.Sequential:
 
 
 @signed_maps
-@pytest.mark.parametrize(("key", "ndim", "through"), crossed(METHODS, [2, 3], PLANS))
+@pytest.mark.parametrize(("key", "ndim", "through"), crossed(METHODS, [2, 3], PLANS, rows=8))
 def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, ndim, through):
     """All weights are zero: no method may make something of that."""
     plan, shape = PLANS[through]

@@ -98,6 +98,7 @@ def test_a_pattern_explains_the_layers_that_it_fits(name):
         assert result.maps[layer].shape == x[:, 0].shape
 
 
+@pytest.mark.slow
 @quiet
 @named(*IN_PLACE)
 def test_activations_in_place_change_nothing(name, monkeypatch):

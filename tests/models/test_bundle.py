@@ -23,6 +23,7 @@ from helpers_bundles import (
     write_scan,
 )
 from helpers_cases import Calls, seg3dcam, write_yaml
+from helpers_crossed import crossed
 from monai.bundle import ConfigParser
 from safetensors.torch import save_file
 from scipy import ndimage
@@ -72,7 +73,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:layer .* (explains|shows) nothing")  # the network is random
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", crossed(CASES, rows=2))
 def test_the_prediction_is_monais_own(case, tmp_path):
     config, channels, kind = CASES[case]
     root = write_bundle(tmp_path / "bundle", config, kind=kind)

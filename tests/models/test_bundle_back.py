@@ -125,7 +125,8 @@ def test_channels_are_those_of_monais_file(way, classes, tmp_path):
     masks, written = masks_and_file(tmp_path / "b", CHANNELS[way], scan, classes)
     values = np.asarray(written.dataobj).reshape(*masks.shape[1:], classes)
     assert np.array_equal(np.moveaxis(masks, 0, -1), values > 0.5)
-    assert masks.any() and not masks.all()
+    assert masks.any()
+    assert not masks.all()
 
 
 def test_what_is_done_to_a_joined_map_is_said(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_cases import Calls, write_yaml
+from helpers_crossed import crossed
 from monai.networks.nets import UNet
 from torch import nn
 
@@ -76,7 +77,9 @@ def loaded(programs, tmp_path_factory):
     return network, load_model(spec(file, tmp_path_factory.mktemp("spec")), trust=True).module
 
 
-@pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "eigen_cam"])
+@pytest.mark.parametrize(
+    "method", crossed(["grad_cam", "hires_cam", "layer_cam", "eigen_cam"], rows=2)
+)
 def test_maps_are_those_of_the_network_that_was_exported(method, loaded):
     network, module = loaded
     x = torch.rand(1, 1, SIZE, SIZE, SIZE)

@@ -110,7 +110,9 @@ def beside(request):
 
 
 @pytest.mark.parametrize(
-    "beside", [lambda: torch.rand(1000), lambda: np.random.rand(1000), random.random], indirect=True
+    "beside",
+    crossed([lambda: torch.rand(1000), lambda: np.random.rand(1000), random.random], rows=1),
+    indirect=True,
 )
 def test_what_another_thread_draws_is_not_the_networks(beside):
     for _ in range(3):
