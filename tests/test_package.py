@@ -24,7 +24,7 @@ LEVELS = [
     {"scan", "network", "windows"},
     {"targets", "methods"},
     {"engine"},
-    {"cams"},
+    {"cams", "evaluate"},
     {"settings"},
     {"models"},
     {"explaining"},

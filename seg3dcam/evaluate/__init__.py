@@ -1,0 +1,14 @@
+"""Is a map true? Faithfulness, localisation, sanity and complexity, each beside its controls."""
+
+from typing import TYPE_CHECKING
+
+from seg3dcam.importing import lazy
+
+if TYPE_CHECKING:
+    from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
+    from seg3dcam.evaluate.rerun import Rerun
+    from seg3dcam.evaluate.segments import supervoxels
+else:
+    __getattr__, __dir__ = lazy(__name__)
+
+__all__ = ["Curve", "Rerun", "context_deletion", "deletion", "insertion", "supervoxels"]
