@@ -6,9 +6,21 @@ from seg3dcam.importing import lazy
 
 if TYPE_CHECKING:
     from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
+    from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
     from seg3dcam.evaluate.rerun import Rerun
     from seg3dcam.evaluate.segments import supervoxels
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["Curve", "Rerun", "context_deletion", "deletion", "insertion", "supervoxels"]
+__all__ = [
+    "Curve",
+    "Figure",
+    "Localisation",
+    "Rerun",
+    "context_deletion",
+    "deletion",
+    "insertion",
+    "localisation",
+    "mass_inside",
+    "supervoxels",
+]
