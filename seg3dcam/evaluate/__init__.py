@@ -8,19 +8,24 @@ if TYPE_CHECKING:
     from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
     from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
     from seg3dcam.evaluate.rerun import Rerun
+    from seg3dcam.evaluate.sanity import Check, class_sensitivity, randomisation, stability
     from seg3dcam.evaluate.segments import supervoxels
 else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
+    "Check",
     "Curve",
     "Figure",
     "Localisation",
     "Rerun",
+    "class_sensitivity",
     "context_deletion",
     "deletion",
     "insertion",
     "localisation",
     "mass_inside",
+    "randomisation",
+    "stability",
     "supervoxels",
 ]

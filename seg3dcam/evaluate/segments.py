@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.errors import EvaluationError
+from seg3dcam.errors import EvaluationError, MissingExtraError
 
 #: Fewer segments than this make a curve of a few large steps, whose area says little.
 FEWEST = 20
@@ -47,10 +47,17 @@ def supervoxels(
         count: about so many supervoxels.
         spacing: mm from voxel to voxel along every axis, so that supervoxels are as wide as long.
 
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+
     Source: Achanta et al., SLIC superpixels (TPAMI 2012); scikit-image.
     """
-    from skimage.segmentation import slic
-
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise MissingExtraError(
+            "supervoxels need scikit-image: pip install 'seg3dcam[evaluate]'"
+        ) from error
     image = np.moveaxis(x[0].cpu().double().numpy(), 0, -1)
     low, high = image.min(), image.max()
     image = (image - low) / (high - low) if high > low else image * 0
