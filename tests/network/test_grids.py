@@ -528,14 +528,14 @@ def test_measured_once_for_each_network_and_shape():
     net, calls = stack(down, halve), []
     net[0].register_forward_hook(lambda *_: calls.append(1))
     target = targets.MaskOutput()
-    # The pass itself, three for each axis to measure, eight to check, 13 to try the gradient.
-    first = 1 + 3 * (3 + 8) + 13
+    # The pass itself, three for each axis to measure, four to check, 13 to try the gradient.
+    first = 1 + 3 * (3 + 4) + 13
     HiResCAM(net, "2")(torch.ones(1, 1, 32, 32, 32), target)
     assert len(calls) == first
     HiResCAM(net, "2")(torch.ones(2, 1, 32, 32, 32), target)
     assert len(calls) == first + 1
     other = HiResCAM(net, "2")(torch.ones(1, 1, 40, 32, 32), target).layers["2"]
-    assert len(calls) == first + 1 + 1 + 3 * (3 + 8)
+    assert len(calls) == first + 1 + 1 + 3 * (3 + 4)
     assert other.grid == FeatureGrid((10, 8, 8), (4.0,) * 3, (1.0,) * 3)
 
 

@@ -877,3 +877,47 @@ def test_plain_networks_do_not_normalise_nor_attend(named):
     assert all(torch.equal(values, x) for values in [*norms, core[0], other])
     assert len(core) == 3
     assert torch.equal(attended, torch.zeros_like(x))
+
+
+# ---------------------------------------------------------------------------- inputs in batches
+
+
+def test_a_network_that_takes_batches_is_told_from_others():
+    class OneAlone(nn.Module):
+        def forward(self, x):
+            assert len(x) == 1
+            return x
+
+    x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    kinds = {
+        "plain": (nn.Conv2d(2, 3, 3, padding=1), True),
+        "one input at a time": (nn.Sequential(OneAlone(), nn.Conv2d(2, 3, 1)), False),
+        "normalised over the batch": (nn.BatchNorm2d(2, track_running_stats=False), False),
+        "draws": (nn.Sequential(Noisy(), nn.Conv2d(2, 3, 1)), False),
+    }
+    for name, (layer, takes) in kinds.items():
+        net = nn.Sequential(layer, nn.Identity())
+        with capturing(net, resolve_layers(net, "1")) as capture:
+            assert by_noise._takes_batches(capture, x) == takes, name
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn(len(x), *x.shape[1:]).flip(0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_batches_give_what_inputs_alone_give(together, monkeypatch):
+    net = nn.Sequential(nn.Conv3d(1, 3, 3, 2, 1), nn.InstanceNorm3d(3), nn.Conv3d(3, 2, 3, 1, 1))
+    for number, parameter in enumerate(net.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    layers = resolve_layers(net, "2")
+    x, grid = torch.zeros(1, 1, 16, 12, 8), FeatureGrid((8, 6, 4), (2.0,) * 3, (0.0,) * 3)
+    lines = []
+    for batches in (together, not together):
+        monkeypatch.setattr(by_noise, "_takes_batches", lambda *_, answer=batches: answer)
+        with capturing(net, layers) as capture:
+            doubts = {(layers[0], axis) for axis in range(3)}
+            lines.append(by_noise.by_noise(capture, x, {layers[0]: grid}, doubts, 2))
+    for key, line in lines[0].items():
+        assert line == pytest.approx(lines[1][key], rel=1e-3, abs=1e-4)

@@ -12,7 +12,8 @@ is exact enough where a layer has many voxels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,6 +28,7 @@ from seg3dcam.network.grids.centre_line import (
 )
 from seg3dcam.network.grids.operations import MirroredOperations
 from seg3dcam.network.grids.sample_inputs import (
+    ENOUGH,
     LONG,
     Grids,
     handy_shape,
@@ -78,23 +80,22 @@ def _lines(
     draws: int,
 ) -> dict[LayerRef, CentreLine]:
     """Fit a line to the centres of each layer along one axis, for inputs of a shape."""
-    length = shape[axis]
+    length, at_once = shape[axis], max(1, ENOUGH // math.prod(shape))
     place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
     place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
     sums: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
-    for seed, mirrored in itertools.product(range(draws), (False, True)):
-        generator = torch.Generator("cpu").manual_seed(seed)
-        image, z = (
-            torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
-            for _ in range(2)
-        )
-        z *= _step(like.dtype)
+    seeds = [range(draws)[first : first + at_once] for first in range(0, draws, at_once)]
+    small = math.prod(shape) <= 2 * ENOUGH  # four of them need no more memory than a usual window
+    together = small and _takes_batches(capture, _inputs(like, shape, place, 0))
+    for some, mirrored in itertools.product(seeds, (False, True)):
+        inputs = torch.cat([_inputs(like, shape, place, seed) for seed in some])
         with MirroredOperations(mirrored):
-            # Both are differences of two passes of their own, so they share no rounding error.
-            plain = _slope(capture, image, z)
-            weighed = _slope(capture, image, z * place)
-            for layer in grids:
-                one, two = plain[layer], weighed[layer]
+            activations = _observed(capture, inputs.split(len(inputs) if together else 1))
+        for layer in grids:
+            for of_draw in activations[layer].split(4):
+                low, high, low_weighed, high_weighed = of_draw
+                # Both are differences of two passes of their own, so they share no rounding error.
+                one, two = (high - low).double()[None], (high_weighed - low_weighed).double()[None]
                 # Plain and mirrored kernels get the same weight, even if their gains differ.
                 whole = one.square().sum() + torch.finfo(torch.float64).tiny
                 new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
@@ -115,11 +116,46 @@ def _lines(
     return lines
 
 
-def _slope(capture: Capture, x: torch.Tensor, step: torch.Tensor) -> dict[LayerRef, torch.Tensor]:
-    """Return twice the change of each layer's activations for a small step."""
-    before = {layer: a.clone() for layer, a in capture.observe_layers(x - step).items()}
-    after = capture.observe_layers(x + step)
-    return {layer: (after[layer] - a).double() for layer, a in before.items()}
+def _inputs(
+    like: torch.Tensor, shape: Sequence[int], place: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """Return four inputs, (4, C, *shape): an image with noise subtracted and added, twice.
+
+    The second time, the noise is multiplied by the place.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image, z = (
+        torch.randn(1, like.shape[1], *shape, generator=generator, device="cpu").to(like)
+        for _ in range(2)
+    )
+    z *= _step(like.dtype)
+    return torch.cat([image - z, image + z, image - z * place, image + z * place])
+
+
+def _takes_batches(capture: Capture, inputs: torch.Tensor) -> bool:
+    """Tell whether a network gives an input in a batch the activations that it has alone.
+
+    Some networks take one input at a time, others draw random numbers or normalise over the batch.
+    """
+    alone = _observed(capture, [inputs[:1]])
+    try:
+        batch = _observed(capture, [inputs])
+    except (ModelError, LayerError, torch.OutOfMemoryError):
+        return False
+    return all(
+        len(batch[layer]) == len(inputs)
+        and torch.allclose(batch[layer][:1], a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+        for layer, a in alone.items()
+    )
+
+
+def _observed(capture: Capture, parts: Iterable[torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
+    """Return each layer's activations, (B, C, *s), of inputs that the network takes in parts."""
+    found: dict[LayerRef, list[torch.Tensor]] = {}
+    for part in parts:
+        for layer, a in capture.observe_layers(part).items():
+            found.setdefault(layer, []).append(a.clone())
+    return {layer: torch.cat(own) for layer, own in found.items()}
 
 
 def _step(dtype: torch.dtype) -> float:

@@ -67,7 +67,7 @@ def measure_grids(
 ) -> dict[LayerRef, FeatureGrid]:
     """Measure stride and offset of each layer's grid, for inputs shaped like `x`.
 
-    The measurement takes three small forward passes per axis, up to the layers, and eight or more
+    The measurement takes three small forward passes per axis, up to the layers, and four or more
     to check it. The result is remembered with the network. A layer may have no regular grid, for
     example because of attention over all tokens, or the two measurements may not agree. Then it
     gets the usual grid, whose voxels fill the input evenly, with `measured=False`.
