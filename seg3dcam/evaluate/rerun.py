@@ -127,8 +127,7 @@ class Rerun:
         fresh = torch.zeros(windows.padded_shape, dtype=torch.bool, device=padded.device)
         for window in touched:
             fresh[box_of(windows.starts[window], windows.roi)] = True
-        if total is not None:
-            total = total.masked_fill(fresh, 0)
+        found = padded.new_empty(0) if total is None else total.masked_fill(fresh, 0)
         # Always in the same order, so that the sums are those of a full rerun bit by bit.
         summed = sorted(self._touched(fresh))
         run = [window for window in summed if window in touched or window not in parts]
@@ -139,12 +138,11 @@ class Rerun:
                 self._keep(parts, window, logits)
             else:
                 logits = parts[window]
-            if total is None:
-                total = logits.new_zeros(len(logits), *windows.padded_shape)
+            if not len(found):
+                found = logits.new_zeros(len(logits), *windows.padded_shape)
             box = box_of(windows.starts[window], windows.roi)
-            total[box] += logits * (windows.importance.to(logits) * fresh[box])
-        assert total is not None  # there is a touched window
-        return total
+            found[box] += logits * (windows.importance.to(logits) * fresh[box])
+        return found
 
     def _keep(self, parts: Parts, window: int, logits: torch.Tensor) -> None:
         """Keep a window's logits if there is room for them; else forget the older ones."""
