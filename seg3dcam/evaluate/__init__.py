@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from seg3dcam.importing import lazy
 
 if TYPE_CHECKING:
+    from seg3dcam.evaluate.context import ContextEvidence, context_evidence
     from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
     from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
     from seg3dcam.evaluate.rerun import Rerun
@@ -15,12 +16,14 @@ else:
 
 __all__ = [
     "Check",
+    "ContextEvidence",
     "Curve",
     "Figure",
     "Localisation",
     "Rerun",
     "class_sensitivity",
     "context_deletion",
+    "context_evidence",
     "deletion",
     "insertion",
     "localisation",
