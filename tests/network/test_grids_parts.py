@@ -930,6 +930,33 @@ def test_a_network_that_takes_batches_is_told_from_others(name):
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "largest"), [((16, 16, 16), 12), ((64, 32, 32), 4), ((64, 64, 64), 1)]
+)
+def test_batches_are_as_large_as_a_usual_window(shape, largest):
+    """Three draws of four inputs; a volume of more than 2 * ENOUGH voxels goes by itself."""
+    net, sizes = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Identity()), []
+    net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    layers = resolve_layers(net, "1")
+    like, grid = torch.zeros(1, 1, *shape), {layers[0]: FeatureGrid.of_voxels(shape)}
+    with capturing(net, layers) as capture:
+        by_noise._lines(capture, like, shape, 0, grid, 3)
+    assert max(sizes) == largest
+
+
+def test_a_single_voxel_fits_both_sizes_of_the_input():
+    one = torch.zeros(1).double()
+    sizes = measurement._Sizes(1, 64, 1, 64), measurement._Sizes(1, 64, 1, 128)
+    assert [measurement._stride(one, one, size) for size in sizes] == [64, None]
+
+
+def test_the_stride_that_fills_the_input_comes_first():
+    """Of rough places that a line of stride 7 fits a little better than one of 8."""
+    rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
+    index = torch.arange(8).double()
+    assert stride(index, 7.4 * index + 4 * rough, 8, 64) == 8
+
+
 def test_a_batch_that_is_too_large_goes_through_one_by_one():
     """The first batch may be smaller than a later one."""
 

@@ -268,8 +268,8 @@ def _stride(index: torch.Tensor, position: torch.Tensor, sizes: _Sizes) -> float
         sizes: of the layer and of the input.
     """
     exact = sizes.full_length / sizes.full_size
-    if len(position) == 1:
-        return exact if _fits_sizes(exact, sizes) else None
+    if len(position) == 1:  # in an input of another size it might be elsewhere
+        return exact if sizes.length == sizes.full_length else None
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
     whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
