@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 
-def crossed(*axes: Iterable[Any], rows: int | None = None) -> list[Any]:
+def crossed(
+    *axes: Iterable[Any], rows: int | None = None, also: Iterable[tuple[Any, ...]] = ()
+) -> list[Any]:
     """Return all combinations of the axes' values, to parametrise a test by; most are slow.
 
     A default run takes a diagonal, in which every value is met at least once: the first value of
@@ -19,6 +21,8 @@ def crossed(*axes: Iterable[Any], rows: int | None = None) -> list[Any]:
     Args:
         rows: the length of the diagonal, where not every value of the longer axes is needed by
             default; those that are taken are spread over the axis.
+        also: more combinations for a default run. The diagonal couples axes: where two of them have
+            an even length, the first value of one never meets the second of the other.
 
     >>> [case.values for case in crossed("abc", "xy") if not case.marks]
     [('a', 'x'), ('b', 'y'), ('c', 'x')]
@@ -32,10 +36,15 @@ def crossed(*axes: Iterable[Any], rows: int | None = None) -> list[Any]:
         )
         for row in range(rows)
     }
+    chosen = list(also)
+
+    def at(places: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(column[place] for column, place in zip(columns, places, strict=True))
+
     return [
         pytest.param(
-            *(column[place] for column, place in zip(columns, places, strict=True)),
-            marks=[pytest.mark.slow] * (places not in quick),
+            *at(places),
+            marks=[pytest.mark.slow] * (places not in quick and at(places) not in chosen),
         )
         for places in itertools.product(*(range(len(column)) for column in columns))
     ]

@@ -105,7 +105,10 @@ def seeded(name: str) -> nn.Module:
     return toy.seeded(NETWORKS[name](), seed=4)
 
 
-@pytest.mark.parametrize(("name", "plan", "target"), crossed(NETWORKS, PLANS, TARGETS))
+@pytest.mark.parametrize(
+    ("name", "plan", "target"),
+    crossed(NETWORKS, PLANS, TARGETS, also=[("strides and pooling", "overlapping", "mask")]),
+)
 @signed_maps
 def test_map_sums_to_the_score(name, plan, target, recwarn):
     network = toy.shared(seeded, name)

@@ -21,6 +21,8 @@ from seg3dcam.cams.result import CamResult
 
 METHODS = CAMS | {key: ATTRIBUTIONS[key] for key in ("gradient", "gradient_x_input", "occlusion")}
 LAYERS = ["encoder", "bottleneck"]  # of stride 1 and 2
+#: The methods that most will use, and those whose axes are not alike.
+USUAL = ("grad_cam", "hires_cam", "slice_grad_cam", "xres_cam", "full_grad")
 SHAPES = {2: (5, 7), 3: (5, 3, 7)}
 PLANS = {"one window": None, "windows": WindowPlan(3, overlap=0.33)}
 
@@ -55,7 +57,11 @@ def assert_turned(found: CamResult, straight: CamResult, turn: toy.Turn) -> None
 @signed_maps
 @pytest.mark.parametrize(
     ("key", "turn"),
-    crossed(METHODS, itertools.product([(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], PLANS)),
+    crossed(
+        METHODS,
+        itertools.product([(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], PLANS),
+        also=[(key, ((2, 3, 4), "windows")) for key in USUAL],
+    ),
 )
 def test_mirrored_scan_gives_the_mirrored_map(key, turn):
     axes, plan = turn[0], PLANS[turn[1]]
@@ -69,7 +75,11 @@ def test_mirrored_scan_gives_the_mirrored_map(key, turn):
 @signed_maps
 @pytest.mark.parametrize(
     ("key", "turn"),
-    crossed(METHODS, itertools.product([(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], PLANS)),
+    crossed(
+        METHODS,
+        itertools.product([(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], PLANS),
+        also=[(key, ((0, 2, 1), "windows")) for key in USUAL],
+    ),
 )
 def test_permuted_axes_give_the_permuted_map(key, turn):
     order, plan = turn[0], PLANS[turn[1]]

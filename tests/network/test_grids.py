@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+import toy
 from helpers_crossed import crossed
 from helpers_grids import assert_grid, grids_of
 from hypothesis import assume, given, settings
@@ -199,6 +200,90 @@ def test_few_patches_that_transposed_convolutions_make_finer(patch, patches, ste
     grid = grids_of(OneSize(net, shape), shape, layer)[layer]
     assert (grid.stride[0], grid.offset[0]) == (stride, (stride - 1) / 2)
     assert grid.measured or patches == 3  # the second measurement leaves some of these in doubt
+
+
+class Padded(nn.Module):
+    """Pads its input to a multiple of 16 at both ends, as many segmentation networks do."""
+
+    def __init__(self, kernel, ndim):
+        super().__init__()
+        make, turn = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d)}[ndim]
+        settings = {2: (2, 0, 0), 3: (2, 1, 1), 4: (2, 1, 0)}[kernel]
+        self.down = nn.Sequential(make(1, 3, 3, 2, 1), make(3, 3, 3, 2, 1))
+        self.up = nn.Sequential(turn(3, 3, kernel, *settings), turn(3, 3, kernel, *settings))
+
+    def forward(self, x):
+        sizes = [
+            n for length in x.shape[:1:-1] for n in (-length % 16 // 2, (1 - length % -16) // 2)
+        ]
+        return self.up(self.down(F.pad(x, sizes)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape"), crossed([2, 3, 4], [(78,), (90,), (94, 94), (70, 34)], rows=4)
+)
+def test_layers_of_a_padded_input_keep_their_whole_strides(kernel, shape):
+    """Where the handy input is as long as the input, no other size tells of the padding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Padded(kernel, len(shape))
+    grids = grids_of(net, shape, ["up.0", "up.1"])
+    before = [-length % 16 // 2 for length in shape]
+    # By the formula above, from stride 4 and the place of the first voxel of the padded input.
+    for name, stride, offset in (("up.0", 2, -1), ("up.1", 1, -1.5)):
+        shift = 0 if kernel == 3 else offset
+        assert_grid(grids[name], (stride,) * len(shape), [shift - n for n in before])
+
+
+BEYOND = {
+    "the last voxel looks beyond the end": (
+        lambda: [nn.Conv1d(2, 2, 1, 3), nn.MaxPool1d(2, 2, 1)],
+        (17, 6, -1.5),
+    ),
+    "both ends": (
+        lambda: (
+            [nn.Conv1d(2, 2, 7, 1, 3), nn.Conv1d(2, 2, 2, 2, 1), nn.AvgPool1d(2, 2, 1)] * 1
+            + [nn.Conv1d(2, 2, 3, 1, 1), nn.AvgPool1d(2, 2, 1)]
+        ),
+        (20, 8, -3.5),
+    ),
+    "two voxels in the middle": (lambda: [nn.Conv1d(2, 2, 7)], (8, 1, 3)),
+    "a turned convolution wider than the input": (
+        lambda: [nn.Conv1d(2, 2, 2, 2, 1), nn.ConvTranspose1d(2, 2, 4, 2, 1)],
+        (48, 1, -1),
+    ),
+    "a stride that does not divide 64": (
+        lambda: [nn.Conv1d(2, 2, 7, 3, 3), nn.MaxPool1d(3, 2, 1)],
+        (17, 6, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["any size", "one size"])
+@pytest.mark.parametrize("name", BEYOND)
+def test_layers_that_look_beyond_the_ends(name, alone):
+    if alone and name == "a stride that does not divide 64":
+        pytest.skip("of its three voxels, padding distorts two")
+    make, (length, stride, offset) = BEYOND[name]
+    net = toy.seeded(nn.Sequential(nn.Conv1d(1, 2, 1), *make()), seed=0).float()
+    layer = str(len(net) - 1)
+    if alone:
+        net, layer = OneSize(net, (length,)), f"net.{layer}"
+    assert_grid(grids_of(net, (length,), layer)[layer], (stride,), (offset,))
+
+
+def test_a_network_that_looks_at_another_item_of_the_batch_is_measured_alone():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(1, 3, 4, 4), nn.Conv1d(3, 2, 1)
+
+        def forward(self, x):
+            z = self.a(x).relu()
+            return self.b(z + 3 * z[:1].roll(5, 2))
+
+    grid = grids_of(toy.seeded(First(), seed=0).float(), (40,), "b")["b"]
+    assert not grid.measured
 
 
 @pytest.mark.parametrize(

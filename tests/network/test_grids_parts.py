@@ -150,18 +150,18 @@ def test_a_curve_has_no_stride():
 
 
 @pytest.mark.parametrize(
-    ("step", "length", "expected"),
+    ("stride", "sizes", "fits"),
     [
-        (16, 64, 16),
-        (16, 32, None),  # the four voxels of two patches would fill the input twice
-        (8, 32, 8),
-        (7, 32, 7),
-        (3, 32, None),  # not even half of it
+        (2, (32, 64, 64, 128), True),
+        (3, (32, 64, 64, 128), False),
+        (4, (32, 64, 64, 128), False),
+        (3, (22, 64, 7, 17), True),  # 47 voxels more are 15.7 of the layer's
+        (3, (22, 64, 5, 17), False),
+        (7, (32, 64, 32, 64), True),  # one size contradicts nothing
     ],
 )
-def test_two_positions_alone_show_no_stride_that_does_not_fill_the_input(step, length, expected):
-    index = torch.tensor([1.0, 2.0]).double()
-    assert stride(index, step * index, 4, length) == expected
+def test_a_stride_fits_both_sizes_of_the_layer(stride, sizes, fits):
+    assert measurement._fits_sizes(stride, measurement._Sizes(*sizes)) == fits
 
 
 def test_the_middles_of_steps_lie_on_a_line():
@@ -170,6 +170,14 @@ def test_the_middles_of_steps_lie_on_a_line():
     )
     assert index.tolist() == [0.5, 2.5, 4.5]
     assert position.tolist() == [7.5, 23.5, 39.5]
+
+
+@pytest.mark.parametrize("cut_off", [0, 1, 2])
+def test_a_staircase_may_begin_within_a_step(cut_off):
+    position = torch.arange(6).double().repeat_interleave(3)[3 - cut_off :] * 6
+    index, steps = measurement._steps(torch.arange(len(position)).double(), position)
+    assert index.tolist() == [cut_off + 1 + 3 * step for step in range(len(index))]
+    assert steps.diff().tolist() == [6] * (len(index) - 1)
 
 
 def test_the_ends_of_a_staircase_may_be_distorted():
@@ -882,42 +890,103 @@ def test_plain_networks_do_not_normalise_nor_attend(named):
 # ---------------------------------------------------------------------------- inputs in batches
 
 
-def test_a_network_that_takes_batches_is_told_from_others():
-    class OneAlone(nn.Module):
-        def forward(self, x):
-            assert len(x) == 1
-            return x
-
-    x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    kinds = {
-        "plain": (nn.Conv2d(2, 3, 3, padding=1), True),
-        "one input at a time": (nn.Sequential(OneAlone(), nn.Conv2d(2, 3, 1)), False),
-        "normalised over the batch": (nn.BatchNorm2d(2, track_running_stats=False), False),
-        "draws": (nn.Sequential(Noisy(), nn.Conv2d(2, 3, 1)), False),
-    }
-    for name, (layer, takes) in kinds.items():
-        net = nn.Sequential(layer, nn.Identity())
-        with capturing(net, resolve_layers(net, "1")) as capture:
-            assert by_noise._takes_batches(capture, x) == takes, name
-
-
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.randn(len(x), *x.shape[1:]).flip(0)
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_batches_give_what_inputs_alone_give(together, monkeypatch):
+class OneAlone(nn.Module):
+    def forward(self, x):
+        assert len(x) == 1
+        return x
+
+
+class AddsTheFirst(nn.Module):
+    def forward(self, x):
+        return x + 3 * x[:1].roll(2, -1)
+
+
+BATCHES = {
+    "plain": (nn.Conv2d(2, 3, 3, padding=1), True),
+    "one input at a time": (nn.Sequential(OneAlone(), nn.Conv2d(2, 3, 1)), False),
+    "normalised over the batch": (nn.BatchNorm2d(2, track_running_stats=False), False),
+    "looks at the first item": (AddsTheFirst(), False),
+    "draws": (nn.Sequential(Noisy(), nn.Conv2d(2, 3, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_network_that_takes_batches_is_told_from_others(name):
+    layer, takes = BATCHES[name]
+    x = torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(layer, nn.Identity())
+    layers = resolve_layers(net, "1")
+    with capturing(net, layers) as capture:
+        passes = by_noise._Passes(capture, batches=True)
+        found = [slope[layers[0]] for slope in passes.slopes(x)]
+        assert passes._batches == takes
+        alone = by_noise._Passes(capture, batches=False)
+        expected = [slope[layers[0]] for slope in alone.slopes(x)]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "largest"), [((16, 16, 16), 12), ((64, 32, 32), 4), ((64, 64, 64), 1)]
+)
+def test_batches_are_as_large_as_a_usual_window(shape, largest):
+    """Three draws of four inputs; a volume of more than 2 * ENOUGH voxels goes by itself."""
+    net, sizes = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Identity()), []
+    net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    layers = resolve_layers(net, "1")
+    like, grid = torch.zeros(1, 1, *shape), {layers[0]: FeatureGrid.of_voxels(shape)}
+    with capturing(net, layers) as capture:
+        by_noise._lines(capture, like, shape, 0, grid, 3)
+    assert max(sizes) == largest
+
+
+def test_a_single_voxel_fits_both_sizes_of_the_input():
+    one = torch.zeros(1).double()
+    sizes = measurement._Sizes(1, 64, 1, 64), measurement._Sizes(1, 64, 1, 128)
+    assert [measurement._stride(one, one, size) for size in sizes] == [64, None]
+
+
+def test_the_stride_that_fills_the_input_comes_first():
+    """Of rough places that a line of stride 7 fits a little better than one of 8."""
+    rough = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, 1]).double()
+    index = torch.arange(8).double()
+    assert stride(index, 7.4 * index + 4 * rough, 8, 64) == 8
+
+
+def test_a_batch_that_is_too_large_goes_through_one_by_one():
+    """The first batch may be smaller than a later one."""
+
+    class AtMost(nn.Module):
+        def forward(self, x):
+            assert len(x) <= 4
+            return x
+
+    net = nn.Sequential(AtMost(), nn.Conv2d(2, 3, 1))
+    layers = resolve_layers(net, "1")
+    with capturing(net, layers) as capture:
+        passes = by_noise._Passes(capture, batches=True)
+        for count, batches in ((4, True), (8, False), (4, False)):
+            x = torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(count))
+            assert len(list(passes.slopes(x))) == count // 2
+            assert passes._batches == batches
+
+
+def test_batches_give_what_inputs_alone_give(monkeypatch):
     net = nn.Sequential(nn.Conv3d(1, 3, 3, 2, 1), nn.InstanceNorm3d(3), nn.Conv3d(3, 2, 3, 1, 1))
     for number, parameter in enumerate(net.parameters()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     layers = resolve_layers(net, "2")
     x, grid = torch.zeros(1, 1, 16, 12, 8), FeatureGrid((8, 6, 4), (2.0,) * 3, (0.0,) * 3)
     lines = []
-    for batches in (together, not together):
-        monkeypatch.setattr(by_noise, "_takes_batches", lambda *_, answer=batches: answer)
+    for enough in (by_noise.ENOUGH, 0):  # 0: no input is small enough for a batch
+        monkeypatch.setattr(by_noise, "ENOUGH", enough)
         with capturing(net, layers) as capture:
             doubts = {(layers[0], axis) for axis in range(3)}
             lines.append(by_noise.by_noise(capture, x, {layers[0]: grid}, doubts, 2))
+    assert lines[0].keys() == doubts
     for key, line in lines[0].items():
         assert line == pytest.approx(lines[1][key], rel=1e-3, abs=1e-4)

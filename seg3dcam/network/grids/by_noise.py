@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -84,22 +84,20 @@ def _lines(
     place = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
     place = place.view([-1 if a == axis + 2 else 1 for a in range(like.ndim)])
     sums: dict[LayerRef, list[list[torch.Tensor]]] = {layer: [[], []] for layer in grids}
+    passes = _Passes(capture, batches=math.prod(shape) <= 2 * ENOUGH)
     seeds = [range(draws)[first : first + at_once] for first in range(0, draws, at_once)]
-    small = math.prod(shape) <= 2 * ENOUGH  # four of them need no more memory than a usual window
-    together = small and _takes_batches(capture, _inputs(like, shape, place, 0))
     for some, mirrored in itertools.product(seeds, (False, True)):
         inputs = torch.cat([_inputs(like, shape, place, seed) for seed in some])
         with MirroredOperations(mirrored):
-            activations = _observed(capture, inputs.split(len(inputs) if together else 1))
-        for layer in grids:
-            for of_draw in activations[layer].split(4):
-                low, high, low_weighed, high_weighed = of_draw
-                # Both are differences of two passes of their own, so they share no rounding error.
-                one, two = (high - low).double()[None], (high_weighed - low_weighed).double()[None]
-                # Plain and mirrored kernels get the same weight, even if their gains differ.
-                whole = one.square().sum() + torch.finfo(torch.float64).tiny
-                new = torch.stack([_in_parts(one * two, axis), _in_parts(one * one, axis)]) / whole
-                sums[layer][mirrored].append(new)
+            # Both are differences of two passes of their own, so they share no rounding error.
+            slopes = passes.slopes(inputs)
+            for plain, weighed in zip(slopes, slopes, strict=True):  # two at a time
+                for layer in grids:
+                    one, two = plain[layer], weighed[layer]
+                    # Plain and mirrored kernels get the same weight, even if their gains differ.
+                    whole = one.square().sum() + torch.finfo(torch.float64).tiny
+                    new = [_in_parts(one * two, axis), _in_parts(one * one, axis)]
+                    sums[layer][mirrored].append(torch.stack(new) / whole)
     lines = {}
     for layer, grid in grids.items():
         # (moment and weight, plain and mirrored, draws, parts, places)
@@ -132,30 +130,53 @@ def _inputs(
     return torch.cat([image - z, image + z, image - z * place, image + z * place])
 
 
-def _takes_batches(capture: Capture, inputs: torch.Tensor) -> bool:
-    """Tell whether a network gives an input in a batch the activations that it has alone.
+class _Passes:
+    """Passes of inputs in batches, as long as the network gives each what it gets alone.
 
-    Some networks take one input at a time, others draw random numbers or normalise over the batch.
+    Some networks take one input at a time, others draw random numbers, normalise over the batch, or
+    look at its other items.
+
+    Args:
+        batches: False to take one input at a time from the beginning.
     """
-    alone = _observed(capture, [inputs[:1]])
-    try:
-        batch = _observed(capture, [inputs])
-    except (ModelError, LayerError, torch.OutOfMemoryError):
-        return False
-    return all(
-        len(batch[layer]) == len(inputs)
-        and torch.allclose(batch[layer][:1], a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
-        for layer, a in alone.items()
-    )
 
+    def __init__(self, capture: Capture, *, batches: bool) -> None:
+        self._capture = capture
+        self._batches = batches
+        self._checked = False
 
-def _observed(capture: Capture, parts: Iterable[torch.Tensor]) -> dict[LayerRef, torch.Tensor]:
-    """Return each layer's activations, (B, C, *s), of inputs that the network takes in parts."""
-    found: dict[LayerRef, list[torch.Tensor]] = {}
-    for part in parts:
-        for layer, a in capture.observe_layers(part).items():
-            found.setdefault(layer, []).append(a.clone())
-    return {layer: torch.cat(own) for layer, own in found.items()}
+    def slopes(self, inputs: torch.Tensor) -> Iterator[dict[LayerRef, torch.Tensor]]:
+        """Yield, for every two inputs, how each layer's activations differ, (1, C, *s)."""
+        found = self._of_batch(inputs) if self._batches else None
+        self._batches = found is not None
+        for first in range(0, len(inputs), 2):
+            if found is not None:
+                low, high = (
+                    {la: a[n : n + 1] for la, a in found.items()} for n in (first, first + 1)
+                )
+            else:
+                self._batches = False
+                low = {la: a.clone() for la, a in self._alone(inputs, first).items()}
+                high = self._alone(inputs, first + 1)
+            yield {layer: (high[layer] - a).double() for layer, a in low.items()}
+
+    def _alone(self, inputs: torch.Tensor, number: int) -> dict[LayerRef, torch.Tensor]:
+        return self._capture.observe_layers(inputs[number : number + 1])
+
+    def _of_batch(self, inputs: torch.Tensor) -> dict[LayerRef, torch.Tensor] | None:
+        """Return the activations of a batch, None if they are not those of its items alone."""
+        try:
+            found = {la: a.clone() for la, a in self._capture.observe_layers(inputs).items()}
+        except (ModelError, LayerError, torch.OutOfMemoryError):
+            return None
+        for number in () if self._checked else (0, len(inputs) - 1):
+            for layer, a in self._alone(inputs, number).items():
+                limit = 1e-4 * float(a.abs().max())
+                own = found[layer][number : number + 1]
+                if own.shape != a.shape or not torch.allclose(own, a, rtol=1e-3, atol=limit):
+                    return None
+        self._checked = True
+        return found
 
 
 def _step(dtype: torch.dtype) -> float:

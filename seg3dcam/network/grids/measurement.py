@@ -160,7 +160,8 @@ def _measure_axis(
         dict.fromkeys((handy_shape(full, axis, LONG), full)), dtypes
     ):
         try:
-            # In pairs, since layers of many channels at full resolution need much memory.
+            # In pairs, since layers of many channels at full resolution need much memory. The low
+            # one comes first in each: plain operations scale upsampled paths by it.
             low, *others = _ramps(x.to(dtype), shape, axis)
             pairs = [torch.stack([low, other]) for other in others]
             shown = [_means(capture.observe_layers(pair)) for pair in pairs]
@@ -238,16 +239,19 @@ def _steps(index: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, t
 
     A transposed convolution of size 2 and stride 2 gives two voxels the same position. A line
     through the middles of such steps is exact, while a line through a part of a staircase is too
-    steep or too flat. Positions that form no staircase are returned as they are.
+    steep or too flat. The first and the last step may be cut off. Positions that form no staircase
+    are returned as they are.
     """
     size = len(position)
     for width in range(size // 2, 1, -1):
-        if size % width == 0:
-            steps = position.view(-1, width)
+        for cut_off in range(width):
+            whole = slice(cut_off, size - (size - cut_off) % width)
+            steps = position[whole].view(-1, width)
             trim = len(steps) // 4
             inner = steps[trim : len(steps) - trim]
-            if float((inner.amax(1) - inner.amin(1)).max()) <= _ON_A_LINE:
-                return index.view(-1, width).mean(1), steps.mean(1)
+            flat = float((inner.amax(1) - inner.amin(1)).max()) <= _ON_A_LINE
+            if flat and len(steps) > 1:
+                return index[whole].view(-1, width).mean(1), steps.mean(1)
     return index, position
 
 
@@ -264,39 +268,41 @@ def _stride(index: torch.Tensor, position: torch.Tensor, sizes: _Sizes) -> float
         sizes: of the layer and of the input.
     """
     exact = sizes.full_length / sizes.full_size
-    if len(position) == 1:
-        return exact if _fits_sizes(exact, sizes) else None
+    if len(position) == 1:  # in an input of another size it might be elsewhere
+        return exact if sizes.length == sizes.full_length else None
     centred = index - index.mean()
     fitted = float((centred * position).sum() / (centred * centred).sum())
     whole = [float(r) for r in (math.floor(exact), math.ceil(exact), round(fitted)) if r > 0]
     corners = (sizes.full_length - 1) / max(1, sizes.full_size - 1)
     # The fit is rough if there are few voxels, and on a staircase with distorted ends, which no
-    # line fits well. In both cases the stride that fits the size fits about as well.
+    # line fits well. In both cases a whole stride fits about as well, most likely the one that
+    # fits the layer's size.
     limit = max(1.25 * _rest(fitted, centred, position), _ON_A_LINE)
     for choices in ([exact] if exact.is_integer() else [], whole, [exact, corners]):
-        fitting = []
-        for stride in choices:
-            rest = _rest(stride, centred, position)
-            on_a_line = len(position) > 2 and rest <= _ON_A_LINE  # two positions always are
-            near = abs(fitted - stride) < 0.4 * stride and rest <= limit
-            if near and _fits_sizes(stride, sizes, on_a_line=on_a_line):
-                fitting.append(stride)
+        fitting = [
+            r
+            for r in choices
+            if abs(fitted - r) < 0.4 * r
+            and _rest(r, centred, position) <= limit
+            and _fits_sizes(r, sizes)
+        ]
         if fitting:
-            return min(fitting, key=lambda stride: abs(fitted - stride))
+            return min(fitting, key=lambda r: abs(fitted - r))
+    covers = 0.5 * sizes.full_length <= fitted * sizes.full_size <= sizes.full_length + fitted
     straight = _rest(fitted, centred, position) <= _NO_CURVE * (1 + fitted)
-    return fitted if fitted > 0 and straight and _fits_sizes(fitted, sizes) else None
+    fits = fitted > 0 and covers and straight and _fits_sizes(fitted, sizes)
+    return fitted if fits else None
 
 
-def _fits_sizes(stride: float, sizes: _Sizes, *, on_a_line: bool = False) -> bool:
-    """Tell whether a layer with this stride can have these sizes.
+def _fits_sizes(stride: float, sizes: _Sizes) -> bool:
+    """Tell whether a layer with this stride has its two sizes in the two sizes of input.
 
-    If only one size of input was measured, the layer's voxels must fill about the input, unless
-    their positions lie on a line. Then the network may have padded its input.
+    Where the sizes of input do not differ by a multiple of the stride, the layer's sizes may differ
+    by one voxel more or less. If there is only one size of input, it contradicts no stride.
     """
-    size, length, full_size, full_length = sizes
-    if length != full_length:
-        return abs(full_size - size - (full_length - length) / stride) <= 0.01 * full_size
-    return on_a_line or 0.5 * full_length <= stride * full_size <= full_length + stride
+    longer = (sizes.full_length - sizes.length) / stride
+    larger = sizes.full_size - sizes.size
+    return abs(larger - longer) < (max(1e-6, 0.01 * sizes.full_size) if longer.is_integer() else 1)
 
 
 def _rest(stride: float, centred: torch.Tensor, position: torch.Tensor) -> float:
