@@ -33,6 +33,9 @@ CHANGES = {
 }
 
 
+KEPT = {"all": 4.0, "some": 4e-6, "none": 0.0}
+
+
 def network() -> nn.Module:
     return toy.seeded(
         nn.Sequential(
@@ -53,13 +56,20 @@ def image(seed: int = 0) -> torch.Tensor:
     return toy.random_input(1, 2, 10, 8, 18, seed=seed)
 
 
-@pytest.mark.parametrize("kept_gb", [4.0, 4e-6, 0.0], ids=["kept", "some kept", "none kept"])
 @pytest.mark.parametrize(
-    ("name", "plan", "change"), crossed(["plain", "ensemble"], PLANS, CHANGES, rows=14)
+    ("plan", "change", "kept", "name"),
+    crossed(
+        PLANS,
+        CHANGES,
+        KEPT,
+        ["plain", "ensemble"],
+        rows=9,
+        also=[("windows", "a corner", kept, "plain") for kept in ("all", "some", "none")],
+    ),
 )
-def test_the_logits_are_those_of_a_full_rerun(name, plan, change, kept_gb):
+def test_the_logits_are_those_of_a_full_rerun(name, plan, change, kept):
     x, model = image(), networks()[name]
-    rerun = Rerun(model, x, sliding_window=PLANS[plan], kept_gb=kept_gb)
+    rerun = Rerun(model, x, sliding_window=PLANS[plan], kept_gb=KEPT[kept])
     series = rerun.start()
     changed = x.clone()
     for number, place in enumerate((CHANGES[change], CHANGES["a corner"], CHANGES[change])):

@@ -123,6 +123,7 @@ def test_a_map_of_noise_is_unstable():
     assert check.worst > 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers():
     for run in (
         lambda seed: randomisation(GradCAM(network(), "1"), image(), VOLUME, seed=seed),
