@@ -7,6 +7,7 @@
     │   ├── LayerError                   a target layer: unknown, ambiguous, unused, run twice
     │   ├── TargetError                  what is to be explained: class, mask, box
     │   │   └── EmptyRegionError         the region to explain holds no voxel
+    │   ├── EvaluationError              a figure about a map would mean nothing
     │   └── ConfigError                  a setting: unknown key, illegal value
     ├── OutputError (OSError)            a result cannot be written
     ├── OutOfMemoryError (torch.OutOfMemoryError)  the network and its gradients do not fit
@@ -50,6 +51,10 @@ class TargetError(InputError):
 
 class EmptyRegionError(TargetError):
     """The region to explain holds no voxel, so there is nothing to explain."""
+
+
+class EvaluationError(InputError):
+    """A figure about a map is undefined: what it is made of is empty, constant or too small."""
 
 
 class ConfigError(InputError):

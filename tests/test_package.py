@@ -25,6 +25,7 @@ LEVELS = [
     {"targets", "methods"},
     {"engine"},
     {"cams"},
+    {"evaluate"},
     {"settings"},
     {"models"},
     {"explaining"},

@@ -17,7 +17,7 @@ from seg3dcam.engine.gradient_check import gradient_gaps
 from seg3dcam.engine.gradients import seeded_windows
 from seg3dcam.engine.layer_map import added
 from seg3dcam.engine.memory import advising
-from seg3dcam.engine.passes import FirstPass, predict, predict_member
+from seg3dcam.engine.passes import FirstPass, predict, predict_member, suited
 from seg3dcam.engine.run import Run, TargetScore, maps_of
 from seg3dcam.errors import ModelError
 from seg3dcam.geometry import FeatureGrid
@@ -85,20 +85,8 @@ class Call:
         )
 
     def for_network(self, capture: Capture) -> Call:
-        """Return the call with the input in the network's precision, and windows that suit it.
-
-        Every pass of a network that draws random numbers starts from the same random state. But
-        the numbers drawn for a batch differ from those drawn for single items, so its windows are
-        run one at a time.
-        """
-        # float64 stays float64
-        x = self.x.to(torch.promote_types(self.x.dtype, capture.dtype))
-        windows = self.windows
-        if len(windows) > 1:
-            capture.find_out_whether_it_draws(
-                lambda: capture.to_model(windows.cut(windows.pad(x[:1]), [0]).clone())
-            )
-            windows = windows.one_by_one() if capture.known.draws else windows
+        """Return the call with the input and the windows that suit a network."""
+        x, windows = suited(capture, self.x, self.windows)
         return replace(self, x=x, windows=windows)
 
 

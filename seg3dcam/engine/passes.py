@@ -162,6 +162,23 @@ class FirstPass:
         self.graph = None
 
 
+def suited(capture: Capture, x: torch.Tensor, windows: Windows) -> tuple[torch.Tensor, Windows]:
+    """Return the input in the network's precision, and windows that suit the network.
+
+    Every pass of a network that draws random numbers starts from the same random state. But the
+    numbers drawn for a batch differ from those drawn for single items, so its windows are run one
+    at a time.
+    """
+    # float64 stays float64
+    x = x.to(torch.promote_types(x.dtype, capture.dtype))
+    if len(windows) > 1:
+        capture.find_out_whether_it_draws(
+            lambda: capture.to_model(windows.cut(windows.pad(x[:1]), [0]).clone())
+        )
+        windows = windows.one_by_one() if capture.known.draws else windows
+    return x, windows
+
+
 def predict(
     capture: Capture,
     x: torch.Tensor,

@@ -1,0 +1,34 @@
+"""Is a map true? Faithfulness, localisation, sanity and complexity, each beside its controls."""
+
+from typing import TYPE_CHECKING
+
+from seg3dcam.importing import lazy
+
+if TYPE_CHECKING:
+    from seg3dcam.evaluate.context import ContextEvidence, context_evidence
+    from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
+    from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
+    from seg3dcam.evaluate.rerun import Rerun
+    from seg3dcam.evaluate.sanity import Check, class_sensitivity, randomisation, stability
+    from seg3dcam.evaluate.segments import supervoxels
+else:
+    __getattr__, __dir__ = lazy(__name__)
+
+__all__ = [
+    "Check",
+    "ContextEvidence",
+    "Curve",
+    "Figure",
+    "Localisation",
+    "Rerun",
+    "class_sensitivity",
+    "context_deletion",
+    "context_evidence",
+    "deletion",
+    "insertion",
+    "localisation",
+    "mass_inside",
+    "randomisation",
+    "stability",
+    "supervoxels",
+]
