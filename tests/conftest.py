@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections import defaultdict
 from types import ModuleType
 from typing import ClassVar
 
@@ -14,6 +15,25 @@ import torch
 
 # The networks of the tests are tiny: more threads cost more than they bring.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a default run take `n` sets of parameters of a test that is marked `few(n)`.
+
+    They are spread over all sets; the others are slow.
+    """
+    sets: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            sets[item.nodeid.partition("[")[0]].append(item)
+    for of_test in sets.values():
+        marker = of_test[0].get_closest_marker("few")
+        count = marker.args[0] if marker else 0
+        taken = {number * len(of_test) // count for number in range(count)}
+        for number, item in enumerate(of_test):
+            if number not in taken:
+                item.add_marker("slow")
 
 
 @pytest.fixture

@@ -144,6 +144,7 @@ def test_a_file_without_an_end_is_not_read_to_its_end():
         read_yaml("/dev/zero")
 
 
+@pytest.mark.few(21)
 @pytest.mark.parametrize("key", ["arguments", "classes", "prepare", "window", "weights", "factory"])
 @pytest.mark.parametrize(
     "value",

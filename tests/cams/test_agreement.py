@@ -52,6 +52,7 @@ def score(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, 1].flatten(1).sum(1)
 
 
+@pytest.mark.few(3)
 @signed_maps
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("name", list(NETWORKS))

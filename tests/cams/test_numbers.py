@@ -57,6 +57,7 @@ def reference_of(case: toy.Case, score: Score | None = None) -> tuple[torch.Tens
 # ------------------------------------------------------------------- against the slow reference
 
 
+@pytest.mark.few(7)
 @signed_maps
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @each_case
@@ -338,6 +339,7 @@ def test_a_batch_gives_what_its_items_give_alone(layer, method):
         assert deviation(found, expected) < EXACT
 
 
+@pytest.mark.few(2)
 @signed_maps
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_layers_in_one_pass_give_what_each_gives_alone(method):
@@ -389,6 +391,7 @@ def test_mirrored_scan_gives_the_mirrored_map(axes, cam):
         assert deviation(mirrored.maps[layer], straight.maps[layer].flip(spatial)) < EXACT
 
 
+@pytest.mark.few(2)
 @signed_maps
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:], ids=str)
 def test_permuted_axes_give_the_permuted_map(order):
@@ -530,6 +533,7 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(30)
 @signed_maps
 @pytest.mark.parametrize("title", ["ClassLogOdds", "ClassLogit", "ClassProbability", "MaskOutput"])
 @pytest.mark.parametrize("head", list(HEADS))

@@ -108,6 +108,7 @@ def test_contrast_names_both_classes(place):
     assert case["target"]["name"] == "logit of lesion against organ over the predicted mask"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("score", ["finer", "probability"])
 @pytest.mark.parametrize("region", ["boundary", "predicted", "volume"])
 def test_scores_over_regions(place, score, region):

@@ -124,6 +124,7 @@ def shapley(case: toy.Case, plan: WindowPlan, score, stride: int) -> torch.Tenso
     return torch.stack(found)
 
 
+@pytest.mark.few(6)
 @signed_maps
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", [slow_unless(name != "overlapping", name) for name in PLANS])

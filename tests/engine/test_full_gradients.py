@@ -174,6 +174,7 @@ INCOMPLETE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("plan", [None, WindowPlan((4, 4, 8), overlap=0.5)], ids=["one", "many"])
 @pytest.mark.parametrize("name", INCOMPLETE)
 def test_where_the_sum_is_not_the_score_both_are_told(name, plan):

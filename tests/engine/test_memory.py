@@ -76,6 +76,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(5)
 @FEWER
 @pytest.mark.parametrize("convention", ["monai", "nnunet"])
 @each_method(CAMS)

@@ -86,6 +86,7 @@ def explained(net, size=16, cam=HiResCAM, layer="conv", plan=None):
     return result, [str(w.message) for w in caught]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("plan", [None, slow_unless(False, WindowPlan(8, overlap=0.5))])
 def test_a_branch_without_a_gradient_is_said_and_not_drawn(name, plan):
@@ -96,6 +97,7 @@ def test_a_branch_without_a_gradient_is_said_and_not_drawn(name, plan):
     assert result.maps["conv"].any()  # for whoever wants to look at it all the same
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_gradient_is_believed(name):
     result, said = explained(TwoWays(WHOLE[name]))
@@ -129,6 +131,7 @@ def detached() -> TwoWays:
     return TwoWays(lambda z: z.detach())
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("key", sorted(CAMS))
 def test_methods_without_a_gradient_see_all(key):
     """Every method whose map is made of gradients says so; the others need not."""
@@ -216,6 +219,7 @@ class Strict(TwoWays):
 NOT_CHECKED = "the gradient at layer 'conv' could not be checked"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("plan", [None, WindowPlan(8, overlap=0.5)])
 @pytest.mark.parametrize(("branch", "status"), [(torch.relu, "ok"), (torch.detach, "incomplete")])
 def test_a_gradient_that_could_not_be_checked_is_said_and_tried_again(plan, branch, status):
@@ -231,6 +235,7 @@ def test_a_gradient_that_could_not_be_checked_is_said_and_tried_again(plan, bran
     assert result.status["conv"] == status
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("error", [ModelError, LayerError, torch.OutOfMemoryError])
 def test_whatever_kept_the_check_from_running_is_said(error, monkeypatch):
     def fails(*_):

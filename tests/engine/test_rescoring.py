@@ -141,6 +141,7 @@ class Brute:
 METHODS = {"score_cam": ScoreCAM, "ablation_cam": AblationCAM}
 
 
+@pytest.mark.few(6)
 @signed_maps
 @pytest.mark.parametrize(
     "target", [slow_unless(name in ("predicted mask", "a sum"), name) for name in TARGETS]
@@ -160,6 +161,7 @@ def test_map_is_that_of_brute_force(key, name, target):
         assert deviation(result.maps[layer], getattr(brute, key)()) < EXACT
 
 
+@pytest.mark.few(3)
 @signed_maps
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("key", METHODS)

@@ -126,6 +126,7 @@ def test_shapley_cam_in_one_window_shares_that_pass():
 SIX = WindowPlan((4, 4, 6), overlap=0, mode="constant")
 
 
+@pytest.mark.few(2)
 @signed_maps
 @pytest.mark.parametrize(
     "layers",

@@ -114,6 +114,7 @@ UNITLESS = ("eigen_cam", "kpca_cam", "fem", "random", "score_cam", "ablation_cam
             "grad_cam_plus_plus")  # fmt: skip
 
 
+@pytest.mark.few(10)
 @signed_maps
 @through
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -196,6 +196,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.few(7)
 @signed_maps
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("layer", STRIDES)
@@ -234,6 +235,7 @@ LINEAR = [
 COUNTING = ("grad_cam", "slice_grad_cam", "xgrad_cam", "eigen_cam", "fem", "shapley_cam")
 
 
+@pytest.mark.few(2)
 @signed_maps
 @each_method([*LINEAR, "shapley_cam", "full_grad", "score_cam", "ablation_cam"])
 def test_how_a_network_that_sees_each_voxel_alone_is_cut_does_not_matter(key):
@@ -291,6 +293,7 @@ def test_how_the_windows_are_worked_through_does_not_matter(key, variant):
         assert_same(other(case.x, score), plain(case.x, score))
 
 
+@pytest.mark.few(5)
 @signed_maps
 @pytest.mark.parametrize("plan", [None, WindowPlan((4, 4, 6), overlap=0.5)], ids=["one", "many"])
 @each_method(CAMS)

@@ -33,6 +33,7 @@ PLANS = {
 }
 
 
+@pytest.mark.few(14)
 @signed_maps
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("layer", STRIDES)
@@ -49,6 +50,7 @@ def test_map_is_that_of_the_windows_side_by_side(key, ndim, layer, score):
     assert deviation(found.values, METHODS[key](a, g)) < EXACT
 
 
+@pytest.mark.few(7)
 @signed_maps
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("mode", ["mean", "max"])

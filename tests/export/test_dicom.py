@@ -485,6 +485,7 @@ def test_several_classes_and_layers(tmp_path):
     assert "mean of 3 layers" in images[0].SeriesDescription
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("case", "burned_in"),
     [("scan 43a725f6", "NO"), ("P-1", "YES"), ("zoë, left lung", "YES"), ("case 7", "NO")],

@@ -102,6 +102,7 @@ CALLERS = {
 }
 
 
+@pytest.mark.few(4)
 @quiet
 @pytest.mark.parametrize("caller", CALLERS)
 def test_the_mode_of_the_caller_does_not_matter(case, caller):

@@ -37,6 +37,7 @@ def per_axis(stride: int | tuple[int, ...], row: Row) -> tuple[int, ...]:
     return stride if isinstance(stride, tuple) else (stride,) * len(row.shape)
 
 
+@pytest.mark.few(7)
 @named(quick=ORDINARY)
 def test_bottleneck_and_decoder_are_suggested(name):
     row = NETWORKS[name]
@@ -52,6 +53,7 @@ def test_bottleneck_and_decoder_are_suggested(name):
     ]
 
 
+@pytest.mark.few(7)
 @named(quick=ORDINARY)
 def test_what_is_suggested_has_a_gradient_and_is_not_the_output(name):
     """Heads of deep supervision that the logits do not come from have none."""
@@ -67,6 +69,7 @@ def test_what_is_suggested_has_a_gradient_and_is_not_the_output(name):
         assert activations.shape != logits.shape
 
 
+@pytest.mark.few(3)
 @quiet
 @named()
 def test_maps_equal_plain_torch(name):
@@ -127,6 +130,7 @@ def assert_same_map(result, layer, expected, uncancelled, tolerance):
             assert status == ("ok" if height > 1e-4 else "zero"), float(height)
 
 
+@pytest.mark.few(3)
 @quiet
 @pytest.mark.usefixtures("usual_grids_where_coarse")
 @named()

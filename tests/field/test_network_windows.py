@@ -43,6 +43,7 @@ def two_windows(row: Row) -> list[torch.Tensor]:
     return list(row.input(2).split(1))
 
 
+@pytest.mark.few(2)
 @quiet
 @named(*KINDS)
 def test_windows_side_by_side_are_explained_as_if_alone(name):

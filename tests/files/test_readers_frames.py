@@ -168,6 +168,7 @@ def _in_itk(file):
     return np.array(sitk.ReadImage(str(file)).GetOrigin())[:3] * (-1, -1, 1)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("frame", [None, "sform", "qform"])
 def test_the_command_writes_where_it_was_told(tmp_path, frame):
     """Every file, and the truth beside it, in ITK and in nibabel."""

@@ -51,6 +51,7 @@ def some_positions(scan, rng, count=500):
 # ---------------------------------------------------------------------------------- what is read
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("plane", PLANES)
 def test_the_marker_is_right_anterior_and_superior(tmp_path, plane):
     phantom = make_phantom(PLANES[plane], spacing=(2.0, 2.5, 4.0))
@@ -65,6 +66,7 @@ def test_the_marker_is_right_anterior_and_superior(tmp_path, plane):
     assert (scan.name, scan.header) == ("scan", None)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("modality", ["CT", "MR", "PT"])
 @pytest.mark.parametrize("plane", PLANES)
 def test_equals_simple_itk_and_highdicom(tmp_path, rng, plane, modality):
@@ -278,6 +280,7 @@ def test_several_series(folder, rng):
     assert "SECRET" not in str(error.value)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("fields", "match"),
     [

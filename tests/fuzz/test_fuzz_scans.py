@@ -168,6 +168,7 @@ def check(path: Path, content: bytes, seed: object, library) -> str | None:
     return None if fault is None else f"seed {seed}: {fault}"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MAKERS)
 def test_damaged_files(tmp_path, name, library):
     sound = MAKERS[name](tmp_path / name).read_bytes()

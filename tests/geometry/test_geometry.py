@@ -233,6 +233,7 @@ def encoder_of(kind: str) -> nn.Module:
     return encoder(LEVELS[kind]())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("cam", [GradCAM, HiResCAM])
 @pytest.mark.parametrize(

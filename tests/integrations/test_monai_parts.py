@@ -95,6 +95,7 @@ def test_a_map_is_inverted_and_saved_where_the_scan_lies(scan_file, tmp_path):
     assert np.corrcoef(heat.ravel(), direct.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scale", ["max", "raw"])
 @pytest.mark.parametrize(
     ("name", "key"),

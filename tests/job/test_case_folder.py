@@ -355,6 +355,7 @@ BAD_LOCKS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("changes", BAD_LOCKS.values(), ids=BAD_LOCKS)
 def test_a_lock_that_nobody_wrote_is_taken_over(place, changes):
     assert place.explain("--target", "organ").code == 0

@@ -57,6 +57,7 @@ def test_every_setting_of_a_job_is_tried():
     assert set(SETTINGS) | inputs == set(Job.model_fields)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting(place, name):
     before = key_of(place)

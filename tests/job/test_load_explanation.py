@@ -72,6 +72,7 @@ def _listed(value):
     return dict(value) if hasattr(value, "items") else list(value)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("region", ["predicted", "components", "boundary"])
 @pytest.mark.parametrize("copy", [True, False], ids=["scan in the case", "scan given"])
 def test_what_is_read_is_what_was_written(place, region, copy):
@@ -184,6 +185,7 @@ def test_another_scan_is_refused(place):
         load_explanation(place.out, scan=elsewhere)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("first", ["nifti", "slicer", "html"])
 @pytest.mark.parametrize("second", ["nifti", "slicer", "html"])
 def test_of_runs_in_several_formats_the_volumes_are_read(place, first, second):
@@ -243,6 +245,7 @@ def test_what_is_no_case_is_refused(tmp_path, content):
         load_explanation(tmp_path)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "change",
     [

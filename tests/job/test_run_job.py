@@ -159,6 +159,7 @@ def test_every_format_has_a_writer(kind):
     assert callable(getattr(writers, FORMATS[kind].writer))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].check is None])
 def test_a_format_writes_the_files_that_its_line_names(place, kind, monkeypatch):
     monkeypatch.setattr("seg3dcam.job.run.explain_each", explain_once)

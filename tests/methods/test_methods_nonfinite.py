@@ -115,6 +115,7 @@ def network(ndim, where, value):
     return nn.Sequential(first, nn.Identity() if bad else Hard(value), head).double()
 
 
+@pytest.mark.few(7)
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 @pytest.mark.parametrize(
     ("ndim", "windows"),

@@ -226,6 +226,7 @@ def _with_constants(value: float, *channels: int) -> tuple[torch.Tensor, torch.T
     return a, g
 
 
+@pytest.mark.few(101)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", list(UNUSUAL))
 @pytest.mark.parametrize("key", list(FORMULAS))

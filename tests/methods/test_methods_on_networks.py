@@ -55,6 +55,7 @@ def scored(case: toy.Case) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda logits: scores.score(logits, scores.log_odds, 1, mask)
 
 
+@pytest.mark.few(14)
 @signed_maps
 @each_case
 @pytest.mark.parametrize("method", list(ONE_PASS))

@@ -192,6 +192,7 @@ def test_a_header_that_agrees_needs_no_itk(tmp_path):
     assert torch.equal(one.affine, two.affine)
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.*(sform|qform)")  # a scan that says two places
 @pytest.mark.parametrize("kind", ["pixdim", "qform", "neither form"])
 def test_an_itk_readers_spacing_is_the_networks(kind, tmp_path):

@@ -78,6 +78,7 @@ def set_at(content: dict, identity: str, value) -> None:
     content[int(last) if last.isdecimal() and isinstance(content, list) else last] = value
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("message", CONFIGS)
 def test_a_broken_config_is_an_error_with_its_key(message, tmp_path):
     root = write_bundle(tmp_path / "b", SPLEEN)
@@ -152,6 +153,7 @@ def test_a_broken_list_of_large_files_is_an_error_with_its_key(listed, message, 
         load_model(f"bundle:{root}", trust=True)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -446,6 +446,7 @@ REFUSED: dict[str, Config] = {
 }
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_followed_is_refused(message, tmp_path):
     root = written(tmp_path / "b", REFUSED[message])

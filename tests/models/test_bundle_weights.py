@@ -91,6 +91,7 @@ def has(model, state) -> bool:
     return all(torch.equal(own[key], value) for key, value in state.items())
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_weights_are_those_that_the_config_loads(way, tmp_path):
     root, right = two_weights(tmp_path / "b", WAYS[way])
@@ -116,6 +117,7 @@ NOT_CALLED = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", NOT_CALLED)
 def test_a_network_that_monai_would_leave_random_is_refused(way, tmp_path):
     root, _ = two_weights(tmp_path / "b", NOT_CALLED[way])

@@ -155,6 +155,7 @@ if hasattr(simpleitk_reader_writer, "SimpleITKIOWithReorient"):  # since nnU-Net
 QUICK = ("labels", "regions", "folds and flips", "2d, permuted", "residual encoder")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in FOLDERS],
@@ -187,6 +188,7 @@ def test_the_prediction_is_nnunets_own(case, tmp_path):
     assert np.array_equal(labels, segmentation)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", FOLDERS)
 def test_what_the_network_sees_is_what_nnunet_prepares(case, tmp_path):
     settings = FOLDERS[case]

@@ -597,6 +597,7 @@ def supervised(name):
 
 
 # Windows do not depend on the network, and the small one is measured in a moment.
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [

@@ -70,6 +70,7 @@ def by_hand(
 # ---------------------------------------------------------------- folds and flips
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "slice_grad_cam"])
 @pytest.mark.parametrize("axes", [(), (0, 2)], ids=["as it is", "flipped"])
 def test_the_map_is_the_mean_of_those_of_the_ensembles_gradient(method, axes):
@@ -129,6 +130,7 @@ def test_an_ensemble_of_twins_gives_the_map_of_one(method):
             torch.testing.assert_close(both.maps[name], one.maps[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "ablation_cam", "eigen_cam"])
 def test_flips_change_nothing_where_the_network_sees_single_voxels(method):
     pointwise = seeded(nn.Sequential(nn.Conv3d(1, 4, 1), nn.ReLU(), nn.Conv3d(4, 3, 1)), 1)
@@ -138,6 +140,7 @@ def test_flips_change_nothing_where_the_network_sees_single_voxels(method):
     torch.testing.assert_close(flipped.maps["1"], one.maps["1"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", ["ablation_cam", "score_cam", "full_grad"])
 @pytest.mark.parametrize("plan", [None, WindowPlan((6, 6, 6), overlap=0.5)])
 def test_methods_that_look_at_logits_look_at_the_members_own(method, plan):

@@ -306,6 +306,7 @@ def test_a_grid_that_counts_as_measured_is_right_in_one_size_alone(name, length)
         assert not strides or grid.stride[0] == pytest.approx(stride, abs=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shape", [(8, 32, 32), (12, 40, 64), (5, 96, 130)])
 def test_thick_slices(shape):
     """Stride (1, 2, 2), then (2, 2, 2) by pooling of (1, 2, 2) and (2, 2, 2)."""
@@ -395,6 +396,7 @@ def test_monai_unet_has_no_offset(shape):
         assert_grid(grids[name], (stride,) * 3, (0,) * 3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "shape",
     [

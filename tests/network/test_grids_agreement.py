@@ -195,6 +195,7 @@ def grids_of_sub_pixel_upsampling(shape):
     return grids_of(net, shape, "upcat_*")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shape", [(32, 32), pytest.param((32, 16, 16), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layer", ["upcat_4", "upcat_3", "upcat_2", "upcat_1"])
 def test_decoders_of_sub_pixel_upsampling_are_in_their_place(layer, shape):
@@ -415,6 +416,7 @@ PLACES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", PLACES)
 def test_settings_inside_containers_are_part_of_what_is_remembered(place):
     """Also beside a counter, which is none."""

@@ -637,6 +637,7 @@ def test_voxels_are_read_one_by_one_where_it_is_said(name):
         assert ("reads one voxel" in suggestion.reason) == (most == 1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "make",
     [

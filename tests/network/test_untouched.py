@@ -154,6 +154,7 @@ GOOD_CALLS = {
 quiet = pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 
 
+@pytest.mark.few(5)
 @quiet
 @pytest.mark.parametrize("name", GOOD_CALLS)
 def test_after_a_good_call(name, net, x):

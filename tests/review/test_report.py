@@ -73,6 +73,7 @@ def plain(scan: torch.Tensor, cam: torch.Tensor, **others) -> Explanation:
 # ---------------------------------------------------------------- where things are
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "SLA", "PIR", "ARI"])
 def test_scan_maps_and_masks_lie_where_they_were(tmp_path, codes):
     explanation = make_phantom(codes, layers=("model.1", "encoder.4"))
@@ -249,6 +250,7 @@ def test_blocks_are_centred_where_their_voxels_are(tmp_path):
 # ---------------------------------------------------------------- sizes
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("limit", "words"), [(9, "every grey code"), (0.6, "WebP"), (0.15, "shrunk")]
 )

@@ -50,6 +50,7 @@ def panels(picture, view, short=slices.SLICE_SHORT):
 # ---------------------------------------------------------------- orientation in the file
 
 
+@pytest.mark.few(17)
 @pytest.mark.parametrize("axis", display.PLANES)
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -92,6 +92,7 @@ def test_a_contrast_is_the_difference_of_two_logits(activation, classes, shape):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("activation", "classes"), HEADS)

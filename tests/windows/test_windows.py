@@ -84,6 +84,7 @@ def through_monai(
     return logits
 
 
+@pytest.mark.few(3)
 def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None:
     plan, x = case
     network = toy.shared(unet)
@@ -91,6 +92,7 @@ def test_the_prediction_is_monais(case: tuple[WindowPlan, torch.Tensor]) -> None
     assert torch.equal(result.logits, through_monai(network, x, plan).detach())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "target",
     [
@@ -156,6 +158,7 @@ def place_by_hand(
     return interpolate(total, grid, FeatureGrid.of_voxels(windows.shape))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("region", ["box", "volume"])
 def test_grad_cam_pools_its_weights_over_all_windows(
     case: tuple[WindowPlan, torch.Tensor], region: str
@@ -352,6 +355,7 @@ def test_windows_of_a_network_that_halves_its_output_are_refused() -> None:
         HiResCAM(network, "0", sliding_window=WindowPlan(8))(volume(16, 8, 8), targets.MaskOutput())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("cam", [GradCAM, SliceGradCAM, HiResCAM])
 @pytest.mark.parametrize("overlap", [0.3, 0.5])
 def test_a_constant_map_through_windows_is_degenerate(cam, overlap: float) -> None:
@@ -378,6 +382,7 @@ def cancelling() -> nn.Module:
     return network
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("region", ["volume", targets.Box((4, 4, 4), (8, 8, 8))])
 @pytest.mark.parametrize("window", [None, WindowPlan(16, overlap=0.5)])
@@ -409,6 +414,7 @@ def biased() -> nn.Module:
     return network
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, slow_unless(False, WindowPlan(8, overlap=0.5))])
 def test_a_model_of_another_precision_than_the_input(dtype, window) -> None:
