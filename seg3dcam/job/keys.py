@@ -130,9 +130,18 @@ def _json(content: Any) -> str:
 
 
 def _code_of(module: nn.Module) -> str:
-    """Return a hash of the Python files of a network's classes."""
+    """Return a hash of the Python files of a network's classes.
+
+    Functions that other modules have put into a class are left out: `torch.compile` exchanges one
+    of `nn.Module`, and a network is the same after something else was compiled.
+    """
     kinds = {kind for part in module.modules() for kind in type(part).__mro__}
-    functions = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f)]
+    functions = [
+        function
+        for kind in kinds
+        for function in vars(kind).values()
+        if inspect.isfunction(function) and function.__module__ == kind.__module__
+    ]
     files = {Path(function.__code__.co_filename) for function in functions}
     return digest_of_all(file for file in files if file.is_file())
 

@@ -192,6 +192,18 @@ def test_the_code_of_an_installed_package(place, changed, monkeypatch):
         del sys.modules[name]
 
 
+def test_a_network_is_the_same_after_another_one_was_compiled(place, monkeypatch):
+    """`torch.compile` exchanges a function of `nn.Module` for one of its own, for good."""
+    before = key_of(place)
+
+    def exchanged(self, state):
+        self.__dict__.update(state)
+
+    assert key_of(place) == before
+    monkeypatch.setattr(torch.nn.Module, "__setstate__", exchanged)
+    assert key_of(place) == before
+
+
 #: The same job in other words.
 ALIKE = {
     "method": [{"method": "hires_cam"}, {"method": ["hires_cam"]}, {"method": 2 * ["hires_cam"]}],
