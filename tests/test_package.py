@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -70,6 +71,7 @@ def relative(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -172,6 +174,7 @@ def test_the_core_imports_monai_where_it_is_used():
         assert "monai" not in found, relative(path)
 
 
+@pytest.mark.slow
 def test_monai_is_loaded_by_nothing_but_what_needs_it():
     names = "GradCAM, explain, explain_each, load_explanation, load_model, load_scan, targets"
     (found,) = modules_after(f"from seg3dcam import {names}; targets.ClassLogit")

@@ -60,6 +60,7 @@ def assert_turned(found: CamResult, straight: CamResult, turn: toy.Turn) -> None
     crossed(
         METHODS,
         itertools.product([(2,), (3,), (2, 3), (4,), (2, 4), (2, 3, 4)], PLANS),
+        rows=12,
         also=[(key, ((2, 3, 4), "windows")) for key in USUAL],
     ),
 )
@@ -78,6 +79,7 @@ def test_mirrored_scan_gives_the_mirrored_map(key, turn):
     crossed(
         METHODS,
         itertools.product([(1, 0), (0, 2, 1), (1, 2, 0), (2, 1, 0)], PLANS),
+        rows=8,
         also=[(key, ((0, 2, 1), "windows")) for key in USUAL],
     ),
 )

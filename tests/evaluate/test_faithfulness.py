@@ -139,7 +139,7 @@ CURVES = {"deletion": deletion, "insertion": insertion, "context": context_delet
         PLANS,
         BASELINES,
         [(2, 4, 25, 0), (0, 2, 7, 1), (1, 3, 10, 5), (3, 4, 60, 2)],
-        rows=8,
+        rows=5,
     ),
 )
 def test_curves_are_those_of_the_definition(kind, plan, baseline, settings):
@@ -186,6 +186,7 @@ def test_only_context_deletion_tells_the_cue_from_the_mask():
     assert 0.3 < aucs["context", "mask"] < 0.8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", CURVES)
 def test_a_degraded_map_is_never_better(kind):
     """The more of a good map is noise, the worse it gets, for the mean over some draws."""

@@ -63,7 +63,7 @@ def image(seed: int = 0) -> torch.Tensor:
         CHANGES,
         KEPT,
         ["plain", "ensemble"],
-        rows=9,
+        rows=7,
         also=[("windows", "a corner", kept, "plain") for kept in ("all", "some", "none")],
     ),
 )

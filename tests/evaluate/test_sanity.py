@@ -133,6 +133,7 @@ def test_the_same_seed_gives_the_same_numbers():
         assert run(1) != run(2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("plan", [None, WindowPlan((8, 6, 6), overlap=0.5)], ids=["one", "many"])
 @pytest.mark.parametrize("several", [False, True], ids=["network", "ensemble"])
 def test_the_network_is_left_as_it_was(plan, several):

@@ -154,6 +154,7 @@ def evaluator_of(network: nn.Module, **settings) -> SupervisedEvaluator:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decollate", [True, False])
 def test_decollated_or_not_the_networks_input_is_explained(decollate, tmp_path):
     def spoil(data):  # what comes after the network does not count
@@ -174,6 +175,7 @@ def test_decollated_or_not_the_networks_input_is_explained(decollate, tmp_path):
     assert np.corrcoef(cam.ravel(), x.numpy().ravel())[0, 1] > 0.999
 
 
+@pytest.mark.slow
 def test_an_ignite_engine_learns_the_epoch_of_the_training(tmp_path):
     network, trainer_epoch = Bright(), [0]
     evaluator = Engine(lambda engine, batch: network(batch[0]))

@@ -316,7 +316,7 @@ def check_same(root: Path, file: Path, model: Any, **values: Any) -> None:
     assert 0.01 < masks[1].mean() < 0.99  # something to compare
 
 
-@pytest.mark.parametrize("case", crossed(SAME, rows=9))
+@pytest.mark.parametrize("case", crossed(SAME, rows=5))
 def test_what_runs_is_what_monai_runs(case, tmp_path):
     change, weights = SAME[case]
     root = written(tmp_path / "b", change)

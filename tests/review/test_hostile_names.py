@@ -72,6 +72,7 @@ def test_every_file_is_in_the_record_and_has_a_name_for_every_disk(place):
         )
 
 
+@pytest.mark.slow
 def test_volumes_are_where_the_scan_is(place):
     scan = SimpleITK.ReadImage(str(place.scan))
     volumes = [f for f in place.out.rglob("*") if f.name.endswith((".nii.gz", ".nrrd"))]
