@@ -453,7 +453,7 @@ def test_force_does_it_again_with_the_same_result(place):
             ("--slice", 8),
             ("--signed",),
         ],
-        rows=3,
+        rows=2,
     ),
     ids=lambda change: " ".join(map(str, change)),
 )

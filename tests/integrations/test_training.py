@@ -196,6 +196,7 @@ def test_an_ignite_engine_learns_the_epoch_of_the_training(tmp_path):
     assert Events.ITERATION_COMPLETED  # the event that batches are taken at
 
 
+@pytest.mark.slow
 def test_pictures_become_artifacts(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)

@@ -57,6 +57,7 @@ def write(layout: Layout, root: Path, *, for_monai: bool = False) -> Path:
 
 
 @pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer .* (explains|shows) nothing")  # the network is random
 @pytest.mark.filterwarnings("ignore:.*mostly (evidence )?against")
 @pytest.mark.filterwarnings("ignore:where the voxels of layer .* lie could not be measured")

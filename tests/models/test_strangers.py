@@ -316,6 +316,7 @@ def test_weights_are_read_by_content_whatever_the_suffix(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.few(4)
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")
 @pytest.mark.parametrize("how", ["traced", "scripted"])
 @pytest.mark.parametrize(

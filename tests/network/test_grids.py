@@ -187,7 +187,7 @@ class OneSize(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("patch", "patches", "steps"), crossed([4, 8, 16], [2, 3, 4, 5, 6], [1, 2, 3], rows=7)
+    ("patch", "patches", "steps"), crossed([4, 8, 16], [2, 3, 4, 5, 6], [1, 2, 3], rows=3)
 )
 def test_few_patches_that_transposed_convolutions_make_finer(patch, patches, steps):
     """Positions are a staircase of few steps (UNETR), and no other size of input says how wide."""

@@ -16,7 +16,7 @@ import pytest
 import SimpleITK
 from helpers_cases import IN_LESION, Place, contents, write_model, write_scan
 
-pytestmark = pytest.mark.usefixtures("measured_once")
+pytestmark = [pytest.mark.usefixtures("measured_once"), pytest.mark.slow]
 
 NAMES = {
     "lines": "liver\r\nspace origin: (900,0,0)\r\n\r\nSegment0_Name:=none",
@@ -61,7 +61,6 @@ def place_truth():
     return truth
 
 
-@pytest.mark.slow
 def test_every_file_is_in_the_record_and_has_a_name_for_every_disk(place):
     files = {str(f.relative_to(place.out)) for f in place.out.rglob("*") if f.is_file()}
     assert files == {*place.record["files"], "case.json"}
@@ -72,7 +71,6 @@ def test_every_file_is_in_the_record_and_has_a_name_for_every_disk(place):
         )
 
 
-@pytest.mark.slow
 def test_volumes_are_where_the_scan_is(place):
     scan = SimpleITK.ReadImage(str(place.scan))
     volumes = [f for f in place.out.rglob("*") if f.name.endswith((".nii.gz", ".nrrd"))]
