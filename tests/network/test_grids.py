@@ -473,9 +473,9 @@ def test_tokens_lie_in_the_middle_of_their_patches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(32, 48, 64), (80, 32, 96)])
-def test_decoders_of_few_tokens_have_the_places_of_their_patches(shape):
+def test_decoders_of_few_tokens_have_the_places_of_their_patches():
     """With two or three patches along an axis, each decoder sees a staircase of so many steps."""
+    shape = (32, 48, 64)
     net = nets.UNETR(1, 3, shape, 4, hidden_size=24, mlp_dim=32, num_heads=2)
     strides = {"encoder4": 8, "decoder5": 8, "decoder4": 4, "decoder3": 2, "decoder2": 1}
     for name, grid in grids_of(net, shape, list(strides)).items():
