@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from seg3dcam.checks import check_whole_number
-from seg3dcam.errors import EvaluationError, InputError
+from seg3dcam.errors import EvaluationError
+from seg3dcam.evaluate.places import on_one_grid
 
 #: The overlaps of boxes that count as found: the second version of the measure takes their mean.
 OVERLAPS = (0.3, 0.5, 0.7)
@@ -129,14 +130,7 @@ def _common(one: Box, other: Box) -> Iterator[tuple[int, int]]:
 
 
 def _checked(values: Array, region: Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    array = torch.as_tensor(values).detach().cpu().double().numpy()
-    mask = torch.as_tensor(region).detach().cpu().numpy() != 0
-    if array.shape != mask.shape:
-        raise InputError(
-            f"the map has shape {array.shape} and the region {mask.shape}: give both on one grid"
-        )
-    if not np.isfinite(array).all():
-        raise InputError("the map has values that are NaN or infinite")
+    array, mask = on_one_grid(values, region)
     if not mask.any():
         raise EvaluationError("undefined: the region is empty")
     if array.min() == array.max():

@@ -177,7 +177,8 @@ def _figure(value: float, by_chance: Sequence[float]) -> Figure:
     return Figure(value, float(np.mean(by_chance)), (float(low), float(high)))
 
 
-def _checked(values: Any, region: Any) -> tuple[Values, Mask]:
+def on_one_grid(values: Any, region: Any) -> tuple[Values, Mask]:
+    """Return a map and a region as arrays; InputError unless they share a grid and are finite."""
     array = torch.as_tensor(values).detach().cpu().double().numpy()
     mask = torch.as_tensor(region).detach().cpu().numpy() != 0
     if array.shape != mask.shape:
@@ -188,6 +189,11 @@ def _checked(values: Any, region: Any) -> tuple[Values, Mask]:
         raise InputError(
             f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
         )
+    return array, mask
+
+
+def _checked(values: Any, region: Any) -> tuple[Values, Mask]:
+    array, mask = on_one_grid(values, region)
     if not mask.any() or mask.all():
         fault = "is empty" if not mask.any() else "fills the whole volume"
         raise EvaluationError(f"undefined: the region {fault}, so no map can lie in or out of it")
