@@ -140,6 +140,7 @@ CURVES = {"deletion": deletion, "insertion": insertion, "context": context_delet
         BASELINES,
         [(2, 4, 25, 0), (0, 2, 7, 1), (1, 3, 10, 5), (3, 4, 60, 2)],
         rows=5,
+        pairs=True,
     ),
 )
 def test_curves_are_those_of_the_definition(kind, plan, baseline, settings):

@@ -64,7 +64,7 @@ def image(seed: int = 0) -> torch.Tensor:
         KEPT,
         ["plain", "ensemble"],
         rows=7,
-        also=[("windows", "a corner", kept, "plain") for kept in ("all", "some", "none")],
+        pairs=True,
     ),
 )
 def test_the_logits_are_those_of_a_full_rerun(name, plan, change, kept):

@@ -52,6 +52,7 @@ def convolutions(network: nn.Module) -> list[str]:
 
 
 @quiet
+@pytest.mark.usefixtures("usual_grids_but_for_few")
 @named(*ORDINARY, quick=FEW)
 def test_all_explains_every_convolution_that_ran_once(name):
     """The others are named with the reason: heads that are not explained, parts that only train."""
@@ -78,6 +79,7 @@ def w_text(warning: warnings.WarningMessage) -> str:
 
 
 @quiet
+@pytest.mark.usefixtures("usual_grids_but_for_few")
 @named(*ORDINARY, quick=FEW)
 def test_a_pattern_explains_the_layers_that_it_fits(name):
     row = NETWORKS[name]
