@@ -69,6 +69,7 @@ def explain_targets(
     *,
     check: Callable[[torch.Tensor], None] | None = None,
     move: Move | None = None,
+    examines: bool = False,
 ) -> list[TargetResults]:
     """Explain several targets by several methods, and say which targets they turned out to be.
 
@@ -78,6 +79,8 @@ def explain_targets(
             if they do not suit.
         move: brings a mask of a target, which has an affine of its own, onto the input's grid.
             None takes the mask as it is, if it lies on that grid.
+        examines: whether the maps are held against those of a network whose last layer is random,
+            see `LayerMap.head`.
 
     Raises:
         ConfigError: as `each_by`.
@@ -98,7 +101,7 @@ def explain_targets(
 
     with telling_axes(lead.members[0], x):
         layers = lead.layers_for(x, windows)
-        call = Call(lead, layers, [cam.formula for cam in cams], x, windows, evaluate)
+        call = Call(lead, layers, [cam.formula for cam in cams], x, windows, evaluate, examines)
         several = len(lead.members) > 1
         outcome = explain_ensemble(call) if several else explain_member(call, lead.members[0])
     tell_dropped(outcome.dropped)

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from seg3dcam.cams.notices import tell_unchecked, tell_unmeasured
-from seg3dcam.cams.tables import Table, combined, with_gaps, without_numbers
+from seg3dcam.cams.tables import Table, combined, with_gaps, with_heads, without_numbers
 from seg3dcam.engine.gradient_check import gradient_gaps
 from seg3dcam.engine.gradients import seeded_windows
+from seg3dcam.engine.head_check import Similarities, head_similarity
 from seg3dcam.engine.layer_map import added
 from seg3dcam.engine.memory import advising
 from seg3dcam.engine.passes import FirstPass, predict, predict_member, suited
@@ -30,6 +31,7 @@ from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.progress import Progress
 from seg3dcam.targets import Activation
+from seg3dcam.targets.base import as_own_target
 from seg3dcam.windows import WindowPlan, Windows
 
 
@@ -62,6 +64,7 @@ class Call:
         lead: the CAM whose model, output and progress serve for all.
         formulas: one for each method.
         evaluate: a function of the logits (B, K, *S) that gives every target with its score.
+        examines: whether the maps are held against those of a network whose last layer is random.
     """
 
     lead: Explainer
@@ -70,6 +73,7 @@ class Call:
     x: torch.Tensor
     windows: Windows
     evaluate: Callable[[torch.Tensor], list[TargetScore]]
+    examines: bool = False
 
     @property
     def sliding_window(self) -> WindowPlan | None:
@@ -130,9 +134,11 @@ def explain_member(
         checked = _layers_with_gradients(first, formulas)
         gaps, reason = _gaps(first, targets, checked, lead.output)
         table = maps_of(Run(first, grids, lead.output, lead.progress), targets, formulas)
+        if call.examines:
+            table = with_heads(table, _heads(first, targets, formulas, lead.output))
         unchecked = [la for la in checked if la not in gaps and la not in capture.dropped]
         tell_unchecked(unchecked, reason)
-    table = with_gaps(without_numbers(table, targets), formulas, gaps)
+    table = with_gaps(without_numbers(table, targets), formulas, gaps, reason)
     return Outcome(first.logits, targets, table, capture.dropped, capture.known.draws or "")
 
 
@@ -226,6 +232,27 @@ def _gaps(
     seeded = [w for one in targets for w in seeded_windows(first, [0], one.seed)]
     window = first.cut([0], seeded[:1] or [0])
     return gradient_gaps(first.capture, window, layers, output)
+
+
+def _heads(
+    first: FirstPass,
+    targets: Sequence[TargetScore],
+    formulas: Sequence[Formula],
+    output: OutputSelection,
+) -> list[Similarities]:
+    """Return, for every target, how like its maps are to those of a random last layer.
+
+    Targets that differ in their region alone, such as a class's lesions, share one answer.
+    """
+    known: dict[tuple[object, ...], Similarities] = {}
+    found = []
+    for one in targets:
+        own = as_own_target(one.target)
+        key = (type(one.target), own.class_index, own.other_class_index)
+        if own.class_index is None or key not in known:
+            known[key] = head_similarity(first, one.seed, formulas, output)
+        found.append(known[key])
+    return found
 
 
 def _check_draws(capture: Capture, formulas: Sequence[Formula], items: int) -> None:

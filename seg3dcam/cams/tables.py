@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from seg3dcam.engine.head_check import Similarities
 from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.run import TargetScore
@@ -35,19 +36,46 @@ def without_numbers(table: Table, targets: Sequence[TargetScore]) -> Table:
     ]
 
 
-def with_gaps(table: Table, formulas: Sequence[Formula], gaps: Mapping[LayerRef, float]) -> Table:
-    """Note in the maps that are made of gradients which part of the score they miss."""
+def with_gaps(
+    table: Table, formulas: Sequence[Formula], gaps: Mapping[LayerRef, float], reason: str
+) -> Table:
+    """Note in the maps that are made of gradients which part of the score they miss.
+
+    Args:
+        gaps: layer -> that part; layers that could not be checked are left out.
+        reason: why they could not.
+    """
 
     def noted(formula: Formula, maps: Maps) -> Maps:
         if formula.gradients_at == "nothing":
             return maps
         of_input = formula.gradients_at == "input"
+        places = {layer: INPUT if of_input else layer for layer in maps}
         return {
-            layer: replace(map_, missing=gaps.get(INPUT if of_input else layer, 0.0))
+            layer: replace(
+                map_,
+                missing=gaps.get(places[layer], 0.0),
+                unchecked="" if places[layer] in gaps else reason or "no input suited the check",
+            )
             for layer, map_ in maps.items()
         }
 
     return [[noted(f, maps) for f, maps in zip(formulas, row, strict=True)] for row in table]
+
+
+def with_heads(table: Table, heads: Sequence[Similarities]) -> Table:
+    """Note in the maps how like they are to those of a network whose last layer is random.
+
+    Args:
+        heads: for every target, what is known of its maps.
+    """
+    return [
+        [
+            {layer: replace(map_, head=of.get((number, layer))) for layer, map_ in maps.items()}
+            for number, maps in enumerate(row)
+        ]
+        for of, row in zip(heads, table, strict=True)
+    ]
 
 
 def combined(combine: Callable[..., LayerMap], *tables: Table) -> Table:

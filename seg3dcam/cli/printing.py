@@ -32,7 +32,7 @@ _OPEN = {"report.html": "in a browser", "scene.mrml": "in 3D Slicer", "case.mrb"
 _FOOTNOTE = {
     "peak": "the place where the CAM is strongest, in mm to the patient's right, front and head",
     "CAM inside": "the part of the whole CAM that lies inside the prediction; the rest is context",
-    "status": "ok, or why the CAM must not be read",
+    "verdict": "what may be said of the CAM; in words below",
 }
 
 
@@ -70,6 +70,11 @@ def print_case(record: Mapping[str, Any], job: Job, folder: Path) -> None:
         size = " x ".join(f"{mm:.3g}" for mm in layer["spacing_mm"])
         say(f"resolution at layer {name}: {size} mm")
     for explained in record["explanations"]:
+        for layer, said in explained["verdicts"].items():
+            at = f" at {layer}" * (len(layers) > 1)
+            by = f" by {explained['method']['name']}" * (len(job.methods) > 1)
+            say(f"{explained['label']}{by}{at}: {said['words']}")
+    for explained in record["explanations"]:
         for warning in explained["found"]["warnings"]:
             say(f"{explained['label']}: {warning}")
     _print_files(folder, [Path(name) for name in record["files"]])
@@ -82,10 +87,16 @@ def _table(cases: list[Mapping[str, Any]], job: Job) -> Table:
     table = Table(title="What the network looked at", show_lines=False)
     for name in ("class", *["method"] * several):
         table.add_column(name, overflow="fold", min_width=min(len(name), 12))
-    for name in ("predicted", *["Dice"] * compared, "peak (R, A, S mm)", "CAM inside", "status"):
+    for name in (
+        "predicted",
+        *["Dice"] * compared,
+        "peak (R, A, S mm)",
+        "CAM inside",
+        "verdict",
+    ):
         table.add_column(name)
     for case in cases:
-        found, status = case["found"], {layer["status"] for layer in case["layers"].values()}
+        found = case["found"]
         peak, inside = found["peak_mm"], found["cam_inside_prediction"]
         ml, dice = found["predicted_ml"], found["dice"]
         table.add_row(
@@ -95,9 +106,20 @@ def _table(cases: list[Mapping[str, Any]], job: Job) -> Table:
             *["" if dice is None else f"{dice:.2f}"] * compared,
             "" if peak is None else ", ".join(f"{x:.0f}" for x in peak),
             "" if inside is None else f"{100 * inside:.0f} %",
-            ", ".join(sorted(status)),
+            _verdict_in_brief(case),
         )
     return table
+
+
+def _verdict_in_brief(case: Mapping[str, Any]) -> str:
+    """Return what is said of an explanation's maps, each finding once, or why there is none."""
+    status = {name: layer["status"] for name, layer in case["layers"].items()}
+    said = {name: verdict["finding"] for name, verdict in case["verdicts"].items()}
+    words = [
+        said.get(name, "ok") if found == "ok" else f"no map: {found}"
+        for name, found in status.items()
+    ]
+    return ", ".join(dict.fromkeys(words))
 
 
 def _print_files(folder: Path, files: list[Path]) -> None:

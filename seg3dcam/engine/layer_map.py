@@ -34,6 +34,9 @@ class LayerMap:
         flags: what the reader of the map must know.
         missing: the part of the score's changes that the gradients of the map do not follow, since
             a branch of the network has none; 0 where nothing is missed or no gradient is needed.
+        unchecked: why it is not known whether anything is missed; "" where it is.
+        head: rank correlation with the map of a network whose last layer is random, None if that
+            was not looked at.
     """
 
     values: torch.Tensor
@@ -44,6 +47,8 @@ class LayerMap:
     undefined: torch.Tensor | None = None
     flags: tuple[str, ...] = ()
     missing: float = 0.0
+    unchecked: str = ""
+    head: float | None = None
 
     @cached_property
     def item_status(self) -> tuple[Status, ...]:
@@ -168,6 +173,8 @@ def added(one: LayerMap, other: LayerMap, shape: Sequence[int]) -> LayerMap:
         undefined=torch.stack(undefined).any(0) if undefined else None,
         flags=tuple(dict.fromkeys((*one.flags, *other.flags))),
         missing=max(one.missing, other.missing),
+        unchecked=one.unchecked or other.unchecked,
+        head=None if one.head is None or other.head is None else max(one.head, other.head),
     )
 
 

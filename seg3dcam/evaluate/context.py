@@ -123,6 +123,8 @@ def context_evidence(
     spacing: Sequence[float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    region: torch.Tensor | None = None,
+    rerun: Rerun | None = None,
 ) -> ContextEvidence:
     """Hold context deletion by a map against that by maps which know nothing of the network.
 
@@ -137,6 +139,9 @@ def context_evidence(
         baselines: the first one is used for everything, the others for the map alone.
         draws: random maps; with 20 the p-value can be as low as 1/21.
         spacing: mm from voxel to voxel along every axis, for the distance to the mask.
+        region: (*S) bool, one connected part of the class's mask, such as a lesion: what does its
+            prediction depend on? None for the whole mask.
+        rerun: of this network and input, made before, so that several maps share its prediction.
 
     Raises:
         EmptyRegionError, EvaluationError: as `context_deletion`.
@@ -144,8 +149,12 @@ def context_evidence(
     check_whole_number("draws", draws, least=10)
     if not baselines:
         raise ConfigError("no baseline given: name at least one, such as 'mean'")
-    rerun = Rerun(network, x, sliding_window=sliding_window, output=output, progress=progress)
-    subject = Subject(rerun, class_index, activation)
+    if rerun is None:
+        rerun = Rerun(network, x, sliding_window=sliding_window, output=output, progress=progress)
+        before = 0.0
+    else:
+        before = rerun.cost
+    subject = Subject(rerun, class_index, activation, region)
     kept = grown(subject.mask.cpu().numpy(), margin)
     blocks = Blocks.of(subject, block, kept=kept)
     first, *others = baselines
@@ -169,5 +178,11 @@ def context_evidence(
     drawn = random_maps(grid, tuple(subject.mask.shape), draws=draws, seed=seed)
     random = tuple(area(one, curve.auc) for one in drawn)
     return ContextEvidence(
-        curve, known, controls, random, rank_p_value(curve.auc, random), left, rerun.cost
+        curve,
+        known,
+        controls,
+        random,
+        rank_p_value(curve.auc, random),
+        left,
+        rerun.cost - before,
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.integrate import trapezoid
 from torch import nn
 
@@ -64,25 +65,42 @@ class Subject:
         rerun: of the network and the input.
         class_index: the class.
         activation: "softmax" for classes that exclude each other, "sigmoid" for others.
+        region: (*S) bool, one connected part of the class's mask, such as a lesion, that is
+            measured alone; None for the whole mask. What is predicted nearer to another part
+            belongs to that one.
 
     Attributes:
-        mask: (*S) bool, where the class is predicted.
+        mask: (*S) bool, where the class is predicted, or the region.
 
     Raises:
         EmptyRegionError: the class is not predicted anywhere.
+        InputError: the region is no part of the predicted mask.
     """
 
-    def __init__(self, rerun: Rerun, class_index: int, activation: Activation) -> None:
-        target = ClassLogOdds(class_index, activation=activation)
+    def __init__(
+        self,
+        rerun: Rerun,
+        class_index: int,
+        activation: Activation,
+        region: torch.Tensor | None = None,
+    ) -> None:
+        target = ClassLogOdds(
+            class_index, "predicted" if region is None else region[None], activation=activation
+        )
         self._log_odds = fixed(target, rerun.logits)
         self._overlapping = activation == "sigmoid" or rerun.logits.shape[1] == 1
         self.rerun, self.class_index = rerun, class_index
         self.score = self.score_at(rerun.logits)
+        self._zone: torch.Tensor | None = None
         self.mask = self.mask_at(rerun.logits)
+        if region is not None:
+            self._zone = _zone_of(region, self.mask)
+            self.mask = self.mask & self._zone
 
     def mask_at(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return where the class is predicted, (*S) bool."""
-        return Prediction(logits, self.class_index, self._overlapping).mask()[0]
+        """Return where the class is predicted, (*S) bool; of a region, the voxels near to it."""
+        mask = Prediction(logits, self.class_index, self._overlapping).mask()[0]
+        return mask if self._zone is None else mask & self._zone
 
     def score_at(self, logits: torch.Tensor) -> float:
         """Return the class's log-odds over the first predicted mask."""
@@ -373,6 +391,21 @@ class Blocks:
                 f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
             )
         return array
+
+
+def _zone_of(region: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the voxels that are nearer to a region than to the rest of a mask, (*S) bool."""
+    inside, predicted = region.cpu().numpy() != 0, mask.cpu().numpy()
+    if inside.shape != predicted.shape or not inside.any() or (inside & ~predicted).any():
+        raise InputError(
+            f"the region {tuple(inside.shape)} must be a part of the class's predicted mask "
+            f"{tuple(predicted.shape)}, such as one connected component"
+        )
+    others = predicted & ~inside
+    if not others.any():
+        return torch.ones_like(mask)
+    to_own, to_others = (ndimage.distance_transform_edt(~part) for part in (inside, others))
+    return torch.from_numpy(to_own < to_others).to(mask.device)
 
 
 def _relative_drop(now: float, before: float) -> float:

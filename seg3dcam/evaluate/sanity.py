@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import check_number, check_whole_number
+from seg3dcam.engine.head_check import modules_from_the_end, randomised, rank_correlation
 from seg3dcam.errors import EvaluationError, InputError, ModelError
 from seg3dcam.network.capture import capturing
 from seg3dcam.network.layers import moved_to
-from seg3dcam.network.module_class import takes_hooks
 from seg3dcam.targets import ClassLogOdds, as_target, fixed, name_of
 from seg3dcam.targets.regions import Prediction
 from seg3dcam.windows import plan_windows
@@ -213,14 +212,6 @@ def stability(
     )
 
 
-def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return Spearman's correlation of two maps of one shape; 0 if either is constant."""
-    a, b = (values.double().cpu().flatten().numpy() for values in (one, other))
-    if a.min() == a.max() or b.min() == b.max():
-        return 0.0
-    return float(stats.spearmanr(a, b).statistic)
-
-
 def _first_map(cam: BaseCAM, x: torch.Tensor, target: Any) -> tuple[CamResult, Any]:
     """Return the map of the network as it is, and the target with its voxels fixed."""
     if len(x) != 1:
@@ -246,7 +237,7 @@ def _values(result: CamResult) -> torch.Tensor:
 
 
 def _similarity(one: CamResult, other: CamResult) -> tuple[float, float | None]:
-    return similarity(_values(one), _values(other)), _ssim(one.volume(), other.volume())
+    return rank_correlation(_values(one), _values(other)), _ssim(one.volume(), other.volume())
 
 
 def _ssim(one: torch.Tensor, other: torch.Tensor) -> float | None:
@@ -288,31 +279,13 @@ def _copied(cam: BaseCAM) -> BaseCAM:
 
 def _names_from_the_head(cam: BaseCAM, x: torch.Tensor) -> list[str]:
     """Return the names of the modules that own parameters, those that ran last first."""
-    network = cam.model
-    ran: list[str] = []
-    names = {
-        module: name
-        for name, module in network.named_modules()
-        if any(True for _ in module.parameters(recurse=False)) and takes_hooks(module)
-    }
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        name = names[module]
-        if name in ran:
-            ran.remove(name)
-        ran.append(name)
-
     windows = plan_windows(cam.sliding_window, x.shape[2:])
     with capturing(cam.members[0], [], cam.output) as capture:
-        hooks = [module.register_forward_hook(note) for module in names]
-        try:
-            capture.observe(capture.to_model(windows.cut(windows.pad(x), [0]).clone()), copy=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        first = capture.to_model(windows.cut(windows.pad(x), [0]).clone())
+        ran = modules_from_the_end(capture, first)
     if not ran:
         raise ModelError("the network has no parameters, so none can be randomised")
-    return ran[::-1]
+    return ran
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:
@@ -323,13 +296,9 @@ def _groups(names: Sequence[str], count: int) -> list[list[str]]:
 
 
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw a module's own parameters anew, with the mean and deviation of each."""
+    """Draw a module's own parameters anew."""
     with torch.no_grad():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.is_floating_point():
-                continue
-            drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
-            spread = (
-                parameter.std(correction=0) if parameter.numel() > 1 else parameter.abs().mean()
-            )
-            parameter.copy_(parameter.mean() + spread * drawn.to(parameter))
+        for name, drawn in randomised(module._parameters, generator).items():
+            own = module._parameters[name]
+            if own is not None:
+                own.copy_(drawn)

@@ -9,9 +9,11 @@ from importlib.metadata import version
 
 import torch
 
+from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import Placement
 from seg3dcam.explaining.provenance import (
     GridRecord,
@@ -41,6 +43,7 @@ class Assembly:
     Attributes:
         placement: where scan and network lie to each other.
         model: the network.
+        judge: gives a verdict on every map.
         prediction: the masks of all classes on the scan's grid, (K, X, Y, Z) bool.
         weights_sha256: the hash of the network's weights.
         report: called with (step, done, total).
@@ -48,16 +51,18 @@ class Assembly:
 
     placement: Placement
     model: SegModel
+    judge: Judge
     prediction: torch.Tensor
     weights_sha256: str
     report: Progress
 
-    def explanation(self, target: AnyTarget, result: CamResult) -> Explanation:
+    def explanation(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> Explanation:
         """Return one result as an explanation on the scan's grid.
 
         Args:
             target: what was explained, with its masks on the network's grid.
             result: the maps of that target, for a batch of one.
+            cam: the method that made them.
         """
         own = as_own_target(target)
         label = _label(self.model, own)
@@ -80,6 +85,7 @@ class Assembly:
             only_against=[name for name, layer in result.layers.items() if any(layer.only_against)],
             has_background=result.activation == "softmax" and len(self.prediction) > 1,
             provenance=self._provenance(own, name, result).as_dict(),
+            verdicts=self.judge.verdicts(target, result, cam),
         )
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:

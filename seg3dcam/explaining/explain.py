@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.calls import explain_targets
 from seg3dcam.cams.catalogue import ALL_METHODS
+from seg3dcam.checks import check_word
 from seg3dcam.engine.passes import check_resolution
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
 from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import place_scan
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
@@ -28,6 +30,9 @@ from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily
 from seg3dcam.targets.combined import AnyTarget
+
+#: How much is tried before something is said of a map.
+VerdictLevel = Literal["quick", "full"]
 
 #: What may be given as a target: a class name or index, a target, or a family of targets.
 TargetSpec = str | int | AnyTarget | TargetFamily
@@ -40,6 +45,7 @@ def explain(
     *,
     layers: LayerSpec = "auto",
     method: str = "hires_cam",
+    verdict: VerdictLevel = "quick",
     progress: Progress | None = None,
     **settings: Any,
 ) -> Explanation:
@@ -52,6 +58,8 @@ def explain(
             and truths of a target may be given as `Scan`; they must lie on the scan's grid.
         layers: target layers, see `BaseCAM`.
         method: a key of `METHODS`, or of `seg3dcam.cams.attributions.ATTRIBUTIONS`.
+        verdict: "quick" says of each map what can be said at little cost; "full" tests it by
+            context deletion and random weights, which takes some tens of predictions.
         progress: called with (step, done, total).
         settings: more arguments of the method's class, such as `window=` of `XResCAM`.
 
@@ -71,7 +79,14 @@ def explain(
     """
     found = list(
         explain_each(
-            scan, model, [target], layers=layers, method=method, progress=progress, **settings
+            scan,
+            model,
+            [target],
+            layers=layers,
+            method=method,
+            verdict=verdict,
+            progress=progress,
+            **settings,
         )
     )
     if len(found) != 1:
@@ -88,6 +103,7 @@ def explain_each(
     *,
     layers: LayerSpec = "auto",
     method: str | Sequence[str] = "hires_cam",
+    verdict: VerdictLevel = "quick",
     progress: Progress | None = None,
     **settings: Any,
 ) -> Iterator[Explanation]:
@@ -108,6 +124,7 @@ def explain_each(
     kinds = [_class_of_method(key) for key in ([method] if isinstance(method, str) else method)]
     if not kinds:
         raise ConfigError(f"no method given: name one, such as 'hires_cam' ({method!r})")
+    check_word("verdict", verdict, VerdictLevel)
     _check_model(model, settings)
     targets = _listed(targets)
     report = progress or silent
@@ -135,13 +152,19 @@ def explain_each(
         _named_targets(model, targets),
         check=check,
         move=placement.mask_to_network,
+        examines=True,
     )
     if not rows:
         raise TargetError("the targets stand for none at this prediction: there is no target")
     report("resampling the prediction", 0, 1)
     prediction = placement.prediction_on_scan(model, rows[0].results[0], report)
-    assembly = Assembly(placement, model, prediction, model.fingerprint(), report)
-    return (assembly.explanation(row.target, result) for row in rows for result in row.results)
+    judge = Judge(placement, model, verdict == "full", report)
+    assembly = Assembly(placement, model, judge, prediction, model.fingerprint(), report)
+    return (
+        assembly.explanation(row.target, result, cam)
+        for row in rows
+        for result, cam in zip(row.results, cams, strict=True)
+    )
 
 
 def target_of_class(model: SegModel, name: str | int | np.integer) -> ClassLogOdds:

@@ -15,6 +15,7 @@ from seg3dcam.checks import checked_index
 from seg3dcam.engine.evidence import Evidence, scaled, shown_part
 from seg3dcam.engine.scales import ALL_AGAINST, NO_HEAT, Scale, Status, display_range
 from seg3dcam.errors import InputError, TargetError
+from seg3dcam.evaluate.verdict import Verdict, together
 from seg3dcam.explaining.provenance import Provenance
 from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
@@ -52,6 +53,7 @@ class Explanation:
             which the signed view shows.
         of_component: whether the region is a whole lesion: one connected component of the class's
             predicted mask.
+        verdicts: layer -> what may be said of its map.
 
     Raises:
         InputError: maps, prediction, truth or region do not lie on the scan's grid.
@@ -75,6 +77,7 @@ class Explanation:
     over_mask: bool = True
     only_against: Collection[str] = ()
     of_component: bool = False
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""
@@ -96,6 +99,7 @@ class Explanation:
         return (
             f"Explanation of {self.label or self.target!r} by {self.method}, score "
             f"{self.score:.4g}\n  of {self.scan!r}\n  at {layers}"
+            + ("" if (said := self.verdict()) is None else f"\n  {said.words}")
         )
 
     @property
@@ -190,6 +194,12 @@ class Explanation:
         """Say in words that most or all evidence speaks against the target; else ""."""
         found = self.evidence(layer)
         return "" if found is None else found.caution
+
+    def verdict(self, layer: str | None = None) -> Verdict | None:
+        """Return what may be said of a layer's map, or of the mean of all; None if not known."""
+        if layer is not None:
+            return self.verdicts.get(layer)
+        return together({name: v for name, v in self.verdicts.items() if name in self.maps})
 
     def with_truth(self, labels: Scan | str | Path, label: int | None = None) -> Explanation:
         """Return the explanation with the truth of its class, from a label map on the scan's grid.

@@ -185,7 +185,7 @@ def _colour_bar(palette: Palette, width: int) -> Picture:
 
 
 def shown_words(explanation: Explanation, look: Look) -> list[str]:
-    """Return class, layer, method, the layers that the mean leaves out, and a caution if any."""
+    """Return class, layer, method, layers left out of the mean, a caution and the verdict."""
     words = [
         explanation.label or explanation.class_name,
         explanation.layer_name(),
@@ -197,6 +197,8 @@ def shown_words(explanation: Explanation, look: Look) -> list[str]:
         words.append(f"without {', '.join(silent)}, whose map is not usable")
     if caution := explanation.caution():
         words.append(caution)
+    if said := explanation.verdict():
+        words.append(said.words)
     return words
 
 

@@ -177,7 +177,8 @@ class SlicerScene:
         notice = explanation.notice(layer, look.scale)
         low, high = look.ends
         layer_name = explanation.layer_name(layer)
-        caution = explanation.caution(layer)
+        caution, said = explanation.caution(layer), explanation.verdict(layer)
+        verdict = "" if said is None else said.words
         words = f"CAM {explanation.label}, {explanation.method}, {layer_name}"
         part = name if layer is None else f"{name}_{layer}"
         shown = SceneVolume(
@@ -187,13 +188,16 @@ class SlicerScene:
             high=high,
             threshold=look.threshold,
             heat=not notice,
-            description=" ".join(f"{words}." for words in (explanation.target, caution) if words)
+            description=" ".join(
+                f"{words}." for words in (explanation.target, caution, verdict) if words
+            )
             + f" {CAUTION}",
             attributes={
                 "Class": explanation.class_name,
                 "Target": explanation.target,
                 "Layer": layer_name,
                 "Method": explanation.method,
+                "Verdict": verdict,
                 "Use": CAUTION,
             },
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,7 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
         "over_mask": explanation.over_mask,
         "only_against": list(explanation.only_against),
         "of_component": explanation.of_component,
+        "verdicts": {layer: asdict(said) for layer, said in explanation.verdicts.items()},
         "found": findings(explanation, scale=look_of(job).scale),
         "raw_files": raw_files(explanation, name) if volumes else {},
         "region_file": None,

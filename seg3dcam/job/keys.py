@@ -158,7 +158,8 @@ def settings_of(job: Job) -> dict[str, Any]:
         "case": job.case or None,
         "colormap": look_of(job).colormap,
     }
-    return settings | same
+    # What a job did before there were full verdicts is what it does now without one.
+    return {k: v for k, v in (settings | same).items() if k != "verdict" or v}
 
 
 def look_of(job: Job) -> Look:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
+from seg3dcam.evaluate.verdict import Finding
 from seg3dcam.files import digest_of, read_small, write_json
 from seg3dcam.job.folder import Name, is_link_free
 from seg3dcam.scan import Scan
@@ -86,6 +87,15 @@ class LayerSchema(_Schema):
     spacing_mm: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
+class VerdictSchema(_Schema):
+    """What may be said of one layer's map; the fields are those of `Verdict`."""
+
+    finding: Finding
+    words: str
+    figures: dict[str, float | list[float] | None] = {}
+    full: bool = False
+
+
 class ModelSchema(_Schema):
     """The network."""
 
@@ -111,6 +121,7 @@ class Entry(_Schema):
         raw_files: layer -> file of its raw map.
         region_file, truth_file: the files of its masks; None where it has none.
         has_background, over_mask, only_against, of_component: as in `Explanation`.
+        verdicts: layer -> what may be said of its map; empty in cases of earlier versions.
         scan, model, target, method, layers: of the provenance; None or empty for an explanation
             that `explain` did not make.
     """
@@ -125,6 +136,7 @@ class Entry(_Schema):
     over_mask: bool = True
     only_against: list[str] = []
     of_component: bool = False
+    verdicts: dict[str, VerdictSchema] = {}
     scan: ScanSchema | None = None
     model: ModelSchema | None = None
     target: TargetSchema | None = None

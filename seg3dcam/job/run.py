@@ -135,6 +135,7 @@ def _explanations(
         targets,
         layers=job.layers,
         method=job.methods,
+        verdict="full" if job.verdict else "quick",
         progress=progress,
         **job.settings,
     ):

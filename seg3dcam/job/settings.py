@@ -90,6 +90,11 @@ class Job(Settings):
         "hires_cam", description="any that `seg3dcam methods` lists; default: hires_cam"
     )
     settings: dict[str, Any] = Field({}, description="one setting of the method")
+    verdict: bool = Field(
+        False,
+        description="test every map by context deletion and random weights, which takes some tens "
+        "of predictions each",
+    )
     out: str | None = Field(
         None,
         min_length=1,

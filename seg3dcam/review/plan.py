@@ -278,6 +278,8 @@ def _caption(explanation: Explanation, layer: str | None, look: Look) -> dict[st
         words["without the layers, whose map is not usable"] = ", ".join(silent)
     if caution := explanation.caution(layer):
         words["caution"] = caution
+    if said := explanation.verdict(layer):
+        words["verdict"] = said.words
     return words
 
 

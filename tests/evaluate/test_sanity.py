@@ -13,9 +13,9 @@ from torch import nn
 
 from seg3dcam import EigenCAM, Ensemble, GradCAM, HiResCAM, WindowPlan
 from seg3dcam.cams.catalogue import CAMS
+from seg3dcam.engine.head_check import rank_correlation
 from seg3dcam.errors import EvaluationError, InputError
 from seg3dcam.evaluate import class_sensitivity, randomisation, stability
-from seg3dcam.evaluate.sanity import similarity
 from seg3dcam.targets import ClassLogit, ClassLogOdds
 
 pytestmark = signed_maps
@@ -43,9 +43,9 @@ def test_the_correlation_is_that_of_ranks():
     one, other = toy.random_input(1, 1, 6, 7, 8, seed=1), toy.random_input(1, 1, 6, 7, 8, seed=2)
     both = one + other
     expected = np.corrcoef(*(stats.rankdata(v.numpy().ravel()) for v in (one, both)))[0, 1]
-    assert similarity(one, both) == pytest.approx(expected, abs=1e-9)
-    assert similarity(one, one.exp()) == pytest.approx(1)
-    assert similarity(one, one * 0) == 0
+    assert rank_correlation(one, both) == pytest.approx(expected, abs=1e-9)
+    assert rank_correlation(one, one.exp()) == pytest.approx(1)
+    assert rank_correlation(one, one * 0) == 0
 
 
 def test_weights_are_randomised_from_the_head_to_the_input():

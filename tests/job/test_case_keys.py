@@ -41,6 +41,7 @@ SETTINGS = {
     "threshold": 0.5,
     "colormap": "jet",
     "signed": True,
+    "verdict": True,
 }
 
 

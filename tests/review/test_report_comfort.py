@@ -100,7 +100,7 @@ def test_read_first_is_heard_on_an_open_page(page):
 def test_the_header_leaves_room_for_the_pictures(page, width, height, most):
     resize(page, width, height)
     assert page.find("header").rect["height"] < most
-    for name in ("case 7", "UNet", "lesion", "mean of 2 layers", "hires_cam", "not run"):
+    for name in ("case 7", "UNet", "lesion", "mean of 2 layers", "hires_cam", "not known"):
         assert name in page.text("header")
     assert page.run("return document.documentElement.scrollWidth") <= width
     page.resize(1440, 900)

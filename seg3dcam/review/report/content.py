@@ -141,8 +141,12 @@ class Page:
             for peak in listed
         ]
         names = explanation.maps if layer is None else [layer]
+        said = explanation.verdict(layer)
         return {
             "name": explanation.layer_name(layer),
+            "verdict": None
+            if said is None
+            else {"finding": said.finding, "words": said.words, "against": said.is_against},
             "notice": notice,
             "found": shown,
             "peaks": peaks,

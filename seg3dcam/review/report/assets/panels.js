@@ -81,7 +81,7 @@ function fillFacts() {
     Target: item().label,
     Layer: layer().name,
     Method: item().method,
-    "Sanity check": "not run",
+    Verdict: isHidden() ? "" : layer().verdict?.finding || "not known",
     seg3dcam: meta.version,
     Date: meta.date,
   };
@@ -171,7 +171,13 @@ const trouble = new Set();
 function fillNotices() {
   const words = isHidden() ? [] : layer().found.warnings.concat(coarseWarning());
   const all = [...trouble, ...words];
+  const said = isHidden() ? null : layer().verdict;
+  const verdict = said && element("p", {
+    className: said.against ? "notice verdict" : "verdict",
+    textContent: `Verdict: ${said.words}`,
+  });
   byId("notices").replaceChildren(
+    ...(verdict ? [verdict] : []),
     ...all.map((text) => element("p", { className: "notice", textContent: text })),
   );
 }

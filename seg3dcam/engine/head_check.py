@@ -1,0 +1,229 @@
+"""Whether a map depends on the last layer of the network: the same map, with random weights there.
+
+The last layer turns features into classes. A map that is the same whatever its weights are shows
+the features themselves, and nothing of the class. Both maps are made of a part of the input, which
+is small beside what the map itself costs; what the network has elsewhere does not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import nn
+
+from seg3dcam.engine.passes import FirstPass, wide
+from seg3dcam.engine.seed import Seed
+from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.methods.base import Formula, StepwiseFormula
+from seg3dcam.network.capture import Capture, capturing
+from seg3dcam.network.layers import LayerRef
+from seg3dcam.network.module_class import takes_hooks
+from seg3dcam.network.outputs import OutputSelection
+
+#: Maps whose ranks correlate by at least this are the same.
+SAME = 0.95
+
+#: Voxels along each axis of the part of the input that is looked at, the smallest that serves.
+PARTS = (32, 48, 64)
+
+#: The part has at most this fraction of all windows' voxels, so that two passes cost little.
+PART = 1 / 8
+
+#: A layer with fewer voxels in the part has too few to compare.
+FEWEST = 27
+
+#: Modules that are tried as the last layer: the one that ran last may belong to another output.
+TRIED = 3
+
+#: Number of the formula, layer -> rank correlation of its map with that of a random last layer.
+Similarities = dict[tuple[int, LayerRef], float]
+
+
+def head_similarity(
+    first: FirstPass, seed: Seed, formulas: Sequence[Formula], output: OutputSelection
+) -> Similarities:
+    """Return how much each map is like that of a network whose last layer is random.
+
+    Maps that cannot be compared at little cost are left out: those of methods that perturb the
+    network or explain its input, and those of networks that take one size of input alone.
+
+    Args:
+        first: the results of the prediction.
+        seed: dS/dlogits of the target.
+        formulas: of all methods; those of gradients are looked at.
+        output: which of the network's outputs are the logits.
+    """
+    wanted = {
+        number: formula
+        for number, formula in enumerate(formulas)
+        if isinstance(formula, StepwiseFormula) and formula.route == "gradients" and formula.order
+    }
+    layers = [replace(layer, required=False) for layer in first.shapes]
+    if not wanted or not layers or not seed.values.numel():
+        return {}
+    for x, part in _parts(first, seed):
+        try:
+            with capturing(first.capture.member, layers, output) as capture:
+                found = _compared(capture, x, part, wanted)
+        except (ModelError, LayerError, torch.OutOfMemoryError):
+            continue  # some networks take one size only
+        if found:
+            return found
+    return {}
+
+
+def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return Spearman's correlation of two maps of one shape; 0 if either is constant.
+
+    >>> round(rank_correlation(torch.tensor([1.0, 2, 4]), torch.tensor([0.0, 3, 5])), 6)
+    1.0
+    """
+    a, b = (values.double().cpu().flatten().numpy() for values in (one, other))
+    if a.min() == a.max() or b.min() == b.max():
+        return 0.0
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def modules_from_the_end(capture: Capture, x: torch.Tensor) -> list[str]:
+    """Return the names of the modules that own parameters, those that ran last first.
+
+    Args:
+        x: an input (B, C, *S) as the network takes it.
+    """
+    names = {
+        module: name
+        for name, module in capture.model.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and takes_hooks(module)
+    }
+    ran: dict[str, None] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        ran.pop(names[module], None)
+        ran[names[module]] = None
+
+    hooks = [module.register_forward_hook(note) for module in names]
+    try:
+        capture.observe(x, copy=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(ran)[::-1]
+
+
+def randomised(parameters: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Return parameters drawn anew, with the mean and the standard deviation of each."""
+    found = dict(parameters)
+    for name, given in parameters.items():
+        if given is not None and given.is_floating_point():
+            values = given.detach()
+            drawn = torch.randn(values.shape, generator=generator, device="cpu").to(values)
+            spread = values.std(correction=0) if values.numel() > 1 else values.abs().mean()
+            found[name] = nn.Parameter(values.mean() + spread * drawn, requires_grad=False)
+    return found
+
+
+def _parts(first: FirstPass, seed: Seed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield parts of the input around the seed's largest value, with the seed there."""
+    windows = first.windows
+    most = PART * len(windows) * math.prod(windows.roi)
+    peak = seed.values[0].abs().amax(0)
+    at = torch.unravel_index(peak.argmax(), peak.shape)
+    for length in PARTS:
+        size = [min(n, length + n % 32) for n in windows.roi]
+        if math.prod(size) > most:
+            return
+        # The part lies within the padded input; `start` counts in voxels of the input itself.
+        places = zip(at, seed.start[2:], size, windows.before, windows.padded_shape, strict=True)
+        start = [
+            max(-before, min(int(i) + low - n // 2, whole - before - n))
+            for i, low, n, before, whole in places
+        ]
+        box = tuple(
+            slice(s + before, s + before + n)
+            for s, before, n in zip(start, windows.before, size, strict=True)
+        )
+        x = first.padded[(slice(0, 1), slice(None), *box)].clone()
+        yield first.capture.to_model(x), seed.cut([0], start, size)
+
+
+def _compared(
+    capture: Capture, x: torch.Tensor, seed: torch.Tensor, formulas: Mapping[int, StepwiseFormula]
+) -> Similarities:
+    logits, before = _maps(capture, x, seed, formulas)
+    before = {place: values for place, values in before.items() if values.numel() >= FEWEST}
+    if not before:
+        return {}
+    for name in modules_from_the_end(capture, x)[:TRIED]:
+        head = dict(capture.model.named_modules())[name]
+        with _random(head, sign=1):
+            changed, after = _maps(capture, x, seed, formulas)
+        if torch.equal(changed, logits):
+            continue  # it feeds another output
+        found = {
+            place: rank_correlation(values, after[place])
+            for place, values in before.items()
+            if place in after
+        }
+        if any(value >= SAME for value in found.values()):
+            # A map of few features may come out alike by chance. It then turns over with the signs
+            # of the weights, while one that does not look at them stays as it is.
+            with _random(head, sign=-1):
+                again = _maps(capture, x, seed, formulas)[1]
+            found = {
+                place: min(value, rank_correlation(before[place], again[place]))
+                for place, value in found.items()
+                if place in again
+            }
+        return found
+    return {}
+
+
+def _maps(
+    capture: Capture, x: torch.Tensor, seed: torch.Tensor, formulas: Mapping[int, StepwiseFormula]
+) -> tuple[torch.Tensor, dict[tuple[int, LayerRef], torch.Tensor]]:
+    """Return the logits, and every map on its layer's own grid."""
+    logits = capture.forward(x.clone())
+    if logits.shape != seed.shape:
+        raise ModelError("the logits of a part do not have its size")
+    gradients = capture.gradients(logits, seed.to(logits))
+    activations = capture.activations
+    return logits.detach(), {
+        (number, layer): formula(wide(activations[layer]), wide(gradient))
+        for number, formula in formulas.items()
+        for layer, gradient in gradients.items()
+    }
+
+
+@contextlib.contextmanager
+def _random(module: nn.Module, *, sign: int) -> Iterator[None]:
+    """Let this thread see a module with random weights; the module itself is not changed.
+
+    Args:
+        sign: -1 for the same random weights with the opposite sign.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    double = copy.copy(module)
+    drawn = randomised(module._parameters, generator)
+    double._parameters = {  # the copy has a table of its own
+        name: value if value is None else nn.Parameter(sign * value, requires_grad=False)
+        for name, value in drawn.items()
+    }
+    thread = threading.get_ident()
+
+    def replaced(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        # forward() itself, so that no hook of the module runs a second time.
+        return double.forward(*args, **kwargs) if threading.get_ident() == thread else None
+
+    hook = module.register_forward_hook(replaced, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

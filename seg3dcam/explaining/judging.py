@@ -1,0 +1,128 @@
+"""The verdicts on the maps of a scan."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from seg3dcam.cams.base import BaseCAM
+from seg3dcam.cams.result import CamResult
+from seg3dcam.errors import EmptyRegionError, EvaluationError, InputError, ModelError
+from seg3dcam.evaluate.context import context_evidence
+from seg3dcam.evaluate.rerun import Rerun
+from seg3dcam.evaluate.sanity import Check, randomisation
+from seg3dcam.evaluate.verdict import Verdict, full_verdict, quick_verdict, undefined_verdict
+from seg3dcam.explaining.placement import Placement
+from seg3dcam.geometry import FeatureGrid, spacing_of
+from seg3dcam.models.seg_model import SegModel
+from seg3dcam.progress import Progress
+from seg3dcam.targets import region_of
+from seg3dcam.targets.base import OwnTarget, as_own_target
+from seg3dcam.targets.combined import AnyTarget
+from seg3dcam.targets.regions import Prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Gives a verdict on every map of a scan.
+
+    Attributes:
+        placement: the scan, and the network's input.
+        model: the network.
+        tests: whether maps are tested by deletion and random weights, which takes some tens of
+            predictions for each of them.
+        report: called with (step, done, total).
+    """
+
+    placement: Placement
+    model: SegModel
+    tests: bool
+    report: Progress
+
+    def verdicts(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> dict[str, Verdict]:
+        """Return the verdict on every layer's map of a result."""
+        own = as_own_target(target)
+        region = _explained(target, own, result)
+        found = {
+            name: quick_verdict(layer, cam.formula, region) for name, layer in result.layers.items()
+        }
+        if not self.tests:
+            return found
+        return {
+            name: self._tested(verdict, name, own, region, result, cam)
+            for name, verdict in found.items()
+        }
+
+    @cached_property
+    def _rerun(self) -> Rerun:
+        """The prediction from which all changed ones are made; one for all maps."""
+        model = self.model
+        return Rerun(
+            model.module,
+            self.placement.network_input.as_tensor(),
+            sliding_window=model.window,
+            output=model.output,
+            progress=self.report,
+        )
+
+    def _tested(
+        self,
+        quick: Verdict,
+        name: str,
+        own: OwnTarget,
+        region: torch.Tensor | None,
+        result: CamResult,
+        cam: BaseCAM,
+    ) -> Verdict:
+        """Return the verdict on one layer's map after context deletion and random weights."""
+        if quick.finding == "unusable":
+            return undefined_verdict(quick, "there is no map to test")
+        if own.class_index is None:
+            return undefined_verdict(quick, "the target is about no class")
+        layer = result.layers[name]
+        try:
+            evidence = context_evidence(
+                result.maps[name][0],
+                self._rerun.x,
+                self.model.module,
+                own.class_index,
+                grid=FeatureGrid(layer.grid.shape, layer.grid.stride, layer.grid.offset),
+                sliding_window=self.model.window,
+                activation=self.model.activation,
+                output=self.model.output,
+                spacing=spacing_of(self.placement.affine),
+                region=region if own.of_component else None,
+                rerun=self._rerun,
+            )
+        except (EvaluationError, EmptyRegionError, ModelError, InputError) as error:
+            return undefined_verdict(quick, error)
+        return full_verdict(quick, evidence, self._randomised(name, own, cam))
+
+    def _randomised(self, name: str, target: OwnTarget, cam: BaseCAM) -> Check | None:
+        """Return the check by random weights; None where the network cannot be copied."""
+        self.report(f"random weights, {name}", 0, 1)
+        try:
+            return randomisation(_at_layer(cam, name), self._rerun.x, target)
+        except (EvaluationError, EmptyRegionError, ModelError, InputError):
+            return None
+
+
+def _at_layer(cam: BaseCAM, name: str) -> BaseCAM:
+    """Return the same method at one of its layers."""
+    alone = copy.copy(cam)
+    alone.layers = [layer for layer in cam.layers or () if str(layer) == name]
+    return alone
+
+
+def _explained(target: AnyTarget, own: OwnTarget, result: CamResult) -> torch.Tensor | None:
+    """Return the region that a target sums over, or else its class's mask, (*S) bool."""
+    region = region_of(target, result.logits)
+    if region is not None and (own.over_mask or own.over_special_region):
+        return region[0]
+    if own.class_index is None:
+        return None
+    overlapping = result.activation == "sigmoid" or result.logits.shape[1] == 1
+    return Prediction(result.logits, own.class_index, overlapping).mask()[0]
