@@ -29,7 +29,7 @@ from seg3dcam.evaluate.baselines import baseline_of
 from seg3dcam.evaluate.rerun import Rerun
 from seg3dcam.evaluate.segments import grid_blocks, grown, ordered, segments_outside
 from seg3dcam.network.outputs import OutputSelection
-from seg3dcam.targets import ClassLogOdds, fixed
+from seg3dcam.targets import ClassLogOdds, ClassProbability, fixed
 from seg3dcam.targets.regions import Prediction
 from seg3dcam.windows import WindowPlan
 
@@ -75,6 +75,9 @@ class Subject:
     def __init__(self, rerun: Rerun, class_index: int, activation: Activation) -> None:
         target = ClassLogOdds(class_index, activation=activation)
         self._log_odds = fixed(target, rerun.logits)
+        self._probability = fixed(
+            ClassProbability(class_index, activation=activation), rerun.logits
+        )
         self._overlapping = activation == "sigmoid" or rerun.logits.shape[1] == 1
         self.rerun, self.class_index = rerun, class_index
         self.score = self.score_at(rerun.logits)
@@ -87,6 +90,10 @@ class Subject:
     def score_at(self, logits: torch.Tensor) -> float:
         """Return the class's log-odds over the first predicted mask."""
         return float(self._log_odds(logits))
+
+    def probability_at(self, logits: torch.Tensor) -> float:
+        """Return the class's mean probability over the first predicted mask, in float64."""
+        return float(self._probability(logits.double())) / int(self.mask.sum())
 
     def dice_at(self, logits: torch.Tensor) -> float:
         """Return the Dice of the class with its own first prediction."""
@@ -322,7 +329,7 @@ class Blocks:
         """Return a function of the step that gives the logits (1, K, *S)."""
         counts, x = self._counts(steps), self.subject.rerun.x
         replacement = baseline_of(baseline, x, seed)
-        order = ordered(self._checked(values), self.segments, self.free, seed)
+        order = ordered(checked_map(values, self.segments.shape), self.segments, self.free, seed)
         rank = np.full(int(self.segments.max()) + 1, len(order))
         rank[order] = np.arange(len(order))
         place = torch.from_numpy(rank[self.segments]).to(x.device)
@@ -360,19 +367,22 @@ class Blocks:
         count = len(self.free)
         return Curve(self._counts(steps) / count, np.array(dice), np.array(drop), count)
 
-    def _checked(self, values: torch.Tensor | NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return a map as an array; InputError if it is no map on the grid of the input."""
-        array = torch.as_tensor(values).detach().cpu().double().numpy()
-        if array.shape != self.segments.shape:
-            raise InputError(
-                f"the map has shape {array.shape}; it must lie on the grid of the input, "
-                f"{self.segments.shape}: give result.maps[layer][0], or resample it"
-            )
-        if not np.isfinite(array).all():
-            raise InputError(
-                f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
-            )
-        return array
+
+def checked_map(
+    values: torch.Tensor | NDArray[np.floating], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Return a map as an array; InputError if it is no map on the grid (*S) of the input."""
+    array = torch.as_tensor(values).detach().cpu().double().numpy()
+    if array.shape != shape:
+        raise InputError(
+            f"the map has shape {array.shape}; it must lie on the grid of the input, {shape}: give "
+            "result.maps[layer][0], or resample it"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
+        )
+    return array
 
 
 def _relative_drop(now: float, before: float) -> float:
