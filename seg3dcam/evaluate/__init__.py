@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from seg3dcam.importing import lazy
 
 if TYPE_CHECKING:
+    from seg3dcam.evaluate.blocks import Curve
     from seg3dcam.evaluate.confidence import (
         AverageDrop,
         Confidence,
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
         kept_confidence,
     )
     from seg3dcam.evaluate.context import ContextEvidence, context_evidence
-    from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
+    from seg3dcam.evaluate.faithfulness import context_deletion, deletion, insertion
     from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
     from seg3dcam.evaluate.rerun import Rerun
     from seg3dcam.evaluate.sanity import Check, class_sensitivity, randomisation, stability

@@ -21,7 +21,7 @@ from torch import nn
 from seg3dcam.checks import Activation
 from seg3dcam.errors import ConfigError, EvaluationError
 from seg3dcam.evaluate.baselines import baseline_of
-from seg3dcam.evaluate.faithfulness import Subject, checked_map
+from seg3dcam.evaluate.blocks import Subject, checked_map
 from seg3dcam.evaluate.rerun import Rerun
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.windows import WindowPlan
