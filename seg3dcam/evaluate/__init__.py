@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from seg3dcam.evaluate.context import ContextEvidence, context_evidence
     from seg3dcam.evaluate.faithfulness import context_deletion, deletion, insertion
     from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
+    from seg3dcam.evaluate.quantus import quantus_measures
     from seg3dcam.evaluate.rerun import Rerun
     from seg3dcam.evaluate.sanity import Check, class_sensitivity, randomisation, stability
     from seg3dcam.evaluate.segments import supervoxels
@@ -39,6 +40,7 @@ __all__ = [
     "kept_confidence",
     "localisation",
     "mass_inside",
+    "quantus_measures",
     "randomisation",
     "stability",
     "supervoxels",

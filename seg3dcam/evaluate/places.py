@@ -101,7 +101,7 @@ def localisation(
     (0.75, 1.0, 0.3)
     """
     check_whole_number("draws", draws)
-    array, mask = _checked(values, region)
+    array, mask = checked_places(values, region)
     measures = _measures(mask, spacing)
     own = {name: measure(array) for name, measure in measures.items()}
     grid = grid or FeatureGrid.of_voxels(array.shape)
@@ -192,13 +192,19 @@ def on_one_grid(values: Any, region: Any) -> tuple[Values, Mask]:
     return array, mask
 
 
-def _checked(values: Any, region: Any) -> tuple[Values, Mask]:
+def checked_places(values: Any, region: Any) -> tuple[Values, Mask]:
+    """Return a map and a region as arrays; EvaluationError where a place means nothing."""
     array, mask = on_one_grid(values, region)
     if not mask.any() or mask.all():
         fault = "is empty" if not mask.any() else "fills the whole volume"
         raise EvaluationError(f"undefined: the region {fault}, so no map can lie in or out of it")
+    refuse_constant(array)
+    return array, mask
+
+
+def refuse_constant(array: Values) -> None:
+    """Raise EvaluationError if a map has one value everywhere."""
     if array.min() == array.max():
         raise EvaluationError(
             f"undefined: the map is {array.flat[0]:g} everywhere and lies nowhere in particular"
         )
-    return array, mask
