@@ -12,6 +12,7 @@ from scipy.integrate import trapezoid
 from seg3dcam.checks import Activation, check_whole_number
 from seg3dcam.errors import EvaluationError, InputError
 from seg3dcam.evaluate.areas import area_between
+from seg3dcam.evaluate.arrays import map_array
 from seg3dcam.evaluate.baselines import Replacement, baseline_of
 from seg3dcam.evaluate.rerun import Changes, Rerun
 from seg3dcam.evaluate.segments import grid_blocks, ordered, segments_outside
@@ -222,6 +223,7 @@ class Deletion:
         inserts: bool = False,
     ) -> None:
         check_whole_number("steps", steps)
+        check_whole_number("seed", seed, least=0)
         self._blocks, self._inserts = blocks, inserts
         self._replacement = blocks.replacement(baseline, seed)
         count = len(blocks.free)
@@ -266,15 +268,11 @@ def checked_map(
     values: torch.Tensor | NDArray[np.floating], shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Return a map as an array; InputError if it is no map on the grid (*S) of the input."""
-    array = torch.as_tensor(values).detach().cpu().double().numpy()
+    array = map_array(values)
     if array.shape != shape:
         raise InputError(
             f"the map has shape {array.shape}; it must lie on the grid of the input, {shape}: give "
             "result.maps[layer][0], or resample it"
-        )
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
         )
     return array
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from seg3dcam.checks import Activation
 from seg3dcam.errors import ConfigError, EvaluationError
+from seg3dcam.evaluate.arrays import refuse_constant
 from seg3dcam.evaluate.baselines import baseline_of
 from seg3dcam.evaluate.blocks import Subject, checked_map
 from seg3dcam.evaluate.rerun import Rerun
@@ -147,10 +148,7 @@ def average_drop(items: Iterable[Confidence]) -> AverageDrop:
 
 def _weights(array: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return how much of each voxel a map keeps, from 0 to 1."""
-    if array.min() == array.max():
-        raise EvaluationError(
-            f"undefined: the map is {array.flat[0]:g} everywhere, so it would keep all voxels alike"
-        )
+    refuse_constant(array)
     if array.max() <= 0:
         raise EvaluationError("undefined: the map has no positive value, so it would keep nothing")
     return np.clip(array, 0, None) / array.max()

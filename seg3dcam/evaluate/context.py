@@ -17,6 +17,7 @@ from torch import nn
 
 from seg3dcam.checks import Activation, check_number, check_whole_number
 from seg3dcam.errors import ConfigError
+from seg3dcam.evaluate.arrays import map_array, refuse_constant
 from seg3dcam.evaluate.blocks import Blocks, Curve, Subject
 from seg3dcam.evaluate.controls import input_alone, mask_alone, nearness, random_maps
 from seg3dcam.evaluate.rerun import Rerun
@@ -190,13 +191,14 @@ def context_evidence(
         budget: in predictions of the whole volume; None for 20 and twice the draws.
 
     Raises:
-        EmptyRegionError, EvaluationError: as `context_deletion`.
+        EmptyRegionError, EvaluationError: as `context_deletion`; or the map is constant.
     """
     check_whole_number("draws", draws, least=10)
     budget = 20 + 2 * draws if budget is None else budget
     check_number("budget", budget, above=0)
-    if not baselines:
-        raise ConfigError("no baseline given: name at least one, such as 'mean'")
+    if not baselines or isinstance(baselines, str):
+        raise ConfigError(f"baselines {baselines!r}: a list of at least one, such as ['mean']")
+    refuse_constant(map_array(values))
     rerun = Rerun(network, x, sliding_window=sliding_window, output=output, progress=progress)
     subject = Subject(rerun, class_index, activation)
     mask, shape = subject.mask, tuple(subject.mask.shape)

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import ConfigError, EvaluationError, MissingExtraError, nearest
-from seg3dcam.evaluate.places import checked_places, on_one_grid, refuse_constant
+from seg3dcam.evaluate.arrays import refuse_constant
+from seg3dcam.evaluate.places import checked_places, on_one_grid
 
 
 @dataclass(frozen=True)
