@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.checks import is_number
+from seg3dcam.checks import check_number, is_number
 from seg3dcam.errors import ConfigError, nearest
 
 #: Where the input is deleted, (*S) bool -> what stands there, (1, C, *S).
@@ -37,8 +37,9 @@ def baseline_of(baseline: str | float, x: torch.Tensor, seed: int) -> Replacemen
         ConfigError: there is none of this name.
     """
     if is_number(baseline):
+        check_number("baseline", baseline)
         return _always(torch.full_like(x, float(baseline)))
-    if baseline not in BASELINES:
+    if not isinstance(baseline, str) or baseline not in BASELINES:
         legal = nearest(str(baseline), BASELINES)
         raise ConfigError(f"baseline {baseline!r}: a number, or {legal}")
     return BASELINES[str(baseline)](x, seed)

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from seg3dcam.checks import check_whole_number
 from seg3dcam.errors import EvaluationError
+from seg3dcam.evaluate.arrays import refuse_constant
 from seg3dcam.evaluate.places import on_one_grid
 
 #: The overlaps of boxes that count as found: the second version of the measure takes their mean.
@@ -133,6 +134,5 @@ def _checked(values: Array, region: Array) -> tuple[NDArray[np.float64], NDArray
     array, mask = on_one_grid(values, region)
     if not mask.any():
         raise EvaluationError("undefined: the region is empty")
-    if array.min() == array.max():
-        raise EvaluationError(f"undefined: the map is {array.flat[0]:g} everywhere")
+    refuse_constant(array)
     return array, mask

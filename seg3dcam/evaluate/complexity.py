@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import EvaluationError
+from seg3dcam.evaluate.arrays import map_array
 
 
 def gini(values: torch.Tensor | NDArray[np.floating]) -> float:
@@ -57,8 +58,8 @@ def entropy(values: torch.Tensor | NDArray[np.floating]) -> float:
 
 def _shares(values: Any) -> NDArray[np.float64]:
     """Return each voxel's part of the sum of absolute values, flat."""
-    array = np.abs(torch.as_tensor(values).detach().cpu().double().numpy()).reshape(-1)
+    array = np.abs(map_array(values)).reshape(-1)
     total = array.sum()
     if not total > 0:
-        raise EvaluationError("undefined: the map is zero everywhere, or not finite")
+        raise EvaluationError("undefined: the map is zero everywhere")
     return array / total

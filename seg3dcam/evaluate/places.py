@@ -17,6 +17,7 @@ from scipy import ndimage, stats
 
 from seg3dcam.checks import check_whole_number
 from seg3dcam.errors import EvaluationError, InputError
+from seg3dcam.evaluate.arrays import map_array, mask_array, refuse_constant
 from seg3dcam.evaluate.controls import random_maps
 from seg3dcam.geometry import FeatureGrid
 
@@ -50,7 +51,7 @@ class Localisation:
 
     Attributes:
         energy: the part of the sum of the positive values that lies inside (energy-based pointing
-            game of Wang et al., Score-CAM).
+            game of Wang et al., Score-CAM); NaN without any.
         mass: the same of the absolute values, evidence against the target included (relevance mass
             accuracy of Arras et al.).
         pointing: whether the highest voxel lies inside; of several, the part that does (pointing
@@ -101,7 +102,7 @@ def localisation(
     (0.75, 1.0, 0.3)
     """
     check_whole_number("draws", draws)
-    array, mask = _checked(values, region)
+    array, mask = checked_places(values, region)
     measures = _measures(mask, spacing)
     own = {name: measure(array) for name, measure in measures.items()}
     grid = grid or FeatureGrid.of_voxels(array.shape)
@@ -124,15 +125,11 @@ def mass_inside(
     >>> mass_inside(np.array([3.0, 1, -5]), {"prediction": np.array([1, 0, 0]), "truth": None})
     {'prediction': 0.75, 'outside': 0.25}
     """
-    array = np.clip(np.asarray(torch.as_tensor(values).cpu(), dtype=np.float64), 0, None)
+    array = np.clip(map_array(values), 0, None)
     total = array.sum()
     if total <= 0:
         raise EvaluationError("undefined: the map has no positive value")
-    given = {
-        name: np.asarray(torch.as_tensor(m).cpu()) != 0
-        for name, m in masks.items()
-        if m is not None
-    }
+    given = {name: mask_array(m) for name, m in masks.items() if m is not None}
     found = {name: float(array[mask].sum() / total) for name, mask in given.items()}
     covered = np.logical_or.reduce(list(given.values())) if given else np.zeros(array.shape, bool)
     return found | {"outside": float(array[~covered].sum() / total)}
@@ -179,26 +176,19 @@ def _figure(value: float, by_chance: Sequence[float]) -> Figure:
 
 def on_one_grid(values: Any, region: Any) -> tuple[Values, Mask]:
     """Return a map and a region as arrays; InputError unless they share a grid and are finite."""
-    array = torch.as_tensor(values).detach().cpu().double().numpy()
-    mask = torch.as_tensor(region).detach().cpu().numpy() != 0
+    array, mask = map_array(values), mask_array(region)
     if array.shape != mask.shape:
         raise InputError(
             f"the map has shape {array.shape} and the region {mask.shape}: give both on one grid"
         )
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"the map has {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
-        )
     return array, mask
 
 
-def _checked(values: Any, region: Any) -> tuple[Values, Mask]:
+def checked_places(values: Any, region: Any) -> tuple[Values, Mask]:
+    """Return a map and a region as arrays; EvaluationError where a place means nothing."""
     array, mask = on_one_grid(values, region)
     if not mask.any() or mask.all():
         fault = "is empty" if not mask.any() else "fills the whole volume"
         raise EvaluationError(f"undefined: the region {fault}, so no map can lie in or out of it")
-    if array.min() == array.max():
-        raise EvaluationError(
-            f"undefined: the map is {array.flat[0]:g} everywhere and lies nowhere in particular"
-        )
+    refuse_constant(array)
     return array, mask

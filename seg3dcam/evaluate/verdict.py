@@ -25,7 +25,6 @@ from seg3dcam.evaluate.context import (
     INPUT_ALONE,
     MASK_ALONE,
     NEARNESS,
-    SIGNIFICANT,
     ContextEvidence,
 )
 from seg3dcam.evaluate.sanity import Check
@@ -163,8 +162,8 @@ def _finding_of(quick: Verdict, evidence: ContextEvidence, stays: bool) -> Findi
     if quick.finding == "class-agnostic":
         return quick.finding
     if not evidence.needs_context:
-        return "no context"
-    if evidence.p_value > SIGNIFICANT:
+        return "no context" if evidence.certain else "undefined"
+    if not evidence.better_than_random:
         return "random"
     if not evidence.passed:
         return "echo"

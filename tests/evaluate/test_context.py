@@ -10,9 +10,13 @@ from test_faithfulness import CUE, MASK, SHAPE, Bright, RemoteCue, scene
 
 from seg3dcam import WindowPlan
 from seg3dcam.errors import ConfigError, EmptyRegionError
-from seg3dcam.evaluate import context_deletion, context_evidence
-from seg3dcam.evaluate.areas import area_between
-from seg3dcam.evaluate.controls import input_alone, nearness, random_maps
+from seg3dcam.evaluate import Rerun, context_deletion, context_evidence
+from seg3dcam.evaluate.areas import PartialCurve, area_between
+from seg3dcam.evaluate.blocks import Blocks, Subject
+from seg3dcam.evaluate.context import evidence_against
+from seg3dcam.evaluate.controls import input_alone, mask_alone, nearness, random_maps
+from seg3dcam.evaluate.segments import grown
+from seg3dcam.evaluate.trial import Rivals
 from seg3dcam.geometry import FeatureGrid
 
 GRID = FeatureGrid((6, 10, 7), (2.0,) * 3, (0.5,) * 3)
@@ -68,6 +72,7 @@ def test_figures_are_those_of_whole_curves():
     """To 0.02, of controls and of other baselines; the map's own curve is whole."""
     found = evidence(CUE)
     x = scene()
+    assert max(found.errors[name] for name in found.baselines) <= 0.02
     for values, area in (
         (CUE, found.curve.auc),
         (MASK, found.controls["mask alone"]),
@@ -90,6 +95,109 @@ def test_it_costs_less_than_whole_curves():
     found = evidence(CUE, sliding_window=WindowPlan((6, 18, 8), overlap=0.25))
     curves = 26 * (1 + 1 + 3 + 20)
     assert found.cost < curves / 4
+
+
+@pytest.mark.slow
+def test_areas_are_within_their_errors():
+    """However few steps were taken, as the budget allows."""
+    x, network, whole = scene(), RemoteCue(), {}
+
+    def area(values, baseline="mean"):
+        return context_deletion(values, x, network, 1, block=2, baseline=baseline).auc
+
+    for values in (CUE, next(random_maps(GRID, SHAPE, draws=1, seed=5))):
+        whole["mean"], whole["0.0"] = area(values), area(values, 0.0)
+        whole["mask alone"] = whole.get("mask alone") or area(MASK)
+        whole["nearness to the mask"] = whole.get("nearness to the mask") or area(
+            nearness(MASK > 0)
+        )
+        errors = []
+        for budget in (1, 60, 500):
+            found = evidence(values, budget=budget)
+            areas = {**found.baselines, **found.controls}
+            for name, expected in whole.items():
+                assert abs(areas[name] - expected) <= found.errors[name] + 1e-12
+            errors.append(max(found.errors[name] for name in whole))
+        assert errors[0] > errors[1] >= errors[2]
+        assert errors[2] <= 0.02
+
+
+def test_too_small_a_budget_is_said():
+    """Whether a map is nearly as good as a random one takes many steps to tell."""
+    values = next(random_maps(GRID, SHAPE, draws=1, seed=5))
+    roughly, well = evidence(values, budget=1), evidence(values, budget=500)
+    assert not roughly.certain
+    assert "not shown to be better than random" in roughly.words
+    assert "not certain: areas are known too roughly" in roughly.words
+    assert " ± 0." in roughly.words
+    assert "random at least 0." in roughly.words
+    assert well.certain
+    assert "not better than random" in well.words
+    assert well.p_value <= roughly.p_value
+    assert roughly.cost < 40 < well.cost
+
+
+def test_the_budget_is_kept():
+    found = evidence(MASK, budget=50)
+    assert 40 < found.cost < 50
+    assert evidence(CUE).cost < 60
+
+
+def test_the_map_s_curve_is_that_of_context_deletion_at_the_steps_taken():
+    found = evidence(CUE).curve
+    whole = context_deletion(CUE, scene(), RemoteCue(), 1, block=2)
+    taken = np.searchsorted(whole.fractions, found.fractions)
+    for name in ("fractions", "dice", "drop"):
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name)[taken], atol=1e-12)
+    assert 5 <= len(taken) < 26
+
+
+def test_with_ten_draws_a_map_can_pass():
+    """Its p-value is 1/11, which no map can be better than."""
+    assert evidence(CUE, draws=10).passed
+    assert not evidence(MASK, draws=10).passed
+
+
+class BySeams(torch.nn.Module):
+    """Class 1 is where channel 0 is bright, if channel 1 has few edges anywhere."""
+
+    def forward(self, x):
+        seams = x[:, 1:].diff(dim=-1).abs().mean((2, 3, 4), keepdim=True)
+        return torch.cat([0 * x[:, :1], x[:, :1] - 0.5 - 1e3 * (seams - 0.15).relu()], 1)
+
+
+def test_curves_that_fall_and_come_back_are_said():
+    """All deleted is as good as nothing deleted, and only what is between disturbs."""
+    x = scene(noisy=0)
+    x[:, 1] = 1
+    found = context_evidence(
+        CUE + 0.1 * toy.random_input(1, 1, *SHAPE)[0, 0], x, BySeams(), 1, block=2, baselines=(0.0,)
+    )
+    assert found.left > 0.95
+    assert found.rise > 0.5
+    assert not found.passed
+    assert not found.certain
+    assert found.words.startswith("undefined: with everything around the mask deleted")
+    assert "disturbs the network" in found.words
+
+
+def test_rivals_serve_several_maps():
+    """The second map costs less, and its verdict is that of a trial of its own."""
+    subject = Subject(Rerun(RemoteCue(), scene()), 1, "softmax")
+    rivals = Rivals(
+        Blocks.of(subject, 2, kept=grown((MASK > 0).numpy(), 2)),
+        baseline="mean",
+        steps=25,
+        seed=0,
+        controls={"mask alone": mask_alone(MASK > 0), "input alone": input_alone(scene())},
+        strict=["mask alone"],
+        random=random_maps(GRID, SHAPE, draws=20),
+    )
+    first = evidence_against(rivals, CUE, (), 500)
+    second = evidence_against(rivals, MASK + CUE, (), 500)
+    assert first.passed
+    assert second.passed
+    assert second.cost - first.cost < 0.3 * first.cost
 
 
 def test_the_same_seed_gives_the_same_numbers():
@@ -146,3 +254,24 @@ def test_an_area_is_known_when_its_side_is():
     assert area - left > 0.05
     assert len(asked) <= 2
     assert torch.tensor(area).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_error_holds_for_curves_that_rise_no_more_than_is_said(seed):
+    draws = np.random.default_rng(seed)
+    heights = np.append(1, np.clip(np.linspace(1, 0, 25) + draws.normal(0, 0.1, 25), 0, 1))
+    rise = float((heights - np.minimum.accumulate(heights)).max())
+    curve = PartialCurve(lambda step: heights[step], np.linspace(0, 1, 26), 1.0, heights[-1])
+    whole = float(np.trapezoid(heights, np.linspace(0, 1, 26)))
+    while curve.error(rise) > 0:
+        assert abs(curve.area - whole) <= curve.error(rise)
+        assert curve.rise <= rise
+        curve.take(curve.widest(rise))
+    assert curve.area == pytest.approx(whole)
+
+
+def test_a_curve_that_falls_and_comes_back_is_taken_whole():
+    heights = [1.0, 0.9, 0.2, 0.3, 1.0]
+    area, left = area_between(lambda step: heights[step], np.linspace(0, 1, 5), 1.0, 1.0)
+    assert area == pytest.approx(np.trapezoid(heights, np.linspace(0, 1, 5)))
+    assert left == 0

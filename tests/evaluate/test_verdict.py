@@ -197,7 +197,7 @@ def test_several_layers_are_counted():
 
 def test_one_lesion_of_two_is_measured_alone():
     """The other lesion is context: it may be deleted, and a prediction there does not count."""
-    from seg3dcam.evaluate.faithfulness import Subject
+    from seg3dcam.evaluate.blocks import Subject
     from seg3dcam.evaluate.rerun import Rerun
 
     x = torch.full((1, 1, 24, 12, 12), -1.0)
@@ -219,7 +219,7 @@ def test_one_lesion_of_two_is_measured_alone():
 
 def test_a_region_that_is_no_part_of_the_mask_is_refused():
     from seg3dcam.errors import InputError
-    from seg3dcam.evaluate.faithfulness import Subject
+    from seg3dcam.evaluate.blocks import Subject
     from seg3dcam.evaluate.rerun import Rerun
 
     network = toy.seeded(torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1))).float()
