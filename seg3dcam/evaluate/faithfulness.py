@@ -25,7 +25,7 @@ from torch import nn
 from seg3dcam.checks import Activation, check_whole_number
 from seg3dcam.errors import EvaluationError, InputError
 from seg3dcam.evaluate.areas import area_between
-from seg3dcam.evaluate.baselines import baseline_of
+from seg3dcam.evaluate.baselines import Replacement, baseline_of
 from seg3dcam.evaluate.rerun import Rerun
 from seg3dcam.evaluate.segments import grid_blocks, grown, ordered, segments_outside
 from seg3dcam.network.outputs import OutputSelection
@@ -297,13 +297,38 @@ class Blocks:
             other: see `area_between`.
         """
         deleted_at = self._deletion(values, steps, baseline, seed)
-        fractions = self._counts(steps) / len(self.free)
         end = self.subject.dice_at(deleted_at(steps)) if last is None else last
 
         def height(step: int) -> float:
             return self.subject.dice_at(deleted_at(step))
 
-        return area_between(height, fractions, 1.0, end, other=other)[0]
+        return area_between(height, self.fractions(steps), 1.0, end, other=other)[0]
+
+    def ordered(
+        self, values: torch.Tensor | NDArray[np.floating], *, seed: int
+    ) -> NDArray[np.int64]:
+        """Return the blocks in the order in which a map (*S) deletes them."""
+        return ordered(self._checked(values), self.segments, self.free, seed)
+
+    def fractions(self, steps: int) -> NDArray[np.float64]:
+        """Return which fraction of the blocks is deleted at each of `steps` + 1 steps."""
+        return self._counts(steps) / len(self.free)
+
+    def replacement(self, baseline: str | float, seed: int) -> Replacement:
+        """Return what stands in the place of deleted blocks.
+
+        Raises:
+            EvaluationError: it is equal to the input wherever a block may be deleted.
+        """
+        x = self.subject.rerun.x
+        replacement = baseline_of(baseline, x, seed)
+        free = torch.from_numpy(np.isin(self.segments, self.free)).to(x.device)
+        if torch.equal(torch.where(free, replacement(free), x), x):
+            raise EvaluationError(
+                f"undefined: the baseline {baseline!r} is equal to the input wherever it may be "
+                "replaced, so nothing would be deleted; give another baseline"
+            )
+        return replacement
 
     def _counts(self, steps: int) -> NDArray[np.int64]:
         """Return how many blocks are deleted at each step."""
@@ -321,17 +346,11 @@ class Blocks:
     ) -> Callable[[int], torch.Tensor]:
         """Return a function of the step that gives the logits (1, K, *S)."""
         counts, x = self._counts(steps), self.subject.rerun.x
-        replacement = baseline_of(baseline, x, seed)
-        order = ordered(self._checked(values), self.segments, self.free, seed)
+        order, replacement = self.ordered(values, seed=seed), self.replacement(baseline, seed)
         rank = np.full(int(self.segments.max()) + 1, len(order))
         rank[order] = np.arange(len(order))
         place = torch.from_numpy(rank[self.segments]).to(x.device)
         free = place < len(order)
-        if torch.equal(torch.where(free, replacement(free), x), x):
-            raise EvaluationError(
-                f"undefined: the baseline {baseline!r} is equal to the input wherever it may be "
-                "replaced, so nothing would be deleted; give another baseline"
-            )
         changes = self.subject.rerun.start()
 
         def logits_at(step: int) -> torch.Tensor:
@@ -357,8 +376,7 @@ class Blocks:
             logits = logits_at(step)
             dice.append(subject.dice_at(logits))
             drop.append(_relative_drop(subject.score_at(logits), subject.score))
-        count = len(self.free)
-        return Curve(self._counts(steps) / count, np.array(dice), np.array(drop), count)
+        return Curve(self.fractions(steps), np.array(dice), np.array(drop), len(self.free))
 
     def _checked(self, values: torch.Tensor | NDArray[np.floating]) -> NDArray[np.float64]:
         """Return a map as an array; InputError if it is no map on the grid of the input."""
