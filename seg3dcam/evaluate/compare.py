@@ -131,6 +131,7 @@ def compare(
         random_points=tuple(ranking.random_points),
         mask_curve=ranking.mask_curve,
         class_index=class_index,
+        order=tuple((e.candidate.layer, e.candidate.method) for e in entrants),
         mask=cases[0].mask,
         cost=sum(case.cost for case in cases),
     )

@@ -84,6 +84,7 @@ class Comparison:
         random_points: the measured points of random maps on the first input that counts.
         mask_curve: of the mask alone, on the first input that counts; None if none counts.
         class_index: the class.
+        order: layer and method of all candidates, in the order in which they were named.
         mask: (*S) bool, the predicted mask of the first input.
         cost: what was predicted, in predictions of the whole volume, all inputs together.
     """
@@ -98,6 +99,7 @@ class Comparison:
     random_points: tuple[Points, ...]
     mask_curve: Points | None
     class_index: int
+    order: tuple[tuple[str, str], ...]
     mask: torch.Tensor
     cost: float
 
