@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import toy
 import torch
+import toy
 from torch import nn
 
 SHAPE = (12, 24, 16)

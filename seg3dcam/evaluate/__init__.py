@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from seg3dcam.importing import lazy
 
 if TYPE_CHECKING:
+    from seg3dcam.evaluate.comparing import compare
+    from seg3dcam.evaluate.comparison import Candidate, Comparison
     from seg3dcam.evaluate.context import ContextEvidence, context_evidence
     from seg3dcam.evaluate.faithfulness import Curve, context_deletion, deletion, insertion
     from seg3dcam.evaluate.places import Figure, Localisation, localisation, mass_inside
@@ -15,13 +17,16 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
+    "Candidate",
     "Check",
+    "Comparison",
     "ContextEvidence",
     "Curve",
     "Figure",
     "Localisation",
     "Rerun",
     "class_sensitivity",
+    "compare",
     "context_deletion",
     "context_evidence",
     "deletion",

@@ -61,6 +61,12 @@ class FallingCurve:
             middle = (steps[widest] + steps[widest + 1]) // 2
             self.heights[middle] = self._height_at(middle)
 
+    def complete(self) -> None:
+        """Measure every point, so that the area is known even if the curve does not fall."""
+        for step in range(len(self._fractions)):
+            if step not in self.heights:
+                self.heights[step] = self._height_at(step)
+
     @property
     def points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The places and heights that are measured, from left to right."""

@@ -202,14 +202,12 @@ class Case:
 def measured(
     curves: Sequence[FallingCurve],
     *,
-    error: float = KNOWN,
     best: float | None = None,
     rival: float | None = None,
 ) -> tuple[float, float]:
     """Return the mean area of the curves of one map on several inputs, and its largest error.
 
     Args:
-        error: how large it may be.
         best: the area of the best map so far: worse maps need not be known well.
         rival: it is enough to know on which side of this area the map's lies.
     """
@@ -218,7 +216,7 @@ def measured(
         left = float(np.mean([curve.error for curve in curves]))
         worse = best is not None and left <= ROUGHLY and area - left > best + WORSE
         told = rival is not None and abs(area - rival) > left
-        if left <= error or worse or told:
+        if left <= KNOWN or worse or told:
             return area, left
         max(curves, key=lambda curve: curve.error).refine()
 

@@ -143,10 +143,10 @@ class Ranking:
         orders = [case.controls for case in self._cases]
         for name, of_cases in zip((MASK_ALONE, NEARNESS), zip(*orders, strict=True), strict=True):
             curves = [case.curve(order) for case, order in zip(self._cases, of_cases, strict=True)]
-            error = 0.0 if name == MASK_ALONE else 0.02
-            self.controls[name] = measured(curves, error=error)[0]
             if name == MASK_ALONE:
+                curves[0].complete()
                 self.mask_curve = curves[0].points
+            self.controls[name] = measured(curves)[0]
 
     def _search(self, usable: Sequence[Entrant]) -> None:
         """Measure the area of every candidate, that of bad ones roughly."""
@@ -165,10 +165,11 @@ class Ranking:
     def _measure_wholly(self, best: Sequence[Entrant]) -> None:
         for entrant in best:
             curves = self._curves(entrant.orders)
-            area, _ = measured(curves, error=0.0)
+            for curve in curves:
+                curve.complete()
             entrant.candidate = replace(
                 entrant.candidate,
-                area=area,
+                area=measured(curves)[0],
                 error=0.0,
                 areas=tuple(curve.area for curve in curves),
                 curves=tuple(curve.points for curve in curves),

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from seg3dcam.errors import TargetError
-from seg3dcam.evaluate.compare import compare
+from seg3dcam.evaluate.comparing import compare
 from seg3dcam.evaluate.comparison import Comparison
 from seg3dcam.explaining.placement import Placement, place_scan
 from seg3dcam.geometry import anatomical_axis
