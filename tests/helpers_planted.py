@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
 import torch
 import toy
+from safetensors.torch import save_file
 from torch import nn
 
 SHAPE = (12, 24, 16)
@@ -51,3 +57,22 @@ def planted(seed: int = 3, noisy: float = 0.05) -> torch.Tensor:
     x[0, 0, 4:8, 16:20, 4:8] += 1
     x[0, 1, 4:8, 8:12, 4:8] += 1
     return x
+
+
+def write_planted(folder: Path, seeds: tuple[int, ...] = (3, 4)) -> Path:
+    """Write the network with its code, and volumes of two channels; return the model's YAML.
+
+    The volumes are `scan_<seed>.nii.gz`, in voxels of 2 mm.
+    """
+    code = "import torch\nfrom torch import nn\n\n\n" + inspect.getsource(PlantedUNet)
+    (folder / "planted_net.py").write_text(code)
+    save_file(PlantedUNet().state_dict(), folder / "weights.safetensors")
+    for seed in seeds:
+        voxels = planted(seed)[0].permute(1, 2, 3, 0).numpy()
+        nib.save(nib.Nifti1Image(voxels, np.diag([2, 2, 2, 1.0])), folder / f"scan_{seed}.nii.gz")
+    model = folder / "model.yaml"
+    model.write_text(
+        "factory: planted_net:PlantedUNet\nweights: weights.safetensors\n"
+        "classes: [background, organ]\n"
+    )
+    return model

@@ -6,6 +6,7 @@ makes one random map for every layer, and the winner has to beat the best of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from seg3dcam.errors import ConfigError, InputError, Seg3dcamError, nearest
 from seg3dcam.evaluate.comparison import Comparison
 from seg3dcam.evaluate.contest import Case, Measuring
 from seg3dcam.evaluate.ranking import Keep, Ranking, entrants_of, not_measured
+from seg3dcam.network.layers import resolve_layers
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest import suggest_layers
 from seg3dcam.progress import Progress, silent
@@ -67,7 +69,8 @@ def compare(
         network: any network that a CAM takes.
         x: one input (1, C, *S), or several. With several, the candidates are ranked by their means.
         class_index: the class.
-        layers: names of layers; None takes all that `suggest_layers` names.
+        layers: names of layers, also with `*`, "all" or "auto", see `BaseCAM`; None takes all that
+            `suggest_layers` names.
         methods: keys of methods; None takes `METHODS`. Those that explain the input itself have
             "input" as their layer.
         baselines: the first one is used for everything, the others for possible winners alone.
@@ -109,8 +112,9 @@ def compare(
         seed,
         progress or silent,
     )
+    named = _named(network, layers)
     cases = list(_cases(how, x, spacing))
-    roles = _roles(how, cases[0], layers)
+    roles = _roles(how, cases[0], named)
     ranking = Ranking(cases, baselines[1:], draws)
     methods = tuple(dict.fromkeys(methods or METHODS))
     entrants = (
@@ -119,7 +123,7 @@ def compare(
         else not_measured(roles, methods, "not measured")
     )
     candidates = ranking.ranked(entrants)
-    usual = (next(iter(roles)), USUAL_METHOD) if layers is None else None
+    usual = (next(iter(roles)), USUAL_METHOD) if named is None else None
     return Comparison(
         candidates=candidates,
         best=next((c for c in candidates if c.won), None),
@@ -166,16 +170,27 @@ def _cases(
             raise type(error)(f"input {number + 1} of {len(inputs)}: {error}") from error
 
 
-def _roles(how: Measuring, case: Case, layers: Sequence[str] | None) -> dict[str, str]:
-    """Return layer -> its role; of all that are suggested the one that "auto" means first."""
-    if isinstance(layers, str):
-        layers = [layers]
-    if layers is not None and not layers:
+def _named(network: nn.Module, layers: Sequence[str] | None) -> list[str] | None:
+    """Return the layers that a user named, each by its full name; None for those suggested."""
+    given = [layers] if isinstance(layers, str) else layers
+    if given is None:
+        return None
+    if not given:
         raise ConfigError("no layer given: name one or more, or None for all that are suggested")
+    found = [
+        [layer] if layer == "auto" else [str(ref) for ref in resolve_layers(network, layer)]
+        for layer in given
+    ]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _roles(how: Measuring, case: Case, named: Sequence[str] | None) -> dict[str, str]:
+    """Return layer -> its role; of all that are suggested the one that "auto" means first."""
     window = plan_windows(how.sliding_window, case.shape).roi
     shape = (1, case.x.shape[1], *window)
     suggested = suggest_layers(how.network, shape, output=how.output)
     roles: dict[str, str] = {s.name: s.role for s in suggested}
-    if layers is None:
+    if named is None:
         return roles
-    return {layer: roles.get(layer, "") for layer in dict.fromkeys(layers)}
+    layers = [suggested[0].name if layer == "auto" else layer for layer in named]
+    return {layer: roles.get(layer, "") for layer in layers}

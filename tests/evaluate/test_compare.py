@@ -181,7 +181,11 @@ def test_where_only_echoes_are_offered_none_is_recommended():
     assert echo.default is None  # since the layers were named
 
 
-@pytest.mark.slow
+def test_layers_may_be_patterns_and_auto():
+    names = compared(planted_network(gain=0.0), layers=["auto", "enc*", "encoder"]).order
+    assert [layer for layer, method in names if method == "hires_cam"] == ["bottleneck", "encoder"]
+
+
 def test_where_nothing_outside_is_needed_that_is_said():
     free = compared(planted_network(gain=0.0))
     assert free.best is None
