@@ -61,6 +61,9 @@ def compare(
 ) -> Comparison:
     """Rank layers and methods by context deletion, and name the best that may be trusted.
 
+    It takes some hundreds of predictions: three to six for each candidate, 25 for each of the four
+    best, and about one for each random map. Fewer layers and methods take fewer.
+
     The best is better than the mask alone and than nearness to it, by every baseline; its map gets
     lost when all weights are random; and it is better than the best of as many random maps as there
     are layers, in (nearly) every draw, since it was itself chosen among many.
@@ -76,6 +79,7 @@ def compare(
         baselines: the first one is used for everything, the others for possible winners alone.
         draws: random maps for every layer; with 20 the p-value can be as low as 1/21.
         spacing: mm from voxel to voxel along every axis, None for what a MetaTensor's affine says.
+        progress: called with (step, done, total).
         keep: called with the map (*S) of each candidate on the first input and the mask (*S); what
             it returns is the candidate's `kept`.
         sliding_window, activation, output, margin, block, steps, seed: as for `context_deletion`.

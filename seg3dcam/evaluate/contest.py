@@ -8,6 +8,7 @@ that another map is better. Maps that delete the same blocks share their predict
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,6 @@ class Case:
             sliding_window=how.sliding_window,
             output=how.output,
             kept_gb=kept_gb,
-            progress=how.progress,
         )
         self._subject = Subject(self._rerun, how.class_index, how.activation)
         self.mask = self._subject.mask
@@ -137,11 +137,15 @@ class Case:
         return self.order(mask_alone(self.mask)), self.order(near)
 
     def maps(
-        self, layers: Sequence[str], methods: Sequence[str]
+        self, layers: Sequence[str], methods: Sequence[str], *, tells: bool = True
     ) -> Iterator[tuple[str, str, LayerMap]]:
-        """Yield layer, method and map; all share their passes."""
+        """Yield layer, method and map; all share their passes.
+
+        Args:
+            tells: warn of what is wrong with the layers.
+        """
         cams = [self.how.cam(method, layers) for method in methods]
-        with _without_warnings_of_maps():
+        with _warnings_left_out("layer '" if tells else ""):
             (results,) = each_by(cams, self.x, [ClassLogOdds(self.how.class_index)])
         for method, result in zip(methods, results, strict=True):
             for layer, found in result.layers.items():
@@ -179,7 +183,7 @@ class Case:
         """Return whether a map gets lost when all weights are random; or why that is unknown."""
         cam = self.how.cam(method, [layer])
         try:
-            with _without_warnings_of_maps():
+            with _warnings_left_out(""):
                 return randomisation(
                     cam, self.x, self.how.class_index, stages=1, seed=self.how.seed
                 )
@@ -222,8 +226,8 @@ def measured(
 
 
 @contextmanager
-def _without_warnings_of_maps() -> Iterator[None]:
-    """Let no map be complained of: what is wrong with it stands in the comparison."""
+def _warnings_left_out(beginning: str) -> Iterator[None]:
+    """Leave out warnings that begin so: what is wrong with a map stands in the comparison."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"layer '", Seg3dcamWarning)
+        warnings.filterwarnings("ignore", re.escape(beginning), Seg3dcamWarning)
         yield

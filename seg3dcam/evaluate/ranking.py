@@ -64,7 +64,7 @@ def entrants_of(
     """
     found: dict[tuple[str, str], Entrant] = {}
     for number, case in enumerate(cases):
-        for layer, method, layer_map in case.maps(list(roles), methods):
+        for layer, method, layer_map in case.maps(list(roles), methods, tells=number == 0):
             new = Entrant(Candidate(layer, method, roles.get(layer, "")))
             entrant = found.setdefault((layer, method), new)
             if layer_map.status != "ok":
@@ -109,6 +109,7 @@ class Ranking:
         self.counted = tuple(n for n, case in enumerate(cases) if case.left < NEEDS_NOTHING)
         self._cases = [cases[number] for number in self.counted]
         self._others, self._draws = others, draws
+        self._report = cases[0].how.progress
         self.controls: dict[str, float] = {}
         self.random: tuple[float, ...] = ()
         self.random_points: list[Points] = []
@@ -151,7 +152,8 @@ class Ranking:
     def _search(self, usable: Sequence[Entrant]) -> None:
         """Measure the area of every candidate, that of bad ones roughly."""
         best = float("inf")
-        for entrant in usable:
+        for number, entrant in enumerate(usable):
+            self._report("comparing maps", number, len(usable))
             curves = self._curves(entrant.orders)
             area, error = measured(curves, best=best)
             best = min(best, area + error)
@@ -163,7 +165,8 @@ class Ranking:
             )
 
     def _measure_wholly(self, best: Sequence[Entrant]) -> None:
-        for entrant in best:
+        for number, entrant in enumerate(best):
+            self._report("measuring the best maps", number, len(best))
             curves = self._curves(entrant.orders)
             for curve in curves:
                 curve.complete()
@@ -246,7 +249,8 @@ class Ranking:
             ]
             for layer, of_layer in enumerate(grids.values())
         ]
-        for _ in range(self._draws):
+        for draw in range(self._draws):
+            self._report("comparing with random maps", draw, self._draws)
             areas = []
             for of_layer in drawn:
                 curves = [

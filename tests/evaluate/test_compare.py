@@ -246,8 +246,8 @@ def test_maps_that_cannot_be_used_are_listed_with_the_reason(monkeypatch):
     """Zero, the same everywhere, not finite."""
     given = Case.maps
 
-    def spoilt(self, layers, methods):
-        for layer, method, found in given(self, layers, methods):
+    def spoilt(self, layers, methods, **more):
+        for layer, method, found in given(self, layers, methods, **more):
             values = {"decoder": torch.full_like(found.values, 2.0)}
             values["bottleneck"] = torch.full_like(found.values, float("nan"))
             yield layer, method, replace(found, values=values.get(layer, found.values))
