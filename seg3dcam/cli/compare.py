@@ -66,6 +66,13 @@ def compare(
     ] = False,
     margin: Annotated[int, typer.Option(help="voxels around the mask that are never deleted")] = 2,
     block: Annotated[int, typer.Option(help="voxels of a block along every axis")] = 4,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="what stands in place of what is deleted: mean, blur, noise or neighbours; the "
+            "winner passes by all that are given; default: mean; repeatable"
+        ),
+    ] = None,
     frame: FrameName = None,
     device: DeviceName = "auto",
     set: Overrides = None,
@@ -98,6 +105,7 @@ def compare(
             methods=method,
             margin=margin,
             block=block,
+            baselines=baseline or ["mean"],
             progress=progress,
         )
         progress("writing", 0, 1)

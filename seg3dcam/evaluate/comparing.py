@@ -52,7 +52,7 @@ def compare(
     margin: int = 2,
     block: int = 4,
     steps: int = 25,
-    baselines: Sequence[str | float] = ("mean", "blur"),
+    baselines: Sequence[str | float] = ("mean",),
     draws: int = 20,
     spacing: Sequence[float] | None = None,
     seed: int = 0,
@@ -76,7 +76,8 @@ def compare(
             `suggest_layers` names.
         methods: keys of methods; None takes `METHODS`. Those that explain the input itself have
             "input" as their layer.
-        baselines: the first one is used for everything, the others for possible winners alone.
+        baselines: the first one is used for everything. The others are for possible winners alone,
+            which have to pass by all of them.
         draws: random maps for every layer; with 20 the p-value can be as low as 1/21.
         spacing: mm from voxel to voxel along every axis, None for what a MetaTensor's affine says.
         progress: called with (step, done, total).
