@@ -41,6 +41,8 @@ class Row:
         bottleneck: the layer that "auto" is, and its stride; the middle where no level is coarser.
         role: of that layer.
         decoder: the suggested decoder levels and their strides, coarse to fine.
+        encoder: the suggested encoder levels and their strides, coarse to fine; where no level is
+            coarser, layers after and before the middle.
         output: what `output=` must be; None where the rule finds the logits.
         logits: what the network returned -> logits, written down by hand.
         channel_first: what the bottleneck gives -> (B, C, *s), written down by hand.
@@ -54,6 +56,7 @@ class Row:
     shape: tuple[int, ...]
     bottleneck: tuple[str, int | tuple[int, ...]]
     decoder: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
+    encoder: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
     output: Any = None
     logits: Callable[[Any], torch.Tensor] = lambda returned: returned
     channel_first: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
@@ -215,17 +218,20 @@ DYNUNET = {
     "shape": (8, 16, 32),
     "bottleneck": ("bottleneck", (4, 8, 8)),
     "decoder": {"upsamples.0": (2, 4, 4), "upsamples.1": (1, 2, 2), "upsamples.2": 1},
+    "encoder": {"downsamples.1": (2, 4, 4), "downsamples.0": (1, 2, 2), "input_block": 1},
     "many": "upsamples.*",
 }
 SEGRESNET = {
     "bottleneck": ("down_layers.2", 4),
     "decoder": {"up_layers.0": 2, "up_layers.1": 1},
+    "encoder": {"down_layers.1": 2, "down_layers.0": 1},
     "many": "up_layers.*",
 }
 BASIC_UNET_PLUS_PLUS = {
     "shape": (16, 16, 32),
     "bottleneck": ("conv_4_0", 16),
     "decoder": {"upcat_3_1": 8, "upcat_2_2": 4, "upcat_1_3": 2, "upcat_0_4": 1},
+    "encoder": {"conv_3_0": 8, "conv_2_0": 4, "conv_1_0": 2, "conv_0_0": 1},
     "many": "upcat_*_1",
     "first_voxel": "centre",
 }
@@ -235,32 +241,51 @@ FLEXIBLE_UNET = {
         **{f"decoder.blocks.{level}": 2 ** (4 - level) for level in range(4)},
         "decoder": 1,
     },
+    "encoder": {
+        "encoder.layer3": 16,
+        "encoder.layer2": 8,
+        "encoder.layer1": 4,
+        "encoder[0]": 2,
+    },
     "many": "decoder.blocks.*",
     "first_voxel": "",  # max pooling after a strided convolution, nearest interpolation
 }
 SWIN_UNETR = {
     "bottleneck": ("encoder10", 32),
     "decoder": {f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
+    "encoder": {
+        **{f"swinViT.layers{level}.0.blocks.0": 2**level for level in (4, 3, 2)},
+        "swinViT.layers1.0.blocks.1": 2,
+        "encoder1": 1,
+    },
     "many": "decoder*",
     "first_voxel": "centre",
 }
 UNETR = {
     "bottleneck": ("vit.norm", 16),
     "decoder": {f"decoder{level}": 2 ** (level - 2) for level in (5, 4, 3, 2)},
+    "encoder": {f"encoder{level}": 2 ** (level - 1) for level in (4, 3, 2, 1)},
     "many": "vit.blocks.*",
     "first_voxel": "centre",
 }
 VNET = {
     "bottleneck": ("down_tr256", 16),
     "decoder": {"up_tr256": 8, "up_tr128": 4, "up_tr64": 2, "up_tr32": 1},
+    "encoder": {"down_tr128": 8, "down_tr64": 4, "down_tr32": 2, "in_tr": 1},
     "many": "up_tr*",
     "first_voxel": "centre",
 }
-HIGH_RES_NET = {"bottleneck": ("blocks.3", 1), "role": "middle", "many": "blocks.*"}
+HIGH_RES_NET = {
+    "bottleneck": ("blocks.3", 1),
+    "encoder": {"blocks.5": 1, "blocks.1": 1, "blocks.0": 1},
+    "role": "middle",
+    "many": "blocks.*",
+}
 MEDNEXT = {
     "shape": (16, 24, 32),
     "bottleneck": ("bottleneck", 4),
     "decoder": {"dec_stages.0": 2, "dec_stages.1": 1},
+    "encoder": {"enc_stages.1": 2, "enc_stages.0": 1},
     "many": "dec_stages.*",
 }
 NNUNET = {
@@ -270,6 +295,11 @@ NNUNET = {
         "decoder.stages.0": (2, 4, 4),
         "decoder.stages.1": (1, 2, 2),
         "decoder.stages.2": 1,
+    },
+    "encoder": {
+        "encoder.stages.2": (2, 4, 4),
+        "encoder.stages.1": (1, 2, 2),
+        "encoder.stages.0": 1,
     },
     "many": "decoder.stages.*",
 }
@@ -282,6 +312,7 @@ NETWORKS = {
         (16, 24, 32),
         ("model.1.submodule.1.submodule.1.submodule", 8),
         {"model.1.submodule.1": 4, "model.1": 2},
+        {"model.1.submodule.0": 4, "model.0": 2},
         many="model.1.**.conv",
     ),
     "UNet, residual": Row(
@@ -289,6 +320,7 @@ NETWORKS = {
         (16, 24, 32),
         ("model.1.submodule.1.submodule", 4),
         {"model.1": 2},
+        {"model.0": 2},
         many="model.1.**.conv",
     ),
     "UNet, 2D": Row(
@@ -296,6 +328,7 @@ NETWORKS = {
         (32, 48),
         ("model.1.submodule.1.submodule", 4),
         {"model.1": 2},
+        {"model.0": 2},
         many="model.**.conv",
     ),
     "DynUNet": Row(dynunet, **DYNUNET),
@@ -308,6 +341,7 @@ NETWORKS = {
         (16, 24, 32),
         ("encoder.layers.2.blocks", 4),
         {"up_layers.0.blocks": 2, "up_layers.1.blocks": 1},
+        {"encoder.layers.1.blocks": 2, "encoder.layers.0.blocks": 1},
         many="up_layers.*.blocks",
     ),
     "SegResNetDS2": Row(
@@ -315,6 +349,7 @@ NETWORKS = {
         (16, 24, 32),
         ("encoder.layers.2.blocks", 4),
         {"up_layers.0.blocks": 2, "up_layers.1.blocks": 1},
+        {"encoder.layers.1.blocks": 2, "encoder.layers.0.blocks": 1},
         output=lambda returned: returned[0][0],
         logits=lambda returned: returned[0][0],
         many="up_layers.*.blocks",
@@ -345,6 +380,7 @@ NETWORKS = {
         (16, 24, 32),
         ("model.1.submodule.1.submodule", 4),
         {"model.1.submodule": 2, "model.1": 1},
+        {"model.1.submodule.0": 2, "model.0": 1},
         many="model.**.merge.conv",
     ),
     "BasicUNet": Row(
@@ -352,6 +388,7 @@ NETWORKS = {
         (16, 32, 32),
         ("down_4", 16),
         {"upcat_4": 8, "upcat_3": 4, "upcat_2": 2, "upcat_1": 1},
+        {"down_3": 8, "down_2": 4, "down_1": 2, "conv_0": 1},
         many="upcat_*",
         first_voxel="centre",
     ),

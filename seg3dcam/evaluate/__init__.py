@@ -6,6 +6,8 @@ from seg3dcam.importing import lazy
 
 if TYPE_CHECKING:
     from seg3dcam.evaluate.blocks import Curve
+    from seg3dcam.evaluate.comparing import compare
+    from seg3dcam.evaluate.comparison import Candidate, Comparison
     from seg3dcam.evaluate.confidence import (
         AverageDrop,
         Confidence,
@@ -24,7 +26,9 @@ else:
 
 __all__ = [
     "AverageDrop",
+    "Candidate",
     "Check",
+    "Comparison",
     "Confidence",
     "ContextEvidence",
     "Curve",
@@ -33,6 +37,7 @@ __all__ = [
     "Rerun",
     "average_drop",
     "class_sensitivity",
+    "compare",
     "context_deletion",
     "context_evidence",
     "deletion",

@@ -50,6 +50,21 @@ class PartialCurve:
         if step not in self.heights:
             self.heights[step] = self._height_at(step)
 
+    def refine(self) -> None:
+        """Let the step be known that says most, if any is not known."""
+        if self.error() > 0:
+            self.take(self.widest())
+
+    def complete(self) -> None:
+        """Let every step be known, so that the area holds even if the curve does not fall."""
+        for step in range(len(self.fractions)):
+            self.take(step)
+
+    @property
+    def points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The fractions and heights that are known, in order."""
+        return self._known()
+
     @property
     def steps(self) -> list[int]:
         """The steps that are known, in order."""

@@ -188,6 +188,22 @@ class Blocks:
         end = deletion.dice(steps) if last is None else last
         return area_between(deletion.dice, deletion.fractions, 1.0, end, other=other)[0]
 
+    def ordered(
+        self, values: torch.Tensor | NDArray[np.floating], *, seed: int
+    ) -> NDArray[np.int64]:
+        """Return the blocks in the order in which a map (*S) deletes them."""
+        array = checked_map(values, self.segments.shape)
+        return ordered(array, self.segments, self.free, seed)
+
+    def counts(self, steps: int) -> NDArray[np.int64]:
+        """Return how many blocks are deleted at each of `steps` + 1 steps."""
+        check_whole_number("steps", steps)
+        return np.round(np.arange(steps + 1) * len(self.free) / steps).astype(np.int64)
+
+    def fractions(self, steps: int) -> NDArray[np.float64]:
+        """Return which fraction of the blocks is deleted at each of `steps` + 1 steps."""
+        return self.counts(steps) / len(self.free)
+
     def replacement(self, baseline: str | float, seed: int) -> Replacement:
         """Return what stands in the place of deleted blocks; it is made once for all maps.
 
@@ -238,16 +254,12 @@ class Deletion:
         *,
         inserts: bool = False,
     ) -> None:
-        check_whole_number("steps", steps)
         check_whole_number("seed", seed, least=0)
         self._blocks, self._inserts = blocks, inserts
         self._replacement = blocks.replacement(baseline, seed)
-        count = len(blocks.free)
-        self._counts = np.round(np.arange(steps + 1) * count / steps).astype(np.int64)
-        self.fractions = self._counts / count
-        array = checked_map(values, blocks.segments.shape)
+        self._counts, self.fractions = blocks.counts(steps), blocks.fractions(steps)
         # Only the order is held, not the map: there may be many maps.
-        self._order = ordered(array, blocks.segments, blocks.free, seed)
+        self._order = blocks.ordered(values, seed=seed)
         self._changes: Changes | None = None
         self.drops = {0: 0.0}
 

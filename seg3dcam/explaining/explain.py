@@ -19,17 +19,20 @@ from seg3dcam.cams.calls import explain_targets
 from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.checks import check_word
 from seg3dcam.engine.passes import check_resolution
-from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
+from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest, tell
 from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import place_scan
+from seg3dcam.models.recommended import USUAL_METHOD, advice_for
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
 from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_scan
 from seg3dcam.targets import ClassLogOdds, EveryClass, TargetFamily
+from seg3dcam.targets.base import as_own_target
 from seg3dcam.targets.combined import AnyTarget
+from seg3dcam.targets.families import is_family
 
 #: How much is tried before something is said of a map.
 VerdictLevel = Literal["quick", "full"]
@@ -44,7 +47,7 @@ def explain(
     target: TargetSpec,
     *,
     layers: LayerSpec = "auto",
-    method: str = "hires_cam",
+    method: str | None = None,
     verdict: VerdictLevel = "quick",
     progress: Progress | None = None,
     **settings: Any,
@@ -56,8 +59,10 @@ def explain(
         model: what `load_model` returns, or a `SegModel` around your own network.
         target: a class name or index (its log-odds over the predicted mask), or a target. Masks
             and truths of a target may be given as `Scan`; they must lie on the scan's grid.
-        layers: target layers, see `BaseCAM`.
-        method: a key of `METHODS`, or of `seg3dcam.cams.attributions.ATTRIBUTIONS`.
+        layers: target layers, see `BaseCAM`. "auto" is the layer that a comparison recommends for
+            the class, where there is a file beside the model that says so; a warning tells of it.
+        method: a key of `METHODS`, or of `seg3dcam.cams.attributions.ATTRIBUTIONS`; None is what is
+            recommended together with the layer, else HiResCAM.
         verdict: "quick" says of each map what can be said at little cost; "full" tests it by
             context deletion and random weights, which takes some tens of predictions.
         progress: called with (step, done, total).
@@ -102,7 +107,7 @@ def explain_each(
     targets: Sequence[TargetSpec] | None = None,
     *,
     layers: LayerSpec = "auto",
-    method: str | Sequence[str] = "hires_cam",
+    method: str | Sequence[str] | None = None,
     verdict: VerdictLevel = "quick",
     progress: Progress | None = None,
     **settings: Any,
@@ -116,17 +121,18 @@ def explain_each(
     Args:
         targets: class names, indices, targets and families of targets, such as
             `targets.EveryComponent`; None explains every predicted foreground class.
-        method: a key of `METHODS` or `ATTRIBUTIONS`, or several keys.
+        method: a key of `METHODS` or `ATTRIBUTIONS`, several keys, or None as for `explain`.
         settings: of the method, where there is one alone; several methods take no settings.
 
     The other arguments are those of `explain`.
     """
-    kinds = [_class_of_method(key) for key in ([method] if isinstance(method, str) else method)]
-    if not kinds:
-        raise ConfigError(f"no method given: name one, such as 'hires_cam' ({method!r})")
     check_word("verdict", verdict, VerdictLevel)
     _check_model(model, settings)
     targets = _listed(targets)
+    layers, methods = _advised(model, targets, layers, method)
+    kinds = [_class_of_method(key) for key in methods]
+    if not kinds:
+        raise ConfigError(f"no method given: name one, such as 'hires_cam' ({method!r})")
     report = progress or silent
     placement = place_scan(load_scan(scan), model, report)
     cams = [
@@ -174,6 +180,38 @@ def target_of_class(model: SegModel, name: str | int | np.integer) -> ClassLogOd
         TargetError: no such class; the legal ones are named.
     """
     return ClassLogOdds(model.class_index(name if isinstance(name, str) else int(name)))
+
+
+def _advised(
+    model: SegModel,
+    targets: Sequence[TargetSpec] | None,
+    layers: LayerSpec,
+    method: str | Sequence[str] | None,
+) -> tuple[LayerSpec, Sequence[str]]:
+    """Return layers and methods, with what is recommended beside the model in place of "auto"."""
+    named = [method] if isinstance(method, str) else method
+    if not (isinstance(layers, str) and layers == "auto"):
+        return layers, [USUAL_METHOD] if named is None else named
+    advice = advice_for(model, _classes(model, targets), methods=named)
+    if advice.words:
+        tell(advice.words)
+    return advice.layer or layers, named or [advice.method or USUAL_METHOD]
+
+
+def _classes(model: SegModel, targets: Sequence[TargetSpec] | None) -> list[int] | None:
+    """Return the classes that targets are about; None if one is about none, or not yet known."""
+    found: list[int] = []
+    for target in _named_targets(model, targets):
+        # A family that is about one class has an index, too.
+        index = (
+            getattr(target, "index", None)
+            if is_family(target)
+            else as_own_target(target).class_index
+        )
+        if index is None:
+            return None
+        found.append(int(index))
+    return found
 
 
 def _named_targets(model: SegModel, targets: Sequence[TargetSpec] | None) -> list[Any]:

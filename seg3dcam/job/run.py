@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from seg3dcam.job.formats import check_formats
 from seg3dcam.job.keys import Keys, case_folder, case_keys, look_of
 from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
 from seg3dcam.job.settings import Job
-from seg3dcam.job.targets import check_truth, targets_of
+from seg3dcam.job.targets import check_truth, class_indices, targets_of
 from seg3dcam.models import SegModel, load_model
+from seg3dcam.models.recommended import advice_for
 from seg3dcam.progress import Progress, silent
 from seg3dcam.scan import Scan, load_labels, load_scan
 
@@ -82,17 +83,23 @@ def run_job(
         ALL_METHODS[method].check_settings(job.settings)
     look_of(job)
     model = _loaded_model(job, trust)
+    job, advice = _advised(job, model)
+    if advice and say is not None:
+        say(advice)
     progress("reading", 0, 1)
     scan, truth = _loaded_scans(job, model)
     targets = targets_of(job, model, truth)
     keys = case_keys(scan, model, job, truth)
     folder = case_folder(scan, job, keys)
     if is_done(folder, keys.all, verify=verify) and not force:
-        return JobResult(folder, _record_of_run(folder, keys), was_done=True)
+        said = (advice,) if advice else ()
+        return JobResult(folder, _record_of_run(folder, keys), was_done=True, notes=said)
     notes = tuple(_notes(folder, job, keys))
     if say is not None:
         for note in notes:
             say(note)
+    if advice:
+        notes = (advice, *notes)
     # Explanations are made one by one while they are written. By then the folder is locked, so that
     # of two runs of one job at once, the second ends before it has computed anything.
     explanations = _explanations(scan, model, targets, truth, job, progress)
@@ -106,6 +113,20 @@ def _loaded_model(job: Job, trust: bool) -> SegModel:
     model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
     model.module.to(device_of(job.device))
     return model
+
+
+def _advised(job: Job, model: SegModel) -> tuple[Job, str]:
+    """Return a job with what is recommended for the model in place of "auto", and words about it.
+
+    So the job's key says which layer and method a case was made by.
+    """
+    if job.layers != "auto":
+        return job, ""
+    named = job.methods if "method" in job.model_fields_set else None
+    advice = advice_for(model, class_indices(job, model) or None, methods=named)
+    changes = {"layer": advice.layer, "method": advice.method if named is None else None}
+    job = job.model_copy(update={key: value for key, value in changes.items() if value})
+    return job, advice.words
 
 
 def _loaded_scans(job: Job, model: SegModel) -> tuple[Scan, Scan | None]:
@@ -131,7 +152,7 @@ def _explanations(
     """Yield the explanations that a job asks for, each with the truth where there is one."""
     for explanation in explain_each(
         scan,
-        model,
+        replace(model, recommended=None),  # the job has the recommended layer already
         targets,
         layers=job.layers,
         method=job.methods,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,7 +89,22 @@ def load_model(
     module = importlib.import_module(SOURCES[kind].module)
     spec = validate(given, module.Spec, Path(source).name)
     with torch.device("cpu"):  # weights and checks are on the CPU, whatever the default device is
-        return module.build(spec, path, trust)
+        model: SegModel = module.build(spec, path, trust)
+    return replace(model, recommended=recommended_beside(source))
+
+
+def recommended_beside(source: str | Path) -> Path:
+    """Return the file beside a model in which a layer and a method are recommended for it.
+
+    >>> recommended_beside("models/liver.yaml").as_posix()
+    'models/liver.recommended.json'
+    >>> recommended_beside("nnunet:liver/fold").as_posix()
+    'liver/fold/recommended.json'
+    """
+    kind, place = _kind_and_place(str(source))
+    if kind:
+        return Path(place) / "recommended.json"
+    return Path(source).with_suffix(".recommended.json")
 
 
 def relative_to(folder: Path, source: str) -> str:

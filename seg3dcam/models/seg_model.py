@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,8 @@ class SegModel:
             as `in_channels`.
         name: the model's name in the provenance.
         spec: the settings that the model was made from, for the provenance.
+        recommended: the file in which a comparison keeps the layer and method that it recommends,
+            whether there is one or not; None for a model without a place of its own.
 
     >>> model = SegModel(nn.Conv3d(1, 2, 1), class_names=("background", "liver"))
     >>> model.class_index("liver")
@@ -72,6 +75,7 @@ class SegModel:
     scan_channels: int | None = None
     name: str = "model"
     spec: Mapping[str, Any] = field(default_factory=dict)
+    recommended: Path | None = None
 
     def __post_init__(self) -> None:
         """Make the class names printable, short and different from each other."""

@@ -641,7 +641,7 @@ def test_wrong_use(words, said, tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("command", ["", "explain", "layers", "methods", "demo"])
+@pytest.mark.parametrize("command", ["", "explain", "compare", "layers", "methods", "demo"])
 def test_help(command):
     outcome = seg3dcam(*command.split(), "--help")
     assert outcome.code == 0

@@ -37,9 +37,16 @@ def per_axis(stride: int | tuple[int, ...], row: Row) -> tuple[int, ...]:
     return stride if isinstance(stride, tuple) else (stride,) * len(row.shape)
 
 
+def before(name: str, row: Row) -> str:
+    """Return the role of a layer that is not made from the bottleneck."""
+    if row.role == "bottleneck":
+        return "encoder"
+    return "late" if name == next(iter(row.encoder)) else "early"
+
+
 @pytest.mark.few(7)
 @named(quick=ORDINARY)
-def test_bottleneck_and_decoder_are_suggested(name):
+def test_bottleneck_decoder_and_encoder_are_suggested(name):
     row = NETWORKS[name]
     network = row.network()
     bottleneck, stride = row.bottleneck
@@ -50,6 +57,7 @@ def test_bottleneck_and_decoder_are_suggested(name):
     assert [(s.name, s.stride, s.role, s.auto) for s in found] == [
         (bottleneck, per_axis(stride, row), row.role, True),
         *((n, per_axis(s, row), "decoder", False) for n, s in row.decoder.items()),
+        *((n, per_axis(s, row), before(n, row), False) for n, s in row.encoder.items()),
     ]
 
 
@@ -59,9 +67,10 @@ def test_what_is_suggested_has_a_gradient_and_is_not_the_output(name):
     """Heads of deep supervision that the logits do not come from have none."""
     row = NETWORKS[name]
     network, x = row.network(), row.input()
-    suggested = [row.bottleneck[0], *row.decoder]
+    elements = {name for name in row.encoder if name.endswith("]")}  # of a list: no module
+    suggested = [row.bottleneck[0], *row.decoder, *(set(row.encoder) - elements)]
     found = by_hand(row, network, x, suggested)
-    assert list(found) == suggested
+    assert found.keys() == set(suggested)
     with torch.no_grad():
         logits = row.logits(network.eval()(x))
     for activations, gradients in found.values():

@@ -58,7 +58,8 @@ def middle_of_the_head(name, size=64):
 @pytest.mark.parametrize("name", MIDDLE)
 def test_the_middle_of_a_mesh_net_is_taken(name):
     layer, depth, whole = MIDDLE[name]
-    (only,) = suggest_layers(mesh_net(name), (1, 1, 12, 14, 16))
+    only, *others = suggest_layers(mesh_net(name), (1, 1, 12, 14, 16))
+    assert [s.role for s in others] == ["late", "early", "early"]
     assert (only.name, only.role, only.stride) == (layer, "middle", (1, 1, 1))
     assert f"{depth} of {whole} layers deep" in only.reason
     assert "all evidence for the mask passes through it" in only.reason

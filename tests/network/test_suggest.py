@@ -10,6 +10,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from helpers_networks import CLASSES, dynunet, nnunet, unet
 from monai.networks import nets
+from monai.networks.blocks.segresnet_block import ResBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -34,8 +35,9 @@ NNUNET = {
 }
 
 
-# name: how to make it, shape, {layer: stride}, the bottleneck first. The strides double, but for
-# DynUNet's first level, which leaves the thick slices alone.
+# name: how to make it, shape, {layer: stride}, the bottleneck first, then the decoder. The strides
+# double, but for DynUNet's first level, which leaves the thick slices alone. The levels of the
+# encoder are in `helpers_networks`.
 NETWORKS = {
     "UNet": (
         unet,
@@ -171,6 +173,16 @@ def seeded(make):
         return make()
 
 
+def after(found):
+    """Return the suggestions without those before the bottleneck, and beside the middle."""
+    return [s for s in found if s.role in ("bottleneck", "middle", "decoder")]
+
+
+def decoded(net, shape, **more):
+    """Return the suggestions of a network without those before the bottleneck."""
+    return after(suggest_layers(net, shape, **more))
+
+
 def as_expected(layers, ndim):
     return {
         name: (stride,) * ndim if isinstance(stride, int) else stride
@@ -206,8 +218,11 @@ def test_the_documented_layers_are_suggested(name):
     numbers = {key: value.clone() for key, value in net.state_dict().items()}
     rng = torch.get_rng_state()
 
-    found = suggest_layers(net, (2, 1, *shape))
+    every = suggest_layers(net, (2, 1, *shape))
 
+    found = after(every)
+    assert found == every[: len(found)]
+    assert not any(s.auto for s in every[1:])
     assert {s.name: s.stride for s in found} == as_expected(layers, len(shape))
     first = "middle" if name == "HighResNet" else "bottleneck"  # it has one resolution
     assert [s.role for s in found] == [first] + ["decoder"] * (len(found) - 1)
@@ -243,7 +258,7 @@ def test_what_is_said_of_a_suggestion_is_true_of_the_layer(name):
 @pytest.mark.slow
 def test_swin_unetr():
     net = nets.SwinUNETR(1, CLASSES, feature_size=12, depths=(1,) * 4, num_heads=(3,) * 4)
-    found = {s.name: s.stride[0] for s in suggest_layers(net, (1, 1, 32, 32, 64))}
+    found = {s.name: s.stride[0] for s in after(suggest_layers(net, (1, 1, 32, 32, 64)))}
     assert found == {
         "encoder10": 32,
         **{f"decoder{level}": 2 ** (level - 1) for level in (5, 4, 3, 2, 1)},
@@ -386,16 +401,37 @@ ONE_RESOLUTION = {
 def test_where_no_level_is_coarser_than_the_output_the_middle_is_taken(name):
     """The last layer, right before the head, would give the mask again."""
     make, layer, depth, whole = ONE_RESOLUTION[name]
-    (only,) = suggest_layers(seeded(make), (1, 1, 12, 16), output=lambda given: given)
+    (only,) = decoded(seeded(make), (1, 1, 12, 16), output=lambda given: given)
     assert (only.name, only.role, only.auto) == (layer, "middle", True)
     assert f"no bottleneck; it lies {depth} of {whole} layers deep" in only.reason
     assert "coarsest" not in only.reason
 
 
+#: name -> layers after the middle, and before it, the nearest first.
+BESIDE_THE_MIDDLE = {
+    "stack": (["8"], ["2", "0"]),
+    "blocks": (["3"], ["0"]),
+    "two branches": (["b"], ["b.0", "stem"]),
+    "coarse output": (["7"], ["1", "0"]),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_MIDDLE)
+def test_layers_are_spread_over_the_depth_where_there_is_a_middle(name):
+    late, early = BESIDE_THE_MIDDLE[name]
+    found = suggest_layers(seeded(ONE_RESOLUTION[name][0]), (1, 1, 12, 16))
+    assert [s.name for s in found if s.role == "late"] == late
+    assert [s.name for s in found if s.role == "early"] == early
+    assert [s.role for s in found] == ["middle", *["late"] * len(late), *["early"] * len(early)]
+    for s in found[1:]:
+        depth, whole = map(int, s.reason.removeprefix("it lies ").split(" layers")[0].split(" of "))
+        assert (2 * depth > whole) == (s.role == "late")
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_dilated_convolutions_are_told_of(dilation):
     net = small(*convolutions(1, 4, 4, 4, dilation=dilation), nn.Conv2d(4, CLASSES, 1))
-    (only,) = suggest_layers(net, (1, 1, 12, 16))
+    (only,) = decoded(net, (1, 1, 12, 16))
     assert ("dilated" in only.reason) == (dilation > 1)
 
 
@@ -404,7 +440,7 @@ def test_a_classifier_of_one_resolution_keeps_its_last_layer():
     net = small(
         *convolutions(1, 4, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)
     )
-    (only,) = suggest_layers(net, (1, 1, 12, 16))
+    (only,) = decoded(net, (1, 1, 12, 16))
     assert (only.name, only.role) == ("4", "bottleneck")
     assert only.reason == "the network's one level; all evidence for the classes passes through it"
 
@@ -454,19 +490,19 @@ class Branches(nn.Module):
 
 def test_of_a_dense_block_all_channels_are_taken():
     """A dense layer's own output is only its share."""
-    assert {s.name: s.shape[0] for s in suggest_layers(seeded(DenseUNet), (1, 1, 16, 24))} == {
+    assert {s.name: s.shape[0] for s in decoded(seeded(DenseUNet), (1, 1, 16, 24))} == {
         "bottom": 20,
         "last": 25,
     }
     net = seeded(lambda: nets.DenseNet(2, 1, CLASSES, 8, 4, (2, 3), 2))
-    (only,) = suggest_layers(net, (1, 1, 32, 48))
+    (only,) = decoded(net, (1, 1, 32, 48))
     assert (only.name, only.shape) == ("features.denseblock2", (20, 4, 6))
 
 
 def test_of_branches_side_by_side_all_are_taken():
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)]
     net = small(nn.Conv2d(1, 4, 3, 2, 1), Branches(), *head)
-    (only,) = suggest_layers(net, (1, 1, 16, 24))
+    (only,) = decoded(net, (1, 1, 16, 24))
     assert (only.name, only.shape[0]) == ("1", 8)
 
 
@@ -491,7 +527,7 @@ class Coded(nn.Module):
 @pytest.mark.parametrize("vector", [False, True])
 def test_what_is_made_from_a_code_without_places_is_no_bottleneck(vector):
     """The last level that has places of the scan is; those behind it are made up by the decoder."""
-    found = suggest_layers(seeded(lambda: Coded(vector)), (1, 1, 16, 16))
+    found = decoded(seeded(lambda: Coded(vector)), (1, 1, 16, 16))
     assert [(s.name, s.role) for s in found] == [
         ("encode.2", "bottleneck"),
         ("decode.2", "decoder"),
@@ -514,16 +550,50 @@ class TwoEncoders(nn.Module):
 
 def test_an_encoder_that_runs_later_is_no_decoder():
     net = seeded(TwoEncoders)
-    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["a", "up"]
+    assert [s.name for s in decoded(net, (1, 1, 16, 24))] == ["a", "up"]
     net.up = nn.Upsample(scale_factor=2)
     net.head = nn.ConvTranspose2d(10, CLASSES, 2, 2)
-    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["a"]
+    assert [s.name for s in decoded(net, (1, 1, 16, 24))] == ["a"]
+
+
+def test_encoder_levels_lead_to_the_bottleneck():
+    """Of a second encoder, from which the bottleneck has nothing, none is named."""
+    found = suggest_layers(seeded(TwoEncoders), (1, 1, 16, 24))
+    assert [(s.name, s.role) for s in found] == [
+        ("a", "bottleneck"),
+        ("up", "decoder"),
+        ("a.0", "encoder"),
+    ]
+    assert "its map leaves out the evidence that reaches the mask around it" in found[-1].reason
+
+
+class Summed(nn.Module):
+    """A residual block, whose summands are modules as well, before a strided convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.block = ResBlock(2, 4, ("GROUP", {"num_groups": 2}))
+        self.down, self.up = nn.Conv2d(4, 6, 3, 2, 1), nn.ConvTranspose2d(6, CLASSES, 2, 2)
+
+    def forward(self, x):
+        return self.up(self.down(self.block(self.stem(x))))
+
+
+def test_of_residual_blocks_in_the_encoder_the_sum_is_taken():
+    net = seeded(Summed)
+    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["down", "block"]
+
+
+def test_of_a_dense_block_in_the_encoder_all_channels_are_taken():
+    found = suggest_layers(seeded(DenseUNet), (1, 1, 16, 24))
+    assert [(s.name, s.shape[0]) for s in found if s.role == "encoder"] == [("first", 9)]
 
 
 def test_a_level_that_is_the_bottleneck_resized_is_not_suggested():
     """Some classifiers pool to a fixed grid, which small images make larger."""
     end = [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(4 * 64, CLASSES)]
-    (only,) = suggest_layers(small(nn.Conv2d(1, 4, 3, 4, 1), *end), (1, 1, 16, 16))
+    (only,) = decoded(small(nn.Conv2d(1, 4, 3, 4, 1), *end), (1, 1, 16, 16))
     assert (only.name, only.stride) == ("0", (4, 4))
 
 
@@ -604,7 +674,7 @@ class WithClassToken(nn.Module):
 
 
 def test_what_goes_through_a_class_token_the_map_leaves_out():
-    (only,) = suggest_layers(seeded(WithClassToken), (1, 1, 16, 24))
+    (only,) = decoded(seeded(WithClassToken), (1, 1, 16, 24))
     assert (only.name, only.shape) == ("block", (6, 4, 6))
     assert "leaves out the evidence that reaches the classes around it" in only.reason
 
@@ -678,7 +748,7 @@ class Resized(nn.Module):
 
 @pytest.mark.parametrize("two", [False, True])
 def test_a_head_whose_logits_are_resized_is_still_the_head(two):
-    assert [s.name for s in suggest_layers(seeded(lambda: Resized(two)), (1, 1, 16, 24))] == ["b"]
+    assert [s.name for s in decoded(seeded(lambda: Resized(two)), (1, 1, 16, 24))] == ["b"]
 
 
 # ------------------------------------------------------------------------- what is never suggested
@@ -726,7 +796,7 @@ def test_a_classifier_gets_its_last_convolution():
         nn.Flatten(),
         nn.Linear(6, CLASSES),
     )
-    (only,) = suggest_layers(net, (1, 1, 16, 24))
+    (only,) = decoded(net, (1, 1, 16, 24))
     assert (only.name, only.role, only.stride) == ("4", "bottleneck", (4, 4))
 
 
@@ -753,7 +823,7 @@ class Odd(nn.Module):
 
 def test_layers_that_explain_nothing_are_not_suggested():
     """Unused, without gradient, run twice, or changed in place afterwards."""
-    (only,) = suggest_layers(seeded(Odd), (1, 1, 16, 16))
+    (only,) = decoded(seeded(Odd), (1, 1, 16, 16))
     assert (only.name, only.stride) == ("good", (2, 2))
 
 
@@ -842,7 +912,7 @@ def test_pyramid_pooling_is_no_bottleneck(ndim, size):
     """At 48 the last of its branches halves the encoder's 12 voxels by chance."""
     net = seeded(lambda: PyramidPooling(ndim))
     shape = (1, 1, *[size] * ndim)
-    (only,) = suggest_layers(net, shape)
+    (only,) = decoded(net, shape)
     assert (only.name, only.role, only.stride) == ("encoder", "bottleneck", (4,) * ndim)
     assert only.shape == (8, *[size // 4] * ndim)
     assert "all evidence for the mask passes through it" in only.reason
@@ -879,7 +949,7 @@ class AtrousPooling(nn.Module):
 
 @pytest.mark.parametrize("by_mean", [False, True])
 def test_a_branch_of_the_image_mean_is_no_bottleneck(by_mean):
-    (only,) = suggest_layers(seeded(lambda: AtrousPooling(by_mean)), (1, 1, 48, 64))
+    (only,) = decoded(seeded(lambda: AtrousPooling(by_mean)), (1, 1, 48, 64))
     assert (only.name, only.shape, only.stride) == ("encoder", (8, 12, 16), (4, 4))
 
 
@@ -898,7 +968,7 @@ class Gated(nn.Module):
 
 
 def test_a_gate_is_no_bottleneck():
-    found = suggest_layers(seeded(Gated), (1, 1, 32, 32))
+    found = decoded(seeded(Gated), (1, 1, 32, 32))
     assert [(s.name, s.role) for s in found] == [("b", "bottleneck"), ("up", "decoder")]
 
 
@@ -917,7 +987,7 @@ class Halved(nn.Module):
 
 
 def test_a_pool_that_follows_its_image_is_a_level():
-    found = suggest_layers(seeded(Halved), (1, 1, 32, 48))
+    found = decoded(seeded(Halved), (1, 1, 32, 48))
     assert [(s.name, s.stride) for s in found] == [("b", (2, 2)), ("up", (1, 1))]
 
 

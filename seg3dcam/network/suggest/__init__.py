@@ -1,4 +1,4 @@
-"""Suggest layers that are worth explaining: the bottleneck and the levels of the decoder.
+"""Suggest layers that are worth explaining: the bottleneck, and the levels after and before it.
 
 If all layers of a network are as fine as its output, there is no bottleneck. Then the middle of its
 depth is suggested instead, since the last layers only repeat the mask.

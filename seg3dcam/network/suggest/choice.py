@@ -1,4 +1,4 @@
-"""Choose bottleneck or middle, and decoder levels, among the layers of a probing pass."""
+"""Choose bottleneck or middle, and the levels around it, among the layers of a probing pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from seg3dcam.network.suggest.graph import Paths, edge_of
 from seg3dcam.network.suggest.probing import Candidate, ProbingPass, memory_of_views
 
-Role = Literal["bottleneck", "middle", "decoder"]
+Role = Literal["bottleneck", "middle", "decoder", "encoder", "early", "late"]
+
+#: Where layers are taken in a network of one resolution besides its middle: at its first layer, at
+#: a quarter and at three quarters of its depth.
+_DEPTHS: tuple[tuple[float, Role], ...] = ((0.0, "early"), (0.25, "early"), (0.75, "late"))
 
 
 def on_main_path(candidates: Sequence[Candidate], paths: Paths) -> list[Candidate]:
@@ -140,6 +144,62 @@ def _level(
         and (paths.depth(c.tensor) > paths.depth(start) or not paths.all_pass(start, to=c.tensor))
     ]
     return _producer(_best(level), level, bottleneck) if level else None
+
+
+def encoder_levels(
+    bottleneck: Candidate, candidates: Sequence[Candidate], paths: Paths
+) -> list[Candidate]:
+    """Return the last layer of each finer level before the bottleneck, coarse to fine.
+
+    Where no layer of a level leads to the bottleneck, as in UNETR, whose tokens are coarse from the
+    start, the level's branch beside it is taken.
+    """
+    start = edge_of(bottleneck.tensor)
+    before = [
+        c for c in candidates if c.size > bottleneck.size and not paths.leads(c.tensor, start)
+    ]
+    levels = []
+    for size in sorted({c.size for c in before}):
+        level = [c for c in before if c.size == size]
+        main = [c for c in level if paths.leads(bottleneck.tensor, edge_of(c.tensor))]
+        # Of residual blocks the sums, through which all passes, and not the summands.
+        sums = [c for c in main if paths.all_pass(c.tensor, to=bottleneck.tensor)]
+        levels.append(_deepest(sums or main or level, paths))
+    return levels
+
+
+def beside_middle(
+    middle: Candidate, candidates: Sequence[Candidate], paths: Paths
+) -> list[tuple[Candidate, Role]]:
+    """Return layers spread over the depth of a network of one resolution, in their order."""
+    others = [c for c in candidates if c.size == middle.size]
+    found: list[tuple[Candidate, Role]] = []
+    for wanted, role in _DEPTHS:
+        taken = {paths.depth(c.tensor) for c in (middle, *(one for one, _ in found))}
+        side = [
+            c
+            for c in others
+            if paths.depth(c.tensor) not in taken
+            and (paths.depth(c.tensor) > paths.depth(middle.tensor)) == (role == "late")
+        ]
+        side = [c for c in side if paths.all_pass(c.tensor)] or side
+        if side:
+            off = {id(c): abs(_depth_of(c, paths) - wanted) for c in side}
+            least = min(off.values())
+            found.append((_best([c for c in side if off[id(c)] == least]), role))
+    return found
+
+
+def _depth_of(one: Candidate, paths: Paths) -> float:
+    """Return how deep a layer lies, from 0 to 1."""
+    depth, height = paths.depth(one.tensor), paths.height(one.tensor)
+    return depth / max(depth + height, 1)
+
+
+def _deepest(candidates: Sequence[Candidate], paths: Paths) -> Candidate:
+    """Return the layer with the most layers before it; of several the best."""
+    most = max(paths.depth(c.tensor) for c in candidates)
+    return _best([c for c in candidates if paths.depth(c.tensor) == most])
 
 
 def _sees_beyond_its_patch(layer: Candidate, x: torch.Tensor) -> bool:

@@ -39,18 +39,26 @@ class LayerTraits:
         """Return why a layer is suggested."""
         if role == "decoder":
             return f"finer than the bottleneck and made from it; {self._echo}"
+        if role == "encoder":
+            return f"finer than the bottleneck and not made from it; {self._evidence}"
+        if role in ("early", "late"):
+            words = f"{self._depth}; {self._evidence}"
+            return f"{words}; {self._echo}" if role == "late" or self.read_by_one else words
         if role == "bottleneck":
             words = "the coarsest level" if self.several else "the network's one level"
             words += f"; {self._evidence}"
             return f"{words}; {self._echo}" if self.read_by_one else words
         words = (
-            "no level is coarser than the output, so there is no bottleneck; it lies "
-            f"{self.depth} of {self.depth + self.height} layers deep; {self._evidence}; "
-            f"{self._echo}"
+            f"no level is coarser than the output, so there is no bottleneck; {self._depth}; "
+            f"{self._evidence}; {self._echo}"
         )
         return (
             f"{words}; dilated convolutions may leave their grid on it" if self.dilated else words
         )
+
+    @property
+    def _depth(self) -> str:
+        return f"it lies {self.depth} of {self.depth + self.height} layers deep"
 
     @property
     def _evidence(self) -> str:
@@ -86,12 +94,12 @@ def _read_by_one(one: Candidate, logits: torch.Tensor) -> bool:
 def traits_of(
     chosen: Sequence[Candidate], candidates: Sequence[Candidate], probed: ProbingPass
 ) -> list[LayerTraits]:
-    """Return what the probing pass showed about the chosen layers, which come coarse to fine."""
+    """Return what the probing pass showed about layers, given in the order in which they run."""
     paths, gives = probed.paths, probed.gives
     several = len({c.size for c in candidates}) > 1
     traits: list[LayerTraits] = []
     read_by_one = gives == "mask"
-    # From fine to coarse: what mixes voxels after a fine level also comes after coarser ones.
+    # From the last to the first: what mixes voxels after a layer also comes after earlier ones.
     for one in reversed(chosen):
         read_by_one = read_by_one and _read_by_one(one, probed.logits)
         all_pass = paths.all_pass(one.tensor) and not one.beside

@@ -17,12 +17,15 @@ from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.network.suggest.choice import (
     Role,
     auto_choice,
+    beside_middle,
     decoder_levels,
+    encoder_levels,
     norm_that_reads,
     on_main_path,
 )
-from seg3dcam.network.suggest.probing import candidates_in, probe
-from seg3dcam.network.suggest.reasons import traits_of
+from seg3dcam.network.suggest.graph import Paths
+from seg3dcam.network.suggest.probing import Candidate, candidates_in, probe
+from seg3dcam.network.suggest.reasons import LayerTraits, traits_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Suggestion:
 
     Attributes:
         name: what to pass as `target_layers`.
-        role: "bottleneck"; "middle" if no level is coarser than the output; or "decoder".
+        role: "bottleneck"; "middle" if no level is coarser than the output; "decoder" or "encoder"
+            for the levels after and before the bottleneck; "early" or "late" for layers before and
+            after the middle.
         shape: (C, *s) of its activations.
         stride: distance between its voxels, in voxels of the input, along each axis.
         megabytes: size of its activations for one input of the given shape; a map needs about three
@@ -55,6 +60,9 @@ def suggest_layers(
 ) -> list[Suggestion]:
     """List the layers that are worth explaining, the bottleneck first.
 
+    Then come the levels of the decoder and those of the encoder, each coarse to fine. A network of
+    one resolution has a middle, and layers after and before it, each the nearest first.
+
     Args:
         input_shape: shape of an input tensor, (B, C, *S); the batch size does not matter.
         output: which of several outputs are the logits.
@@ -64,9 +72,10 @@ def suggest_layers(
         LayerError: the output depends on no layer whose activations have a place in the image.
 
     >>> network = nn.Sequential(
-    ...     nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 2, 1))
-    >>> [(s.name, s.role, s.stride) for s in suggest_layers(network, (1, 1, 16, 16))]
-    [('0', 'bottleneck', (2, 2)), ('2', 'decoder', (1, 1))]
+    ...     nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(),
+    ...     nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 2, 1))
+    >>> [(s.name, s.role, s.stride[0]) for s in suggest_layers(network, (1, 1, 16, 16))]
+    [('2', 'bottleneck', 2), ('4', 'decoder', 1), ('0', 'encoder', 1)]
     """
     _check_shape(input_shape)
     input_shape = members_of(model)[0].seen(input_shape)
@@ -81,24 +90,42 @@ def suggest_layers(
                 "on a grid of whole strides, that the output depends on: name a target layer"
             )
         best, role = auto_choice(candidates, probed)
-        levels = decoder_levels(best, candidates, probed.paths)
-        chosen = [norm_that_reads(layer, found) for layer in (best, *levels)]
-        roles: list[Role] = [role]
-        roles += ["decoder" for _ in levels]
-        return [
-            Suggestion(
-                str(one.layer),
-                role,
-                one.shape,
-                one.stride,
-                one.tensor.numel() * one.tensor.element_size() / 1e6,
-                role != "decoder",
-                traits.reason(role),
-            )
-            for one, role, traits in zip(
-                chosen, roles, traits_of(chosen, candidates, probed), strict=True
-            )
+        before, after = _around(best, role, candidates, probed.paths)
+        chosen = [*before, (best, role), *after]  # as they run
+        layers = [norm_that_reads(layer, found) for layer, _ in chosen]
+        all_traits = traits_of(layers, candidates, probed)
+        suggestions = [
+            _suggestion(one, role, traits)
+            for one, (_, role), traits in zip(layers, chosen, all_traits, strict=True)
         ]
+    return suggestions[len(before) :] + suggestions[: len(before)][::-1]
+
+
+def _around(
+    best: Candidate, role: Role, candidates: Sequence[Candidate], paths: Paths
+) -> tuple[list[tuple[Candidate, Role]], list[tuple[Candidate, Role]]]:
+    """Return the layers before and after the one that "auto" means, in the order they run in."""
+    before: list[tuple[Candidate, Role]] = [
+        (level, "encoder") for level in reversed(encoder_levels(best, candidates, paths))
+    ]
+    after: list[tuple[Candidate, Role]] = [
+        (level, "decoder") for level in decoder_levels(best, candidates, paths)
+    ]
+    beside = beside_middle(best, candidates, paths) if role == "middle" else []
+    before += [(one, role) for one, role in beside if role == "early"]
+    return before, [(one, role) for one, role in beside if role == "late"] + after
+
+
+def _suggestion(one: Candidate, role: Role, traits: LayerTraits) -> Suggestion:
+    return Suggestion(
+        str(one.layer),
+        role,
+        one.shape,
+        one.stride,
+        one.tensor.numel() * one.tensor.element_size() / 1e6,
+        role in ("bottleneck", "middle"),
+        traits.reason(role),
+    )
 
 
 def auto_layer(model: nn.Module, input_shape: Sequence[int], output: OutputSelection) -> LayerRef:

@@ -1,0 +1,201 @@
+"""Which layer, and which method? All combinations, ranked by context deletion and sanity.
+
+The winner is chosen among many, so it is also held against the best of many random maps: each draw
+makes one random map for every layer, and the winner has to beat the best of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from seg3dcam.cams.catalogue import ALL_METHODS
+from seg3dcam.checks import Activation, check_whole_number
+from seg3dcam.errors import ConfigError, InputError, Seg3dcamError, nearest
+from seg3dcam.evaluate.comparison import Comparison
+from seg3dcam.evaluate.contest import Case, Measuring
+from seg3dcam.evaluate.ranking import Keep, Ranking, entrants_of, not_measured
+from seg3dcam.network.layers import resolve_layers
+from seg3dcam.network.outputs import OutputSelection
+from seg3dcam.network.suggest import suggest_layers
+from seg3dcam.progress import Progress, silent
+from seg3dcam.windows import WindowPlan, plan_windows
+
+#: What is compared by default: methods of one backward pass whose map depends on the class.
+METHODS = (
+    "grad_cam",
+    "hires_cam",
+    "layer_cam",
+    "xgrad_cam",
+    "grad_cam_plus_plus",
+    "grad_cam_elementwise",
+)
+
+#: The method with which "auto" is what a user gets who names neither layer nor method.
+USUAL_METHOD = "hires_cam"
+
+
+def compare(
+    network: nn.Module,
+    x: torch.Tensor | Sequence[torch.Tensor],
+    class_index: int,
+    *,
+    layers: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    sliding_window: WindowPlan | None = None,
+    activation: Activation = "softmax",
+    output: OutputSelection = None,
+    margin: int = 2,
+    block: int = 4,
+    steps: int = 25,
+    baselines: Sequence[str | float] = ("mean",),
+    draws: int = 20,
+    spacing: Sequence[float] | None = None,
+    seed: int = 0,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Rank layers and methods by context deletion, and name the best that may be trusted.
+
+    It takes some hundreds of predictions: three to six for each candidate, 25 for each of the four
+    best, and about one for each random map. Fewer layers and methods take fewer.
+
+    The best is better than the mask alone and than nearness to it, by every baseline; its map gets
+    lost when all weights are random; and it is better than the best of as many random maps as there
+    are layers, in (nearly) every draw, since it was itself chosen among many.
+
+    Args:
+        network: any network that a CAM takes.
+        x: one input (1, C, *S), or several. With several, the candidates are ranked by their means.
+        class_index: the class.
+        layers: names of layers, also with `*`, "all" or "auto", see `BaseCAM`; None takes all that
+            `suggest_layers` names.
+        methods: keys of methods; None takes `METHODS`. Those that explain the input itself have
+            "input" as their layer.
+        baselines: the first one is used for everything. The others are for possible winners alone,
+            which have to pass by all of them.
+        draws: random maps for every layer; with 20 the p-value can be as low as 1/21.
+        spacing: mm from voxel to voxel along every axis, None for what a MetaTensor's affine says.
+        progress: called with (step, done, total).
+        keep: called with the map (*S) of each candidate on the first input and the mask (*S); what
+            it returns is the candidate's `kept`.
+        sliding_window, activation, output, margin, block, steps, seed: as for `context_deletion`.
+
+    Raises:
+        EmptyRegionError: the class is not predicted.
+        EvaluationError: the mask leaves fewer than 20 blocks, or the baseline equals the input.
+        ConfigError, LayerError: illegal settings; no such layer or method.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv3d(1, 2, 9, padding=4)).eval()
+        >>> for parameter in network.parameters():
+        ...     _ = nn.init.zeros_(parameter)
+        >>> network[0].weight.data[:] = 1
+        >>> network[1].weight.data[1, 0, 4, 4, 0] = 1.0  # looks 4 voxels to the left
+        >>> network[1].bias.data[1] = -0.5
+        >>> x = 0.1 * torch.rand(1, 1, 16, 16, 24, generator=torch.Generator().manual_seed(0))
+        >>> x[..., 4:8, 4:8, 8:12] = 1
+        >>> found = compare(network, x, 1, layers=["0"], margin=0, block=2)
+        >>> found.best.layer, round(found.best.area, 2), round(found.controls["mask alone"], 2)
+        ('0', 0.02, 0.6)
+    """
+    _check(methods, baselines, draws)
+    how = Measuring(
+        network,
+        class_index,
+        sliding_window,
+        activation,
+        output,
+        margin,
+        block,
+        steps,
+        baselines[0],
+        seed,
+        progress or silent,
+    )
+    named = _named(network, layers)
+    cases = list(_cases(how, x, spacing))
+    roles = _roles(how, cases[0], named)
+    ranking = Ranking(cases, baselines[1:], draws)
+    methods = tuple(dict.fromkeys(methods or METHODS))
+    entrants = (
+        entrants_of(cases, roles, methods, keep)
+        if ranking.counted
+        else not_measured(roles, methods, "not measured")
+    )
+    candidates = ranking.ranked(entrants)
+    usual = (next(iter(roles)), USUAL_METHOD) if named is None else None
+    return Comparison(
+        candidates=candidates,
+        best=next((c for c in candidates if c.won), None),
+        default=next((c for c in candidates if (c.layer, c.method) == usual), None),
+        controls=ranking.controls,
+        left=tuple(case.left for case in cases),
+        counted=ranking.counted,
+        random=ranking.random,
+        random_points=tuple(ranking.random_points),
+        mask_curve=ranking.mask_curve,
+        class_index=class_index,
+        order=tuple((e.candidate.layer, e.candidate.method) for e in entrants),
+        mask=cases[0].mask,
+        cost=sum(case.cost for case in cases),
+    )
+
+
+def _check(methods: Sequence[str] | None, baselines: Sequence[Any], draws: int) -> None:
+    """Raise ConfigError for methods, baselines or draws that make no comparison."""
+    check_whole_number("draws", draws, least=19)  # fewer cannot give a p-value of 0.05
+    if not baselines:
+        raise ConfigError("no baseline given: name at least one, such as 'mean'")
+    if isinstance(methods, str) or (methods is not None and not methods):
+        raise ConfigError(f"methods {methods!r}: give a list of keys, such as {list(METHODS)}")
+    for method in methods or ():
+        if method not in ALL_METHODS:
+            raise ConfigError(f"method {method!r} does not exist: {nearest(method, ALL_METHODS)}")
+
+
+def _cases(
+    how: Measuring, x: torch.Tensor | Sequence[torch.Tensor], spacing: Sequence[float] | None
+) -> Iterator[Case]:
+    """Yield a case for every input; an error says of which it is."""
+    if not isinstance(x, torch.Tensor) and not x:
+        raise InputError("no input given: give one (1, C, *S), or several")
+    inputs = [x] if isinstance(x, torch.Tensor) else list(x)
+    check_whole_number("margin", how.margin, least=0)
+    for number, one in enumerate(inputs):
+        try:
+            yield Case(how, one, spacing=spacing, kept_gb=4.0 / len(inputs))
+        except Seg3dcamError as error:
+            if len(inputs) == 1:
+                raise
+            raise type(error)(f"input {number + 1} of {len(inputs)}: {error}") from error
+
+
+def _named(network: nn.Module, layers: Sequence[str] | None) -> list[str] | None:
+    """Return the layers that a user named, each by its full name; None for those suggested."""
+    given = [layers] if isinstance(layers, str) else layers
+    if given is None:
+        return None
+    if not given:
+        raise ConfigError("no layer given: name one or more, or None for all that are suggested")
+    found = [
+        [layer] if layer == "auto" else [str(ref) for ref in resolve_layers(network, layer)]
+        for layer in given
+    ]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _roles(how: Measuring, case: Case, named: Sequence[str] | None) -> dict[str, str]:
+    """Return layer -> its role; of all that are suggested the one that "auto" means first."""
+    window = plan_windows(how.sliding_window, case.shape).roi
+    shape = (1, case.x.shape[1], *window)
+    suggested = suggest_layers(how.network, shape, output=how.output)
+    roles: dict[str, str] = {s.name: s.role for s in suggested}
+    if named is None:
+        return roles
+    layers = [suggested[0].name if layer == "auto" else layer for layer in named]
+    return {layer: roles.get(layer, "") for layer in layers}
