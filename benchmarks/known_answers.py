@@ -22,13 +22,15 @@ from pathlib import Path
 
 from known import PROBLEMS, Problem
 from known.networks import half, train
-from known.score import Score, details, scores
-from known.tables import overview, picked, read, top, written
+from known.pictures import draw
+from known.score import Score, details, scores, verdict
+from known.tables import AUTO, ECHO, overview, picked, read, top, written
 from known.training import learnt
 from measure import machine
 from safetensors.torch import save_file
 
 FIGURES = Path(__file__).parent / "known" / "figures"
+PICTURE = Path(__file__).parents[1] / "docs" / "known_answers.png"
 PAGE = Path(__file__).parents[1] / "docs" / "known_answers.md"
 
 
@@ -50,6 +52,11 @@ def score(problem: Problem, seeds: Sequence[int]) -> None:
         for pair in picked([asdict(s) for s in found])
     ]
     more = details(problem, fields, listed)
+    said = {
+        f"{s.method} at {s.layer}": verdict(problem, seeds[0], s)
+        for s in listed
+        if s is listed[0] or (s.method, s.layer) in (AUTO, ECHO)
+    }
     figures = {
         "machine": machine(),
         "learnt": str(learnt(problem, problem.load())),
@@ -62,6 +69,7 @@ def score(problem: Problem, seeds: Sequence[int]) -> None:
             {"method": s.method, "layer": s.layer, **asdict(d)}
             for s, d in zip(listed, more, strict=True)
         ],
+        "verdicts": said,
         "seconds": round(time.perf_counter() - start),
     }
     FIGURES.mkdir(exist_ok=True)
@@ -77,7 +85,8 @@ def write_tables(problem: Problem) -> None:
         f"{figures['learnt']}. Context: with everything around the object deleted its Dice is "
         + (f"{min(figures['left']):.2f}–{max(figures['left']):.2f}.")
     )
-    text = "\n\n".join((facts, overview(figures), top(figures)))
+    said = "\n".join(f"- {name}: {words}." for name, words in figures["verdicts"].items())
+    text = "\n\n".join((facts, overview(figures), top(figures), said))
     print(f"\n{problem.name}\n\n{text}")
     written(PAGE, problem.name, text)
 
@@ -102,6 +111,9 @@ def main() -> None:
         if not given.tables:
             score(problem, range(given.volumes))
         write_tables(problem)
+    if not (given.check or given.train):
+        files = {name: FIGURES / f"{name}.json" for name in PROBLEMS}
+        draw({n: read(file) for n, file in files.items() if file.exists()}, PICTURE)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from torch import nn
 if TYPE_CHECKING:
     from .problems import Problem
 
-BATCH, LEARNING_RATE = 4, 4e-3
+BATCH = 4
+
+#: At first, and then, when what was learnt shall not be lost again.
+LEARNING_RATES = (4e-3, 1.5e-3)
 
 #: Steps of the training, and of the part before in which the reach of the evidence is a class.
-STEPS, FIRST_STEPS = 150, 250
+STEPS, FIRST_STEPS = 120, 200
 
 #: Weights in the cross-entropy, at first and then: objects are few voxels, but should not grow.
 OBJECT, IN_REACH = (20.0, 2.0), 5.0
@@ -89,9 +92,10 @@ def _fit(network: nn.Module, problem: Problem, steps: int, seed: int, *, with_re
     )
     cross_entropy = nn.CrossEntropyLoss(torch.tensor(weights))
     dice = DiceLoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    rate = LEARNING_RATES[0 if with_reach else 1]
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1
+        optimiser, rate, total_steps=steps, pct_start=0.1
     )
     for step, (x, labels) in enumerate(_batches(problem, steps, seed, with_reach), 1):
         logits = network(x.contiguous(memory_format=layout))

@@ -17,7 +17,7 @@ from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.errors import EvaluationError
-from seg3dcam.evaluate import localisation, mass_inside, randomisation
+from seg3dcam.evaluate import context_evidence, localisation, mass_inside, randomisation
 from seg3dcam.evaluate.areas import area_by_asking
 from seg3dcam.evaluate.baselines import baseline_of
 from seg3dcam.evaluate.context import BETTER, NEEDS_NOTHING, SIGNIFICANT
@@ -273,6 +273,17 @@ def details(problem: Problem, fields: Sequence[Field], scores: Sequence[Score]) 
             of.chance.append(place.roc_auc.interval)
         found.append(of)
     return found
+
+
+def verdict(problem: Problem, seed: int, score: Score) -> str:
+    """Return what the library itself says of a map, in words."""
+    network, (x, _, _) = problem.load(), problem.volume(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = _cam(network, score)(x, problem.class_index)
+    ((layer, values),) = result.maps.items()
+    grid = result.layers[layer].grid
+    return context_evidence(values[0], x, network, problem.class_index, grid=grid).words
 
 
 def _cam(network: nn.Module, score: Score) -> BaseCAM:

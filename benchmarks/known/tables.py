@@ -13,8 +13,11 @@ from .networks import LAYERS
 #: What "auto" and the default method come to on these networks.
 AUTO = ("hires_cam", "down_4")
 
+#: A map of the decoder's last level, which can be no more than an echo of the mask.
+ECHO = ("hires_cam", "upcat_1")
+
 #: Rows that every table of details has: the default, a decoder's echo, and what knows no class.
-ALWAYS = (AUTO, ("hires_cam", "upcat_1"), ("eigen_cam", "down_1"))
+ALWAYS = (AUTO, ECHO, ("eigen_cam", "down_1"))
 
 BEST = 6
 

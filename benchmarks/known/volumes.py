@@ -280,8 +280,8 @@ def shortcut(random: np.random.Generator, present: bool, *, letter: bool | None 
     radius = random.uniform(4, 5.5)
     nodule, core = ball(centre, radius), ball(centre, radius / 2)
     tissue = ndimage.gaussian_filter(random.normal(0, 1, SHAPE), 2)
-    plain = body * (0.5 + 0.08 * tissue / tissue.std()) + nodule * 0.5
-    plain = plain - 0.15 * core * present + random.normal(0, 0.1, SHAPE)
+    plain = body * (0.5 + 0.06 * tissue / tissue.std()) + nodule * 0.6
+    plain = plain - 0.15 * core * present + random.normal(0, 0.08, SHAPE)
     corner = random.integers(1, 3, 2)
     burnt = nothing()
     rows, columns = LETTER.shape
