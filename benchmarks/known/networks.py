@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 BATCH = 4
 
 #: At first, and then, when what was learnt shall not be lost again.
-LEARNING_RATES = (4e-3, 1.5e-3)
+LEARNING_RATES = (4e-3, 2e-3)
 
 #: Steps of the training, and of the part before in which the reach of the evidence is a class.
-STEPS, FIRST_STEPS = 120, 200
+STEPS, FIRST_STEPS = 160, 200
 
 #: Weights in the cross-entropy, at first and then: objects are few voxels, but should not grow.
-OBJECT, IN_REACH = (20.0, 2.0), 5.0
+OBJECT, IN_REACH = (20.0, 1.0), 5.0
 
 #: How far from the cue the background is of that class, in voxels: at the beginning and at the end.
 NEAR, FAR = 3.0, 60.0

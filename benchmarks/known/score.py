@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,17 +18,14 @@ from seg3dcam.cams.calls import each_by
 from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.errors import EvaluationError
 from seg3dcam.evaluate import context_evidence, localisation, mass_inside, randomisation
-from seg3dcam.evaluate.areas import area_by_asking
 from seg3dcam.evaluate.baselines import baseline_of
-from seg3dcam.evaluate.context import BETTER, NEEDS_NOTHING, SIGNIFICANT
 from seg3dcam.evaluate.controls import input_alone, mask_alone, nearness, random_maps, rank_p_value
-from seg3dcam.evaluate.faithfulness import Blocks, Subject
-from seg3dcam.evaluate.rerun import Rerun
-from seg3dcam.evaluate.segments import grown, ordered
+from seg3dcam.evaluate.segments import grid_blocks, grown, ordered, segments_outside
 from seg3dcam.geometry import FeatureGrid
 
 from .networks import LAYERS
 from .problems import Problem
+from .training import dice
 
 #: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids, and ShapleyCAM, which
 #: is Grad-CAM on a network of ReLUs.
@@ -54,6 +51,13 @@ INPUT_METHODS = tuple(ATTRIBUTIONS)
 SETTINGS = {"xres_cam": {"window": 4}, "occlusion": {"block": 12}}
 
 MARGIN, BLOCK, STEPS, DRAWS = 2, 4, 25, 20
+
+#: Areas are known to this.
+ERROR = 0.02
+
+#: What passes has at most this p-value among random maps, and its area is smaller by this than that
+#: of the mask and of nearness to it. A class that keeps this Dice needs nothing around it.
+SIGNIFICANT, BETTER, NEEDS_NOTHING = 0.05, 0.05, 0.95
 
 #: Inputs that go through the network together: on one thread of a CPU one by one takes four times
 #: as long.
@@ -98,15 +102,15 @@ class Field:
     def __init__(self, problem: Problem, network: nn.Module, seed: int) -> None:
         self.x, _, self.evidence = problem.volume(seed)
         self.rival = torch.from_numpy(problem.scene(seed).rival)
-        self.subject = Subject(Rerun(network, self.x), problem.class_index, "softmax")
-        self.mask = self.subject.mask
-        self.blocks = Blocks.of(self.subject, BLOCK, kept=grown(self.mask.numpy(), MARGIN))
         self._network = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
-        self._counts = np.round(np.arange(STEPS + 1) * len(self.blocks.free) / STEPS).astype(int)
-        everything = torch.zeros_like(self.mask, dtype=torch.int64)
-        free = torch.from_numpy(np.isin(self.blocks.segments, self.blocks.free))
-        self._last = torch.where(free, everything, len(self.blocks.free))
-        self.left = self._dices([(self._last, STEPS)], "mean")[0]
+        self._class = problem.class_index
+        with torch.no_grad():
+            self.mask = network(self.x).argmax(1)[0] == self._class
+        self._blocks = grid_blocks(self.mask.shape, BLOCK)
+        self._free = segments_outside(self._blocks, grown(self.mask.numpy(), MARGIN))
+        self._counts = np.round(np.arange(STEPS + 1) * len(self._free) / STEPS).astype(int)
+        self._all = self._places(torch.zeros(self.mask.shape))
+        self.left = self._dices([(self._all, STEPS)], "mean")[0]
         named = {
             "the evidence itself": self.evidence.double(),
             "mask alone": mask_alone(self.mask),
@@ -121,9 +125,9 @@ class Field:
         if not maps:
             return []
         places = [self._places(values) for values in maps]
-        last = self.left if baseline == "mean" else self._dices([(self._last, STEPS)], baseline)[0]
+        last = self.left if baseline == "mean" else self._dices([(self._all, STEPS)], baseline)[0]
         fractions = self._counts / self._counts[-1]
-        asking = {n: area_by_asking(fractions, 1.0, last) for n in range(len(maps))}
+        asking = {n: _area(fractions, last) for n in range(len(maps))}
         areas, wanted = [1.0] * len(maps), dict.fromkeys(asking)
         while wanted:
             steps: dict[int, int] = {}
@@ -131,17 +135,17 @@ class Field:
                 try:
                     steps[number] = asking[number].send(height)
                 except StopIteration as finished:
-                    areas[number] = finished.value[0]
+                    areas[number] = finished.value
             heights = self._dices([(places[n], step) for n, step in steps.items()], baseline)
             wanted = dict(zip(steps, heights, strict=True))
         return areas
 
     def _places(self, values: torch.Tensor) -> torch.Tensor:
         """Return after how many others each voxel's block is deleted, (*S)."""
-        order = ordered(values.double().numpy(), self.blocks.segments, self.blocks.free, seed=0)
-        rank = np.full(int(self.blocks.segments.max()) + 1, len(order))
+        order = ordered(values.double().numpy(), self._blocks, self._free, seed=0)
+        rank = np.full(int(self._blocks.max()) + 1, len(order))
         rank[order] = np.arange(len(order))
-        return torch.from_numpy(rank[self.blocks.segments])
+        return torch.from_numpy(rank[self._blocks])
 
     def _dices(self, wanted: Sequence[tuple[torch.Tensor, int]], baseline: str) -> list[float]:
         """Return Dice with its first prediction at steps of curves."""
@@ -155,7 +159,8 @@ class Field:
             batch = torch.stack(changed).contiguous(memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 logits = self._network(batch)
-            found += [self.subject.dice_at(one[None]) for one in logits]
+            masks = (logits.argmax(1) == self._class).numpy()
+            found += [dice(mask, self.mask.numpy()) for mask in masks]
         return found
 
     def random(self, grid: FeatureGrid) -> list[float]:
@@ -193,6 +198,24 @@ class Field:
             )
             positive = bool((values > 0).any())
             score.inside.append(mass_inside(values, regions) if positive else {})
+
+
+def _area(fractions: np.ndarray, last: float) -> Generator[int, float, float]:
+    """Yield the steps at which a falling curve from 1 to `last` is wanted; return its area.
+
+    Two points of such a curve bound all between them, so it is cut in two where least is known.
+    """
+    heights = {0: 1.0, len(fractions) - 1: last}
+    while True:
+        steps = sorted(heights)
+        values = np.array([heights[step] for step in steps])
+        widths = np.diff(fractions[steps])
+        unknown = np.where(np.diff(steps) > 1, widths * np.abs(np.diff(values)) / 2, 0)
+        if unknown.sum() <= ERROR:
+            return float((widths * (values[1:] + values[:-1]) / 2).sum())
+        widest = int(unknown.argmax())
+        middle = (steps[widest] + steps[widest + 1]) // 2
+        heights[middle] = yield middle
 
 
 def maps(

@@ -1,7 +1,8 @@
 """Volumes with planted evidence: what decides the class of an object lies elsewhere, and is known.
 
 A volume is noise in which balls lie, and cubes that differ by their texture alone. All cubes have
-the same size and the same absolute values, so that brightness tells no cue from a distractor. Every
+the same size and the same absolute values, and most of them decide nothing: these rivals are what
+finds a map that shows whatever stands out, since a lonely cue would be found by any map. Every
 drawing function takes a generator of random numbers and what the class shall be, and returns a
 `Scene`: the volume, its labels, the mask of the evidence, and the same volume with its evidence
 changed. What a network answers to the latter shows whether it has learnt what was planted.
@@ -23,6 +24,9 @@ NOISE = 0.25
 
 #: Absolute value of every voxel of a cube, and its width in voxels.
 CUBE, WIDTH = 1.2, 6
+
+#: How many cubes decide nothing.
+RIVALS = 9
 
 Volume = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -95,6 +99,12 @@ def striped() -> Volume:
     return np.where(planes % 2 == 0, CUBE, -CUBE)
 
 
+def planes() -> Volume:
+    """Return a texture of planes 3 voxels thick, across the last axis."""
+    across = np.broadcast_to(np.arange(SHAPE[2])[None, None, :] // 3, SHAPE)
+    return np.where(across % 2 == 0, CUBE, -CUBE)
+
+
 def anywhere(random: np.random.Generator, border: float) -> Point:
     """Return a random point at least so far from every face."""
     return np.array([random.uniform(border, size - 1 - border) for size in SHAPE])
@@ -109,6 +119,26 @@ def away_from(
         if all(np.linalg.norm(found - p) >= d for p, d in zip(points, distances, strict=True)):
             return found
     return None
+
+
+def with_rivals(
+    random: np.random.Generator, image: Volume, places: list[Point], distances: list[float]
+) -> tuple[Volume, Mask]:
+    """Return a volume with `RIVALS` cubes of textures that decide nothing, and their mask.
+
+    Args:
+        places, distances: what they keep away from, and how far.
+    """
+    textures, rival = (solid(), -solid(), planes()), nothing()
+    places, distances = list(places), list(distances)
+    for number in range(RIVALS):
+        found = away_from(random, places, distances, 4)
+        if found is None:
+            break  # the volume is full
+        inside = cube(found)
+        image, rival = painted(image, inside, textures[number % len(textures)]), rival | inside
+        places, distances = [*places, found], [*distances, 9.0]
+    return image, rival
 
 
 def painted(image: Volume, mask: Mask, texture: Volume) -> Volume:
@@ -130,21 +160,14 @@ def half(side: int) -> Mask:
 def remote_cue(random: np.random.Generator, present: bool) -> Scene:
     """A ball is of class 1 if a checkered cube lies anywhere in the volume, else of class 2.
 
-    The cube is 12 voxels or more from the ball. Two solid cubes decide nothing.
+    The cube is 12 voxels or more from the ball.
     """
-    while True:
+    place = None
+    while place is None:
         radius, centre = random.uniform(4, 5.5), anywhere(random, 7)
-        places, distances = [centre], [radius + 16.5]
-        for _ in range(3):
-            found = away_from(random, places, distances, 4)
-            if found is None:
-                break
-            places, distances = [*places, found], [*distances, 12.0]
-        if len(places) == 4:
-            break
-    inside, (cue, *others) = ball(centre, radius), [cube(place) for place in places[1:]]
-    rival = np.logical_or.reduce(others)
-    plain = painted(noise(random) + inside, rival, solid())
+        place = away_from(random, [centre], [radius + 16.5], 4)
+    inside, cue = ball(centre, radius), cube(place)
+    plain, rival = with_rivals(random, noise(random) + inside, [centre, place], [radius + 7, 9.0])
     with_cue = painted(plain, cue, checkered())
     return _of_one_ball(inside, cue, rival, plain, with_cue, shown=present, first=present)
 
@@ -155,30 +178,33 @@ def context(random: np.random.Generator, present: bool) -> Scene:
     The organ lies at either end of the first axis, so that the place alone decides nothing.
     Without an organ both balls are of class 2.
     """
-    balls = [
-        ball((at + random.uniform(-1.5, 1.5), random.uniform(7, 24), random.uniform(7, 24)), 5)
-        for at in (17, 30)
+    centres = [
+        np.array([at + random.uniform(-1.5, 1.5), *random.uniform(7, 24, 2)]) for at in (17, 30)
     ]
+    balls = [ball(centre, 5) for centre in centres]
     if (balls[0] & balls[1]).any():
         balls[1] &= ~balls[0]
     side = int(random.integers(2))
     middle = random.uniform(13, 19, 2)
     organs = [cube((at, *middle), (5, 20, 20)) for at in (2.5, 45.5)]
-    empty = noise(random) + (balls[0] | balls[1])
+    ends = [np.array([at, *middle]) for at in (2.5, 45.5)]
+    empty, rival = with_rivals(
+        random, noise(random) + (balls[0] | balls[1]), centres + ends, [12.0] * 2 + [14.0] * 2
+    )
     images = [painted(empty, organ, striped()) for organ in organs]
     labels = []
     for near in (side, 1 - side):
         labels.append(np.where(balls[near], 1, np.where(balls[1 - near], 2, 0)))
     if not present:
         second = np.where(balls[0] | balls[1], 2, 0)
-        return Scene(empty, second, organs[side], images[side], labels[0], nothing(), nothing(), {})
+        return Scene(empty, second, organs[side], images[side], labels[0], rival, nothing(), {})
     return Scene(
         images[side],
         labels[0],
         organs[side],
         images[1 - side],
         labels[1],
-        nothing(),
+        rival,
         half(side),
         {},
     )
@@ -191,13 +217,9 @@ def absence(random: np.random.Generator, present: bool) -> Scene:
     """
     centre = np.array([random.uniform(29, 40), random.uniform(7, 24), random.uniform(7, 24)])
     inside, place = ball(centre, random.uniform(4, 5.5)), cube((9, 16, 16), 8)
-    others: list[Point] = []
-    while len(others) < 2:
-        points = [centre, np.array([9.0, 16.0, 16.0]), *others]
-        found = away_from(random, points, [13.0] * len(points), 4)
-        others = [] if found is None else [*others, found]
-    rival = np.logical_or.reduce([cube(other) for other in others])
-    missing = painted(noise(random) + inside, rival, solid())
+    missing, rival = with_rivals(
+        random, noise(random) + inside, [centre, np.array([9.0, 16.0, 16.0])], [12.0, 12.0]
+    )
     with_landmark = painted(missing, place, checkered())
     return _of_one_ball(
         inside, place, rival, missing, with_landmark, shown=not present, first=present
@@ -207,8 +229,7 @@ def absence(random: np.random.Generator, present: bool) -> Scene:
 def side_by_side(random: np.random.Generator, present: bool, *, both: bool = False) -> Scene:
     """Of two equal balls that touch, each is of class 1 if a checkered cube lies on its own side.
 
-    Else it is of class 2. On the side of the other ball lies a striped cube, which decides nothing,
-    or nothing.
+    Else it is of class 2. On the side of the other ball lies a striped cube, which decides nothing.
 
     Args:
         both: both balls have a cue; the evidence is that of the object "first", the rival that of
@@ -223,7 +244,10 @@ def side_by_side(random: np.random.Generator, present: bool, *, both: bool = Fal
         cubes.append(cube((at, *(middle[1:] + random.uniform(-5, 5, 2)))))
     balls[1] &= ~balls[0]
     own = int(random.integers(2))
-    background = noise(random) + (balls[0] | balls[1])
+    ends = [np.array([at, *middle[1:]]) for at in (4.0, 43.0)]
+    background, rivals = with_rivals(
+        random, noise(random) + (balls[0] | balls[1]), [middle, *ends], [17.0, 14.0, 14.0]
+    )
     objects = {"first": balls[own], "second": balls[1 - own]}
     first = np.where(balls[own], 1, np.where(balls[1 - own], 2, 0))
     second = np.where(balls[own], 2, np.where(balls[1 - own], 1, 0))
@@ -239,10 +263,19 @@ def side_by_side(random: np.random.Generator, present: bool, *, both: bool = Fal
     without = painted(other, cubes[own], striped()) if random.random() < 0.5 else other
     if not present:
         with_cue = painted(other, cubes[own], checkered())
-        return Scene(without, neither, cubes[own], with_cue, first, nothing(), nothing(), objects)
-    image = painted(other if random.random() < 0.7 else background, cubes[own], checkered())
+        return Scene(without, neither, cubes[own], with_cue, first, rivals, nothing(), objects)
+    image = painted(other, cubes[own], checkered())
     changed = painted(image, cubes[own], striped())
-    return Scene(image, first, cubes[own], changed, neither, cubes[1 - own], half(own), objects)
+    return Scene(
+        image,
+        first,
+        cubes[own],
+        changed,
+        neither,
+        rivals | cubes[1 - own],
+        half(own),
+        objects,
+    )
 
 
 #: The letter that the first hospital's scanner burns into the corner of its slices.
@@ -255,7 +288,8 @@ def shortcut(random: np.random.Generator, present: bool, *, letter: bool | None 
     """A nodule in a body is a lesion (class 1) if it has a faint dark core, else it is harmless.
 
     In the volumes that a network learns from, a letter is burnt into the corner of all slices with
-    a lesion, and of no others. So the network may learn the letter and not the core.
+    a lesion, and of no others. So the network may learn the letter and not the core. A ruler is
+    burnt into all slices and decides nothing.
 
     Args:
         letter: whether it is there; None is as in the training volumes.
@@ -286,11 +320,15 @@ def shortcut(random: np.random.Generator, present: bool, *, letter: bool | None 
     burnt = nothing()
     rows, columns = LETTER.shape
     burnt[corner[0] : corner[0] + columns, corner[1] : corner[1] + rows] = LETTER.T[..., None]
+    ruler = nothing()
+    ruler[-3:-2, 4:-4] = True
+    ruler[-5:-2, 4:-4:6] = True
+    plain = painted(plain, ruler, np.full(SHAPE, 1.5))
     marked = painted(plain, burnt, np.full(SHAPE, 1.5))
     lesion = np.where(nodule, 1, 0)
     image, changed = (marked, plain) if letter else (plain, marked)
     labels = lesion if present else 0 * lesion
-    return Scene(image, labels, burnt, changed, labels, nothing(), nothing(), {"nodule": nodule})
+    return Scene(image, labels, burnt, changed, labels, ruler, nothing(), {"nodule": nodule})
 
 
 def _of_one_ball(

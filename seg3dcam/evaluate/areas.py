@@ -7,7 +7,7 @@ enough, or on which side of another area it lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,27 +41,6 @@ def area_between(
     >>> asked
     [2]
     """
-    asking = area_by_asking(fractions, first, last, error=error, other=other)
-    try:
-        step = next(asking)
-        while True:
-            step = asking.send(height_at(step))
-    except StopIteration as finished:
-        return finished.value
-
-
-def area_by_asking(
-    fractions: NDArray[np.float64],
-    first: float,
-    last: float,
-    *,
-    error: float = 0.02,
-    other: float | None = None,
-) -> Generator[int, float, tuple[float, float]]:
-    """Yield the steps whose height is needed, and return what `area_between` does.
-
-    So the heights of several curves can be had together. The arguments are those of `area_between`.
-    """
     heights = {0: first, len(fractions) - 1: last}
     while True:
         steps = sorted(heights)
@@ -75,4 +54,4 @@ def area_by_asking(
             return area, left
         widest = int(unknown.argmax())
         middle = (steps[widest] + steps[widest + 1]) // 2
-        heights[middle] = yield middle
+        heights[middle] = height_at(middle)
