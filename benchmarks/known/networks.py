@@ -20,8 +20,8 @@ BATCH = 4
 #: At first, and then, when what was learnt shall not be lost again.
 LEARNING_RATES = (4e-3, 2e-3)
 
-#: Steps of the training, and of the part before in which the reach of the evidence is a class.
-STEPS, FIRST_STEPS = 160, 200
+#: Steps of the training, after those in which the reach of the evidence is a class.
+STEPS = 160
 
 #: Weights in the cross-entropy, at first and then: objects are few voxels, but should not grow.
 OBJECT, IN_REACH = (20.0, 1.0), 5.0
@@ -72,7 +72,7 @@ def train(problem: Problem, *, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     network = build(len(problem.classes) + 1)
-    _fit(network, problem, FIRST_STEPS, 2 * seed, with_reach=True)
+    _fit(network, problem, problem.first_steps, 2 * seed, with_reach=True)
     head = network.final_conv
     with torch.no_grad():
         head.weight, head.bias = nn.Parameter(head.weight[:-1]), nn.Parameter(head.bias[:-1])
@@ -135,8 +135,8 @@ def _batches(
             scene = problem.draw(random, present)
             labels = scene.labels
             if with_reach:
-                # Linearly, and to all of the volume in the last fifth.
-                limit = NEAR + (FAR - NEAR) * min(1, step / (0.8 * steps))
+                # Linearly, and to all of the volume in the last third.
+                limit = NEAR + (FAR - NEAR) * min(1, step / (0.67 * steps))
                 near = ndimage.distance_transform_edt(~scene.evidence) <= limit
                 labels = np.where((labels == 0) & scene.reach & near, len(problem.classes), labels)
             images.append(scene.image)

@@ -29,6 +29,7 @@ class Problem:
         class_index: the class that is explained.
         draw: draws a scene, from random numbers and whether the class shall be in it.
         at_chance: the part of the volumes of the training in which the class is.
+        first_steps: steps of the training in which the reach of the evidence is a class, too.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Problem:
     draw: Callable[[np.random.Generator, bool], Scene]
     class_index: int = 1
     at_chance: float = 0.5
+    first_steps: int = 240
 
     @property
     def weights(self) -> Path:
@@ -82,6 +84,7 @@ PROBLEMS = {
             "a ball is of class 1 if a checkered cube lies anywhere 12 voxels or more away",
             ("background", "with cue", "without cue"),
             volumes.remote_cue,
+            first_steps=360,
         ),
         Problem(
             "context",
@@ -95,6 +98,7 @@ PROBLEMS = {
             "a nodule is called a lesion because of a letter burnt into the corner",
             ("background", "lesion"),
             volumes.shortcut,
+            first_steps=150,
         ),
         Problem(
             "absence",

@@ -41,7 +41,7 @@ class Learnt:
 
         words = (
             f"Dice {shown(self.dice, 'least')}; evidence changed: {shown(self.kept, 'at most')} of "
-            f"the class stays, Dice with the new truth {shown(self.changed, 'least')}"
+            f"the class stays, Dice with the truth then {shown(self.changed, 'least')}"
         )
         if self.spurious:
             words += f"; letter added to a harmless nodule: Dice {shown(self.spurious, 'least')}"

@@ -26,7 +26,7 @@ NOISE = 0.25
 CUBE, WIDTH = 1.2, 6
 
 #: How many cubes decide nothing.
-RIVALS = 9
+RIVALS = 6
 
 Volume = NDArray[np.float64]
 Mask = NDArray[np.bool_]
