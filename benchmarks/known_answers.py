@@ -24,7 +24,7 @@ from known import PROBLEMS, Problem
 from known.networks import half, train
 from known.pictures import draw
 from known.score import Score, details, scores, verdict
-from known.tables import AUTO, ECHO, overview, picked, read, top, written
+from known.tables import ALWAYS, AUTO, ECHO, overview, picked, read, top, written
 from known.training import learnt
 from measure import machine
 from safetensors.torch import save_file
@@ -51,7 +51,8 @@ def score(problem: Problem, seeds: Sequence[int]) -> None:
         next(s for s in found if (s.method, s.layer) == pair)
         for pair in picked([asdict(s) for s in found])
     ]
-    more = details(problem, fields, listed)
+    sanity = {(listed[0].method, listed[0].layer), *ALWAYS}
+    more = details(problem, fields, listed, sanity)
     said = {
         f"{s.method} at {s.layer}": verdict(problem, seeds[0], s)
         for s in listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +18,35 @@ if TYPE_CHECKING:
 
 BATCH = 4
 
-#: At first, and then, when what was learnt shall not be lost again.
-LEARNING_RATES = (4e-3, 2e-3)
 
-#: Steps of the training, after those in which the reach of the evidence is a class.
-STEPS = 160
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training.
 
-#: Weights in the cross-entropy, at first and then: objects are few voxels, but should not grow.
-OBJECT, IN_REACH = (20.0, 1.0), 5.0
+    Attributes:
+        steps: how many there are; None for those of the problem.
+        rate: the largest learning rate.
+        of_objects: weight of an object's voxels in the cross-entropy. Objects are few voxels, so at
+            first they have to count more, and are drawn too large.
+        dice: whether soft Dice is part of the loss.
+        with_reach: whether the background within reach of a cue is a class of its own.
+    """
+
+    steps: int | None
+    rate: float
+    of_objects: float
+    dice: bool = False
+    with_reach: bool = False
+
+
+PHASES = (
+    Phase(None, 4e-3, 20, with_reach=True),
+    Phase(160, 2e-3, 1, dice=True),
+    Phase(60, 1e-3, 1),
+)
+
+#: Weight of the background within reach of a cue.
+IN_REACH = 5.0
 
 #: How far from the cue the background is of that class, in voxels: at the beginning and at the end.
 NEAR, FAR = 3.0, 60.0
@@ -72,35 +94,35 @@ def train(problem: Problem, *, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     network = build(len(problem.classes) + 1)
-    _fit(network, problem, problem.first_steps, 2 * seed, with_reach=True)
-    head = network.final_conv
-    with torch.no_grad():
-        head.weight, head.bias = nn.Parameter(head.weight[:-1]), nn.Parameter(head.bias[:-1])
-    head.out_channels -= 1
-    _fit(network, problem, STEPS, 2 * seed + 1, with_reach=False)
+    phases = (PHASES[0], *PHASES[1:] * problem.repeats)
+    for number, phase in enumerate(phases):
+        if number == 1:
+            head = network.final_conv
+            head.weight, head.bias = nn.Parameter(head.weight[:-1]), nn.Parameter(head.bias[:-1])
+            head.out_channels -= 1
+        fit(network, problem, phase, seed=10 * seed + number)
     return network.to(memory_format=torch.contiguous_format).eval()
 
 
-def _fit(network: nn.Module, problem: Problem, steps: int, seed: int, *, with_reach: bool) -> None:
+def fit(network: nn.Module, problem: Problem, phase: Phase, *, seed: int) -> None:
+    """Train a network through one phase, in place."""
     # Of few channels the gradients are three times faster in this layout on a CPU.
     layout = torch.channels_last_3d
     network.to(memory_format=layout).train()
     weights = (
-        [1.0]
-        + [OBJECT[0 if with_reach else 1]] * (len(problem.classes) - 1)
-        + [IN_REACH] * with_reach
+        [1.0] + [phase.of_objects] * (len(problem.classes) - 1) + [IN_REACH] * phase.with_reach
     )
     cross_entropy = nn.CrossEntropyLoss(torch.tensor(weights))
     dice = DiceLoss(to_onehot_y=True, softmax=True, batch=True, include_background=False)
-    rate = LEARNING_RATES[0 if with_reach else 1]
-    optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
+    steps = problem.first_steps if phase.steps is None else phase.steps
+    optimiser = torch.optim.AdamW(network.parameters(), lr=phase.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps, pct_start=0.1
+        optimiser, phase.rate, total_steps=steps, pct_start=0.1
     )
-    for step, (x, labels) in enumerate(_batches(problem, steps, seed, with_reach), 1):
+    for step, (x, labels) in enumerate(_batches(problem, steps, seed, phase.with_reach), 1):
         logits = network(x.contiguous(memory_format=layout))
         loss = cross_entropy(logits, labels[:, 0])
-        if not with_reach:
+        if phase.dice:
             loss = loss + dice(logits, labels)
         optimiser.zero_grad()
         loss.backward()

@@ -29,6 +29,7 @@ class Problem:
         class_index: the class that is explained.
         draw: draws a scene, from random numbers and whether the class shall be in it.
         at_chance: the part of the volumes of the training in which the class is.
+        repeats: how often the phases after the first one are gone through.
         first_steps: steps of the training in which the reach of the evidence is a class, too.
     """
 
@@ -39,6 +40,7 @@ class Problem:
     class_index: int = 1
     at_chance: float = 0.5
     first_steps: int = 240
+    repeats: int = 1
 
     @property
     def weights(self) -> Path:
@@ -99,12 +101,14 @@ PROBLEMS = {
             ("background", "lesion"),
             volumes.shortcut,
             first_steps=150,
+            repeats=2,
         ),
         Problem(
             "absence",
             "a ball is of class 1 if a landmark is missing from its place",
             ("background", "landmark missing", "landmark there"),
             volumes.absence,
+            repeats=2,
         ),
         Problem(
             "side_by_side",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,18 +27,15 @@ from .networks import LAYERS
 from .problems import Problem
 from .training import dice
 
-#: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids, and ShapleyCAM, which
-#: is Grad-CAM on a network of ReLUs.
+#: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids, and what is the same as
+#: another one on these networks of ReLUs: ShapleyCAM is Grad-CAM, element-wise is LayerCAM.
 LAYER_METHODS = (
     "grad_cam",
     "hires_cam",
-    "xres_cam",
     "layer_cam",
     "xgrad_cam",
     "grad_cam_plus_plus",
-    "grad_cam_elementwise",
     "eigen_cam",
-    "eigen_grad_cam",
     "fem",
     "score_cam",
     "ablation_cam",
@@ -48,7 +45,7 @@ LAYER_METHODS = (
 #: Methods that explain the input itself.
 INPUT_METHODS = tuple(ATTRIBUTIONS)
 
-SETTINGS = {"xres_cam": {"window": 4}, "occlusion": {"block": 12}}
+SETTINGS = {"occlusion": {"block": 12}}
 
 MARGIN, BLOCK, STEPS, DRAWS = 2, 4, 25, 20
 
@@ -92,7 +89,8 @@ class Field:
     """One volume of a problem, on which any number of maps is held against the same controls.
 
     Areas are those of `seg3dcam.evaluate.context_deletion`, known to 0.02. Since many maps are
-    looked at, the inputs that their curves need next go through the network together.
+    looked at, the inputs that their curves need next go through the network together. Areas of
+    random maps are known to 0.04.
 
     Attributes:
         left: Dice of the class if everything around it is deleted.
@@ -120,14 +118,16 @@ class Field:
         self.controls = dict(zip(named, self.areas(list(named.values())), strict=True))
         self._random: dict[tuple[int, ...], list[float]] = {}
 
-    def areas(self, maps: Sequence[torch.Tensor], baseline: str = "mean") -> list[float]:
+    def areas(
+        self, maps: Sequence[torch.Tensor], baseline: str = "mean", error: float = ERROR
+    ) -> list[float]:
         """Return the areas of context deletion by maps (*S)."""
         if not maps:
             return []
         places = [self._places(values) for values in maps]
         last = self.left if baseline == "mean" else self._dices([(self._all, STEPS)], baseline)[0]
         fractions = self._counts / self._counts[-1]
-        asking = {n: _area(fractions, last) for n in range(len(maps))}
+        asking = {n: _area(fractions, last, error) for n in range(len(maps))}
         areas, wanted = [1.0] * len(maps), dict.fromkeys(asking)
         while wanted:
             steps: dict[int, int] = {}
@@ -167,7 +167,7 @@ class Field:
         """Return the areas of random maps of a layer's resolution; those of equal grids once."""
         if grid.shape not in self._random:
             drawn = random_maps(grid, tuple(self.mask.shape), draws=DRAWS, seed=0)
-            self._random[grid.shape] = self.areas(list(drawn))
+            self._random[grid.shape] = self.areas(list(drawn), error=2 * ERROR)
         return self._random[grid.shape]
 
     @property
@@ -200,7 +200,7 @@ class Field:
             score.inside.append(mass_inside(values, regions) if positive else {})
 
 
-def _area(fractions: np.ndarray, last: float) -> Generator[int, float, float]:
+def _area(fractions: np.ndarray, last: float, error: float) -> Generator[int, float, float]:
     """Yield the steps at which a falling curve from 1 to `last` is wanted; return its area.
 
     Two points of such a curve bound all between them, so it is cut in two where least is known.
@@ -211,7 +211,7 @@ def _area(fractions: np.ndarray, last: float) -> Generator[int, float, float]:
         values = np.array([heights[step] for step in steps])
         widths = np.diff(fractions[steps])
         unknown = np.where(np.diff(steps) > 1, widths * np.abs(np.diff(values)) / 2, 0)
-        if unknown.sum() <= ERROR:
+        if unknown.sum() <= error:
             return float((widths * (values[1:] + values[:-1]) / 2).sum())
         widest = int(unknown.argmax())
         middle = (steps[widest] + steps[widest + 1]) // 2
@@ -262,8 +262,8 @@ class Details:
         pointing: whether the highest voxel lies in the evidence.
         roc_auc: the chance that a voxel of the evidence has a higher value than another one.
         chance: of a random map of the layer's resolution, the interval of 95 % of `roc_auc`.
-        randomised: Spearman's correlation with the map of a network of random weights, and whether
-            that passes; of the first volume. None for a map that is constant.
+        randomised: the figure that decides the check of randomisation on the first volume, and
+            whether the map passes it; None where it was not asked for.
     """
 
     pointing: list[float] = field(default_factory=list)
@@ -272,8 +272,13 @@ class Details:
     randomised: tuple[float, bool] | None = None
 
 
-def details(problem: Problem, fields: Sequence[Field], scores: Sequence[Score]) -> list[Details]:
-    """Return what else is known of a few scores."""
+def details(
+    problem: Problem,
+    fields: Sequence[Field],
+    scores: Sequence[Score],
+    randomised: Collection[tuple[str, str]],
+) -> list[Details]:
+    """Return what else is known of a few scores; of some of them how they fare randomised."""
     network, found = problem.load(), []
     for score in scores:
         cam, of = _cam(network, score), Details()
@@ -283,11 +288,11 @@ def details(problem: Problem, fields: Sequence[Field], scores: Sequence[Score]) 
                 result = cam(here.x, problem.class_index)
                 ((layer, values),) = result.maps.items()
                 try:
-                    if number == 0:
-                        check = randomisation(cam, here.x, problem.class_index)
-                        of.randomised = check.spearman[-1], check.passed
+                    if number == 0 and (score.method, score.layer) in randomised:
+                        check = randomisation(cam, here.x, problem.class_index, stages=6)
+                        of.randomised = check.worst, check.passed
                     place = localisation(
-                        values[0], here.evidence, grid=result.layers[layer].grid, draws=40
+                        values[0], here.evidence, grid=result.layers[layer].grid, draws=20
                     )
                 except EvaluationError:
                     continue  # a constant map lies nowhere
