@@ -92,11 +92,16 @@ def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(stats.spearmanr(a, b).statistic)
 
 
-def modules_from_the_end(capture: Capture, x: torch.Tensor) -> list[str]:
+def modules_from_the_end(
+    capture: Capture, x: torch.Tensor, layer: nn.Module | None = None
+) -> tuple[list[str], int]:
     """Return the names of the modules that own parameters, those that ran last first.
+
+    Also returns how many of them ran after a layer was done; 0 if there is none, or it did not run.
 
     Args:
         x: an input (B, C, *S) as the network takes it.
+        layer: one of the network's modules.
     """
     names = {
         module: name
@@ -104,18 +109,24 @@ def modules_from_the_end(capture: Capture, x: torch.Tensor) -> list[str]:
         if any(True for _ in module.parameters(recurse=False)) and takes_hooks(module)
     }
     ran: dict[str, None] = {}
+    when_done: list[str] = []  # what had run when the layer was done
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        ran.pop(names[module], None)
-        ran[names[module]] = None
+        if module is layer:
+            when_done[:] = [*ran, names.get(module, "")]
+        if module in names:
+            ran.pop(names[module], None)
+            ran[names[module]] = None
 
-    hooks = [module.register_forward_hook(note) for module in names]
+    noted = {*names, layer} if layer is not None and takes_hooks(layer) else set(names)
+    hooks = [module.register_forward_hook(note) for module in noted]
     try:
         capture.observe(x, copy=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(ran)[::-1]
+    behind = sum(name not in when_done for name in ran) if when_done else 0
+    return list(ran)[::-1], behind
 
 
 def randomised(parameters: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def _compared(
     before = {place: values for place, values in before.items() if values.numel() >= FEWEST}
     if not before:
         return {}
-    for name in modules_from_the_end(capture, x)[:TRIED]:
+    for name in modules_from_the_end(capture, x)[0][:TRIED]:
         head = dict(capture.model.named_modules())[name]
         with _random(head, sign=1):
             changed, after = _maps(capture, x, seed, formulas)

@@ -31,6 +31,10 @@ from seg3dcam.windows import plan_windows
 #: architecture and the input, and little of what was learnt.
 RANDOMISED = 0.7
 
+#: A map whose ranks correlate by more than this with that of a network in which everything behind
+#: the layer is random, and nothing before it, depends on the layer's activations alone.
+UNMOVED = 0.99
+
 #: Maps of two classes over the same voxels whose ranks correlate by more than this are one map.
 OTHER_CLASS = 0.95
 
@@ -77,6 +81,10 @@ def randomisation(
     or the input, such as an edge detector does. A copy of the network is changed; its parameters
     are drawn from normal distributions with their own means and standard deviations.
 
+    There are two ways to fail. The map of a network that is random altogether is still much the
+    same. Or the map stays as it is while everything behind its layer is random: then it shows what
+    the layer responds to, whatever the network makes of it.
+
     Args:
         cam: a method, with its network and one target layer.
         x: (1, C, *S).
@@ -94,7 +102,8 @@ def randomisation(
     original, at_first = _first_map(cam, x, target)
     changed = _copied(cam)
     networks = list({id(member.network): member.network for member in changed.members}.values())
-    groups = _groups(_names_from_the_head(changed, x), stages)
+    from_the_head, behind = _names_from_the_head(changed, x)
+    groups = _groups(from_the_head, stages)
     found, names = [], []
     generator = torch.Generator("cpu").manual_seed(seed)
     for group in groups:
@@ -105,14 +114,17 @@ def randomisation(
         found.append(_similarity(original, changed(x, at_first)))
         names.append(f"down to {group[-1] or 'the network itself'}")
     spearman, ssim = zip(*found, strict=True)
-    return Check(
-        tuple(names),
-        spearman,
-        ssim,
-        abs(spearman[-1]),
-        RANDOMISED,
-        f"with all weights random, ranks correlate by {spearman[-1]:.2f}",
-    )
+    worst = abs(spearman[-1])
+    why = f"with all weights random, ranks correlate by {spearman[-1]:.2f}"
+    ends = itertools.accumulate(len(group) for group in groups)
+    of_behind = [figure for figure, end in zip(spearman, ends, strict=True) if end <= behind]
+    if of_behind and abs(of_behind[-1]) > max(worst, UNMOVED):
+        worst = abs(of_behind[-1])
+        why = (
+            f"with all weights behind the layer random, ranks still correlate by {worst:.2f}: the "
+            "map shows what the layer responds to, whatever the network makes of it"
+        )
+    return Check(tuple(names), spearman, ssim, worst, RANDOMISED, why)
 
 
 def class_sensitivity(
@@ -277,15 +289,19 @@ def _copied(cam: BaseCAM) -> BaseCAM:
     return other
 
 
-def _names_from_the_head(cam: BaseCAM, x: torch.Tensor) -> list[str]:
-    """Return the names of the modules that own parameters, those that ran last first."""
+def _names_from_the_head(cam: BaseCAM, x: torch.Tensor) -> tuple[list[str], int]:
+    """Return the names of the modules that own parameters, those that ran last first.
+
+    Also returns how many of them ran after the target layer; 0 if it has none, or did not run.
+    """
     windows = plan_windows(cam.sliding_window, x.shape[2:])
+    layer = cam.layers[0].module if cam.layers else None
     with capturing(cam.members[0], [], cam.output) as capture:
         first = capture.to_model(windows.cut(windows.pad(x), [0]).clone())
-        ran = modules_from_the_end(capture, first)
+        ran, behind = modules_from_the_end(capture, first, layer)
     if not ran:
         raise ModelError("the network has no parameters, so none can be randomised")
-    return ran
+    return ran, behind
 
 
 def _groups(names: Sequence[str], count: int) -> list[list[str]]:

@@ -65,9 +65,20 @@ def test_a_method_without_a_class_does_not_see_the_head():
     """EigenCAM decomposes activations: what comes after the layer is nothing to it."""
     check = randomisation(EigenCAM(network(), "1"), image(), VOLUME, stages=3)
     assert check.spearman[:2] == pytest.approx((1, 1))
+    assert abs(check.spearman[2]) < check.limit  # random features give another map, of course
+    assert not check.passed
+    assert "whatever the network makes of it" in check.why
     sees = randomisation(GradCAM(network(), "1"), image(), VOLUME, stages=3)
     assert abs(sees.spearman[1]) < 0.95
+    assert sees.passed == (abs(sees.spearman[-1]) <= sees.limit)
     assert check.ssim[0] == pytest.approx(1)
+
+
+def test_a_map_of_the_head_itself_has_nothing_behind_it():
+    """Then only the network that is random altogether counts."""
+    check = randomisation(EigenCAM(network(), "4"), image(), VOLUME, stages=3)
+    assert check.worst == abs(check.spearman[-1])
+    assert check.why.startswith("with all weights random")
 
 
 @pytest.mark.parametrize("key", ["eigen_cam", "hires_cam", "grad_cam", "random"])

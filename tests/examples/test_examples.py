@@ -44,6 +44,7 @@ WRITTEN = {
         *("dataset.json", "plans.json"),
     ],
     "original_recipe.py": ["axial_010.png", "cam.nii.gz", "scan.nii.gz"],
+    "shortcut.py": ["shortcut.png"],
 }
 
 
@@ -394,3 +395,21 @@ def test_the_recipe_is_the_same_by_hand(tmp_path):
     assert of.largest_difference(pooled, fused) > 1e-3
     of_class = SliceGradCAM(network, layers, output=0)(x, ClassLogit(0, region="volume"))
     assert of.largest_difference(of_class.volume(**view), fused) > 1e-2
+
+
+# ---------------------------------------------------------------- the shortcut
+
+
+@pytest.mark.slow
+def test_the_shortcut_looks_fine_and_is_exposed(tmp_path, capsys):
+    of = example("shortcut")
+    of.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert "points outside the mask at something the prediction depends on" in printed
+    found = of.validate(of.PROBLEMS["shortcut"].load())
+    assert found["own"] > 0.9
+    assert found["painted"] < 0.1
+    assert found["added"] > 0.8
+    picture = pixels(tmp_path / "shortcut.png")
+    assert picture.shape[1] > 2 * picture.shape[0]
+    assert picture.std() > 0.1

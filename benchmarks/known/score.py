@@ -1,0 +1,324 @@
+"""Score every method at every layer on volumes whose evidence is known."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import warnings
+from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from seg3dcam.cams.attributions import ATTRIBUTIONS
+from seg3dcam.cams.base import BaseCAM
+from seg3dcam.cams.calls import each_by
+from seg3dcam.cams.catalogue import ALL_METHODS
+from seg3dcam.errors import EvaluationError
+from seg3dcam.evaluate import context_evidence, localisation, mass_inside, randomisation
+from seg3dcam.evaluate.baselines import baseline_of
+from seg3dcam.evaluate.controls import input_alone, mask_alone, nearness, random_maps, rank_p_value
+from seg3dcam.evaluate.segments import grid_blocks, grown, ordered, segments_outside
+from seg3dcam.geometry import FeatureGrid
+
+from .networks import LAYERS
+from .problems import Problem
+from .training import dice
+
+#: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids, and what is the same as
+#: another one on these networks of ReLUs: ShapleyCAM is Grad-CAM, element-wise is LayerCAM.
+LAYER_METHODS = (
+    "grad_cam",
+    "hires_cam",
+    "layer_cam",
+    "xgrad_cam",
+    "grad_cam_plus_plus",
+    "eigen_cam",
+    "fem",
+    "score_cam",
+    "ablation_cam",
+    "random",
+)
+
+#: Methods that explain the input itself.
+INPUT_METHODS = tuple(ATTRIBUTIONS)
+
+SETTINGS = {"occlusion": {"block": 12}}
+
+MARGIN, BLOCK, STEPS, DRAWS = 2, 4, 25, 20
+
+#: Areas are known to this.
+ERROR = 0.02
+
+#: What passes has at most this p-value among random maps, and its area is smaller by this than that
+#: of the mask and of nearness to it. A class that keeps this Dice needs nothing around it.
+SIGNIFICANT, BETTER, NEEDS_NOTHING = 0.05, 0.05, 0.95
+
+#: Inputs that go through the network together: on one thread of a CPU one by one takes four times
+#: as long.
+AT_ONCE = 8
+
+
+@dataclass
+class Score:
+    """A method at a layer, on several volumes of a problem; one entry of a list for each volume.
+
+    Attributes:
+        areas: context deletion with the baseline "mean".
+        blurred: the same with "blur"; None where the first area is no better than the mask's, so
+            that the map cannot pass any more.
+        passed: whether the map passes, as `seg3dcam.evaluate.context_evidence` decides it.
+        inside: part of the map's positive mass in "evidence", "object" and "rival".
+    """
+
+    method: str
+    layer: str
+    areas: list[float] = field(default_factory=list)
+    blurred: list[float | None] = field(default_factory=list)
+    passed: list[bool] = field(default_factory=list)
+    inside: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def area(self) -> float:
+        return statistics.median(self.areas)
+
+
+class Field:
+    """One volume of a problem, on which any number of maps is held against the same controls.
+
+    Areas are those of `seg3dcam.evaluate.context_deletion`, known to 0.02. Since many maps are
+    looked at, the inputs that their curves need next go through the network together. Areas of
+    random maps are known to 0.04.
+
+    Attributes:
+        left: Dice of the class if everything around it is deleted.
+        controls: name -> area.
+    """
+
+    def __init__(self, problem: Problem, network: nn.Module, seed: int) -> None:
+        self.x, _, self.evidence = problem.volume(seed)
+        self.rival = torch.from_numpy(problem.scene(seed).rival)
+        self._network = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
+        self._class = problem.class_index
+        with torch.no_grad():
+            self.mask = network(self.x).argmax(1)[0] == self._class
+        self._blocks = grid_blocks(self.mask.shape, BLOCK)
+        self._free = segments_outside(self._blocks, grown(self.mask.numpy(), MARGIN))
+        self._counts = np.round(np.arange(STEPS + 1) * len(self._free) / STEPS).astype(int)
+        self._all = self._places(torch.zeros(self.mask.shape))
+        self.left = self._dices([(self._all, STEPS)], "mean")[0]
+        named = {
+            "the evidence itself": self.evidence.double(),
+            "mask alone": mask_alone(self.mask),
+            "nearness to the mask": nearness(self.mask),
+            "input alone": input_alone(self.x),
+        }
+        self.controls = dict(zip(named, self.areas(list(named.values())), strict=True))
+        self._random: dict[tuple[int, ...], list[float]] = {}
+
+    def areas(
+        self, maps: Sequence[torch.Tensor], baseline: str = "mean", error: float = ERROR
+    ) -> list[float]:
+        """Return the areas of context deletion by maps (*S)."""
+        if not maps:
+            return []
+        places = [self._places(values) for values in maps]
+        last = self.left if baseline == "mean" else self._dices([(self._all, STEPS)], baseline)[0]
+        fractions = self._counts / self._counts[-1]
+        asking = {n: _area(fractions, last, error) for n in range(len(maps))}
+        areas, wanted = [1.0] * len(maps), dict.fromkeys(asking)
+        while wanted:
+            steps: dict[int, int] = {}
+            for number, height in wanted.items():
+                try:
+                    steps[number] = asking[number].send(height)
+                except StopIteration as finished:
+                    areas[number] = finished.value
+            heights = self._dices([(places[n], step) for n, step in steps.items()], baseline)
+            wanted = dict(zip(steps, heights, strict=True))
+        return areas
+
+    def _places(self, values: torch.Tensor) -> torch.Tensor:
+        """Return after how many others each voxel's block is deleted, (*S)."""
+        order = ordered(values.double().numpy(), self._blocks, self._free, seed=0)
+        rank = np.full(int(self._blocks.max()) + 1, len(order))
+        rank[order] = np.arange(len(order))
+        return torch.from_numpy(rank[self._blocks])
+
+    def _dices(self, wanted: Sequence[tuple[torch.Tensor, int]], baseline: str) -> list[float]:
+        """Return Dice with its first prediction at steps of curves."""
+        replacement = baseline_of(baseline, self.x, 0)(self.mask)[0]
+        found = []
+        for first in range(0, len(wanted), AT_ONCE):
+            changed = [
+                torch.where(places < self._counts[step], replacement, self.x[0])
+                for places, step in wanted[first : first + AT_ONCE]
+            ]
+            batch = torch.stack(changed).contiguous(memory_format=torch.channels_last_3d)
+            with torch.no_grad():
+                logits = self._network(batch)
+            masks = (logits.argmax(1) == self._class).numpy()
+            found += [dice(mask, self.mask.numpy()) for mask in masks]
+        return found
+
+    def random(self, grid: FeatureGrid) -> list[float]:
+        """Return the areas of random maps of a layer's resolution; those of equal grids once."""
+        if grid.shape not in self._random:
+            drawn = random_maps(grid, tuple(self.mask.shape), draws=DRAWS, seed=0)
+            self._random[grid.shape] = self.areas(list(drawn), error=2 * ERROR)
+        return self._random[grid.shape]
+
+    @property
+    def random_areas(self) -> dict[str, list[float]]:
+        """Shape of a layer's grid, in words -> the areas of random maps."""
+        return {" x ".join(map(str, shape)): areas for shape, areas in self._random.items()}
+
+    def judge(self, found: Sequence[tuple[Score, torch.Tensor, FeatureGrid]]) -> None:
+        """Add to scores what their maps (*S) get on this volume."""
+        rivals = min(self.controls["mask alone"], self.controls["nearness to the mask"])
+        areas = self.areas([values for _, values, _ in found])
+        hopeful = [
+            number
+            for number, area in enumerate(areas)
+            if self.left < NEEDS_NOTHING and area < rivals - BETTER
+        ]
+        blurred = dict(
+            zip(hopeful, self.areas([found[n][1] for n in hopeful], "blur"), strict=True)
+        )
+        regions = {"evidence": self.evidence, "object": self.mask, "rival": self.rival}
+        for number, (score, values, grid) in enumerate(found):
+            score.areas.append(areas[number])
+            score.blurred.append(blurred.get(number))
+            score.passed.append(
+                number in blurred
+                and blurred[number] < rivals - BETTER
+                and rank_p_value(areas[number], self.random(grid)) <= SIGNIFICANT
+            )
+            positive = bool((values > 0).any())
+            score.inside.append(mass_inside(values, regions) if positive else {})
+
+
+def _area(fractions: np.ndarray, last: float, error: float) -> Generator[int, float, float]:
+    """Yield the steps at which a falling curve from 1 to `last` is wanted; return its area.
+
+    Two points of such a curve bound all between them, so it is cut in two where least is known.
+    """
+    heights = {0: 1.0, len(fractions) - 1: last}
+    while True:
+        steps = sorted(heights)
+        values = np.array([heights[step] for step in steps])
+        widths = np.diff(fractions[steps])
+        unknown = np.where(np.diff(steps) > 1, widths * np.abs(np.diff(values)) / 2, 0)
+        if unknown.sum() <= error:
+            return float((widths * (values[1:] + values[:-1]) / 2).sum())
+        widest = int(unknown.argmax())
+        middle = (steps[widest] + steps[widest + 1]) // 2
+        heights[middle] = yield middle
+
+
+def maps(
+    network: nn.Module, x: torch.Tensor, class_index: int
+) -> Iterator[tuple[str, str, torch.Tensor, FeatureGrid]]:
+    """Yield method, layer, map (*S) and grid of every combination."""
+    cams = [
+        ALL_METHODS[key](network, list(LAYERS), **SETTINGS.get(key, {})) for key in LAYER_METHODS
+    ]
+    cams += [ALL_METHODS[key](network, **SETTINGS.get(key, {})) for key in INPUT_METHODS]
+    for cam in cams:
+        with warnings.catch_warnings():
+            # What a map is worth is measured here; what a single call would say is not needed.
+            warnings.simplefilter("ignore")
+            ((result,),) = each_by([cam], x, [class_index])
+        for layer, values in result.maps.items():
+            yield cam.method, layer, values[0], result.layers[layer].grid
+
+
+def scores(problem: Problem, seeds: Sequence[int]) -> tuple[list[Score], list[Field]]:
+    """Return the score of every method at every layer, and the volumes that they come from."""
+    network, fields = problem.load(), []
+    found: dict[tuple[str, str], Score] = {}
+    for seed in seeds:
+        here = Field(problem, network, seed)
+        here.judge(
+            [
+                (found.setdefault((method, layer), Score(method, layer)), values, grid)
+                for method, layer, values, grid in maps(network, here.x, problem.class_index)
+            ]
+        )
+        fields.append(here)
+    return list(found.values()), fields
+
+
+# ------------------------------------------------------------------------------- the best of them
+
+
+@dataclass
+class Details:
+    """What is looked at for a few scores only; one entry of a list for each volume.
+
+    Attributes:
+        pointing: whether the highest voxel lies in the evidence.
+        roc_auc: the chance that a voxel of the evidence has a higher value than another one.
+        chance: of a random map of the layer's resolution, the interval of 95 % of `roc_auc`.
+        randomised: the figure that decides the check of randomisation on the first volume, and
+            whether the map passes it; None where it was not asked for.
+    """
+
+    pointing: list[float] = field(default_factory=list)
+    roc_auc: list[float] = field(default_factory=list)
+    chance: list[tuple[float, float]] = field(default_factory=list)
+    randomised: tuple[float, bool] | None = None
+
+
+def details(
+    problem: Problem,
+    fields: Sequence[Field],
+    scores: Sequence[Score],
+    randomised: Collection[tuple[str, str]],
+) -> list[Details]:
+    """Return what else is known of a few scores; of some of them how they fare randomised."""
+    network, found = problem.load(), []
+    for score in scores:
+        cam, of = _cam(network, score), Details()
+        for number, here in enumerate(fields):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = cam(here.x, problem.class_index)
+                ((layer, values),) = result.maps.items()
+                try:
+                    if number == 0 and (score.method, score.layer) in randomised:
+                        check = randomisation(cam, here.x, problem.class_index, stages=6)
+                        of.randomised = check.worst, check.passed
+                    place = localisation(
+                        values[0], here.evidence, grid=result.layers[layer].grid, draws=20
+                    )
+                except EvaluationError:
+                    continue  # a constant map lies nowhere
+            of.pointing.append(place.pointing.value)
+            of.roc_auc.append(place.roc_auc.value)
+            of.chance.append(place.roc_auc.interval)
+        found.append(of)
+    return found
+
+
+def verdict(problem: Problem, seed: int, score: Score) -> str:
+    """Return what the library itself says of a map, in words."""
+    network, (x, _, _) = problem.load(), problem.volume(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = _cam(network, score)(x, problem.class_index)
+    ((layer, values),) = result.maps.items()
+    grid = result.layers[layer].grid
+    return context_evidence(values[0], x, network, problem.class_index, grid=grid).words
+
+
+def _cam(network: nn.Module, score: Score) -> BaseCAM:
+    settings = SETTINGS.get(score.method, {})
+    cam = ALL_METHODS[score.method]
+    return (
+        cam(network, **settings)
+        if score.layer == "input"
+        else cam(network, score.layer, **settings)
+    )

@@ -1,0 +1,121 @@
+"""The benchmark with known answers: which methods and layers show the evidence that was planted?
+
+    python benchmarks/known_answers.py                        # score everything, about an hour
+    python benchmarks/known_answers.py --problem shortcut     # one problem of five
+    python benchmarks/known_answers.py --train                # make the networks again, first
+    python benchmarks/known_answers.py --check                # have they learnt what was planted?
+    python benchmarks/known_answers.py --tables               # tables and pictures again
+
+Figures are kept in `benchmarks/known/figures/`, and the tables of `docs/known_answers.md` are made
+of them. Weights lie in `benchmarks/known/weights/`, in float16; the same seeds give the same
+networks on the same machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from known import PROBLEMS, Problem
+from known.networks import half, train
+from known.pictures import draw
+from known.score import Score, details, scores, verdict
+from known.tables import ALWAYS, AUTO, ECHO, overview, picked, read, top, written
+from known.training import learnt
+from measure import machine
+from safetensors.torch import save_file
+
+FIGURES = Path(__file__).parent / "known" / "figures"
+PICTURE = Path(__file__).parents[1] / "docs" / "known_answers.png"
+PAGE = Path(__file__).parents[1] / "docs" / "known_answers.md"
+
+
+def make(problem: Problem) -> None:
+    """Train a problem's network and keep its weights."""
+    start = time.perf_counter()
+    network = train(problem)
+    problem.weights.parent.mkdir(exist_ok=True)
+    save_file(half(network), problem.weights)
+    print(f"{problem.name}: trained in {time.perf_counter() - start:.0f} s, {problem.weights}")
+
+
+def score(problem: Problem, seeds: Sequence[int]) -> None:
+    """Score every method at every layer, and keep the figures."""
+    start = time.perf_counter()
+    found, fields = scores(problem, seeds)
+    listed: list[Score] = [
+        next(s for s in found if (s.method, s.layer) == pair)
+        for pair in picked([asdict(s) for s in found])
+    ]
+    sanity = {(listed[0].method, listed[0].layer), *ALWAYS}
+    more = details(problem, fields, listed, sanity)
+    said = {
+        f"{s.method} at {s.layer}": verdict(problem, seeds[0], s)
+        for s in listed
+        if s is listed[0] or (s.method, s.layer) in (AUTO, ECHO)
+    }
+    figures = {
+        "machine": machine(),
+        "learnt": str(learnt(problem, problem.load())),
+        "seeds": list(seeds),
+        "left": [here.left for here in fields],
+        "controls": [here.controls for here in fields],
+        "random": [here.random_areas for here in fields],
+        "scores": [asdict(s) for s in found],
+        "details": [
+            {"method": s.method, "layer": s.layer, **asdict(d)}
+            for s, d in zip(listed, more, strict=True)
+        ],
+        "verdicts": said,
+        "seconds": round(time.perf_counter() - start),
+    }
+    FIGURES.mkdir(exist_ok=True)
+    text = json.dumps(figures, default=float)
+    (FIGURES / f"{problem.name}.json").write_text(text + "\n", encoding="utf-8")
+    print(f"{problem.name}: scored in {figures['seconds']} s")
+
+
+def write_tables(problem: Problem) -> None:
+    """Print a problem's tables and put them into the page."""
+    figures = read(FIGURES / f"{problem.name}.json")
+    facts = (
+        f"{figures['learnt']}. Context: with everything around the object deleted its Dice is "
+        + (f"{min(figures['left']):.2f}–{max(figures['left']):.2f}.")
+    )
+    said = "\n".join(f"- {name}: {words}." for name, words in figures["verdicts"].items())
+    text = "\n\n".join((facts, overview(figures), top(figures), said))
+    print(f"\n{problem.name}\n\n{text}")
+    written(PAGE, problem.name, text)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problem", action="append", choices=list(PROBLEMS), help="default: all")
+    parser.add_argument("--volumes", type=int, default=4, help="how many are scored")
+    parser.add_argument("--train", action="store_true", help="make the networks again")
+    parser.add_argument("--check", action="store_true", help="only say what they have learnt")
+    parser.add_argument("--tables", action="store_true", help="only write the tables again")
+    given = parser.parse_args()
+    for name in given.problem or PROBLEMS:
+        problem = PROBLEMS[name]
+        if given.train:
+            make(problem)
+        if given.train or given.check:
+            print(f"{name}: {learnt(problem, problem.load())}", flush=True)
+        if given.check or given.train:
+            continue
+        if not given.tables:
+            score(problem, range(given.volumes))
+        write_tables(problem)
+    if not (given.check or given.train):
+        files = {name: FIGURES / f"{name}.json" for name in PROBLEMS}
+        draw({n: read(file) for n, file in files.items() if file.exists()}, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
