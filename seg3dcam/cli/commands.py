@@ -16,6 +16,7 @@ import typer
 
 from seg3dcam.cli.compare import compare
 from seg3dcam.cli.demo import demo
+from seg3dcam.cli.evaluate import evaluate
 from seg3dcam.cli.explain import Termination, explain
 from seg3dcam.cli.features import features
 from seg3dcam.cli.layers import layers
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explain 3D segmentation networks: class activation maps in patient space.",
 )
-for command in (explain, compare, layers, features, methods, demo):
+for command in (explain, evaluate, compare, layers, features, methods, demo):
     app.command()(command)
 
 #: What may stand behind a flag by mistake, as in `--trust true`.

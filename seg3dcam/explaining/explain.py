@@ -8,6 +8,7 @@ explain(scan, model, "tumour").save("cam.nii.gz")
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 
 from seg3dcam.cams.base import BaseCAM
-from seg3dcam.cams.calls import explain_targets
+from seg3dcam.cams.calls import TargetResults, explain_targets
 from seg3dcam.cams.catalogue import ALL_METHODS
+from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import check_word
 from seg3dcam.engine.passes import check_resolution
 from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest, tell
 from seg3dcam.explaining.assembly import Assembly
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.judging import Judge
-from seg3dcam.explaining.placement import place_scan
+from seg3dcam.explaining.placement import Placement, place_scan
 from seg3dcam.models.recommended import USUAL_METHOD, advice_for
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
@@ -127,6 +129,49 @@ def explain_each(
     The other arguments are those of `explain`.
     """
     check_word("verdict", verdict, VerdictLevel)
+    found = explained(
+        scan, model, targets, layers=layers, method=method, progress=progress, **settings
+    )
+    report = progress or silent
+    report("resampling the prediction", 0, 1)
+    prediction = found.placement.prediction_on_scan(model, found.rows[0].results[0], report)
+    judge = Judge(found.placement, model, verdict == "full", report)
+    assembly = Assembly(found.placement, model, judge, prediction, model.fingerprint(), report)
+    return (assembly.explanation(target, result, cam) for target, result, cam in found.each())
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """What was explained of a scan, on the network's grid.
+
+    Attributes:
+        placement: where scan and network lie to each other.
+        cams: the methods.
+        rows: for each target the results of all methods.
+    """
+
+    placement: Placement
+    cams: Sequence[BaseCAM]
+    rows: Sequence[TargetResults]
+
+    def each(self) -> Iterator[tuple[AnyTarget, CamResult, BaseCAM]]:
+        """Yield target, result and method, target by target."""
+        for row in self.rows:
+            for result, cam in zip(row.results, self.cams, strict=True):
+                yield row.target, result, cam
+
+
+def explained(
+    scan: Scan | str | Path | Sequence[str | Path] | torch.Tensor,
+    model: SegModel,
+    targets: Sequence[TargetSpec] | None,
+    *,
+    layers: LayerSpec = "auto",
+    method: str | Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Explained:
+    """Explain targets of a scan, and stay on the network's grid; as `explain_each`."""
     _check_model(model, settings)
     targets = _listed(targets)
     layers, methods = _advised(model, targets, layers, method)
@@ -162,15 +207,7 @@ def explain_each(
     )
     if not rows:
         raise TargetError("the targets stand for none at this prediction: there is no target")
-    report("resampling the prediction", 0, 1)
-    prediction = placement.prediction_on_scan(model, rows[0].results[0], report)
-    judge = Judge(placement, model, verdict == "full", report)
-    assembly = Assembly(placement, model, judge, prediction, model.fingerprint(), report)
-    return (
-        assembly.explanation(row.target, result, cam)
-        for row in rows
-        for result, cam in zip(row.results, cams, strict=True)
-    )
+    return Explained(placement, cams, rows)
 
 
 def target_of_class(model: SegModel, name: str | int | np.integer) -> ClassLogOdds:

@@ -11,18 +11,21 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.errors import EmptyRegionError, EvaluationError, InputError, ModelError
-from seg3dcam.evaluate.context import context_evidence
+from seg3dcam.evaluate.context import ContextEvidence, context_evidence
 from seg3dcam.evaluate.rerun import Rerun
 from seg3dcam.evaluate.sanity import Check, randomisation
 from seg3dcam.evaluate.verdict import Verdict, full_verdict, quick_verdict, undefined_verdict
 from seg3dcam.explaining.placement import Placement
-from seg3dcam.geometry import FeatureGrid, spacing_of
+from seg3dcam.geometry import spacing_of
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.progress import Progress
 from seg3dcam.targets import region_of
 from seg3dcam.targets.base import OwnTarget, as_own_target
 from seg3dcam.targets.combined import AnyTarget
 from seg3dcam.targets.regions import Prediction
+
+#: What is raised where a test means nothing, for a reason that is said.
+UNDEFINED = (EvaluationError, EmptyRegionError, ModelError, InputError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +47,27 @@ class Judge:
 
     def verdicts(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> dict[str, Verdict]:
         """Return the verdict on every layer's map of a result."""
-        own = as_own_target(target)
-        region = _explained(target, own, result)
-        found = {
-            name: quick_verdict(layer, cam.formula, region) for name, layer in result.layers.items()
-        }
+        found = self.quick_verdicts(target, result, cam)
         if not self.tests:
             return found
+        own = as_own_target(target)
+        region = region_explained(target, own, result)
         return {
             name: self._tested(verdict, name, own, region, result, cam)
             for name, verdict in found.items()
         }
 
+    def quick_verdicts(
+        self, target: AnyTarget, result: CamResult, cam: BaseCAM
+    ) -> dict[str, Verdict]:
+        """Return what may be said of every layer's map without running the network again."""
+        region = region_explained(target, as_own_target(target), result)
+        return {
+            name: quick_verdict(layer, cam.formula, region) for name, layer in result.layers.items()
+        }
+
     @cached_property
-    def _rerun(self) -> Rerun:
+    def rerun(self) -> Rerun:
         """The prediction from which all changed ones are made; one for all maps."""
         model = self.model
         return Rerun(
@@ -66,6 +76,30 @@ class Judge:
             sliding_window=model.window,
             output=model.output,
             progress=self.report,
+        )
+
+    def evidence(
+        self, name: str, own: OwnTarget, region: torch.Tensor | None, result: CamResult
+    ) -> ContextEvidence:
+        """Hold one layer's map against maps that know nothing of the network.
+
+        Raises:
+            EvaluationError, EmptyRegionError: context deletion is undefined.
+        """
+        if own.class_index is None:
+            raise EvaluationError("the target is about no class")
+        return context_evidence(
+            result.maps[name][0],
+            self.rerun.x,
+            self.model.module,
+            own.class_index,
+            grid=result.layers[name].grid,
+            sliding_window=self.model.window,
+            activation=self.model.activation,
+            output=self.model.output,
+            spacing=spacing_of(self.placement.affine),
+            region=region if own.of_component else None,
+            rerun=self.rerun,
         )
 
     def _tested(
@@ -80,44 +114,29 @@ class Judge:
         """Return the verdict on one layer's map after context deletion and random weights."""
         if quick.finding == "unusable":
             return undefined_verdict(quick, "there is no map to test")
-        if own.class_index is None:
-            return undefined_verdict(quick, "the target is about no class")
-        layer = result.layers[name]
         try:
-            evidence = context_evidence(
-                result.maps[name][0],
-                self._rerun.x,
-                self.model.module,
-                own.class_index,
-                grid=FeatureGrid(layer.grid.shape, layer.grid.stride, layer.grid.offset),
-                sliding_window=self.model.window,
-                activation=self.model.activation,
-                output=self.model.output,
-                spacing=spacing_of(self.placement.affine),
-                region=region if own.of_component else None,
-                rerun=self._rerun,
-            )
-        except (EvaluationError, EmptyRegionError, ModelError, InputError) as error:
+            evidence = self.evidence(name, own, region, result)
+        except UNDEFINED as error:
             return undefined_verdict(quick, error)
-        return full_verdict(quick, evidence, self._randomised(name, own, cam))
+        return full_verdict(quick, evidence, self.randomised(name, own, cam))
 
-    def _randomised(self, name: str, target: OwnTarget, cam: BaseCAM) -> Check | None:
+    def randomised(self, name: str, target: OwnTarget, cam: BaseCAM) -> Check | None:
         """Return the check by random weights; None where the network cannot be copied."""
         self.report(f"random weights, {name}", 0, 1)
         try:
-            return randomisation(_at_layer(cam, name), self._rerun.x, target)
-        except (EvaluationError, EmptyRegionError, ModelError, InputError):
+            return randomisation(at_layer(cam, name), self.rerun.x, target)
+        except UNDEFINED:
             return None
 
 
-def _at_layer(cam: BaseCAM, name: str) -> BaseCAM:
+def at_layer(cam: BaseCAM, name: str) -> BaseCAM:
     """Return the same method at one of its layers."""
     alone = copy.copy(cam)
     alone.layers = [layer for layer in cam.layers or () if str(layer) == name]
     return alone
 
 
-def _explained(target: AnyTarget, own: OwnTarget, result: CamResult) -> torch.Tensor | None:
+def region_explained(target: AnyTarget, own: OwnTarget, result: CamResult) -> torch.Tensor | None:
     """Return the region that a target sums over, or else its class's mask, (*S) bool."""
     region = region_of(target, result.logits)
     if region is not None and (own.over_mask or own.over_special_region):

@@ -108,7 +108,7 @@ def _plot_curves(figure: SubFigure, comparison: Comparison) -> None:
     panel = figure.subplots(1, 1)
     figure.subplots_adjust(left=0.08, right=0.55, bottom=0.15, top=0.95)
     figure.set_facecolor("black")
-    _style(panel)
+    style_panel(panel)
     for number, (fractions, dice) in enumerate(comparison.random_points[:MOST_RANDOM]):
         label = "random maps, where measured" if number == 0 else None
         panel.plot(fractions, dice, color="#555555", linewidth=0.6, label=label)
@@ -149,7 +149,7 @@ def _plot_maps(
         row[0].set_ylabel(f"{_short(layer, 20)}\n{role}", color="white", fontsize=7)
         for panel, method in zip(row, methods, strict=True):
             one = of_key.get((layer, method))
-            _style(panel)
+            style_panel(panel)
             panel.set_xticks([])
             panel.set_yticks([])
             panel.imshow(image, cmap="gray", aspect=high / wide, interpolation="nearest")
@@ -182,7 +182,7 @@ def _short(name: str, most: int) -> str:
     return shortened(printable(name), most).replace("$", "")
 
 
-def _style(panel: Any) -> None:
+def style_panel(panel: Any) -> None:
     """Make a panel light on black, like the other pictures."""
     panel.set_facecolor("black")
     panel.tick_params(colors="white", labelsize=8)
