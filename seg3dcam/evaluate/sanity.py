@@ -132,6 +132,9 @@ def class_sensitivity(
 ) -> Check:
     """Compare the map of a class with those of other classes, over the same voxels.
 
+    A method that does not look at the class gives one map for all. The opposite map for another
+    class, as for the only other one of a softmax, depends on the class by its sign, and passes.
+
     Args:
         cam, x: as for `randomisation`.
         class_index: the class; the voxels are those where it is predicted.
@@ -152,12 +155,12 @@ def class_sensitivity(
         for index in rivals
     ]
     spearman, ssim = zip(*found, strict=True)
-    worst = max(range(len(rivals)), key=lambda number: abs(spearman[number]))
+    worst = max(range(len(rivals)), key=lambda number: spearman[number])
     return Check(
         tuple(f"class {index}" for index in rivals),
         spearman,
         ssim,
-        abs(spearman[worst]),
+        spearman[worst],
         OTHER_CLASS,
         f"ranks correlate by {spearman[worst]:.2f} with the map of class {rivals[worst]} over the "
         "same voxels",

@@ -62,7 +62,7 @@ def save_curves(path: str | os.PathLike[str], found: Sequence[MapEvaluation]) ->
 def _drawn(one: MapEvaluation) -> Picture:
     figure = Figure(SIZE, DOTS_PER_INCH, facecolor="black")
     panels = figure.subplots(1, len(_PANELS), sharey=True)
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.9, wspace=0.08)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.9, wspace=0.14)
     for panel, (name, below) in zip(panels, _PANELS.items(), strict=True):
         _plot(panel, one, name)
         panel.set_xlabel(f"fraction {below}")
