@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3dcam.checks import is_whole
 from seg3dcam.errors import EvaluationError, MissingExtraError
 
 #: Fewer segments than this make a curve of a few large steps, whose area says little.
@@ -29,7 +28,7 @@ def grid_blocks(shape: Sequence[int], block: int | Sequence[int]) -> NDArray[np.
            [0, 0, 1, 1],
            [2, 2, 3, 3]])
     """
-    sizes = [block] * len(shape) if is_whole(block) else list(block)
+    sizes = list(block) if isinstance(block, Sequence) else [block] * len(shape)
     number = np.zeros((1,) * len(shape), dtype=np.int64)
     for axis, (length, size) in enumerate(zip(shape, sizes, strict=True)):
         index = np.arange(length) // size
