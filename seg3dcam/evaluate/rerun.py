@@ -35,8 +35,9 @@ class Rerun:
         x: (1, C, *S).
         sliding_window: the windows, None for one window, the volume itself.
         output: which of the network's outputs are the logits, see `BaseCAM`.
-        kept_gb: how many GB of windows' logits are kept. What does not fit is computed again where
-            it is needed, with the same result.
+        kept_gb: how many GB of windows' logits are kept, of the input as it is and of the last
+            change, for each. What does not fit is computed again where it is needed, with the same
+            result.
         progress: called with ("rerunning", done, total) after every batch of windows.
 
     Attributes:

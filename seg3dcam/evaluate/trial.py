@@ -208,7 +208,8 @@ class Trial:
 
     def _wanted(self) -> Iterator[tuple[list[PartialCurve], float]]:
         """Yield curves that should be known better, the most urgent first, and how well."""
-        yield [self.own], OTHER_ERROR
+        if self.own.error() > OTHER_ERROR:  # what rises elsewhere does not make it more urgent
+            yield [self.own], 0.0
         own = list(self.baselines.values())
         unclear = self._unclear()
         if self.needs_context and not self.certain:
