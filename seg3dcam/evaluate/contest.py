@@ -184,9 +184,7 @@ class Case:
         cam = self.how.cam(method, [layer])
         try:
             with _warnings_left_out(""):
-                return randomisation(
-                    cam, self.x, self.how.class_index, stages=1, seed=self.how.seed
-                )
+                return randomisation(cam, self.x, self.how.class_index, seed=self.how.seed)
         except EvaluationError as error:
             return str(error)
 

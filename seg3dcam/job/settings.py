@@ -84,10 +84,13 @@ class Job(Settings):
         1, ge=1, description="leave out smaller components, in the network's voxels"
     )
     layer: list[str] | str = Field(
-        "auto", description="target layer, also with *, auto or all; default: auto"
+        "auto",
+        description="target layer, also with *, all or auto (what `compare` recommends, else the "
+        "bottleneck); default: auto",
     )
     method: list[str] | str = Field(
-        "hires_cam", description="any that `seg3dcam methods` lists; default: hires_cam"
+        "hires_cam",
+        description="any that `seg3dcam methods` lists; default: what goes with auto, or hires_cam",
     )
     settings: dict[str, Any] = Field({}, description="one setting of the method")
     verdict: bool = Field(
