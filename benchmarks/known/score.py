@@ -27,8 +27,8 @@ from .networks import LAYERS
 from .problems import Problem
 from .training import dice
 
-#: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids, and what is the same as
-#: another one on these networks of ReLUs: ShapleyCAM is Grad-CAM, element-wise is LayerCAM.
+#: Methods of a layer. Left out are KPCA-CAM, refused on fine grids, and what is the same as another
+#: method on these networks of ReLUs: ShapleyCAM is Grad-CAM, element-wise is LayerCAM.
 LAYER_METHODS = (
     "grad_cam",
     "hires_cam",
