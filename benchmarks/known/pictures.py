@@ -14,7 +14,6 @@ import torch
 from seg3dcam.cams.catalogue import ALL_METHODS
 
 from .problems import PROBLEMS, as_input
-from .score import SETTINGS
 from .tables import AUTO, ECHO
 
 #: How the problems are called in the picture.
@@ -69,8 +68,7 @@ def draw(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def _map(network: torch.nn.Module, x: torch.Tensor, class_index: int, pair: Any) -> np.ndarray:
     method, layer = pair
     cam = ALL_METHODS[method]
-    settings = SETTINGS.get(method, {})
-    made = cam(network, **settings) if layer == "input" else cam(network, layer, **settings)
+    made = cam(network) if layer == "input" else cam(network, layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ((values),) = made(x, class_index).maps.values()
