@@ -214,6 +214,21 @@ def _area(fractions: np.ndarray, last: float, error: float) -> Generator[int, fl
         heights[middle] = yield middle
 
 
+#: Number of classes -> a network, which all problems of so many classes share.
+_SHARED: dict[int, nn.Module] = {}
+
+
+def loaded(problem: Problem) -> nn.Module:
+    """Return a problem's network, in the module of the problem before if that fits.
+
+    Where the voxels of the layers lie is measured once for a module, and takes longer than all of
+    its maps. It does not depend on the weights.
+    """
+    network = _SHARED.setdefault(len(problem.classes), problem.load())
+    network.load_state_dict(problem.load().state_dict())
+    return network
+
+
 def maps(
     network: nn.Module, x: torch.Tensor, class_index: int
 ) -> Iterator[tuple[str, str, torch.Tensor, FeatureGrid]]:
@@ -231,7 +246,7 @@ def maps(
 
 def scores(problem: Problem, seeds: Sequence[int]) -> tuple[list[Score], list[Field]]:
     """Return the score of every method at every layer, and the volumes that they come from."""
-    network, fields = problem.load(), []
+    network, fields = loaded(problem), []
     found: dict[tuple[str, str], Score] = {}
     for seed in seeds:
         here = Field(problem, network, seed)
@@ -273,7 +288,7 @@ def details(
     randomised: Collection[tuple[str, str]],
 ) -> list[Details]:
     """Return what else is known of a few scores; of some of them how they fare randomised."""
-    network, found = problem.load(), []
+    network, found = loaded(problem), []
     for score in scores:
         cam, of = _cam(network, score), Details()
         for number, here in enumerate(fields):
