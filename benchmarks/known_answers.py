@@ -23,8 +23,8 @@ from pathlib import Path
 from known import PROBLEMS, Problem
 from known.networks import half, train
 from known.pictures import draw
-from known.score import Score, details, scores, verdict
-from known.tables import ALWAYS, AUTO, ECHO, overview, picked, read, top, written
+from known.score import Score, details, scores
+from known.tables import ALWAYS, overview, picked, read, top, written
 from known.training import learnt
 from measure import machine
 from safetensors.torch import save_file
@@ -53,11 +53,6 @@ def score(problem: Problem, seeds: Sequence[int]) -> None:
     ]
     sanity = {(listed[0].method, listed[0].layer), *ALWAYS}
     more = details(problem, fields, listed, sanity)
-    said = {
-        f"{s.method} at {s.layer}": verdict(problem, seeds[0], s)
-        for s in listed
-        if s is listed[0] or (s.method, s.layer) in (AUTO, ECHO)
-    }
     figures = {
         "machine": machine(),
         "learnt": str(learnt(problem, problem.load())),
@@ -70,7 +65,6 @@ def score(problem: Problem, seeds: Sequence[int]) -> None:
             {"method": s.method, "layer": s.layer, **asdict(d)}
             for s, d in zip(listed, more, strict=True)
         ],
-        "verdicts": said,
         "seconds": round(time.perf_counter() - start),
     }
     FIGURES.mkdir(exist_ok=True)
@@ -86,8 +80,7 @@ def write_tables(problem: Problem) -> None:
         f"{figures['learnt']}. Context: with everything around the object deleted its Dice is "
         + (f"{min(figures['left']):.2f}–{max(figures['left']):.2f}.")
     )
-    said = "\n".join(f"- {name}: {words}." for name, words in figures["verdicts"].items())
-    text = "\n\n".join((facts, overview(figures), top(figures), said))
+    text = "\n\n".join((facts, overview(figures), top(figures)))
     print(f"\n{problem.name}\n\n{text}")
     written(PAGE, problem.name, text)
 

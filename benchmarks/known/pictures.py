@@ -14,7 +14,7 @@ import torch
 from seg3dcam.cams.catalogue import ALL_METHODS
 
 from .problems import PROBLEMS, as_input
-from .score import SETTINGS
+from .score import loaded
 from .tables import AUTO, ECHO
 
 #: How the problems are called in the picture.
@@ -44,7 +44,7 @@ def draw(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     )
     for row, (name, of) in zip(axes, figures.items(), strict=True):
         problem, seed = PROBLEMS[name], of["seeds"][0]
-        network, scene = problem.load(), problem.scene(seed)
+        network, scene = loaded(problem), problem.scene(seed)
         x = as_input(scene.image)
         with torch.no_grad():
             mask = (network(x).argmax(1)[0] == problem.class_index).numpy().max(2)
@@ -69,9 +69,8 @@ def draw(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def _map(network: torch.nn.Module, x: torch.Tensor, class_index: int, pair: Any) -> np.ndarray:
     method, layer = pair
     cam = ALL_METHODS[method]
-    settings = SETTINGS.get(method, {})
-    made = cam(network, **settings) if layer == "input" else cam(network, layer, **settings)
+    made = cam(network) if layer == "input" else cam(network, layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ((values),) = made(x, class_index).maps.values()
+        (values,) = made(x, class_index).maps.values()
     return values[0].numpy()

@@ -94,14 +94,14 @@ PROBLEMS = {
             ("background", "on the organ's side", "on the other side"),
             volumes.context,
             at_chance=0.8,
+            first_steps=360,
         ),
         Problem(
             "shortcut",
             "a nodule is called a lesion because of a letter burnt into the corner",
             ("background", "lesion"),
             volumes.shortcut,
-            first_steps=150,
-            repeats=2,
+            first_steps=250,
         ),
         Problem(
             "absence",

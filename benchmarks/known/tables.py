@@ -19,7 +19,7 @@ ECHO = ("hires_cam", "upcat_1")
 #: Rows that every table of details has: the default, a decoder's echo, and what knows no class.
 ALWAYS = (AUTO, ECHO, ("eigen_cam", "down_1"))
 
-BEST = 6
+BEST = 5
 
 
 def picked(scores: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -57,9 +57,9 @@ def top(figures: Mapping[str, Any]) -> str:
     volumes = len(figures["seeds"])
     lines = [
         "| map | context deletion | with blur | passes | mass in the evidence | in the object | "
-        "in the rival | ROC-AUC of the evidence (chance) | highest voxel in it | ranks after "
+        "in the rival | ROC-AUC of the evidence | highest voxel in it | ranks after "
         "randomisation |",
-        "|---" * 10 + "|",
+        "|---" * 9 + "|",
     ]
     for entry in figures["details"]:
         score = scores[entry["method"], entry["layer"]]
@@ -71,17 +71,11 @@ def top(figures: Mapping[str, Any]) -> str:
             _median([parts.get(region, 0.0) for parts in score["inside"]])
             for region in ("evidence", "object", "rival")
         ]
-        chance = entry["chance"]
-        interval = (
-            f"{_median([c[0] for c in chance])}–{_median([c[1] for c in chance])}"
-            if chance
-            else "–"
-        )
         randomised = entry["randomised"]
         lines.append(
             f"| {name} | {_range(score['areas'])} | {_range(blurred) if blurred else '–'} | "
             f"{sum(score['passed'])}/{volumes} | {' | '.join(inside)} | "
-            f"{_median(entry['roc_auc'])} ({interval}) | "
+            f"{_median(entry['roc_auc'])} | "
             f"{sum(value > 0.5 for value in entry['pointing'])}/{volumes} | "
             + (
                 "–"
@@ -91,10 +85,10 @@ def top(figures: Mapping[str, Any]) -> str:
             + " |"
         )
     for name in figures["controls"][0]:
-        lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 8)
+        lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 7)
     for shape in figures["random"][0]:
         areas = [area for volume in figures["random"] for area in volume[shape]]
-        lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 8)
+        lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 7)
     return "\n".join(lines)
 
 

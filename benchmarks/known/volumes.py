@@ -25,7 +25,7 @@ NOISE = 0.25
 #: Absolute value of every voxel of a cube, and its width in voxels.
 CUBE, WIDTH = 1.2, 6
 
-#: How many cubes decide nothing.
+#: How many cubes decide nothing; half as many if there is a large organ.
 RIVALS = 6
 
 Volume = NDArray[np.float64]
@@ -122,16 +122,20 @@ def away_from(
 
 
 def with_rivals(
-    random: np.random.Generator, image: Volume, places: list[Point], distances: list[float]
+    random: np.random.Generator,
+    image: Volume,
+    places: list[Point],
+    distances: list[float],
+    count: int = RIVALS,
 ) -> tuple[Volume, Mask]:
-    """Return a volume with `RIVALS` cubes of textures that decide nothing, and their mask.
+    """Return a volume with cubes of textures that decide nothing, and their mask.
 
     Args:
         places, distances: what they keep away from, and how far.
     """
     textures, rival = (solid(), -solid(), planes()), nothing()
     places, distances = list(places), list(distances)
-    for number in range(RIVALS):
+    for number in range(count):
         found = away_from(random, places, distances, 4)
         if found is None:
             break  # the volume is full
@@ -189,7 +193,11 @@ def context(random: np.random.Generator, present: bool) -> Scene:
     organs = [cube((at, *middle), (5, 20, 20)) for at in (2.5, 45.5)]
     ends = [np.array([at, *middle]) for at in (2.5, 45.5)]
     empty, rival = with_rivals(
-        random, noise(random) + (balls[0] | balls[1]), centres + ends, [12.0] * 2 + [14.0] * 2
+        random,
+        noise(random) + (balls[0] | balls[1]),
+        centres + ends,
+        [12.0] * 2 + [14.0] * 2,
+        count=3,
     )
     images = [painted(empty, organ, striped()) for organ in organs]
     labels = []
