@@ -116,14 +116,17 @@ def advice_for(
     if classes is None:
         names = some([_shown(one.class_name) for one in found.recommended], 5)
         return _unused(path, f"it is for {names}; name the class to use it")
-    ones = [found.of_class(index) for index in dict.fromkeys(classes)]
-    choices = {None if one is None else (one.layer, one.method) for one in ones}
-    one = ones[0] if ones else None
-    if one is None or len(choices) > 1:
-        asked = some([model.class_name(index) for index in dict.fromkeys(classes)], 5)
-        names = some([_shown(other.class_name) for other in found.recommended], 5)
-        together = " together" * (len(ones) > 1)
-        return _unused(path, f"it is for {names}, and not for {asked}{together}")
+    asked = list(dict.fromkeys(classes))
+    known = [one for index in asked if (one := found.of_class(index)) is not None]
+    words = some([model.class_name(index) for index in asked], 5)
+    if len(known) < len(asked):
+        names = some([_shown(one.class_name) for one in found.recommended], 5) or "no class"
+        together = " together" * (len(asked) > 1)
+        return _unused(path, f"it is for {names}, and not for {words}{together}")
+    if len({(one.layer, one.method) for one in known}) > 1:
+        why = f"it has another layer for each of {words}; explain them one by one"
+        return _unused(path, why)
+    one = known[0]
     return _usable(path, model, one, methods)
 
 

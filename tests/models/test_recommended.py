@@ -152,6 +152,17 @@ def test_for_other_weights_it_is_not_used(place):
     assert layers_and_methods(place.record) == {(AUTO, "hires_cam")}
 
 
+def test_classes_of_two_recommendations_use_neither(place):
+    recommend(place)
+    recommend(place, class_name="organ", class_index=1, layer="model.1.submodule.conv")
+    outcome = place.explain("--target", "lesion", "--target", "organ")
+    assert outcome.out.startswith(
+        "model.recommended.json is not used: it has another layer for each of lesion, organ; "
+        "explain them one by one\n"
+    )
+    assert {layer for layer, _ in layers_and_methods(place.record)} == {AUTO}
+
+
 def test_classes_of_one_recommendation_are_explained_together(place):
     recommend(place)
     recommend(place, class_name="organ", class_index=1)

@@ -10,7 +10,6 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from helpers_networks import CLASSES, dynunet, nnunet, unet
 from monai.networks import nets
-from monai.networks.blocks.segresnet_block import ResBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -567,22 +566,52 @@ def test_encoder_levels_lead_to_the_bottleneck():
     assert "its map leaves out the evidence that reaches the mask around it" in found[-1].reason
 
 
+class Join(nn.Module):
+    def forward(self, one, other):
+        return one + other
+
+
 class Summed(nn.Module):
-    """A residual block, whose summands are modules as well, before a strided convolution."""
+    """A sum whose module is named deeper than its summands, before a strided convolution."""
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.block = ResBlock(2, 4, ("GROUP", {"num_groups": 2}))
+        self.stem, self.conv = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.parts = nn.ModuleDict({"join": Join()})
         self.down, self.up = nn.Conv2d(4, 6, 3, 2, 1), nn.ConvTranspose2d(6, CLASSES, 2, 2)
 
     def forward(self, x):
-        return self.up(self.down(self.block(self.stem(x))))
+        x = self.stem(x)
+        return self.up(self.down(self.parts["join"](x, self.conv(x))))
 
 
 def test_of_residual_blocks_in_the_encoder_the_sum_is_taken():
-    net = seeded(Summed)
-    assert [s.name for s in suggest_layers(net, (1, 1, 16, 24))] == ["down", "block"]
+    found = suggest_layers(seeded(Summed), (1, 1, 16, 24))
+    assert [s.name for s in found] == ["down", "parts.join"]
+
+
+class BesideEncoder(nn.Module):
+    """Two branches make the bottleneck, and a deeper one leads around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(1, 4, 3, padding=1) for _ in range(2))
+        self.around = nn.Sequential(*convolutions(1, 4, 4))
+        self.down, self.up = nn.Conv2d(8, 6, 3, 2, 1), nn.ConvTranspose2d(6, 4, 2, 2)
+        self.head = nn.Conv2d(8, CLASSES, 3, padding=1)
+
+    def forward(self, x):
+        up = self.up(self.down(torch.cat([self.a(x), self.b(x)], 1)))
+        return self.head(torch.cat([up, self.around(x)], 1))
+
+
+def test_a_branch_around_the_bottleneck_is_no_level_of_its_encoder():
+    found = suggest_layers(seeded(BesideEncoder), (1, 1, 16, 24))
+    assert [(s.name, s.role) for s in found] == [
+        ("down", "bottleneck"),
+        ("up", "decoder"),
+        ("b", "encoder"),
+    ]
 
 
 def test_of_a_dense_block_in_the_encoder_all_channels_are_taken():
