@@ -25,10 +25,11 @@ from seg3dcam.network.suggest import suggest_layers
 from seg3dcam.progress import Progress, silent
 from seg3dcam.windows import WindowPlan, plan_windows
 
-#: What is compared by default: methods of one backward pass whose map depends on the class.
+#: What is compared by default: methods of one backward pass whose map depends on the class. Of maps
+#: that are equally good, to two decimals, the first is taken.
 METHODS = (
-    "grad_cam",
     "hires_cam",
+    "grad_cam",
     "layer_cam",
     "xgrad_cam",
     "grad_cam_plus_plus",

@@ -68,6 +68,11 @@ class Candidate:
         """The area as a number by which candidates are ranked; without one it is infinite."""
         return float("inf") if self.area is None else self.area
 
+    @property
+    def rounded(self) -> float:
+        """The same to two decimals: smaller differences do not rank candidates."""
+        return round(self.worth, 2)
+
 
 @dataclass(frozen=True)
 class Comparison:

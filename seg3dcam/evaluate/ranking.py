@@ -121,15 +121,15 @@ class Ranking:
         if self.counted:
             self._measure_controls()
             self._search(usable)
-            usable.sort(key=lambda entrant: entrant.candidate.worth)
+            usable.sort(key=lambda entrant: entrant.candidate.rounded)
             self._measure_wholly(usable[:WHOLE])
-            usable.sort(key=lambda entrant: entrant.candidate.worth)
+            usable.sort(key=lambda entrant: entrant.candidate.rounded)
             self._look_at(usable)
         won = any(entrant.candidate.won for entrant in entrants)
 
         def rank(one: Candidate) -> tuple[bool, bool, bool, float]:
             insane = one.sanity is not None and not one.sanity.passed
-            return not one.won, bool(one.reason), won and insane, one.worth
+            return not one.won, bool(one.reason), won and insane, one.rounded
 
         return tuple(sorted((entrant.candidate for entrant in entrants), key=rank))
 
