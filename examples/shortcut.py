@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmark is not insta
 
 from benchmarks.known import PROBLEMS, Scene
 from benchmarks.known.volumes import shortcut
-from seg3dcam import GradCAM
+from seg3dcam.cams.attributions import IntegratedGradients
 from seg3dcam.evaluate import context_evidence
 
-LESION, LAYER = 1, "down_1"
+LESION = 1
 SEEDS = range(100, 108)  # of scans that the network has not seen
 
 
@@ -73,14 +73,14 @@ def draw(scene: Scene, network: nn.Module, values: np.ndarray, path: Path) -> No
     figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 3), layout="constrained")
     panels = (
         ("what it draws: a lesion", scene.image, None),
-        ("Grad-CAM: because of the letter", scene.image, heat),
+        ("Integrated Gradients: the letter", scene.image, heat),
         ("letter painted over: no lesion", scene.changed, None),
     )
     for axis, (title, image, overlay) in zip(axes, panels, strict=True):
         axis.imshow(image[..., k].T, cmap="gray", vmin=-0.2, vmax=1.6, interpolation="nearest")
         if overlay is not None:
             on_slice = overlay[..., k].T
-            shown = axis.imshow(on_slice, cmap="inferno", alpha=0.85 * on_slice, vmin=0, vmax=1)
+            shown = axis.imshow(on_slice, cmap="inferno", alpha=0.9 * on_slice**0.5, vmin=0, vmax=1)
             figure.colorbar(shown, ax=axis, label="map / its maximum", shrink=0.8)
         mask = predicted(network, image)[..., k].T
         if mask.any():
@@ -99,10 +99,9 @@ def main(out: Path) -> None:
     print(f"Dice on {len(SEEDS)} new scans of the same hospital: {found['own']:.2f} (median)")
 
     x = as_input(scene.image)
-    result = GradCAM(network, LAYER)(x, target=LESION)
-    values = result.maps[LAYER][0]
-    evidence = context_evidence(values, x, network, LESION, grid=result.layers[LAYER].grid)
-    print(f"Grad-CAM at {LAYER}: {evidence.words}")
+    values = IntegratedGradients(network)(x, target=LESION).maps["input"][0]
+    evidence = context_evidence(values, x, network, LESION)
+    print(f"Integrated Gradients: {evidence.words}")
     letter = scene.evidence & (values.numpy() > 0)
     inside = float(values[torch.from_numpy(letter)].sum() / values.clamp(min=0).sum())
     print(
