@@ -86,8 +86,9 @@ def top(figures: Mapping[str, Any]) -> str:
         )
     for name in figures["controls"][0]:
         lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 8)
-    for shape in figures["random"][0]:
-        areas = [area for volume in figures["random"] for area in volume[shape]]
+    # Those of a resolution are computed on the volumes where a map of it is good enough to be ranked.
+    for shape in dict.fromkeys(shape for volume in figures["random"] for shape in volume):
+        areas = [area for volume in figures["random"] for area in volume.get(shape, [])]
         lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 8)
     return "\n".join(lines)
 
