@@ -86,7 +86,7 @@ def top(figures: Mapping[str, Any]) -> str:
         )
     for name in figures["controls"][0]:
         lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 8)
-    # Those of a resolution are computed on the volumes where a map of it is good enough to be ranked.
+    # A resolution is drawn on the volumes where one of its maps is good enough to be ranked.
     for shape in dict.fromkeys(shape for volume in figures["random"] for shape in volume):
         areas = [area for volume in figures["random"] for area in volume.get(shape, [])]
         lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 8)
