@@ -110,7 +110,7 @@ PROBLEMS = {
             volumes.absence,
             repeats=2,
         ),
-        # Its network keeps the class if the cube is deleted, and loses it if a rival takes its place:
+        # Its network keeps the class if the cube is deleted, and loses it to a rival in its place:
         # see docs/known_answers.md before maps are ranked by it.
         Problem(
             "side_by_side",
