@@ -110,6 +110,8 @@ PROBLEMS = {
             volumes.absence,
             repeats=2,
         ),
+        # Its network keeps the class if the cube is deleted, and loses it to a rival in its place:
+        # see docs/known_answers.md before maps are ranked by it.
         Problem(
             "side_by_side",
             "of two balls that touch each is of class 1 if a checkered cube lies on its own side",

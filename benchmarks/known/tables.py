@@ -59,7 +59,7 @@ def top(figures: Mapping[str, Any]) -> str:
         "| map | context deletion | with blur | passes | mass in the evidence | in the object | "
         "in the rival | ROC-AUC of the evidence | highest voxel in it | ranks after "
         "randomisation |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
     for entry in figures["details"]:
         score = scores[entry["method"], entry["layer"]]
@@ -85,10 +85,11 @@ def top(figures: Mapping[str, Any]) -> str:
             + " |"
         )
     for name in figures["controls"][0]:
-        lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 7)
-    for shape in figures["random"][0]:
-        areas = [area for volume in figures["random"] for area in volume[shape]]
-        lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 7)
+        lines.append(f"| *{name}* | {_range([c[name] for c in figures['controls']])} |" + " |" * 8)
+    # A resolution is drawn on the volumes where one of its maps is good enough to be ranked.
+    for shape in dict.fromkeys(shape for volume in figures["random"] for shape in volume):
+        areas = [area for volume in figures["random"] for area in volume.get(shape, [])]
+        lines.append(f"| *random, {shape} voxels* | {_range(areas)} |" + " |" * 8)
     return "\n".join(lines)
 
 
