@@ -31,7 +31,7 @@ from seg3dcam.network.layouts import INPUT
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.progress import Progress
 from seg3dcam.targets import Activation
-from seg3dcam.targets.base import as_own_target
+from seg3dcam.targets.base import UserTarget, as_own_target
 from seg3dcam.windows import WindowPlan, Windows
 
 
@@ -248,8 +248,9 @@ def _heads(
     found = []
     for one in targets:
         own = as_own_target(one.target)
-        key = (type(one.target), own.class_index, own.other_class_index)
-        if own.class_index is None or key not in known:
+        activation = getattr(own, "activation", None)
+        key = (type(own), own.class_index, own.other_class_index, activation)
+        if own.class_index is None or isinstance(own, UserTarget) or key not in known:
             known[key] = head_similarity(first, one.seed, formulas, output)
         found.append(known[key])
     return found

@@ -54,7 +54,10 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         str,
-        typer.Option(help="what stands in place of what is deleted: mean, blur, noise or a number"),
+        typer.Option(
+            help="what stands in place of what is deleted: mean, blur, noise, neighbours or a "
+            "number; the verdict is tested by mean and blur, too"
+        ),
     ] = "mean",
     out: Annotated[
         str,

@@ -1,27 +1,27 @@
-"""Whether a map depends on the last layer of the network: the same map, with random weights there.
+"""Whether a map depends on the last weights of the network: the same map, with others there.
 
-The last layer turns features into classes. A map that is the same whatever its weights are shows
-the features themselves, and nothing of the class. Both maps are made of a part of the input, which
-is small beside what the map itself costs; what the network has elsewhere does not change.
+The last weights turn features into classes. A map that is the same whatever they are shows the
+features themselves, and nothing of the class. Both maps are made of a part of the input, which is
+small beside what the map itself costs; what the network has elsewhere does not change.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import nn
 
 from seg3dcam.engine.passes import FirstPass, wide
 from seg3dcam.engine.seed import Seed
-from seg3dcam.errors import LayerError, ModelError
+from seg3dcam.errors import ModelError
 from seg3dcam.methods.base import Formula, StepwiseFormula
 from seg3dcam.network.capture import Capture, capturing
 from seg3dcam.network.layers import LayerRef
@@ -40,8 +40,12 @@ PART = 1 / 8
 #: A layer with fewer voxels in the part has too few to compare.
 FEWEST = 27
 
-#: Modules that are tried as the last layer: the one that ran last may belong to another output.
+#: Modules that are tried as the last one: what ran last may belong to another output, or may leave
+#: the gradient at the layer as it is, as a bias does, or a scale.
 TRIED = 3
+
+#: Gradients whose cosine is at least this are the same but for their size.
+SAME_GRADIENT = 0.99
 
 #: Number of the formula, layer -> rank correlation of its map with that of a random last layer.
 Similarities = dict[tuple[int, LayerRef], float]
@@ -50,7 +54,7 @@ Similarities = dict[tuple[int, LayerRef], float]
 def head_similarity(
     first: FirstPass, seed: Seed, formulas: Sequence[Formula], output: OutputSelection
 ) -> Similarities:
-    """Return how much each map is like that of a network whose last layer is random.
+    """Return how much each map is like that of a network whose last weights are random.
 
     Maps that cannot be compared at little cost are left out: those of methods that perturb the
     network or explain its input, and those of networks that take one size of input alone.
@@ -73,23 +77,24 @@ def head_similarity(
         try:
             with capturing(first.capture.member, layers, output) as capture:
                 found = _compared(capture, x, part, wanted)
-        except (ModelError, LayerError, torch.OutOfMemoryError):
-            continue  # some networks take one size only
+        except Exception:
+            # Some networks take one size only, or cannot be changed in this way. A check that is
+            # not made is said by its absence, and must not stop an explanation.
+            continue
         if found:
             return found
     return {}
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return Spearman's correlation of two maps of one shape; 0 if either is constant.
+    """Return Spearman's correlation of two maps of one shape; 0 if it is not defined.
 
     >>> round(rank_correlation(torch.tensor([1.0, 2, 4]), torch.tensor([0.0, 3, 5])), 6)
     1.0
     """
     a, b = (values.double().cpu().flatten().numpy() for values in (one, other))
-    if a.min() == a.max() or b.min() == b.max():
-        return 0.0
-    return float(stats.spearmanr(a, b).statistic)
+    defined = all(np.isfinite(values).all() and values.min() < values.max() for values in (a, b))
+    return float(stats.spearmanr(a, b).statistic) if defined else 0.0
 
 
 def modules_from_the_end(
@@ -168,49 +173,66 @@ def _parts(first: FirstPass, seed: Seed) -> Iterator[tuple[torch.Tensor, torch.T
 def _compared(
     capture: Capture, x: torch.Tensor, seed: torch.Tensor, formulas: Mapping[int, StepwiseFormula]
 ) -> Similarities:
-    logits, before = _maps(capture, x, seed, formulas)
-    before = {place: values for place, values in before.items() if values.numel() >= FEWEST}
-    if not before:
-        return {}
-    for name in modules_from_the_end(capture, x)[0][:TRIED]:
-        head = dict(capture.model.named_modules())[name]
-        with _random(head, sign=1):
-            changed, after = _maps(capture, x, seed, formulas)
-        if torch.equal(changed, logits):
-            continue  # it feeds another output
-        found = {
-            place: rank_correlation(values, after[place])
-            for place, values in before.items()
-            if place in after
+    before = _maps(capture, x, seed, formulas)
+    wanted = {place for place, map_ in before.items() if map_.values.numel() >= FEWEST}
+    found: Similarities = {}
+    modules = dict(capture.model.named_modules())
+    for name in modules_from_the_end(capture, x)[0][:TRIED] if wanted else ():
+        with _random(modules[name], sign=1):
+            after = _maps(capture, x, seed, formulas)
+        moved = {
+            place
+            for place in wanted & after.keys()
+            if _cosine(before[place].gradient, after[place].gradient) < SAME_GRADIENT
         }
-        if any(value >= SAME for value in found.values()):
+        now = {
+            place: rank_correlation(before[place].values, after[place].values) for place in moved
+        }
+        if any(value >= SAME for value in now.values()):
             # A map of few features may come out alike by chance. It then turns over with the signs
             # of the weights, while one that does not look at them stays as it is.
-            with _random(head, sign=-1):
-                again = _maps(capture, x, seed, formulas)[1]
-            found = {
-                place: min(value, rank_correlation(before[place], again[place]))
-                for place, value in found.items()
+            with _random(modules[name], sign=-1):
+                again = _maps(capture, x, seed, formulas)
+            now = {
+                place: min(value, rank_correlation(before[place].values, again[place].values))
+                for place, value in now.items()
                 if place in again
             }
-        return found
-    return {}
+        found |= now
+        wanted -= found.keys()
+        if not wanted:
+            break
+    return found
+
+
+class _Made(NamedTuple):
+    """A map on its layer's own grid, and the gradient that it was made of."""
+
+    values: torch.Tensor
+    gradient: torch.Tensor
 
 
 def _maps(
     capture: Capture, x: torch.Tensor, seed: torch.Tensor, formulas: Mapping[int, StepwiseFormula]
-) -> tuple[torch.Tensor, dict[tuple[int, LayerRef], torch.Tensor]]:
-    """Return the logits, and every map on its layer's own grid."""
+) -> dict[tuple[int, LayerRef], _Made]:
+    """Return every map."""
     logits = capture.forward(x.clone())
     if logits.shape != seed.shape:
         raise ModelError("the logits of a part do not have its size")
     gradients = capture.gradients(logits, seed.to(logits))
     activations = capture.activations
-    return logits.detach(), {
-        (number, layer): formula(wide(activations[layer]), wide(gradient))
+    return {
+        (number, layer): _Made(formula(wide(activations[layer]), wide(gradient)), gradient)
         for number, formula in formulas.items()
         for layer, gradient in gradients.items()
     }
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the cosine between two gradients; 1 if it is not defined."""
+    a, b = one.double().flatten(), other.double().flatten()
+    length = float(a.norm() * b.norm())
+    return float(a @ b) / length if 0 < length < math.inf else 1.0
 
 
 @contextlib.contextmanager
@@ -221,12 +243,14 @@ def _random(module: nn.Module, *, sign: int) -> Iterator[None]:
         sign: -1 for the same random weights with the opposite sign.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    double = copy.copy(module)
     drawn = randomised(module._parameters, generator)
-    double._parameters = {  # the copy has a table of its own
+    parameters = {
         name: value if value is None else nn.Parameter(sign * value, requires_grad=False)
         for name, value in drawn.items()
     }
+    # Not by copy.copy(), which classes may refuse or do in their own way.
+    double = object.__new__(type(module))
+    double.__dict__ = {**module.__dict__, "_parameters": parameters}
     thread = threading.get_ident()
 
     def replaced(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -36,13 +36,19 @@ def baseline_of(baseline: str | float, x: torch.Tensor, seed: int) -> Replacemen
     Raises:
         ConfigError: there is none of this name.
     """
+    check_baseline(baseline)
+    if is_number(baseline):
+        return _always(torch.full_like(x, float(baseline)))
+    return BASELINES[str(baseline)](x, seed)
+
+
+def check_baseline(baseline: str | float) -> None:
+    """Raise ConfigError unless there is a baseline of this name, or it is a number."""
     if is_number(baseline):
         check_number("baseline", baseline)
-        return _always(torch.full_like(x, float(baseline)))
-    if not isinstance(baseline, str) or baseline not in BASELINES:
+    elif not isinstance(baseline, str) or baseline not in BASELINES:
         legal = nearest(str(baseline), BASELINES)
         raise ConfigError(f"baseline {baseline!r}: a number, or {legal}")
-    return BASELINES[str(baseline)](x, seed)
 
 
 def mean(x: torch.Tensor, seed: int) -> Replacement:

@@ -103,7 +103,7 @@ class ContextEvidence:
             others = {name: area for name, area in self.controls.items() if name != INPUT_ALONE}
             named = min(others, key=lambda name: others[name])
             worst = max(self.baselines, key=lambda name: self.baselines[name])
-            words = f"echo: says nothing beyond the {named}, which gets {self._area_of(named)}"
+            words = f"echo: says nothing beyond the mask; the {named} gets {self._area_of(named)}"
             if worst != next(iter(self.baselines)):
                 words += f", the map {self.baselines[worst]:.2f} with baseline {worst}"
             words += f" ({figures})"
@@ -118,7 +118,7 @@ class ContextEvidence:
             return (
                 f"undefined: with everything around the mask deleted the Dice is {self.left:.2f}, "
                 f"and on the way there it was {self.rise:.2f} less; what is deleted in part "
-                "disturbs the network, so try another baseline"
+                "disturbs the network"
             )
         return (
             "the prediction needs nothing outside of the mask (with all of it deleted the Dice "
@@ -131,16 +131,14 @@ class ContextEvidence:
         )
         if self.certain:
             return rises
-        return rises + "; not certain: areas are known too roughly, give a larger budget"
+        return rises + "; not certain, since areas are known too roughly"
 
     def _area_of(self, control: str) -> str:
         return _area(self.controls[control], self.errors.get(control, 0.0))
 
     def _areas_of_random(self) -> str:
         low, high, error = min(self.random), max(self.random), self.errors.get("random", 0.0)
-        if error > _ROUGH:
-            return f"at least {max(0.0, low - error):.2f}"
-        return f"{low:.2f}-{high:.2f}"
+        return f"{low:.2f}-{high:.2f}" + (f" ± {error:.2f}" if error > _ROUGH else "")
 
 
 def _area(area: float, error: float) -> str:

@@ -197,7 +197,7 @@ class Ranking:
         name, area = min(self.controls.items(), key=lambda control: control[1])
         if entrant.candidate.worth < area - BETTER:
             return entrant.candidate
-        fault = f"echo: says nothing beyond the {name}, which gets {area:.2f}"
+        fault = f"echo: says nothing beyond the mask; the {name} gets {area:.2f}"
         return replace(entrant.candidate, fault=fault)
 
     def _sane(self, candidate: Candidate) -> Candidate:

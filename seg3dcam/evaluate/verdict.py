@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from scipy import ndimage
+from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from seg3dcam.engine.head_check import SAME
 from seg3dcam.engine.layer_map import LayerMap
@@ -28,6 +29,7 @@ from seg3dcam.evaluate.context import (
     ContextEvidence,
 )
 from seg3dcam.evaluate.sanity import Check
+from seg3dcam.files import printable
 from seg3dcam.geometry import FeatureGrid, interpolate
 from seg3dcam.methods.base import Formula
 
@@ -40,7 +42,7 @@ Finding = Literal[
     "too coarse",  # the region is smaller than a voxel of the layer
     "perhaps echo",  # the mask explains most of the map, and deletion was not run
     "no context",  # the full verdict: the prediction depends on nothing outside of the mask
-    "insensitive",  # it stays the same with random weights in the last layer, or in all
+    "insensitive",  # it stays the same with other weights at the end of the network, or everywhere
     "undefined",  # the full verdict could not be made
     "untested",  # nothing is known against the map, and deletion was not run
     "supported",  # the full verdict: the prediction depends on what it shows
@@ -52,7 +54,7 @@ ECHO = 0.7
 #: Blurs of the mask that are tried as its echo, in voxels of the layer.
 BLURS = (0.0, 1.0, 2.0)
 
-#: At most about so many voxels of a map are compared with the mask.
+#: At most about so many values of a map are compared with the mask.
 MOST = 2_000_000
 
 NOT_TESTED = "not tested by deletion"
@@ -84,13 +86,17 @@ class Verdict:
         return order.index(self.finding) < order.index("perhaps echo")
 
 
-def quick_verdict(map_: LayerMap, formula: Formula, region: torch.Tensor | None) -> Verdict:
+def quick_verdict(
+    map_: LayerMap, formula: Formula, region: torch.Tensor | None, *, resolvable: bool = True
+) -> Verdict:
     """Return what can be said of a map without running the network again.
 
     Args:
         map_: of one item.
         formula: the method that made it.
         region: the voxels that were explained, (*S) bool on the input's grid; None if not known.
+        resolvable: whether the map is meant to show the region as a shape; not so of one voxel,
+            or where the region is not what the score sums over.
     """
     explained = None if region is None or not region.any() else region
     figures = {
@@ -100,16 +106,17 @@ def quick_verdict(map_: LayerMap, formula: Formula, region: torch.Tensor | None)
     }
 
     def says(finding: Finding, words: str) -> Verdict:
-        return Verdict(finding, words, figures)
+        return Verdict(finding, words, _finite(figures))
 
     if map_.status != "ok":
         return says("unusable", f"do not use: {NO_HEAT[map_.status].removeprefix('no CAM: ')}")
     if getattr(formula, "agnostic", False):
         return says(
             "class-agnostic",
-            "class-agnostic: shows what stands out in the layer, the same for every class",
+            "class-agnostic: the method gives this map for every class",
         )
-    if explained is not None and int(explained.sum()) < math.prod(map_.window_grid.stride):
+    cell = math.prod(map_.window_grid.stride)
+    if resolvable and explained is not None and int(explained.sum()) < cell:
         return says(
             "too coarse", "too coarse: the explained region is smaller than one voxel of the layer"
         )
@@ -120,7 +127,7 @@ def quick_verdict(map_: LayerMap, formula: Formula, region: torch.Tensor | None)
         doubts["perhaps echo"] = f"perhaps an echo: {alone}"
     if map_.head is not None and map_.head >= SAME:
         doubts["insensitive"] = (
-            "insensitive: the map stays the same if the network's last layer is random"
+            "insensitive: the map stays the same if the network's last weights are random"
         )
     if map_.unchecked:
         doubts["untested"] = "its gradient could not be checked"
@@ -148,23 +155,48 @@ def full_verdict(quick: Verdict, evidence: ContextEvidence, randomised: Check | 
         "without_context": evidence.left,
         "random_weights": None if randomised is None else randomised.worst,
     }
+    figures |= {f"context_deletion, {name}": area for name, area in evidence.baselines.items()}
+    figures |= {f"error, {name}": error for name, error in evidence.errors.items()}
+    figures |= {"rise": evidence.rise, "certain": float(evidence.certain)}
     stays = "" if randomised is None or randomised.passed else randomised.why
     finding = _finding_of(quick, evidence, bool(stays))
-    words = {
-        "class-agnostic": f"{quick.words}; {stays}; {evidence.words}".replace("; ; ", "; "),
-        "insensitive": f"insensitive: {stays}; {evidence.words}",
-    }.get(finding, evidence.words)
-    return Verdict(finding, words, figures, full=True)
+    words = [quick.words] if finding == "class-agnostic" else []
+    words += [f"insensitive: {stays}" if finding == "insensitive" else stays] if stays else []
+    words.append(evidence.words)
+    if finding != "class-agnostic" and (doubts := _doubts_of(quick)):
+        words.append(doubts)
+    if randomised is None:
+        words.append("not tested by random weights")
+    return Verdict(finding, "; ".join(words), _finite(figures), full=True)
+
+
+def _doubts_of(quick: Verdict) -> str:
+    """Return what the quick verdict found against a map, in its words; "" for nothing."""
+    words = quick.words.removesuffix(NOT_TESTED).removesuffix("; ")
+    return "" if words.startswith("no fault found") else words
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return figures with None for those that are no number."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [one for one in value if math.isfinite(one)]
+        return value if value is None or math.isfinite(value) else None
+
+    return {name: cleaned(value) for name, value in figures.items()}
 
 
 def _finding_of(quick: Verdict, evidence: ContextEvidence, stays: bool) -> Finding:
     """Return a full verdict in one word; `stays`: the map survives random weights."""
     if quick.finding == "class-agnostic":
         return quick.finding
+    if evidence.needs_context and not evidence.better_than_random:
+        return "random"  # not shown to be better is enough
+    if not evidence.certain:
+        return "undefined"
     if not evidence.needs_context:
-        return "no context" if evidence.certain else "undefined"
-    if not evidence.better_than_random:
-        return "random"
+        return quick.finding if quick.finding == "too coarse" else "no context"
     if not evidence.passed:
         return "echo"
     return "insensitive" if stays else "supported"
@@ -172,10 +204,29 @@ def _finding_of(quick: Verdict, evidence: ContextEvidence, stays: bool) -> Findi
 
 def undefined_verdict(quick: Verdict, reason: object) -> Verdict:
     """Return the verdict on a map that could not be tested, for a reason that is said."""
-    if quick.is_against:
-        return replace(quick, full=True)
-    words = f"{quick.words.removesuffix(f'; {NOT_TESTED}')}; {NOT_TESTED}: {reason}"
-    return Verdict("undefined", words, quick.figures, full=True)
+    words = quick.words.removesuffix(NOT_TESTED).removesuffix("; ")
+    finding: Finding = quick.finding if quick.is_against else "undefined"
+    said = f"{words}; {NOT_TESTED}: {printable(str(reason))}"
+    return Verdict(finding, said, quick.figures, full=True)
+
+
+def verdict_of(
+    finding: str, words: str, figures: Mapping[str, Any], *, full: bool = False
+) -> Verdict:
+    """Return a verdict from what a file says; of an unknown kind, "undefined".
+
+    >>> verdict_of("later words", "something new", {"a": 1.0, "b": "no number"})
+    Verdict(finding='undefined', words='something new', figures={'a': 1.0}, full=False)
+    """
+    numbers = {
+        name: value
+        for name, value in figures.items()
+        if value is None
+        or isinstance(value, int | float)
+        or (isinstance(value, list) and all(isinstance(one, int | float) for one in value))
+    }
+    known: Any = finding if finding in get_args(Finding) else "undefined"
+    return Verdict(known, printable(words), _finite(numbers), full)
 
 
 def together(verdicts: Mapping[str, Verdict]) -> Verdict | None:
@@ -215,16 +266,17 @@ def explained_by_mask(map_: LayerMap, mask: torch.Tensor) -> float:
     """
     values, grid = map_.values[0].cpu(), map_.grid
     share = _share_in_cells(mask.cpu(), grid)
-    # Of a fine map of a large volume, a part of the voxels tells as much.
+    # Of a fine map of a large volume, means over a few voxels tell as much.
     step = math.ceil((values.numel() / MOST) ** (1 / values.ndim))
-    thinned = (slice(None, None, step),) * values.ndim
-    drawn, share = values[thinned].double().clamp(min=0), share[thinned].double()
-    return max(_correlation(drawn, _blurred(share, blur / step)) ** 2 for blur in BLURS)
+    drawn, share = (_means(one, step).double() for one in (values.float().clamp(min=0), share))
+    # A map that is high everywhere but in the mask is no echo of it.
+    return max(max(0.0, _correlation(drawn, _blurred(share, blur / step))) ** 2 for blur in BLURS)
 
 
 def _share_in_cells(mask: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
     """Return which part of each voxel of a layer lies in the mask, (*grid.shape)."""
     width = [max(1, round(stride)) for stride in grid.stride]
+    mask = mask != 0
     (box,) = ndimage.find_objects(mask.numpy().astype(np.uint8))
     around = tuple(
         slice(max(0, part.start - n), part.stop + n) for part, n in zip(box, width, strict=True)
@@ -236,6 +288,15 @@ def _share_in_cells(mask: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
     # An even width reaches one voxel further down than up, so its middle is half a voxel lower.
     middles = tuple(0.0 if n % 2 else -0.5 for n in width)
     return interpolate(share, FeatureGrid(tuple(mask.shape), (1.0,) * mask.ndim, middles), grid)
+
+
+def _means(values: torch.Tensor, step: int) -> torch.Tensor:
+    """Return the means over cubes of `step` voxels."""
+    if step == 1:
+        return values
+    pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[values.ndim]
+    pooled: torch.Tensor = pool(values[None, None], step, ceil_mode=True)[0, 0]
+    return pooled
 
 
 def _blurred(values: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -12,11 +12,12 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.errors import TargetError
+from seg3dcam.evaluate.baselines import check_baseline
 from seg3dcam.evaluate.blocks import Curve
 from seg3dcam.evaluate.evaluation import Measurement, Subjects, measurements
 from seg3dcam.evaluate.verdict import Verdict, full_verdict, undefined_verdict
 from seg3dcam.explaining.explain import TargetSpec, explained
-from seg3dcam.explaining.judging import UNDEFINED, Judge, at_layer, region_explained
+from seg3dcam.explaining.judging import UNDEFINED, Judge, at_layer, followed, region_explained
 from seg3dcam.geometry import spacing_of
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.network.layers import LayerSpec
@@ -69,11 +70,13 @@ def evaluate_scan(
         TargetError: a target is about no class.
         ScanError, ModelError, LayerError: see `explain`.
     """
+    check_baseline(baseline)
     report = progress or silent
     found = explained(
         scan, model, targets, layers=layers, method=method, progress=progress, **settings
     )
-    judge = Judge(found.placement, model, True, report)
+    others = tuple(name for name in ("mean", "blur") if name != baseline)
+    judge = Judge(found.placement, model, True, report, (baseline, *others))
     for target, result, cam in found.each():
         for name in result.layers:
             yield _evaluated(judge, target, result, cam, name, truth or {}, baseline)
@@ -101,7 +104,7 @@ def _evaluated(
     try:
         evidence = judge.evidence(name, own, region, result)
         context["context deletion"] = evidence.curve
-        verdict = full_verdict(quick, evidence, randomised)
+        verdict = followed(full_verdict(quick, evidence, randomised), own)
     except UNDEFINED as error:
         verdict = undefined_verdict(quick, error)
     subjects = Subjects(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,7 +23,7 @@ from seg3dcam.progress import Progress
 from seg3dcam.targets import region_of
 from seg3dcam.targets.base import OwnTarget, as_own_target
 from seg3dcam.targets.combined import AnyTarget
-from seg3dcam.targets.regions import Prediction
+from seg3dcam.targets.regions import Box, Prediction
 
 #: What is raised where a test means nothing, for a reason that is said.
 UNDEFINED = (EvaluationError, EmptyRegionError, ModelError, InputError)
@@ -38,12 +39,14 @@ class Judge:
         tests: whether maps are tested by deletion and random weights, which takes some tens of
             predictions for each of them.
         report: called with (step, done, total).
+        baselines: what stands in the place of what is deleted.
     """
 
     placement: Placement
     model: SegModel
     tests: bool
     report: Progress
+    baselines: Sequence[str | float] = ("mean", "blur")
 
     def verdicts(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> dict[str, Verdict]:
         """Return the verdict on every layer's map of a result."""
@@ -61,9 +64,12 @@ class Judge:
         self, target: AnyTarget, result: CamResult, cam: BaseCAM
     ) -> dict[str, Verdict]:
         """Return what may be said of every layer's map without running the network again."""
-        region = region_explained(target, as_own_target(target), result)
+        own = as_own_target(target)
+        region = region_explained(target, own, result)
+        shaped = own.over_mask or (own.over_special_region and not isinstance(own.region_kind, Box))
         return {
-            name: quick_verdict(layer, cam.formula, region) for name, layer in result.layers.items()
+            name: quick_verdict(layer, cam.formula, region, resolvable=shaped)
+            for name, layer in result.layers.items()
         }
 
     @cached_property
@@ -86,8 +92,13 @@ class Judge:
         Raises:
             EvaluationError, EmptyRegionError: context deletion is undefined.
         """
-        if own.class_index is None:
+        mask = None if own.class_index is None else class_mask(own.class_index, result)
+        if own.class_index is None or mask is None:
             raise EvaluationError("the target is about no class")
+        if own.over_special_region and region is not None and (region & ~mask).any():
+            raise EvaluationError(
+                "what is explained is not predicted, so no prediction there can change"
+            )
         return context_evidence(
             result.maps[name][0],
             self.rerun.x,
@@ -97,6 +108,7 @@ class Judge:
             sliding_window=self.model.window,
             activation=self.model.activation,
             output=self.model.output,
+            baselines=self.baselines,
             spacing=spacing_of(self.placement.affine),
             region=region if own.of_component else None,
             rerun=self.rerun,
@@ -118,7 +130,8 @@ class Judge:
             evidence = self.evidence(name, own, region, result)
         except UNDEFINED as error:
             return undefined_verdict(quick, error)
-        return full_verdict(quick, evidence, self.randomised(name, own, cam))
+        verdict = full_verdict(quick, evidence, self.randomised(name, own, cam))
+        return followed(verdict, own)
 
     def randomised(self, name: str, target: OwnTarget, cam: BaseCAM) -> Check | None:
         """Return the check by random weights; None where the network cannot be copied."""
@@ -141,7 +154,20 @@ def region_explained(target: AnyTarget, own: OwnTarget, result: CamResult) -> to
     region = region_of(target, result.logits)
     if region is not None and (own.over_mask or own.over_special_region):
         return region[0]
-    if own.class_index is None:
+    return None if own.class_index is None else class_mask(own.class_index, result)
+
+
+def class_mask(index: int, result: CamResult) -> torch.Tensor | None:
+    """Return where a class is predicted, (*S) bool; None if the network has no such class."""
+    if not 0 <= index < result.logits.shape[1]:
         return None
     overlapping = result.activation == "sigmoid" or result.logits.shape[1] == 1
-    return Prediction(result.logits, own.class_index, overlapping).mask()[0]
+    return Prediction(result.logits, index, overlapping).mask()[0]
+
+
+def followed(verdict: Verdict, own: OwnTarget) -> Verdict:
+    """Say that the whole class was followed where something else was explained."""
+    if own.over_mask or own.of_component:
+        return verdict
+    words = f"{verdict.words}; followed was the whole predicted mask of the class"
+    return replace(verdict, words=words)

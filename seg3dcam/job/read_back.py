@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from seg3dcam.errors import InputError, nearest
-from seg3dcam.evaluate.verdict import Verdict
+from seg3dcam.evaluate.verdict import verdict_of
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import plain
 from seg3dcam.files.readers import FRAMES, Frame
@@ -86,7 +86,7 @@ def load_explanation(
         only_against=entry.only_against,
         of_component=entry.of_component,
         verdicts={
-            layer: Verdict(said.finding, said.words, said.figures, said.full)
+            layer: verdict_of(said.finding, said.words, said.figures, full=said.full)
             for layer, said in entry.verdicts.items()
         },
     )

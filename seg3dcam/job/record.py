@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
-from seg3dcam.evaluate.verdict import Finding
 from seg3dcam.files import digest_of, read_small, write_json
 from seg3dcam.job.folder import Name, is_link_free
 from seg3dcam.scan import Scan
@@ -88,11 +87,14 @@ class LayerSchema(_Schema):
 
 
 class VerdictSchema(_Schema):
-    """What may be said of one layer's map; the fields are those of `Verdict`."""
+    """What may be said of one layer's map; the fields are those of `Verdict`.
 
-    finding: Finding
+    A later version may know other findings and figures.
+    """
+
+    finding: str
     words: str
-    figures: dict[str, float | list[float] | None] = {}
+    figures: dict[str, Any] = {}
     full: bool = False
 
 

@@ -128,7 +128,7 @@ def test_too_small_a_budget_is_said():
     roughly, well = evidence(values, budget=1), evidence(values, budget=500)
     assert not roughly.certain
     assert "not shown to be better than random" in roughly.words
-    assert "not certain: areas are known too roughly" in roughly.words
+    assert "not certain, since areas are known too roughly" in roughly.words
     assert " ± 0." in roughly.words
     assert "random at least 0." in roughly.words
     assert well.certain

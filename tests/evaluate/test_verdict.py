@@ -71,11 +71,14 @@ def test_a_map_of_something_else_is_not(values):
     assert explained_by_mask(layer_map(values), REGION) < 0.6
 
 
-def test_of_a_large_map_a_part_of_the_voxels_tells_as_much(monkeypatch):
-    values = MASK + 0.2 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(1))
+def test_of_a_large_map_means_tell_as_much(monkeypatch):
+    values = MASK + 0.7 * CUE
     whole = explained_by_mask(layer_map(values), REGION)
     monkeypatch.setattr("seg3dcam.evaluate.verdict.MOST", values.numel() // 8)
     assert explained_by_mask(layer_map(values), REGION) == pytest.approx(whole, abs=0.05)
+    one = torch.zeros(SHAPE)
+    one[5, 7, 9] = 1
+    assert explained_by_mask(layer_map(one), one > 0) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, 1.0, 1.5])
@@ -110,10 +113,14 @@ def test_what_nothing_is_found_against_is_untested():
         ("unusable", {"values": CUE * torch.nan}, "NaN or infinite values"),
         ("unusable", {"values": torch.ones(SHAPE)}, "the same everywhere"),
         ("unusable", {"missing": 0.4}, "a branch of the network has no gradient"),
-        ("class-agnostic", {"formula": CAMS["eigen_cam"].formula}, "the same for every class"),
+        (
+            "class-agnostic",
+            {"formula": CAMS["eigen_cam"].formula},
+            "gives this map for every class",
+        ),
         ("too coarse", {"values": coarse(CUE, 2), "grid": GRID, "region": "one"}, "smaller than"),
         ("perhaps echo", {"values": MASK}, "the mask alone explains 100 % of the map"),
-        ("insensitive", {"head": 0.97}, "if the network's last layer is random"),
+        ("insensitive", {"head": 0.97}, "if the network's last weights are random"),
         ("untested", {"unchecked": "no"}, "its gradient could not be checked"),
         ("untested", {"region": None}, "no fault found; not tested"),
         ("untested", {"region": REGION & False}, "no fault found; not tested"),
@@ -168,7 +175,9 @@ def test_what_is_no_better_than_nearness_is_an_echo():
     said = full_verdict(quick(MASK + CUE), found, PASSED)
     assert said.finding == "echo"
     assert said.is_against
-    assert said.words.startswith("echo: says nothing beyond the nearness to the mask")
+    assert said.words.startswith(
+        "echo: says nothing beyond the mask; the nearness to the mask gets 0.0"
+    )
 
 
 def test_what_is_class_agnostic_stays_so():

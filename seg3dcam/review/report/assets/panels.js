@@ -81,7 +81,7 @@ function fillFacts() {
     Target: item().label,
     Layer: layer().name,
     Method: item().method,
-    Verdict: isHidden() ? "" : layer().verdict?.finding || "not known",
+    "Map verdict": isHidden() ? "" : layer().verdict?.finding || "not known",
     seg3dcam: meta.version,
     Date: meta.date,
   };
@@ -174,7 +174,7 @@ function fillNotices() {
   const said = isHidden() ? null : layer().verdict;
   const verdict = said && element("p", {
     className: said.against ? "notice verdict" : "verdict",
-    textContent: `Verdict: ${said.words}`,
+    textContent: `Verdict on the map: ${said.words}`,
   });
   byId("notices").replaceChildren(
     ...(verdict ? [verdict] : []),
