@@ -66,7 +66,7 @@ def found():
 @pytest.mark.slow
 def test_the_layer_that_shows_the_cue_wins(found):
     best = found.best
-    assert (best.layer, best.method, best.role) == ("encoder", "hires_cam", "encoder")
+    assert (best.layer, best.method, best.role) == ("encoder", "grad_cam", "encoder")
     assert found.candidates[0] is best
     assert best.area < 0.03
     assert set(best.baselines) == {"mean", "0.0"}
@@ -76,20 +76,22 @@ def test_the_layer_that_shows_the_cue_wins(found):
     assert found.default.name == "layer bottleneck with hires_cam"
     assert found.default.area > 0.4
     assert found.words.startswith(
-        "use layer encoder with hires_cam: it points outside the mask at something the prediction "
+        "use layer encoder with grad_cam: it points outside the mask at something the prediction "
         "depends on (context deletion 0.02, mask alone 0.5"
     )
     assert "; the default, layer bottleneck with hires_cam, gets 0.5" in found.words
 
 
 @pytest.mark.slow
-def test_a_map_that_survives_random_weights_comes_after_those_that_do_not(found):
-    """Two channels of the encoder, whatever they are weighted by, show what is bright."""
+def test_a_map_that_survives_random_weights_comes_after_those_that_do_not():
+    """The encoder's main component, whatever comes behind it, shows what is bright."""
+    found = compared(methods=["eigen_cam", "hires_cam"], layers=["encoder"])
+    assert found.best.method == "hires_cam"
     last = found.candidates[-1]
-    assert (last.layer, last.method) == ("encoder", "grad_cam")
-    assert last.area < 0.03
+    assert last.method == "eigen_cam"
+    assert last.area < 0.1
     assert not last.sanity.passed
-    assert last.fault.startswith("shows what a random network shows: with all weights random")
+    assert last.fault.startswith("shows what a random network shows: with all weights")
 
 
 @pytest.mark.slow

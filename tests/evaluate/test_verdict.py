@@ -235,3 +235,28 @@ def test_a_region_that_is_no_part_of_the_mask_is_refused():
     x = toy.random_input(1, 1, 12, 12, 12).float()
     with pytest.raises(InputError, match="part of the class's predicted mask"):
         Subject(Rerun(network, x), 1, "softmax", torch.ones(12, 12, 12, dtype=torch.bool))
+
+
+def test_a_tested_map_keeps_what_was_found_before():
+    before = quick(values=MASK + 0.3 * CUE)
+    assert before.finding == "perhaps echo"
+    said = full_verdict(before, evidence(MASK + CUE), None)
+    assert said.finding == "supported"
+    assert "perhaps an echo" in said.words
+    assert said.words.endswith("not tested by random weights")
+
+
+def test_what_is_not_certain_is_not_said():
+    found = replace(evidence(MASK + CUE), certain=False)
+    assert full_verdict(quick(), found, PASSED).finding == "undefined"
+    random = replace(found, p_value=0.5)
+    assert full_verdict(quick(), random, PASSED).finding == "random"
+
+
+def test_figures_are_numbers():
+    found = replace(evidence(MASK + CUE), left=float("nan"))
+    said = full_verdict(quick(), found, replace(PASSED, worst=float("inf")))
+    assert said.figures["without_context"] is None
+    assert said.figures["random_weights"] is None
+    assert said.figures["certain"] == 1
+    assert "error, mean" in said.figures

@@ -247,3 +247,55 @@ def test_the_command_evaluates(place, tmp_path):
 def test_component_targets_have_their_own_words():
     found = explain(remote_scan(), model(), ClassLogOdds(1, Component(0)), layers="features")
     assert found.verdict().finding in ("untested", "perhaps echo", "insensitive")
+
+
+# --------------------------------------------------------------------------------- odd targets
+
+
+def a_mask(*place) -> torch.Tensor:
+    values = torch.zeros(SHAPE)
+    values[place] = 1
+    return values
+
+
+@pytest.mark.slow
+def test_what_is_not_predicted_cannot_be_followed():
+    """Another lesion is predicted, and its prediction says nothing about this place."""
+    elsewhere = a_mask(slice(28, 32), slice(8, 12), slice(8, 12))
+    target = ClassLogOdds(1, elsewhere[None])
+    said = explain(remote_scan(), model(), target, layers="features", verdict="full").verdict()
+    assert said.finding in ("undefined", "unusable")
+    assert "not predicted" in said.words or said.finding == "unusable"
+
+
+@pytest.mark.slow
+def test_it_is_said_when_the_whole_class_was_followed():
+    target = ClassLogOdds(1, "volume")
+    said = explain(remote_scan(), model(), target, layers="features", verdict="full").verdict()
+    assert "followed was the whole predicted mask of the class" in said.words
+
+
+def test_a_function_with_an_index_of_no_class_is_explained():
+    def score(logits):
+        return logits[:, 1].flatten(1).sum(1)
+
+    score.index = 7
+    found = explain(remote_scan(), model(), score, layers="features")
+    assert found.verdict().figures["mask_explains"] is None
+
+
+def test_only_a_region_that_is_summed_over_can_be_too_small():
+    """The lesion has 64 voxels; a stride of 8 makes voxels of 512."""
+    network = Remote()
+    network.features.append(nn.AvgPool3d(8, 8))
+    network.features.append(nn.Upsample(scale_factor=8))
+    coarse = SegModel(network, class_names=["background", "lesion"])
+    scan = load_scan(remote_scan().data[0, :32].numpy(), affine=np.eye(4))
+    said = explain(scan, coarse, ClassLogOdds(1, "volume"), layers="features.2").verdict()
+    assert said.finding != "too coarse"
+
+
+def test_a_baseline_that_is_none_is_refused_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(Remote, "forward", lambda *_: pytest.fail("a prediction was made"))
+    with pytest.raises(ConfigError, match="bogus"):
+        list(evaluate_scan(remote_scan(), model(), ["lesion"], baseline="bogus"))
