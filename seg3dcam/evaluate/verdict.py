@@ -281,7 +281,7 @@ def _share_in_cells(mask: torch.Tensor, grid: FeatureGrid) -> torch.Tensor:
     around = tuple(
         slice(max(0, part.start - n), part.stop + n) for part, n in zip(box, width, strict=True)
     )
-    share = torch.zeros(mask.shape)
+    share = torch.zeros(mask.shape, device="cpu")
     share[around] = torch.from_numpy(
         ndimage.uniform_filter(mask[around].numpy().astype(np.float32), width, mode="nearest")
     )

@@ -76,7 +76,7 @@ def test_the_table_and_shared_settings_load_no_framework(name):
     body = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     found = {getattr(node, "module", None) or node.names[0].name for node in imports}
-    standard = {"__future__", "collections.abc", "importlib", "pathlib", "typing"}
+    standard = {"__future__", "collections.abc", "dataclasses", "importlib", "pathlib", "typing"}
     assert found - standard <= {
         "pydantic",
         "seg3dcam.checks",

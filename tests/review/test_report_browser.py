@@ -172,7 +172,7 @@ def test_page_opens_at_the_peak_and_says_where_that_is(page, phantom):
         lambda: "axial slice" in page.run("return document.querySelector('#live').textContent")
     )
     banner = page.text("header")
-    for part in ("case 7", "UNet", "lesion", "mean of 2 layers", "hires_cam", "not run", "0.1"):
+    for part in ("case 7", "UNet", "lesion", "mean of 2 layers", "hires_cam", "not known", "0.1"):
         assert part in banner
     assert "Research use, not for diagnosis" in banner
 
