@@ -15,7 +15,7 @@ import torch
 import toy
 from helpers_crossed import crossed
 from helpers_grids import assert_grid, grids_of
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from monai.networks import nets
 from torch import nn
@@ -344,6 +344,7 @@ def test_long_inputs_are_measured_on_a_short_one(length):
 
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
+@example([(2, 2, True, False), (1, 3, False, False), (2, 1, False, False), (4, 1, True, True)])
 @given(
     layers=st.lists(
         st.tuples(st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans()),

@@ -220,7 +220,8 @@ def _fit(
     position = ((line.sum(others) if others else line) / count + 1) * (length - 1) / 2
     size = len(position)
     index, position = _steps(torch.arange(size, dtype=torch.float64, device="cpu"), position)
-    trim = len(index) // 4  # padding and transposed convolutions distort the ends
+    # Padding and transposed convolutions distort the ends. Of few voxels more are needed.
+    trim = math.ceil(len(index) / 4) if len(index) >= 8 else len(index) // 4
     inner = slice(trim, len(index) - trim)
     seen = count[index[inner].long()] > 0
     index, position = index[inner][seen], position[inner][seen]
