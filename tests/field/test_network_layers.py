@@ -53,7 +53,7 @@ def convolutions(network: nn.Module) -> list[str]:
 
 @quiet
 @pytest.mark.usefixtures("usual_grids_but_for_few")
-@named(*ORDINARY, quick=FEW)
+@named(*(name for name in ORDINARY if not name.startswith("BasicUNet++")), quick=FEW)
 def test_all_explains_every_convolution_that_ran_once(name):
     """The others are named with the reason: heads that are not explained, parts that only train."""
     row = NETWORKS[name]

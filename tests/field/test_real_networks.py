@@ -77,7 +77,6 @@ def test_the_middle_of_a_mesh_net_is_taken(name):
     "name",
     [
         "model11_gw_ae",
-        pytest.param("model5_gw_ae", marks=pytest.mark.slow),
         pytest.param("model20chan3cls", marks=pytest.mark.slow),
     ],
 )
