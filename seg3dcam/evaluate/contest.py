@@ -116,7 +116,6 @@ class Case:
         kept = grown(self.mask.cpu().numpy(), how.margin)
         self._blocks = Blocks.of(self._subject, how.block, kept=kept)
         self._fractions = self._blocks.fractions(how.steps)
-        self._replacements = {how.baseline: self._blocks.replacement(how.baseline, how.seed)}
         self._known: dict[tuple[str | float, bytes], float] = {}
         self.left = self._dice_without(self._blocks.free, how.baseline)
 
@@ -170,9 +169,7 @@ class Case:
             baseline: None for the first one.
         """
         given = self.how.baseline if baseline is None else baseline
-        if given not in self._replacements:
-            self._replacements[given] = self._blocks.replacement(given, self.how.seed)
-        counts = np.round(self._fractions * len(order)).astype(np.int64)
+        counts = self._blocks.counts(self.how.steps)
 
         def height(step: int) -> float:
             return self._dice_without(order[: counts[step]], given)
@@ -196,7 +193,8 @@ class Case:
             gone = np.zeros(int(segments.max()) + 1, dtype=bool)
             gone[blocks] = True
             deleted = torch.from_numpy(gone[segments]).to(x.device)
-            changed = torch.where(deleted, self._replacements[baseline](deleted), x)
+            replacement = self._blocks.replacement(baseline, self.how.seed)
+            changed = torch.where(deleted, replacement(deleted), x)
             self._known[key] = self._subject.dice_at(self._rerun.start().change(changed))
         return self._known[key]
 
