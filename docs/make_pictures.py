@@ -19,7 +19,7 @@ import numpy as np
 DOCS = Path(__file__).parent
 TESTS = DOCS.parent / "tests"
 VIEWS = ("Red", "Green", "Yellow")  # axial, coronal, sagittal
-sys.path.insert(0, str(TESTS / "review"))
+sys.path.insert(0, str(TESTS))
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 def of_browser(page: Path) -> np.ndarray:
     """Return the page as Chromium shows it."""
-    from browser import open_browser
+    from helpers_browser import open_browser
 
     with open_browser(1440, 900) as shown:
         shown.open(page.as_uri())
