@@ -49,11 +49,9 @@ def crossed(
     def at(places: tuple[int, ...]) -> tuple[Any, ...]:
         return tuple(column[place] for column, place in zip(columns, places, strict=True))
 
+    quick |= {places for places in every if at(places) in chosen}
     return [
-        pytest.param(
-            *at(places),
-            marks=[pytest.mark.slow] * (places not in quick and at(places) not in chosen),
-        )
+        pytest.param(*at(places), marks=[pytest.mark.slow] * (places not in quick))
         for places in (_of_all_pairs(every, quick) if pairs else every)
     ]
 

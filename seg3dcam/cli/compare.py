@@ -15,6 +15,7 @@ from seg3dcam.cli.options import (
     Overrides,
     Trust,
     frame_of,
+    number_or_word,
     overrides,
 )
 from seg3dcam.cli.printing import out as console
@@ -69,8 +70,8 @@ def compare(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="what stands in place of what is deleted: mean, blur, noise or neighbours; the "
-            "winner passes by all that are given; default: mean; repeatable"
+            help="what stands in place of what is deleted: mean, blur, noise, neighbours or a "
+            "number; the winner passes by all that are given; default: mean and blur; repeatable"
         ),
     ] = None,
     frame: FrameName = None,
@@ -83,16 +84,15 @@ def compare(
     files = [_channels(word) for word in scan]
     check_apart(Path(out), [file for case in files for file in case])
     header_form, changes = frame_of(frame), overrides(set)
+    asked = {"baselines": [number_or_word(word) for word in baseline]} if baseline else {}
     # What needs PyTorch is imported after the options are found to be legal.
     from seg3dcam.explaining.comparing import compare_scans
     from seg3dcam.job.comparison import recommend as write_recommended
     from seg3dcam.job.comparison import write_comparison
-    from seg3dcam.job.run import device_of
-    from seg3dcam.models import load_model
+    from seg3dcam.job.run import model_on_device
     from seg3dcam.scan import load_scan
 
-    loaded = load_model(model, trust=trust, overrides=changes)
-    loaded.module.to(device_of(device))
+    loaded = model_on_device(device, model, trust=trust, overrides=changes)
     place = loaded.recommended
     if recommend and place is not None:
         check_writable(place.parent)
@@ -105,7 +105,7 @@ def compare(
             methods=method,
             margin=margin,
             block=block,
-            baselines=baseline or ["mean"],
+            **asked,
             progress=progress,
         )
         progress("writing", 0, 1)

@@ -15,6 +15,7 @@ from seg3dcam.cli.options import (
     Overrides,
     Trust,
     frame_of,
+    number_or_word,
     overrides,
 )
 from seg3dcam.cli.printing import out as console
@@ -77,12 +78,10 @@ def evaluate(
     # What needs PyTorch is imported after the options are found to be legal.
     from seg3dcam.explaining.evaluating import evaluate_scan
     from seg3dcam.job.evaluation import truths_of, write_evaluation
-    from seg3dcam.job.run import device_of
-    from seg3dcam.models import load_model
+    from seg3dcam.job.run import model_on_device
     from seg3dcam.scan import load_scan
 
-    loaded = load_model(model, trust=trust, overrides=changes)
-    loaded.module.to(device_of(device))
+    loaded = model_on_device(device, model, trust=trust, overrides=changes)
     loaded_scan = load_scan(scan, frame=header_form)
     truths = truths_of(truth, label, loaded_scan, loaded, target, header_form)
     with progress_bar() as progress:
@@ -94,7 +93,7 @@ def evaluate(
                 layers="auto" if layer is None else layer if len(layer) > 1 else layer[0],
                 method=method,
                 truth=truths,
-                baseline=_number_or_word(baseline),
+                baseline=number_or_word(baseline),
                 progress=progress,
             )
         )
@@ -105,13 +104,6 @@ def evaluate(
         say(one.verdict.words)
     for what, path in zip(("picture", "table", "record"), written, strict=True):
         print_file(what, path)
-
-
-def _number_or_word(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _table(one: MapEvaluation) -> Table:

@@ -55,13 +55,11 @@ def features(
     from seg3dcam.explaining.features import features_of_scan
     from seg3dcam.job.case import write_apart
     from seg3dcam.job.keys import scan_code
-    from seg3dcam.job.run import device_of
-    from seg3dcam.models import load_model
+    from seg3dcam.job.run import model_on_device
     from seg3dcam.review import save_features
     from seg3dcam.scan import load_scan
 
-    loaded = load_model(model, trust=trust, overrides=changes)
-    loaded.module.to(device_of(device))
+    loaded = model_on_device(device, model, trust=trust, overrides=changes)
     with progress_bar() as progress:
         loaded_scan = load_scan(scan, frame=header_form)
         found = features_of_scan(

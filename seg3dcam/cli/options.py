@@ -237,6 +237,18 @@ DeviceName = Annotated[str, typer.Option(help=help_of("device"))]
 Trust = Annotated[bool, typer.Option("--trust", help="allow the model's own code")]
 
 
+def number_or_word(text: str) -> float | str:
+    """Return the number that a text is, or the text.
+
+    >>> number_or_word("-1e3"), number_or_word("mean")
+    (-1000.0, 'mean')
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def axis_of(text: str) -> int | str:
     """Return the number of an axis, or a plane; ConfigError for anything else."""
     if text in ("0", "1", "2"):

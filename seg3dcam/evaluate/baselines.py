@@ -91,6 +91,10 @@ def neighbours(x: torch.Tensor, seed: int) -> Replacement:
     return filled
 
 
+#: What stands in the place of what is deleted where a verdict or a recommendation is found; both
+#: have to hold with each.
+OF_VERDICTS = ("mean", "blur")
+
 BASELINES: dict[str, Callable[[torch.Tensor, int], Replacement]] = {
     "mean": mean,
     "blur": blur,

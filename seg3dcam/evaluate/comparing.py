@@ -16,6 +16,7 @@ from torch import nn
 from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.checks import Activation, check_whole_number
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamError, nearest
+from seg3dcam.evaluate.baselines import OF_VERDICTS
 from seg3dcam.evaluate.comparison import Comparison
 from seg3dcam.evaluate.contest import Case, Measuring
 from seg3dcam.evaluate.ranking import Keep, Ranking, entrants_of, not_measured
@@ -53,7 +54,7 @@ def compare(
     margin: int = 2,
     block: int = 4,
     steps: int = 25,
-    baselines: Sequence[str | float] = ("mean",),
+    baselines: Sequence[str | float] = OF_VERDICTS,
     draws: int = 20,
     spacing: Sequence[float] | None = None,
     seed: int = 0,
@@ -78,7 +79,7 @@ def compare(
         methods: keys of methods; None takes `METHODS`. Those that explain the input itself have
             "input" as their layer.
         baselines: the first one is used for everything. The others are for possible winners alone,
-            which have to pass by all of them.
+            which have to pass by all of them. The defaults are those of a verdict.
         draws: random maps for every layer; with 20 the p-value can be as low as 1/21.
         spacing: mm from voxel to voxel along every axis, None for what a MetaTensor's affine says.
         progress: called with (step, done, total).

@@ -18,6 +18,7 @@ from torch import nn
 from seg3dcam.checks import Activation, check_number, check_whole_number
 from seg3dcam.errors import ConfigError
 from seg3dcam.evaluate.arrays import map_array, refuse_constant
+from seg3dcam.evaluate.baselines import OF_VERDICTS
 from seg3dcam.evaluate.blocks import Blocks, Curve, Subject
 from seg3dcam.evaluate.controls import input_alone, mask_alone, nearness, random_maps
 from seg3dcam.evaluate.rerun import Rerun
@@ -160,7 +161,7 @@ def context_evidence(
     margin: int = 2,
     block: int = 4,
     steps: int = 25,
-    baselines: Sequence[str | float] = ("mean", "blur"),
+    baselines: Sequence[str | float] = OF_VERDICTS,
     draws: int = 20,
     sliding_window: WindowPlan | None = None,
     activation: Activation = "softmax",

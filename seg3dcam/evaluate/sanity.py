@@ -23,6 +23,7 @@ from seg3dcam.checks import check_number, check_whole_number
 from seg3dcam.engine.head_check import modules_from_the_end, randomised, rank_correlation
 from seg3dcam.errors import EvaluationError, InputError, ModelError, Seg3dcamWarning
 from seg3dcam.network.capture import capturing
+from seg3dcam.network.facts import take_over
 from seg3dcam.network.layers import moved_to
 from seg3dcam.targets import ClassLogOdds, as_target, fixed, name_of
 from seg3dcam.targets.regions import Prediction
@@ -306,6 +307,8 @@ def _copied(cam: BaseCAM) -> BaseCAM:
             f"undefined: the network cannot be copied ({error}), and the weights of your own are "
             "not touched"
         ) from error
+    for member in cam.members:
+        take_over(copies[id(member.network)], member.network)
     other = copy.copy(cam)
     other.members = [replace(m, network=copies[id(m.network)]) for m in cam.members]
     other.model = other.members[0].network

@@ -12,7 +12,7 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.errors import TargetError
-from seg3dcam.evaluate.baselines import check_baseline
+from seg3dcam.evaluate.baselines import OF_VERDICTS, check_baseline
 from seg3dcam.evaluate.blocks import Curve
 from seg3dcam.evaluate.evaluation import Measurement, Subjects, measurements
 from seg3dcam.evaluate.verdict import Verdict, full_verdict, undefined_verdict
@@ -75,7 +75,7 @@ def evaluate_scan(
     found = explained(
         scan, model, targets, layers=layers, method=method, progress=progress, **settings
     )
-    others = tuple(name for name in ("mean", "blur") if name != baseline)
+    others = tuple(name for name in OF_VERDICTS if name != baseline)
     judge = Judge(found.placement, model, True, report, (baseline, *others))
     for target, result, cam in found.each():
         for name in result.layers:

@@ -12,6 +12,7 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.errors import EmptyRegionError, EvaluationError, InputError, ModelError
+from seg3dcam.evaluate.baselines import OF_VERDICTS
 from seg3dcam.evaluate.context import ContextEvidence, context_evidence
 from seg3dcam.evaluate.rerun import Rerun
 from seg3dcam.evaluate.sanity import Check, randomisation
@@ -46,7 +47,7 @@ class Judge:
     model: SegModel
     tests: bool
     report: Progress
-    baselines: Sequence[str | float] = ("mean", "blur")
+    baselines: Sequence[str | float] = OF_VERDICTS
 
     def verdicts(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> dict[str, Verdict]:
         """Return the verdict on every layer's map of a result."""

@@ -110,9 +110,7 @@ def run_job(
 def _loaded_model(job: Job, trust: bool) -> SegModel:
     """Return the network on its device."""
     inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
-    model = load_model(job.model, trust=trust, overrides=job.set, **inputs)
-    model.module.to(device_of(job.device))
-    return model
+    return model_on_device(job.device, job.model, trust=trust, overrides=job.set, **inputs)
 
 
 def _advised(job: Job, model: SegModel) -> tuple[Job, str]:
@@ -172,6 +170,22 @@ def _check_slice(scan: Scan, job: Job) -> None:
         raise ConfigError(
             f"{job.axes[0]} slice {job.slice}: legal are 0 to {size - 1} for {scan.title}"
         )
+
+
+def model_on_device(device: str, source: str, **settings: Any) -> SegModel:
+    """Return a model on the device to compute on.
+
+    Args:
+        device: "auto", or the name of one.
+        source, settings: see `load_model`.
+
+    Raises:
+        ConfigError: an unknown device, or none in this machine.
+        ModelError: see `load_model`.
+    """
+    model = load_model(source, **settings)
+    model.module.to(device_of(device))
+    return model
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -21,7 +21,13 @@ from seg3dcam.geometry import FeatureGrid
 from seg3dcam.network.layers import LayerRef, Layout
 from seg3dcam.network.layouts import Tokens, channels_first, channels_last
 from seg3dcam.network.locks import alone_with
-from seg3dcam.network.structure import Structure, differences, is_number, structure_of
+from seg3dcam.network.structure import (
+    Structure,
+    differences,
+    is_number,
+    structure_of,
+    without_identity,
+)
 
 
 @dataclass
@@ -90,6 +96,26 @@ def _facts_of(network: nn.Module, structure: Structure) -> NetworkFacts:
                 new.perhaps_volatile, new.former_grids = changed, known.grids
             known = _facts[network] = new
         return known
+
+
+def take_over(copied: nn.Module, network: nn.Module) -> None:
+    """Let a copy of a network know what is known about the network itself.
+
+    Nothing of it depends on the values of weights. If the copy has another structure, it is found
+    out anew.
+    """
+    with _tables:
+        known, structure = facts_of(network), structure_of(copied)
+        changed = differences(without_identity(known.structure), without_identity(structure))
+        if not changed - known.volatile:
+            _facts[copied] = replace(
+                known,
+                structure=structure,
+                volatile=set(known.volatile),
+                layouts=dict(known.layouts),
+                grids=dict(known.grids),
+                gaps=dict(known.gaps),
+            )
 
 
 def key_of(layer: LayerRef) -> tuple[str, tuple, Layout | None] | None:

@@ -63,6 +63,14 @@ def differences(one: Structure, other: Structure) -> set[tuple[str, str]]:
     return changed
 
 
+def without_identity(structure: Structure) -> Structure:
+    """Return a structure as its copy has it, whose modules are others of the same types."""
+    return {
+        name: {key: value[1] if key == "" else value for key, value in own.items()}  # type: ignore[index]
+        for name, own in structure.items()
+    }
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a setting is a number or a tuple of numbers: a list may be a log."""
     return all(map(is_number, value)) if type(value) is tuple else isinstance(value, int | float)

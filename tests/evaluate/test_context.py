@@ -36,6 +36,7 @@ def test_a_map_of_the_cue_passes():
     assert set(found.baselines) == {"mean", "0.0"}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("values", "words"),
     [

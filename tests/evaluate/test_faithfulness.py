@@ -139,7 +139,7 @@ CURVES = {"deletion": deletion, "insertion": insertion, "context": context_delet
         PLANS,
         BASELINES,
         [(2, 4, 25, 0), (0, 2, 7, 1), (1, 3, 10, 5), (3, 4, 60, 2)],
-        rows=5,
+        rows=3,
         pairs=True,
     ),
 )

@@ -63,7 +63,7 @@ def image(seed: int = 0) -> torch.Tensor:
         CHANGES,
         KEPT,
         ["plain", "ensemble"],
-        rows=7,
+        rows=4,
         pairs=True,
     ),
 )

@@ -149,6 +149,7 @@ PASSED = Check(("all",), (0.1,), (0.0,), 0.1, 0.7, "ranks correlate by 0.10")
 STAYED = Check(("all",), (0.9,), (0.8,), 0.9, 0.7, "ranks correlate by 0.90")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("values", "randomised", "finding"),
     [

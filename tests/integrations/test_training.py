@@ -216,6 +216,7 @@ def test_pictures_become_artifacts(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what may pass, and what not
 
 
+@pytest.mark.slow
 def test_what_may_pass_does_not_stop_a_training(tmp_path, monkeypatch):
     network = Bright()
     nn.init.zeros_(network.conv.weight)

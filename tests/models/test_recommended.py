@@ -232,6 +232,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_damaged_file_is_told_of_and_not_used(place, name):
     content, why = HOSTILE[name]
@@ -246,6 +247,7 @@ def test_a_damaged_file_is_told_of_and_not_used(place, name):
     assert layers_and_methods(place.record) == {(AUTO, "hires_cam")}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -223,7 +223,7 @@ def owning(kind, place="attribute"):
     return net, lambda: state(find(net.kept))
 
 
-@pytest.mark.parametrize(("kind", "place"), crossed(OWNED, PLACES))
+@pytest.mark.parametrize(("kind", "place"), crossed(OWNED, PLACES, rows=2))
 def test_generators_of_the_networks_own(kind, place):
     net, state = owning(kind, place)
     before, generator = state(), PLACES[place][1](net.kept)
@@ -310,7 +310,7 @@ def only_if_bright(draw):
     return net
 
 
-@pytest.mark.parametrize(("name", "cam"), crossed(DRAWS, [HiResCAM, GradCAM]))
+@pytest.mark.parametrize(("name", "cam"), crossed(DRAWS, [HiResCAM, GradCAM], rows=2))
 def test_what_draws_in_some_windows_alone_is_explained_as_one_that_draws(name, cam):
     """As a network of which that was known from the start, from its first, bright window."""
     plan = WindowPlan(8, overlap=0.5)

@@ -286,9 +286,7 @@ def test_a_network_that_looks_at_another_item_of_the_batch_is_measured_alone():
     assert not grid.measured
 
 
-@pytest.mark.parametrize(
-    ("name", "length"), crossed(sorted(STACKS), [8, 12, 16, 24, 32, 48, 64, 80, 96], rows=6)
-)
+@pytest.mark.parametrize(("name", "length"), crossed(sorted(STACKS), [8, 12, 16, 32, 80], rows=6))
 def test_a_grid_that_counts_as_measured_is_right_in_one_size_alone(name, length):
     layers, stride, offset = STACKS[name]
     if name == "adaptive pool":

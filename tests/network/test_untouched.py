@@ -431,7 +431,9 @@ def without_garbage_collection():
         gc.enable()
 
 
-@pytest.mark.parametrize(("cam_class", "plan"), crossed([GradCAM, HiResCAM], [None, WindowPlan(4)]))
+@pytest.mark.parametrize(
+    ("cam_class", "plan"), crossed([GradCAM, HiResCAM], [None, WindowPlan(4)], rows=1)
+)
 @quiet
 def test_no_activations_outlive_the_call(cam_class, plan, net, x):
     """Neither the CAM nor its result keeps any, and no reference cycle waits for collection."""
