@@ -1,7 +1,8 @@
 """Which layer, and which method? All combinations, ranked by context deletion and sanity.
 
-The winner is chosen among many, so it is also held against the best of many random maps: each draw
-makes one random map for every layer, and the winner has to beat the best of them.
+The winner is chosen among many, so it is also held against the best of many random maps of its own
+resolution: each draw makes as many as there are layers, and the winner has to beat the best of
+them.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def compare(
     best, and about one for each random map. Fewer layers and methods take fewer.
 
     The best is better than the mask alone and than nearness to it, by every baseline; its map gets
-    lost when all weights are random; and it is better than the best of as many random maps as there
-    are layers, in (nearly) every draw, since it was itself chosen among many.
+    lost when all weights are random; and it is better than the best of as many random maps of its
+    resolution as there are layers, in (nearly) every draw, since it was itself chosen among many.
 
     Args:
         network: any network that a CAM takes.
@@ -80,7 +81,7 @@ def compare(
             "input" as their layer.
         baselines: the first one is used for everything. The others are for possible winners alone,
             which have to pass by all of them. The defaults are those of a verdict.
-        draws: random maps for every layer; with 20 the p-value can be as low as 1/21.
+        draws: how often random maps are drawn; with 20 the p-value can be as low as 1/21.
         spacing: mm from voxel to voxel along every axis, None for what a MetaTensor's affine says.
         progress: called with (step, done, total).
         keep: called with the map (*S) of each candidate on the first input and the mask (*S); what

@@ -34,8 +34,8 @@ class Candidate:
         baselines: baseline -> area, of a possible winner; else none.
         sanity: whether the map gets lost when all weights are random, of a possible winner.
         unchecked: why that could not be checked; "" where it was, or was not tried.
-        p_value: of a possible winner, the chance that the best of as many random maps as there are
-            layers is at least as good.
+        p_value: of a possible winner, the chance that the best of as many random maps of its
+            resolution as there are layers is at least as good; at least this if it did not pass.
         won: whether it is the best that may be trusted.
         fault: why a candidate that was looked at more closely did not win; "" for others.
         kept: what `keep` returned of the map on the first input.
@@ -85,7 +85,8 @@ class Comparison:
         controls: "mask alone", "nearness to the mask" -> area, the mean over the inputs that count.
         left: Dice of the class if everything around it is deleted, of every input.
         counted: the numbers of the inputs that count: those that need something around the mask.
-        random: of every draw, the area of the best of its random maps, one for each layer.
+        random: of every draw, the area of the best of as many random maps as there are layers, of
+            the winner's resolution; without a winner of the first that was held against them.
         random_points: the measured points of random maps on the first input that counts.
         mask_curve: of the mask alone, on the first input that counts; None if none counts.
         class_index: the class.

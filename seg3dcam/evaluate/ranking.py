@@ -3,13 +3,15 @@
 1. All areas are measured, those of bad maps only roughly; then the whole curves of the best few.
 2. The best are looked at in turn, until one passes: it is better than the mask alone and nearness
    to it by every baseline, and its map gets lost when all weights are random.
-3. The winner was chosen among many maps, one of which may be good by chance. So it is held against
-   the best of many random maps: each draw makes one for every layer. Methods of one layer rank
-   voxels much alike, and count as one map.
+3. A map that was chosen among many may be good by chance. So it is held against the best of as many
+   random maps as there are layers, drawn again and again, all of its own resolution: coarse random
+   maps are good more often than fine ones. Methods of one layer rank voxels much alike, and count
+   as one map.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +23,6 @@ from seg3dcam.evaluate.areas import PartialCurve
 from seg3dcam.evaluate.comparison import Candidate, Points
 from seg3dcam.evaluate.contest import Case, Order, measured
 from seg3dcam.evaluate.context import MASK_ALONE, NEARNESS
-from seg3dcam.evaluate.controls import rank_p_value
 from seg3dcam.evaluate.sanity import Check
 from seg3dcam.evaluate.trial import BETTER, NEEDS_NOTHING, SIGNIFICANT
 from seg3dcam.geometry import FeatureGrid
@@ -99,7 +100,7 @@ class Ranking:
     Args:
         cases: the inputs. Those that need nothing outside of the mask do not count.
         others: baselines besides the first.
-        draws: random maps of every layer.
+        draws: how often random maps are drawn.
 
     Attributes:
         counted: the numbers of the inputs that count.
@@ -181,17 +182,17 @@ class Ranking:
 
     def _look_at(self, usable: Sequence[Entrant]) -> None:
         """Look at the best in turn, until one passes or no other can."""
+        layers = len({entrant.candidate.layer for entrant in usable})
         for entrant in usable[:LOOKED_AT]:
-            candidate = self._beyond_the_mask(entrant)
+            entrant.candidate = candidate = self._beyond_the_mask(entrant)
             if candidate.fault:
-                entrant.candidate = candidate
                 return  # all others have larger areas
             candidate = self._by_every_baseline(entrant, self._sane(candidate))
             if not candidate.fault:
-                candidate = self._beyond_chance(candidate, usable)
-                entrant.candidate = replace(candidate, won=not candidate.fault)
+                candidate = self._beyond_chance(entrant, candidate, layers)
+            entrant.candidate = replace(candidate, won=not candidate.fault)
+            if entrant.candidate.won:
                 return
-            entrant.candidate = candidate
 
     def _beyond_the_mask(self, entrant: Entrant) -> Candidate:
         name, area = min(self.controls.items(), key=lambda control: control[1])
@@ -225,44 +226,52 @@ class Ranking:
         )
         return replace(candidate, baselines=areas, fault=fault)
 
-    def _beyond_chance(self, candidate: Candidate, usable: Sequence[Entrant]) -> Candidate:
-        """Return a candidate with the chance that the best of random maps is as good."""
-        self.random = tuple(self._best_of_random(candidate.worth, usable))
-        p_value = rank_p_value(candidate.worth, self.random)
+    def _beyond_chance(self, entrant: Entrant, candidate: Candidate, layers: int) -> Candidate:
+        """Return a candidate with the chance that the best of random maps is as good.
+
+        A draw is the best of as many random maps of the candidate's resolution as there are layers.
+        It ends as soon as so many draws are as good that the others decide nothing.
+        """
+        tolerated = math.floor(SIGNIFICANT * (self._draws + 1) + 1e-9) - 1
+        best, points, as_good = [], [], 0
+        for area, of_draw in self._best_of_random(entrant, candidate.worth, layers):
+            best.append(area)
+            points += of_draw
+            as_good += area <= candidate.worth
+            if as_good > tolerated:
+                break
+        if not self.random or as_good <= tolerated:
+            self.random, self.random_points = tuple(best), points
+        p_value = (1 + as_good) / (1 + self._draws)
         fault = (
             ""
             if p_value <= SIGNIFICANT
-            else "no better than the best of as many random maps as there are layers "
-            f"({min(self.random):.2f}-{max(self.random):.2f}, p = {p_value:.2g})"
+            else "no better than the best of as many random maps of its resolution as there are "
+            f"layers ({min(best):.2f}-{max(best):.2f}, p = {p_value:.2g} or more)"
         )
         return replace(candidate, p_value=p_value, fault=fault)
 
-    def _best_of_random(self, rival: float, usable: Sequence[Entrant]) -> Iterator[float]:
+    def _best_of_random(
+        self, entrant: Entrant, rival: float, layers: int
+    ) -> Iterator[tuple[float, list[Points]]]:
         """Yield the area of the best random map of each draw, as far as needed to rank the rival.
 
-        There is one random map for each layer.
+        Also yields the points that are known of the draw's curves on the first input.
         """
-        grids = {entrant.candidate.layer: entrant.grids for entrant in usable}
-        drawn = [
-            [
-                case.random_orders(of_layer[number], self._draws, self._seed(number, layer))
-                for number, case in zip(self.counted, self._cases, strict=True)
-            ]
-            for layer, of_layer in enumerate(grids.values())
+        orders = [
+            case.random_orders(entrant.grids[number], self._draws * layers, self._seed(number))
+            for number, case in zip(self.counted, self._cases, strict=True)
         ]
         for draw in range(self._draws):
             self._report("comparing with random maps", draw, self._draws)
-            areas = []
-            for of_layer in drawn:
-                curves = [
-                    case.curve(next(orders))
-                    for case, orders in zip(self._cases, of_layer, strict=True)
-                ]
-                areas.append(measured(curves, rival=rival)[0])
-                self.random_points.append(curves[0].points)
-            yield min(areas)
+            drawn = [
+                [case.curve(next(of)) for case, of in zip(self._cases, orders, strict=True)]
+                for _ in range(layers)
+            ]
+            areas = [measured(curves, rival=rival)[0] for curves in drawn]
+            yield min(areas), [curves[0].points for curves in drawn]
 
-    def _seed(self, case: int, layer: int) -> int:
-        """Return another seed for each input and layer."""
+    def _seed(self, case: int) -> int:
+        """Return another seed for each input."""
         first = self._cases[0].how.seed
-        return int(np.random.default_rng([abs(first), case, layer]).integers(2**31))
+        return int(np.random.default_rng([abs(first), case]).integers(2**31))
