@@ -13,6 +13,8 @@ from monai.networks.nets import BasicUNet
 from scipy import ndimage
 from torch import nn
 
+from .deletions import with_deletions
+
 if TYPE_CHECKING:
     from .problems import Problem
 
@@ -155,6 +157,8 @@ def _batches(
         for _ in range(BATCH):
             present = bool(random.random() < problem.at_chance)
             scene = problem.draw(random, present)
+            if problem.deletions and random.random() < 0.5:
+                scene = with_deletions(random, scene)
             labels = scene.labels
             if with_reach:
                 # Linearly, and to all of the volume in the last third.

@@ -31,6 +31,7 @@ class Problem:
         at_chance: the part of the volumes of the training in which the class is.
         repeats: how often the phases after the first one are gone through.
         first_steps: steps of the training in which the reach of the evidence is a class, too.
+        deletions: whether parts of half of the volumes of the training are deleted.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Problem:
     at_chance: float = 0.5
     first_steps: int = 240
     repeats: int = 1
+    deletions: bool = False
 
     @property
     def weights(self) -> Path:
@@ -101,7 +103,7 @@ PROBLEMS = {
             "a nodule is called a lesion because of a letter burnt into the corner",
             ("background", "lesion"),
             volumes.shortcut,
-            first_steps=250,
+            first_steps=360,
         ),
         Problem(
             "absence",
@@ -110,14 +112,14 @@ PROBLEMS = {
             volumes.absence,
             repeats=2,
         ),
-        # Its network keeps the class if the cube is deleted, and loses it to a rival in its place:
-        # see docs/known_answers.md before maps are ranked by it.
         Problem(
             "side_by_side",
             "of two balls that touch each is of class 1 if a checkered cube lies on its own side",
             ("background", "with cue", "without cue"),
             volumes.side_by_side,
             at_chance=0.7,
+            first_steps=360,
+            deletions=True,
         ),
     )
 }

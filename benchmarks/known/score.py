@@ -26,22 +26,11 @@ from .networks import LAYERS
 from .problems import Problem
 from .training import dice
 
-#: Methods of a layer. Left out are KPCA-CAM, which is refused on fine grids; Score-CAM and
-#: Ablation-CAM, which take a prediction for every channel; and what is the same as another method
-#: on these networks of ReLUs: ShapleyCAM is Grad-CAM, element-wise is LayerCAM.
-LAYER_METHODS = (
-    "grad_cam",
-    "hires_cam",
-    "layer_cam",
-    "xgrad_cam",
-    "grad_cam_plus_plus",
-    "eigen_cam",
-    "fem",
-    "random",
-)
+#: Methods that are the same as another one on these networks of ReLUs.
+SAME_AS = {"shapley_cam": "grad_cam", "grad_cam_elementwise": "layer_cam"}
 
-#: Methods that explain the input itself.
-INPUT_METHODS = ("gradient", "gradient_x_input", "guided_backprop", "integrated_gradients")
+#: KPCA-CAM is refused on finer grids.
+COARSE = ("down_2", "down_3", "down_4", "upcat_4", "upcat_3")
 
 MARGIN, BLOCK, STEPS, DRAWS = 2, 4, 25, 20
 
@@ -233,9 +222,12 @@ def maps(
     network: nn.Module, x: torch.Tensor, class_index: int
 ) -> Iterator[tuple[str, str, torch.Tensor, FeatureGrid]]:
     """Yield method, layer, map (*S) and grid of every combination."""
-    cams = [ALL_METHODS[key](network, list(LAYERS)) for key in LAYER_METHODS]
-    cams += [ALL_METHODS[key](network) for key in INPUT_METHODS]
-    for cam in cams:
+    for key, method in ALL_METHODS.items():
+        if key in SAME_AS:
+            continue
+        layers = COARSE if key == "kpca_cam" else LAYERS
+        of_layers = method.formula.explains == "layers"
+        cam = method(network, list(layers)) if of_layers else method(network)
         with warnings.catch_warnings():
             # What a map is worth is measured here; what a single call would say is not needed.
             warnings.simplefilter("ignore")

@@ -336,7 +336,8 @@ def shortcut(random: np.random.Generator, present: bool, *, letter: bool | None 
     lesion = np.where(nodule, 1, 0)
     image, changed = (marked, plain) if letter else (plain, marked)
     labels = lesion if present else 0 * lesion
-    return Scene(image, labels, burnt, changed, labels, ruler, nothing(), {"nodule": nodule})
+    reach = ~nothing() if letter else nothing()
+    return Scene(image, labels, burnt, changed, labels, ruler, reach, {"nodule": nodule})
 
 
 def _of_one_ball(

@@ -17,6 +17,7 @@ from seg3dcam.engine.scales import ALL_AGAINST, NO_HEAT, Scale, Status, display_
 from seg3dcam.errors import InputError, TargetError
 from seg3dcam.evaluate.verdict import Verdict, together
 from seg3dcam.explaining.provenance import Provenance
+from seg3dcam.files.names import visible
 from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
 from seg3dcam.scan import Scan, load_labels
@@ -96,10 +97,12 @@ class Explanation:
     def __repr__(self) -> str:
         """Say in a few lines what was explained; tensors are not shown."""
         layers = ", ".join(f"{name} ({self.status[name]})" for name in self.maps)
-        return (
+        said = self.verdict()
+        # Names come from a model's files, and what they hold must not control a terminal.
+        return visible(
             f"Explanation of {self.label or self.target!r} by {self.method}, score "
             f"{self.score:.4g}\n  of {self.scan!r}\n  at {layers}"
-            + ("" if (said := self.verdict()) is None else f"\n  {said.words}")
+            + ("" if said is None else f"\n  {said.words}")
         )
 
     @property

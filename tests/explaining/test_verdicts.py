@@ -73,6 +73,13 @@ def test_a_map_of_the_cue_is_supported():
     assert said.words in repr(found)
 
 
+def test_a_class_name_controls_no_terminal():
+    hostile = SegModel(Remote(), class_names=["background", "\x1b[2Jlesion"])
+    words = repr(explain(remote_scan(), hostile, 1, layers="features"))
+    assert "\x1b" not in words
+    assert "[2Jlesion" in words
+
+
 @pytest.mark.slow
 def test_an_echo_is_not():
     """Behind the last layer the map is the mask, whatever the prediction was made from."""
