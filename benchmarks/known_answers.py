@@ -5,6 +5,7 @@
     python benchmarks/known_answers.py --train                # make the networks again, first
     python benchmarks/known_answers.py --check                # have they learnt what was planted?
     python benchmarks/known_answers.py --tables               # tables and pictures again
+    python benchmarks/known_answers.py --compare              # what does `compare` recommend?
 
 Figures are kept in `benchmarks/known/figures/`, and the tables of `docs/known_answers.md` are made
 of them. Weights lie in `benchmarks/known/weights/`, in float16; the same seeds give the same
@@ -14,6 +15,7 @@ networks on the same machine and versions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from pathlib import Path
 from known import PROBLEMS, Problem
 from known.networks import half, train
 from known.pictures import draw
+from known.recommended import HEAD, rows
 from known.score import Score, details, scores
 from known.tables import ALWAYS, overview, picked, read, top, written
 from known.training import learnt
@@ -32,6 +35,9 @@ from safetensors.torch import save_file
 FIGURES = Path(__file__).parent / "known" / "figures"
 PICTURE = Path(__file__).parents[1] / "docs" / "known_answers.png"
 PAGE = Path(__file__).parents[1] / "docs" / "known_answers.md"
+
+#: Seeds of the volumes on which layers and methods are compared.
+COMPARED = (0, 201)
 
 
 def make(problem: Problem) -> None:
@@ -92,8 +98,14 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=4, help="how many are scored")
     parser.add_argument("--train", action="store_true", help="make the networks again")
     parser.add_argument("--check", action="store_true", help="only say what they have learnt")
+    parser.add_argument("--compare", action="store_true", help="only say what is recommended")
     parser.add_argument("--tables", action="store_true", help="only write the tables again")
     given = parser.parse_args()
+    if given.compare:
+        print(HEAD)
+        found = [rows(PROBLEMS[name], COMPARED) for name in given.problem or PROBLEMS]
+        written(PAGE, "compare", "\n".join((HEAD, *itertools.chain.from_iterable(found))))
+        return
     for name in given.problem or PROBLEMS:
         problem = PROBLEMS[name]
         if given.train:
