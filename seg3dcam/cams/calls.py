@@ -21,6 +21,7 @@ from seg3dcam.engine.run import TargetScore
 from seg3dcam.errors import ConfigError, TargetError
 from seg3dcam.network.capture import begun_again
 from seg3dcam.network.checked_input import as_input, on_grid_of, telling_axes
+from seg3dcam.network.layers import LayerRef
 from seg3dcam.targets import OwnTarget, as_targets, name_of, placed
 from seg3dcam.targets.combined import AnyTarget
 from seg3dcam.targets.masks import Move
@@ -100,7 +101,7 @@ def explain_targets(
         return [TargetScore.of(target, logits) for target in moved]
 
     with telling_axes(lead.members[0], x):
-        layers = lead.layers_for(x, windows)
+        layers = _settled_layers(cams, lead, x, windows)
         call = Call(lead, layers, [cam.formula for cam in cams], x, windows, evaluate, examines)
         several = len(lead.members) > 1
         outcome = explain_ensemble(call) if several else explain_member(call, lead.members[0])
@@ -132,12 +133,24 @@ def _check_alike(cams: Sequence[Explainer]) -> None:
         for what, (own, first) in pairs.items():
             if own is not first and own != first:
                 raise ConfigError(f"methods of different {what} cannot share a pass: give the same")
-    layers = [cam.layers for cam in cams if cam.formula.explains == "layers"]
-    if any(own != layers[0] for own in layers):
-        raise ConfigError(
-            "methods of different target layers cannot share a pass: give all of them the same "
-            "layers, each map is kept"
-        )
+
+
+def _settled_layers(
+    cams: Sequence[Explainer], lead: Explainer, x: torch.Tensor, windows: Windows
+) -> list[LayerRef]:
+    """Return the target layers, "auto" settled for every method; ConfigError if they differ."""
+    auto = lead.layers is None
+    layers = lead.layers_for(x, windows)
+    for cam in cams:
+        if cam.formula.explains == "layers":
+            if auto and cam.layers is None:
+                cam.layers = list(layers)
+            if cam.layers_for(x, windows) != layers:
+                raise ConfigError(
+                    "methods of different target layers cannot share a pass: give all of them the "
+                    "same layers, each map is kept"
+                )
+    return layers
 
 
 def _listed(targets: Any, logits: torch.Tensor) -> Sequence[TargetLike]:

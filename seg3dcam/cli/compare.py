@@ -149,8 +149,7 @@ def _table(title: str, found: Comparison) -> Table:
     for name, area in found.controls.items():
         table.add_row(name, "", "", f"{area:.2f}", "")
     if found.random:
-        words = f"{min(found.random):.2f}-{max(found.random):.2f}"
-        table.add_row("random maps, the best of a draw", "", "", words, "")
+        table.add_row("random maps, the best of a draw", "", "", found.random_range, "")
     return table
 
 

@@ -20,6 +20,7 @@ from seg3dcam.cli.options import (
 )
 from seg3dcam.cli.printing import out as console
 from seg3dcam.cli.printing import print_file, progress_bar, say, shown
+from seg3dcam.errors import ConfigError
 from seg3dcam.files import check_writable
 from seg3dcam.job.checks import check_apart
 
@@ -73,6 +74,8 @@ def evaluate(
 ) -> None:
     """Measure whether maps are true: deletion, localisation and sanity, each beside chance."""
     check_writable(out)
+    if label is not None and truth is None:
+        raise ConfigError("--label names a label of the truth: give the truth, too, with --truth")
     check_apart(Path(out), [*scan, *([] if truth is None else [truth])])
     header_form, changes = frame_of(frame), overrides(set)
     # What needs PyTorch is imported after the options are found to be legal.

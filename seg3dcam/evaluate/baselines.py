@@ -46,6 +46,8 @@ def check_baseline(baseline: str | float) -> None:
     """Raise ConfigError unless there is a baseline of this name, or it is a number."""
     if is_number(baseline):
         check_number("baseline", baseline)
+        if abs(float(baseline)) > torch.finfo(torch.float32).max:
+            raise ConfigError(f"baseline {baseline!r}: too large for a voxel's value")
     elif not isinstance(baseline, str) or baseline not in BASELINES:
         legal = nearest(str(baseline), BASELINES)
         raise ConfigError(f"baseline {baseline!r}: a number, or {legal}")

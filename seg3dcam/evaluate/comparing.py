@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.checks import Activation, check_whole_number
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamError, nearest
-from seg3dcam.evaluate.baselines import OF_VERDICTS
+from seg3dcam.evaluate.baselines import OF_VERDICTS, check_baseline
 from seg3dcam.evaluate.comparison import Comparison
 from seg3dcam.evaluate.contest import Case, Measuring
 from seg3dcam.evaluate.ranking import Keep, Ranking, entrants_of, not_measured
@@ -67,7 +68,8 @@ def compare(
     It takes some hundreds of predictions: three to six for each candidate, 25 for each of the four
     best, and about one for each random map. Fewer layers and methods take fewer.
 
-    The best is better than the mask alone and than nearness to it, by every baseline; its map gets
+    The best is better than the mask alone and than nearness to it, by every baseline, with those of
+    the first one and with its own; its map gets
     lost when all weights are random; and it is better than the best of as many random maps of its
     resolution as there are layers, in (nearly) every draw, since it was itself chosen among many.
 
@@ -106,7 +108,7 @@ def compare(
         >>> found.best.layer, round(found.best.area, 2), round(found.controls["mask alone"], 2)
         ('0', 0.02, 0.6)
     """
-    _check(methods, baselines, draws)
+    _check(methods, baselines, draws, seed)
     how = Measuring(
         network,
         class_index,
@@ -126,7 +128,7 @@ def compare(
     ranking = Ranking(cases, baselines[1:], draws)
     methods = tuple(dict.fromkeys(methods or METHODS))
     entrants = (
-        entrants_of(cases, roles, methods, keep)
+        entrants_of(cases, ranking.counted, roles, methods, keep)
         if ranking.counted
         else not_measured(roles, methods, "not measured")
     )
@@ -140,6 +142,7 @@ def compare(
         left=tuple(case.left for case in cases),
         counted=ranking.counted,
         random=ranking.random,
+        random_error=ranking.random_error,
         random_points=tuple(ranking.random_points),
         mask_curve=ranking.mask_curve,
         class_index=class_index,
@@ -149,11 +152,14 @@ def compare(
     )
 
 
-def _check(methods: Sequence[str] | None, baselines: Sequence[Any], draws: int) -> None:
-    """Raise ConfigError for methods, baselines or draws that make no comparison."""
+def _check(methods: Sequence[str] | None, baselines: Sequence[Any], draws: int, seed: int) -> None:
+    """Raise ConfigError for methods, baselines, draws or a seed that make no comparison."""
     check_whole_number("draws", draws, least=19)  # fewer cannot give a p-value of 0.05
-    if not baselines:
-        raise ConfigError("no baseline given: name at least one, such as 'mean'")
+    check_whole_number("seed", seed, least=0)
+    if isinstance(baselines, str) or not baselines:
+        raise ConfigError(f"baselines {baselines!r}: give a list, such as {list(OF_VERDICTS)}")
+    for baseline in baselines:
+        check_baseline(baseline)
     if isinstance(methods, str) or (methods is not None and not methods):
         raise ConfigError(f"methods {methods!r}: give a list of keys, such as {list(METHODS)}")
     for method in methods or ():
@@ -165,10 +171,14 @@ def _cases(
     how: Measuring, x: torch.Tensor | Sequence[torch.Tensor], spacing: Sequence[float] | None
 ) -> Iterator[Case]:
     """Yield a case for every input; an error says of which it is."""
-    if not isinstance(x, torch.Tensor) and not x:
-        raise InputError("no input given: give one (1, C, *S), or several")
     inputs = [x] if isinstance(x, torch.Tensor) else list(x)
+    if not inputs:
+        raise InputError("no input given: give one (1, C, *S), or several")
+    if other := [type(one).__name__ for one in inputs if not isinstance(one, torch.Tensor)]:
+        raise InputError(f"inputs are tensors (1, C, *S), one or several; got {other[0]}")
     check_whole_number("margin", how.margin, least=0)
+    for one in inputs if spacing is not None else ():
+        _check_spacing(spacing, one.ndim - 2)
     for number, one in enumerate(inputs):
         try:
             yield Case(how, one, spacing=spacing, kept_gb=4.0 / len(inputs))
@@ -176,6 +186,12 @@ def _cases(
             if len(inputs) == 1:
                 raise
             raise type(error)(f"input {number + 1} of {len(inputs)}: {error}") from error
+
+
+def _check_spacing(spacing: Sequence[float] | None, axes: int) -> None:
+    given = [] if spacing is None else [float(length) for length in spacing]
+    if len(given) != axes or not all(0 < length < math.inf for length in given):
+        raise ConfigError(f"spacing {spacing!r}: give {axes} numbers above 0, in mm")
 
 
 def _named(network: nn.Module, layers: Sequence[str] | None) -> list[str] | None:

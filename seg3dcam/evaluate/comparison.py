@@ -87,6 +87,7 @@ class Comparison:
         counted: the numbers of the inputs that count: those that need something around the mask.
         random: of every draw, the area of the best of as many random maps as there are layers, of
             the winner's resolution; without a winner of the first that was held against them.
+        random_error: how far the worst known of these areas may be off, if curves fall.
         random_points: the measured points of random maps on the first input that counts.
         mask_curve: of the mask alone, on the first input that counts; None if none counts.
         class_index: the class.
@@ -102,6 +103,7 @@ class Comparison:
     left: tuple[float, ...]
     counted: tuple[int, ...]
     random: tuple[float, ...]
+    random_error: float
     random_points: tuple[Points, ...]
     mask_curve: Points | None
     class_index: int
@@ -134,8 +136,14 @@ class Comparison:
         return (
             "it points outside the mask at something the prediction depends on (context deletion "
             f"{best.area:.2f}, mask alone {self.controls[MASK_ALONE]:.2f}, random "
-            f"{min(self.random):.2f}-{max(self.random):.2f}, p = {best.p_value:.2g}; {sane})"
+            f"{self.random_range}, p = {best.p_value:.2g}; {sane})"
         )
+
+    @property
+    def random_range(self) -> str:
+        """The least and the largest area of a draw of random maps, and how well they are known."""
+        rough = f" ± {self.random_error:.2f}" if self.random_error > 0.02 else ""
+        return f"{min(self.random):.2f}-{max(self.random):.2f}{rough}"
 
     @property
     def _instead(self) -> str:
@@ -150,8 +158,10 @@ class Comparison:
         if len(self.left) == 1:
             return ""
         idle = len(self.left) - len(self.counted)
-        rest = f", while {idle} more need nothing outside of the mask" if idle else ""
-        return f"; means of {len(self.counted)} inputs{rest}"
+        needs = "needs" if idle == 1 else "need"
+        rest = f", while {idle} more {needs} nothing outside of the mask" if idle else ""
+        count = len(self.counted)
+        return (f"; means of {count} inputs" if count > 1 else "; of 1 input") + rest
 
     def table(self) -> list[dict[str, Any]]:
         """Return a row for each candidate, the best first."""

@@ -221,6 +221,14 @@ def measured(
         max(curves, key=PartialCurve.error).refine()
 
 
+def settled(curves: Sequence[PartialCurve]) -> float:
+    """Return the mean area of the curves of one map, with no error left if curves fall."""
+    for curve in curves:
+        while curve.error() > 0:
+            curve.refine()
+    return float(np.mean([curve.area for curve in curves]))
+
+
 @contextmanager
 def _warnings_left_out(beginning: str) -> Iterator[None]:
     """Leave out warnings that begin so: what is wrong with a map stands in the comparison."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
@@ -171,10 +172,13 @@ def class_sensitivity(
     if not rivals:
         raise EvaluationError("undefined: the network has one class, and none to compare it with")
     region = at_first.regions(original.logits)
-    found = [
-        _similarity(original, cam(x, ClassLogOdds(index, region, activation=cam.activation)))
-        for index in rivals
-    ]
+    with warnings.catch_warnings():
+        # What is said of the maps of other classes is not for the user.
+        warnings.simplefilter("ignore", Seg3dcamWarning)
+        found = [
+            _similarity(original, cam(x, ClassLogOdds(index, region, activation=cam.activation)))
+            for index in rivals
+        ]
     spearman, ssim = zip(*found, strict=True)
     worst = max(range(len(rivals)), key=lambda number: spearman[number])
     return Check(
@@ -273,6 +277,8 @@ def _values(result: CamResult) -> torch.Tensor:
 
 
 def _similarity(one: CamResult, other: CamResult) -> tuple[float, float | None]:
+    if _values(one).shape != _values(other).shape:
+        raise EvaluationError("undefined: the changed network's map has another shape")
     return rank_correlation(_values(one), _values(other)), _ssim(one.volume(), other.volume())
 
 
@@ -307,6 +313,9 @@ def _copied(cam: BaseCAM) -> BaseCAM:
             f"undefined: the network cannot be copied ({error}), and the weights of your own are "
             "not touched"
         ) from error
+    for key, network in networks.items():
+        _check_apart(copies[key], network)
+        _unparametrised(copies[key])
     for member in cam.members:
         take_over(copies[id(member.network)], member.network)
     other = copy.copy(cam)
@@ -315,6 +324,29 @@ def _copied(cam: BaseCAM) -> BaseCAM:
     if cam.layers is not None:
         other.layers = moved_to(other.model, cam.layers)
     return other
+
+
+def _check_apart(copied: nn.Module, network: nn.Module) -> None:
+    """Raise EvaluationError if a copy shares weights with the network, which would be changed."""
+    own, copies = (
+        {p.untyped_storage().data_ptr() for p in of.parameters() if p.layout is torch.strided}
+        for of in (network, copied)
+    )
+    if own & copies - {0}:  # 0 is that of parameters without elements
+        raise EvaluationError(
+            "undefined: a copy of the network shares weights with it, and your own are not touched"
+        )
+
+
+def _unparametrised(network: nn.Module) -> None:
+    """Let modules own the weights that are computed of others, so that these can be random.
+
+    To draw what they are computed from may change nothing, such as for an orthogonal weight.
+    """
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def _names_from_the_head(cam: BaseCAM, x: torch.Tensor) -> tuple[list[str], int]:

@@ -26,6 +26,20 @@ from seg3dcam.errors import ConfigError, Seg3dcamWarning, TargetError
 X = toy.random_input(1, 1, 6, 4, 5)
 
 
+def test_auto_is_the_same_layer_for_every_method_and_in_every_call():
+    network = toy.plain()
+    cams = [HiResCAM(network), GradCAM(network)]
+    once, again = each_by(cams, X, [1]), each_by(cams, X, [1])
+    assert cams[0].layers == cams[1].layers != []
+    assert [r.layers.keys() for r in once[0]] == [r.layers.keys() for r in again[0]]
+    alone = HiResCAM(network)
+    alone(X, 1)
+    each_by([alone, GradCAM(network)], X, [1])
+    other = "1" if str(alone.layers[0]) != "1" else "3"
+    with pytest.raises(ConfigError, match="different target layers"):
+        each_by([HiResCAM(network, other), GradCAM(network)], X, [1])
+
+
 @pytest.mark.parametrize(
     ("cam", "settings", "message"),
     [

@@ -22,7 +22,7 @@ from seg3dcam.errors import (
     LayerError,
     Seg3dcamWarning,
 )
-from seg3dcam.evaluate import compare, contest, context_deletion
+from seg3dcam.evaluate import compare, contest, context_deletion, ranking
 from seg3dcam.evaluate.areas import PartialCurve
 from seg3dcam.evaluate.contest import Case, measured
 
@@ -115,7 +115,8 @@ def test_areas_are_those_of_whole_curves_and_the_winner_is_the_best(found):
 
 @pytest.mark.slow
 def test_it_costs_less_than_whole_curves(found):
-    curves = len(found.candidates) + len(found.controls) + 20 * 3
+    of_second_baseline = len(found.controls) + 1
+    curves = len(found.candidates) + len(found.controls) + 20 * 3 + of_second_baseline
     assert found.cost < 25 * curves / 8
 
 
@@ -140,6 +141,41 @@ def test_the_same_seed_gives_the_same_numbers(found):
 
 
 @pytest.mark.slow
+def test_whoever_wins_was_measured_wholly(monkeypatch, found):
+    """Also one that was not among the first few."""
+    monkeypatch.setattr(ranking, "WHOLE", 0)
+    other = compared(baselines=("mean", 0.0))
+    assert other.best.name == found.best.name
+    assert other.best.error == 0
+    assert other.best.curves
+    assert other.best.area == found.best.area
+
+
+@pytest.mark.slow
+def test_another_baseline_has_controls_of_its_own():
+    """With a bright baseline whatever is deleted becomes a cue."""
+    found = compared(baselines=("mean", 1.0), methods=["hires_cam"])
+    alone = compared(baselines=(1.0,), methods=["hires_cam"])
+    assert found.best is None or alone.best is not None
+
+
+@pytest.mark.slow
+def test_how_well_random_maps_are_known_is_said(monkeypatch, found):
+    def exactly(curves, **bounds):
+        for curve in curves:
+            curve.complete()
+        return measured(curves)
+
+    monkeypatch.setattr(ranking, "measured", exactly)
+    exact = compared(baselines=("mean", 0.0))
+    assert exact.random_error == 0
+    assert found.random_error > 0.02
+    assert f"-{max(found.random):.2f} ± {found.random_error:.2f}, p" in found.words
+    for known, true in zip(found.random, exact.random, strict=True):
+        assert abs(known - true) <= found.random_error + 1e-9
+
+
+@pytest.mark.slow
 def test_windows_find_the_same_layer():
     plan = WindowPlan((12, 16, 16), overlap=0.75)
     other = compared(sliding_window=plan, methods=["hires_cam"])
@@ -159,11 +195,55 @@ def test_several_inputs_are_ranked_by_their_means():
     both = compared(x=inputs)
     assert both.counted == (0, 2)
     assert both.best.layer == "encoder"
-    assert both.words.endswith("; means of 2 inputs, while 1 more need nothing outside of the mask")
+    assert both.words.endswith(
+        "; means of 2 inputs, while 1 more needs nothing outside of the mask"
+    )
     for one in both.candidates:
         assert one.area == pytest.approx(np.mean(one.areas))
         assert len(one.areas) == 2
         assert len(one.curves) in (0, 2)
+
+
+@pytest.mark.slow
+def test_an_input_twice_is_the_input():
+    """However many there are, what decides is known exactly."""
+    one, two = compared(methods=["hires_cam"]), compared(x=[planted()] * 2, methods=["hires_cam"])
+    assert two.controls == pytest.approx(one.controls, abs=1e-12)
+    assert two.best.layer == one.best.layer
+    assert two.best.area == one.best.area
+
+
+class TwoBranches(nn.Module):
+    """Of channel 0 it looks 4 voxels to the left; channel 1 is the class itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.context, self.aside = nn.Conv3d(1, 1, 1), nn.Conv3d(1, 2, 9, padding=4)
+        self.itself = nn.Conv3d(1, 2, 1)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        with torch.no_grad():
+            self.context.weight[:] = 1
+            self.aside.weight[1, 0, 4, 4, 0] = 1
+            self.aside.bias[1] = -0.5
+            self.itself.weight[1] = 1
+
+    def forward(self, x):
+        return self.aside(self.context(x[:, :1])) + self.itself(x[:, 1:])
+
+
+def test_an_input_that_does_not_count_throws_no_candidate_out():
+    """Nothing of the context's branch speaks for a class that needs no context."""
+    scan = 0.1 * torch.rand(1, 1, 16, 16, 24, generator=torch.Generator().manual_seed(0))
+    scan[..., 4:8, 4:8, 8:12] = 1
+    needs, itself = (torch.cat(pair, 1) for pair in ((scan, 0 * scan), (0 * scan, scan)))
+    settings = {"layers": ["context"], "methods": ["hires_cam"], "margin": 0}
+    alone = compared(TwoBranches().eval(), needs, **settings)
+    for x, counted in (([needs, itself], (0,)), ([itself, needs], (1,))):
+        found = compared(TwoBranches().eval(), x, **settings)
+        assert found.counted == counted
+        assert found.best.area == alone.best.area
+        assert found.words.endswith("; of 1 input, while 1 more needs nothing outside of the mask")
 
 
 def test_an_error_says_of_which_input_it_is():
@@ -245,7 +325,8 @@ def test_a_winner_by_one_baseline_alone_is_none(monkeypatch):
     other = compared(methods=["hires_cam"], baselines=("mean", "noise"))
     assert other.best is None
     assert other.candidates[0].fault == (
-        "with the baseline noise it gets 1.00, no better than the mask alone"
+        "with the baseline noise it gets 1.00, and says nothing beyond the nearness to the mask, "
+        "which alone gets 0.40"
     )
 
 
@@ -283,7 +364,16 @@ def test_maps_that_cannot_be_used_are_listed_with_the_reason(monkeypatch):
     ("settings", "error", "words"),
     [
         ({"draws": 18}, ConfigError, "draws"),
-        ({"baselines": ()}, ConfigError, "no baseline"),
+        ({"baselines": ()}, ConfigError, "give a list, such as"),
+        ({"baselines": "mean"}, ConfigError, "give a list, such as"),
+        ({"baselines": ("mean", "bluur")}, ConfigError, "did you mean 'blur'"),
+        ({"baselines": (1e39,)}, ConfigError, "too large"),
+        ({"seed": -1}, ConfigError, "seed"),
+        ({"seed": 1.5}, ConfigError, "seed"),
+        ({"spacing": (1,)}, ConfigError, "give 3 numbers above 0"),
+        ({"spacing": (1, float("nan"), 1)}, ConfigError, "give 3 numbers above 0"),
+        ({"spacing": (1, 0, 1)}, ConfigError, "give 3 numbers above 0"),
+        ({"x": planted().numpy()}, InputError, "inputs are tensors"),
         ({"methods": []}, ConfigError, "give a list of keys"),
         ({"methods": "hires_cam"}, ConfigError, "give a list of keys"),
         ({"methods": ["hires"]}, ConfigError, "did you mean 'hires_cam'"),

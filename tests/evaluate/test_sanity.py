@@ -157,6 +157,43 @@ def test_the_network_is_left_as_it_was(plan, several):
     assert cam.model is model or several
 
 
+class Shared(nn.Sequential):
+    """A network whose copy has the same modules."""
+
+    def __deepcopy__(self, memo):
+        return Shared(*self)
+
+
+class Coarser(nn.Sequential):
+    """A network whose copy has another stride."""
+
+    def __deepcopy__(self, memo):
+        first = nn.Conv3d(1, 6, 3, stride=2, padding=1)
+        rest = [nn.ReLU(), nn.Conv3d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, 3, 1)]
+        return nn.Sequential(first, *rest, nn.Upsample(image().shape[2:]))
+
+
+def test_weights_that_a_copy_shares_are_not_touched():
+    shared = Shared(*network())
+    with untouched(shared), pytest.raises(EvaluationError, match="shares weights"):
+        randomisation(HiResCAM(shared, "1"), image(), VOLUME)
+
+
+def test_a_weight_that_is_computed_of_others_is_random_too():
+    """What an orthogonal weight is computed from may have no spread at all."""
+    of_others = network()
+    nn.utils.parametrizations.orthogonal(of_others[4])
+    with untouched(of_others):
+        check = randomisation(HiResCAM(of_others, "1"), image(), VOLUME, stages=3)
+    assert check.spearman[0] < 0.95
+    assert check.passed
+
+
+def test_a_copy_whose_map_has_another_shape_is_no_copy():
+    with pytest.raises(EvaluationError, match="another shape"):
+        randomisation(HiResCAM(Coarser(*network()), "1"), image(), VOLUME)
+
+
 def test_through_windows_as_without():
     """Windows side by side of a network that sees single voxels."""
     net = toy.seeded(nn.Sequential(nn.Conv3d(1, 6, 1), nn.ReLU(), nn.Conv3d(6, 3, 1)), seed=3)

@@ -81,6 +81,17 @@ def test_a_class_name_controls_no_terminal():
 
 
 @pytest.mark.slow
+def test_every_method_of_the_default_layer_is_tested():
+    """Each method of a call is held against random weights at the layer that "auto" means."""
+    methods = ["hires_cam", "grad_cam", "eigen_cam"]
+    of_all = explain_each(remote_scan(), model(), ["lesion"], method=methods, verdict="full")
+    for method, found in zip(methods, of_all, strict=True):
+        alone = explain(remote_scan(), model(), "lesion", method=method, verdict="full")
+        assert found.verdict().words == alone.verdict().words
+        assert "not tested by random weights" not in found.verdict().words
+
+
+@pytest.mark.slow
 def test_an_echo_is_not():
     """Behind the last layer the map is the mask, whatever the prediction was made from."""
     found = explain(remote_scan(), model(), "lesion", layers="head", verdict="full")
