@@ -32,7 +32,7 @@ from torch import nn
 from seg3dcam import EigenCAM, GradCAM, HiResCAM, LayerCAM
 from seg3dcam.cams.attributions import Gradient, IntegratedGradients
 from seg3dcam.errors import EvaluationError
-from seg3dcam.evaluate import Rerun, mass_inside, randomisation
+from seg3dcam.evaluate import Rerun, compare, mass_inside, randomisation
 from seg3dcam.evaluate.areas import PartialCurve
 from seg3dcam.evaluate.baselines import baseline_of
 from seg3dcam.evaluate.blocks import Blocks, Subject
@@ -334,6 +334,23 @@ def picture(path: Path, network: nn.Module, x: torch.Tensor, name: str, rows: li
     figure.savefig(path, dpi=72)
 
 
+def compared(network: nn.Module, x: torch.Tensor, structure: Structure) -> None:
+    """Print what `compare` makes of early, middle and late layers, and of the gradient."""
+    found = compare(
+        network,
+        x,
+        structure.index,
+        layers=[f"blocks.{number}" for number in (0, 1, 2, 3, 4, 6, 8)],
+        methods=["hires_cam", "grad_cam", "layer_cam", "gradient"],
+        baselines=BASELINES,
+        steps=STEPS,
+    )
+    controls = ", ".join(f"{name} {area:.3f}" for name, area in found.controls.items())
+    print(f"{found.words}\n{controls}; {found.cost:.0f} predictions\n")
+    for one in found.candidates:
+        print(f"| {one.method} | {one.layer} | {one.area:.3f} ± {one.error:.3f} | {one.fault} |")
+
+
 def main() -> None:
     """Examine the structures and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -343,13 +360,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where what was found is written")
     parser.add_argument("--picture", type=Path, help="where the maps of --only are drawn")
     parser.add_argument("--curves", action="store_true", help="whole curves beside few steps")
+    parser.add_argument("--compare", action="store_true", help="rank layers and methods instead")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
     network, names = mesh_net()
     whole, found = foreground(), {}
     for name, structure in STRUCTURES.items():
-        if given.curves and given.only in (None, name):
+        if given.compare and given.only in (None, name):
+            print(f"\n{name}")
+            compared(network, cropped(whole, structure.centre, given.size), structure)
+        elif given.curves and given.only in (None, name):
             whole_curves(network, cropped(whole, structure.centre, given.size), name)
         elif given.only in (None, name):
             start = time.process_time()

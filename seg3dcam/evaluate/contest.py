@@ -209,14 +209,17 @@ def measured(
 
     Args:
         best: the area of the best map so far: worse maps need not be known well.
-        rival: it is enough to know on which side of this area the map's lies.
+        rival: what has to be known is on which side of this area the map's lies, and nothing else.
     """
     while True:
         area = float(np.mean([curve.area for curve in curves]))
         left = float(np.mean([curve.error() for curve in curves]))
-        worse = best is not None and left <= ROUGHLY and area - left > best + WORSE
-        told = rival is not None and abs(area - rival) > left
-        if left <= KNOWN or worse or told:
+        if rival is not None:
+            enough = left == 0 or abs(area - rival) > left
+        else:
+            worse = best is not None and left <= ROUGHLY and area - left > best + WORSE
+            enough = left <= KNOWN or worse
+        if enough:
             return area, left
         max(curves, key=PartialCurve.error).refine()
 
