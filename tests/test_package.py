@@ -33,7 +33,7 @@ LEVELS = [
     {"review"},
     {"export"},
     {"job"},
-    {"integrations", "demo"},
+    {"integrations", "demo", "cohort"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -53,6 +53,7 @@ NEVER_LOADED = [
     "lightning",
     "nilearn",
     "nnunetv2",
+    "pyarrow",
     "pydicom",
     "pytorch_grad_cam",
     "ray",

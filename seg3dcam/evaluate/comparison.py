@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from seg3dcam.engine.scales import Status
 from seg3dcam.evaluate.context import MASK_ALONE
 from seg3dcam.evaluate.sanity import Check
+from seg3dcam.files import printable
 
 #: Fractions of the blocks that are deleted, and Dice of the class there.
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -114,6 +115,10 @@ class Comparison:
     @property
     def words(self) -> str:
         """The answer in one line."""
+        return printable(self._answer)
+
+    @property
+    def _answer(self) -> str:
         first = self.candidates[0]
         if not self.counted:
             return (

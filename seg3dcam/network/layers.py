@@ -181,7 +181,9 @@ def _matching(
     if isinstance(entry, nn.Module):
         return [_of_module(model, modules, entry)]
     network = type(model).__name__
-    if entry == "all" and "all" not in modules:
+    if entry and entry in modules:  # whatever it holds, such as a "["
+        return [LayerRef(entry, (), modules[entry])]
+    if entry == "all":
         names = [name for name, m in modules.items() if issubclass(class_of(m), _ConvNd)]
         if not names:
             raise LayerError(f"{network} has no convolution, so 'all' is no target layer: name one")

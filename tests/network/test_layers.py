@@ -120,6 +120,16 @@ def test_a_layer_may_be_called_all():
     assert only.name == "all"
 
 
+@pytest.mark.parametrize("name", ["a[0]", "a[", "*", "a\x1b[31m"])
+def test_a_layers_own_name_is_always_that_layer(name):
+    network = nn.Sequential(
+        OrderedDict([("first", nn.Conv3d(1, 2, 1)), (name, nn.Conv3d(2, 2, 1))])
+    )
+    (layer,) = resolve_layers(network, name)
+    assert layer.module is network[1]
+    assert layer.element == ()
+
+
 def test_the_layout_given_holds_for_all_layers(net):
     transform = nn.Identity()
     found = resolve_layers(net, ["encoder.*", "head"], transform)

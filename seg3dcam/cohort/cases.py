@@ -1,0 +1,286 @@
+"""The cases of a cohort: which scans there are, and what each is called.
+
+A cohort is a folder of files or of DICOM series, an nnU-Net folder such as imagesTs, a pattern of
+file names, a table (CSV or Parquet), or a datalist of MONAI (JSON). Here names are read and looked
+for; no scan is opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seg3dcam.errors import ConfigError, nearest, some
+from seg3dcam.files.readers import stem
+
+#: What a name of a case may be: it is the name of its folder.
+_LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+#: Names of folders that some systems keep for devices.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+#: Columns of a table, and the keys of a datalist: ours -> other names for it.
+_COLUMNS = {"case": ("id",), "scan": ("image",), "truth": ("label",)}
+
+#: Between the files of a scan of several channels, in a table.
+_BETWEEN_CHANNELS = ";"
+
+#: A channel of a case in an nnU-Net folder: name, number of the channel.
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+#: Files in the folder of a DICOM series; those without any ending, too.
+_SLICES = (".dcm", ".dicom", ".ima", "")
+
+_FORMS = (
+    "a folder of scans or of DICOM series, an nnU-Net folder such as imagesTs, a pattern such as "
+    "'scans/*.nii.gz', a table (.csv or .parquet), or a datalist of MONAI (.json)"
+)
+
+
+@dataclass(frozen=True)
+class CohortCase:
+    """One case of a cohort.
+
+    Attributes:
+        name: by which it is known, and the name of its folder.
+        files: the scan's files in the order of the channels, or the folder of a DICOM series.
+        truth: the file of its label map, None without one.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    truth: Path | None = None
+
+
+def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
+    """Return the cases of a cohort, in the order in which they are named.
+
+    Args:
+        source: a folder, a pattern, a table or a datalist. Files that a table or a datalist names
+            lie relative to it.
+
+    Raises:
+        ConfigError: there are none, a table cannot be read, names are illegal or not unique, or
+            files are missing.
+
+    Example:
+        >>> read_cases("imagesTs")[0]  # doctest: +SKIP
+        CohortCase(name='liver_001', files=(PosixPath('imagesTs/liver_001_0000.nii.gz'),), ...)
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _of_folder(path)
+    elif path.suffix.lower() in _READERS and not glob.has_magic(str(source)):
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such file")
+        found = _READERS[path.suffix.lower()](path)
+    elif glob.has_magic(str(source)):
+        found = _of_files(sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    else:
+        raise ConfigError(f"{source}: no such folder; a cohort is {_FORMS}")
+    if not found:
+        raise ConfigError(f"{source}: no scans found; a cohort is {_FORMS}")
+    _check_names(source, [case.name for case in found])
+    _check_files(source, found)
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------- folders and files
+
+
+def _of_folder(folder: Path) -> list[CohortCase]:
+    """Return the cases of a folder: scans, channels as nnU-Net names them, or DICOM series."""
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in inside if path.is_file() and _is_readable(path)]
+    if files and all(_CHANNEL.fullmatch(stem(path)) for path in files):
+        return _of_channels(folder, files)
+    return [*_of_files(files), *(_of_series(path) for path in inside if _is_series(path))]
+
+
+def _of_files(paths: Iterable[Path]) -> list[CohortCase]:
+    return [
+        _of_series(path) if path.is_dir() else CohortCase(stem(path), (path,))
+        for path in paths
+        if (_is_series(path) if path.is_dir() else _is_readable(path))
+    ]
+
+
+def _is_readable(path: Path) -> bool:
+    """Tell whether a file's ending is that of a volume."""
+    return stem(path) != path.name
+
+
+def _of_series(folder: Path) -> CohortCase:
+    return CohortCase(folder.name, (folder,))
+
+
+def _is_series(path: Path) -> bool:
+    return path.is_dir() and any(
+        one.is_file() and one.suffix.lower() in _SLICES for one in path.iterdir()
+    )
+
+
+def _of_channels(folder: Path, files: Sequence[Path]) -> list[CohortCase]:
+    """Return the cases of an nnU-Net folder: case_0000.nii.gz, case_0001.nii.gz and so on.
+
+    Truths are those of the folder of labels beside it, where there are any.
+    """
+    channels: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in files:
+        name, _, number = stem(path).rpartition("_")
+        channels[name][int(number)] = path
+    usual = Counter(frozenset(of) for of in channels.values()).most_common(1)[0][0]
+    wrong = [name for name, of in channels.items() if frozenset(of) != usual]
+    if wrong or usual != set(range(len(usual))):
+        raise ConfigError(
+            f"{folder}: every case has channels 0000 to {len(usual) - 1:04d}; not so "
+            f"{some(wrong or list(channels))}"
+        )
+    labels = folder.parent / folder.name.replace("images", "labels")
+    truths = {stem(path): path for path in labels.glob("*")} if labels != folder else {}
+    return [
+        CohortCase(name, tuple(of[number] for number in sorted(of)), truths.get(name))
+        for name, of in channels.items()
+    ]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def _of_csv(path: Path) -> list[CohortCase]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: not a table that can be read: {error}") from error
+    if any(None in row for row in rows):
+        raise ConfigError(f"{path}: a row has more cells than there are columns")
+    return _of_rows(path, columns, rows)
+
+
+def _of_parquet(path: Path) -> list[CohortCase]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: a Parquet table needs pyarrow: pip install 'seg3dcam[cohort]'"
+        ) from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ArrowException) as error:
+        raise ConfigError(f"{path}: not a table that can be read: {error}") from error
+    return _of_rows(path, table.column_names, table.to_pylist())
+
+
+def _of_rows(
+    path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[CohortCase]:
+    """Return the cases of a table's rows."""
+    names = {ours: _column(path, ours, columns) for ours in _COLUMNS}
+    if names["scan"] is None:
+        raise ConfigError(
+            f"{path}: no column 'scan' (or 'image'): {nearest('scan', columns)}; legal are "
+            f"{', '.join(_COLUMNS)}, others are left alone"
+        )
+    found = []
+    for number, row in enumerate(rows, 2):
+        cells = {ours: row.get(name) if name else None for ours, name in names.items()}
+        if not isinstance(cells["scan"], str) or not cells["scan"].strip():
+            raise ConfigError(f"{path}, line {number}: no scan is named")
+        files = [part.strip() for part in cells["scan"].split(_BETWEEN_CHANNELS)]
+        found.append(_of_names(path, cells["case"], files, cells["truth"]))
+    return found
+
+
+def _column(path: Path, ours: str, columns: Sequence[str]) -> str | None:
+    """Return the column of a table that has our name, or another one for it; None without one."""
+    given = {name.strip().lower(): name for name in columns}
+    found = [given[name] for name in (ours, *_COLUMNS[ours]) if name in given]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{path}: the columns {found[0]!r} and {found[1]!r} say the same: keep one"
+        )
+    return found[0] if found else None
+
+
+def _of_datalist(path: Path) -> list[CohortCase]:
+    """Return the cases of a datalist: lists of {"image": ..., "label": ...}, or one such list."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a datalist that can be read: {error}") from error
+    listed = content.values() if isinstance(content, dict) else [content]
+    items = [item for one in listed if isinstance(one, list) for item in one]
+    found = []
+    for item in items:
+        if isinstance(item, str):
+            item = {"image": item}  # as lists of scans without a truth are written
+        if not isinstance(item, dict):
+            continue  # such as the names of classes
+        files = item.get("image", item.get("scan"))
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise ConfigError(f'{path}: an item without an "image": {nearest("image", item)}')
+        found.append(_of_names(path, item.get("case"), files, item.get("label")))
+    return found
+
+
+def _of_names(path: Path, name: Any, files: Sequence[str], truth: Any) -> CohortCase:
+    """Return the case that a table or a datalist names, with its files relative to it."""
+    scans = tuple(path.parent / file for file in files)
+    own = str(name).strip() if name not in (None, "") else stem(scans[0])
+    return CohortCase(own, scans, path.parent / truth if isinstance(truth, str) and truth else None)
+
+
+#: Ending of a file that names cases -> its reader.
+_READERS: dict[str, Callable[[Path], list[CohortCase]]] = {
+    ".csv": _of_csv,
+    ".parquet": _of_parquet,
+    ".json": _of_datalist,
+}
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def _check_names(source: str | Path, names: Sequence[str]) -> None:
+    """Raise ConfigError unless every name is a folder's name of its own."""
+    illegal = [
+        name
+        for name in names
+        if not _LEGAL.fullmatch(name) or _DEVICES.fullmatch(name) or name[-1] == "."
+    ]
+    if illegal:
+        raise ConfigError(
+            f"{source}: names of cases are names of folders: letters, digits, '.', '-' and '_', at "
+            f"most 100; not so {some(list(map(repr, illegal)))}. Name them in a column 'case'"
+        )
+    # Some file systems do not distinguish upper and lower case.
+    counted = Counter(name.lower() for name in names)
+    twice = list(dict.fromkeys(name for name in names if counted[name.lower()] > 1))
+    if twice:
+        raise ConfigError(
+            f"{source}: {some(list(map(repr, twice)))}: more than one case of a name. Name them in "
+            "a table with a column 'case'"
+        )
+
+
+def _check_files(source: str | Path, cases: Sequence[CohortCase]) -> None:
+    """Raise ConfigError if a file of a case is missing."""
+    missing = [
+        f"{case.name}: {file}"
+        for case in cases
+        for file in (*case.files, *([] if case.truth is None else [case.truth]))
+        if not file.exists()
+    ]
+    if missing:
+        raise ConfigError(f"{source}: files are missing:\n  " + some(missing, 10, "\n  "))
