@@ -58,6 +58,7 @@ def write_case(
     *,
     keys: Keys | None = None,
     progress: Progress = silent,
+    inputs: str | None = None,
 ) -> Mapping[str, Any]:
     """Write one run of a case; the files of other runs in its folder stay.
 
@@ -67,6 +68,7 @@ def write_case(
     Args:
         keys: see `seg3dcam.job.keys`; None makes them from the explanations' provenance.
         progress: called with (step, done, total) before each format is written.
+        inputs: a code of the scan's files, kept in the record.
 
     Returns:
         what `case.json` says of this run: its "files" and "explanations", and the "case".
@@ -96,7 +98,7 @@ def write_case(
         if before is not None and replaced:
             write_record(folder, unfinished(before, new.keys.job))
         move(folder, staged, names)
-        run, entries = new.run(names, job), new.entries(names)
+        run, entries = new.run(names, job) | {"inputs": inputs}, new.entries(names)
         record = Record(
             seg3dcam=version("seg3dcam"),
             case=new.case,
@@ -111,6 +113,18 @@ def write_case(
         write_record(folder, record)
         remove(folder, replaced - set(names.values()))
     return {"case": new.case, "files": run["files"], "explanations": entries}
+
+
+def note_inputs(folder: Path, key: str, inputs: str) -> None:
+    """Keep another code of the files in the record of a complete run, such as after a copy."""
+    with locked(folder, listed_files):
+        record = record_of(folder)
+        if record is not None and any(r.key == key and r.inputs != inputs for r in record.runs):
+            runs = [
+                run.model_copy(update={"inputs": inputs}) if run.key == key else run
+                for run in record.runs
+            ]
+            write_record(folder, record.model_copy(update={"runs": runs}))
 
 
 def write_apart(folder: str | Path, name: str, write: Callable[[Path], object]) -> list[Path]:

@@ -88,7 +88,35 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
     """Return the hashes of a run, by which it is found to be done already."""
     voxels = voxels_sha256(scan)
     of_truth = "" if truth is None else voxels_sha256(truth)
-    use = [
+    return _keys(scan, voxels, voxels + of_truth + _json(_use(model, job)), _makers())
+
+
+def cohort_code(model: SegModel, job: Job) -> str:
+    """Return a hash of everything but the scan and the truth that decides what a job writes."""
+    return hashlib.sha256((_json(_use(model, job)) + _makers()).encode()).hexdigest()[:16]
+
+
+def inputs_code(job: Job, cohort: str) -> str:
+    """Return a hash of a job's files by their names, sizes and times, and of its cohort's code.
+
+    It is made without reading the files. Of folders those files count that lie in them.
+
+    Args:
+        cohort: see `cohort_code`.
+    """
+    digest = hashlib.sha256(cohort.encode())
+    for file in (*job.scans, *([] if job.truth is None else [job.truth])):
+        path = Path(file)
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        for one in inside:
+            about = one.stat()
+            digest.update(repr((one.name, about.st_size, about.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _use(model: SegModel, job: Job) -> list[Any]:
+    """Return what decides on a run, beside the scan and the truth."""
+    return [
         model.name,
         model.fingerprint(),
         list(model.class_names),
@@ -99,9 +127,14 @@ def case_keys(scan: Scan, model: SegModel, job: Job, truth: Scan | None = None) 
         _code_of(model.module),
         settings_of(job) | {"target": class_indices(job, model) or None},
     ]
+
+
+def _makers() -> str:
+    """Return the versions of all packages that write."""
     # Packages of several names install OpenCV, so the module itself is asked for its version.
-    versions = {package: version(package) for package in _MAKERS} | {"opencv": cv2.__version__}
-    return _keys(scan, voxels, voxels + of_truth + _json(use), json.dumps(versions))
+    return json.dumps(
+        {package: version(package) for package in _MAKERS} | {"opencv": cv2.__version__}
+    )
 
 
 def keys_of_explanation(explanation: Explanation, job: Job) -> Keys:

@@ -50,6 +50,8 @@ class RunEntry(_Schema):
         files: all names, relative to the folder.
         scan_files: those of the scan's channels.
         prediction_files: that of the predicted labels, or those of the masks of each class.
+        inputs: a code of the scan's files, of a run in a cohort; it finds a run up to date without
+            reading them.
     """
 
     key: str
@@ -58,6 +60,7 @@ class RunEntry(_Schema):
     files: list[Name]
     scan_files: list[Name] = []
     prediction_files: list[Name] = []
+    inputs: str | None = None
 
 
 # What must be right in an entry before an explanation can be read back from it. Anybody may have

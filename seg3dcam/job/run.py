@@ -14,7 +14,7 @@ from seg3dcam.errors import ConfigError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import anatomical_axis
-from seg3dcam.job.case import write_case
+from seg3dcam.job.case import note_inputs, write_case
 from seg3dcam.job.checks import check_job
 from seg3dcam.job.formats import check_formats
 from seg3dcam.job.keys import Keys, case_folder, case_keys, look_of
@@ -77,12 +77,38 @@ def run_job(
         >>> run_job(job).folder  # doctest: +SKIP
         PosixPath('seg3dcam_out/scan_1a2b3c4d')
     """
-    progress = progress or silent
+    check_before_loading(job)
+    model = model_of(job, trust=trust)
+    return run_with_model(job, model, force=force, verify=verify, progress=progress, say=say)
+
+
+def check_before_loading(job: Job) -> None:
+    """Raise ConfigError for settings that are illegal or do not go together."""
     check_job(job)
     for method in job.methods:
         ALL_METHODS[method].check_settings(job.settings)
     look_of(job)
-    model = _loaded_model(job, trust)
+
+
+def run_with_model(
+    job: Job,
+    model: SegModel,
+    *,
+    force: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    inputs: str | None = None,
+) -> JobResult:
+    """Do what a job says with its model, which is loaded already.
+
+    Args:
+        model: see `model_of`.
+        inputs: a code of the job's files, kept in the record of the run, by which it is known to be
+            up to date without reading them.
+        job, force, verify, progress, say: as for `run_job`; it raises the same errors.
+    """
+    progress = progress or silent
     job, advice = _advised(job, model)
     if advice and say is not None:
         say(advice)
@@ -92,6 +118,8 @@ def run_job(
     keys = case_keys(scan, model, job, truth)
     folder = case_folder(scan, job, keys)
     if is_done(folder, keys.all, verify=verify) and not force:
+        if inputs is not None:
+            note_inputs(folder, keys.all, inputs)
         said = (advice,) if advice else ()
         return JobResult(folder, _record_of_run(folder, keys), was_done=True, notes=said)
     notes = tuple(_notes(folder, job, keys))
@@ -103,12 +131,12 @@ def run_job(
     # Explanations are made one by one while they are written. By then the folder is locked, so that
     # of two runs of one job at once, the second ends before it has computed anything.
     explanations = _explanations(scan, model, targets, truth, job, progress)
-    record = write_case(folder, explanations, job, keys=keys, progress=progress)
+    record = write_case(folder, explanations, job, keys=keys, progress=progress, inputs=inputs)
     return JobResult(folder, record, notes=notes)
 
 
-def _loaded_model(job: Job, trust: bool) -> SegModel:
-    """Return the network on its device."""
+def model_of(job: Job, *, trust: bool = False) -> SegModel:
+    """Return a job's network on its device."""
     inputs = {} if job.image_keys is None else {"inputs": job.image_keys}
     return model_on_device(job.device, job.model, trust=trust, overrides=job.set, **inputs)
 

@@ -1,0 +1,144 @@
+"""What of a cohort is to be done, from the names of its files and the records that are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seg3dcam.cohort.cases import CohortCase
+from seg3dcam.errors import ConfigError, InputError, some
+from seg3dcam.files import read_small, write_json
+from seg3dcam.job.keys import cohort_code, inputs_code, settings_of
+from seg3dcam.job.record import damaged, record_of
+from seg3dcam.job.settings import Job
+from seg3dcam.models import SegModel
+
+#: The folder, in that of the output, that holds what belongs to no single case.
+OWN = "cohort"
+
+#: The file in it with the settings of all cases.
+SETTINGS = "settings.json"
+
+State = Literal["to do", "done", "failed"]
+
+#: A larger file of ours, in bytes, is none.
+_LARGEST = 1_000_000
+
+
+@dataclass(frozen=True)
+class PlannedCase:
+    """A case, and whether it has to be done.
+
+    Attributes:
+        case: its files.
+        job: what is done for it.
+        code: of its files, the model and the settings: it is up to date with the same one.
+        state: "failed" for one that failed with this code.
+        error: why it failed.
+    """
+
+    case: CohortCase
+    job: Job
+    code: str
+    state: State
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+
+def planned(
+    cases: Sequence[CohortCase], template: Job, model: SegModel, out: Path
+) -> tuple[PlannedCase, ...]:
+    """Return what is to be done.
+
+    Args:
+        template: the job of every case, but for its scan, truth, folder and name.
+        out: gets a folder for every case.
+
+    Raises:
+        ConfigError: a case would write where something else is kept.
+    """
+    if taken := [case.name for case in cases if case.name.lower() == OWN]:
+        raise ConfigError(f"the case {taken[0]!r}: {out / OWN} is kept for the cohort; rename it")
+    code = cohort_code(model, template)
+    found = []
+    for case in cases:
+        job = job_of(case, template, out)
+        own = inputs_code(job, code)
+        state, error = _state_of(out, case.name, own)
+        found.append(PlannedCase(case, job, own, state, error))
+    return tuple(found)
+
+
+def job_of(case: CohortCase, template: Job, out: Path) -> Job:
+    """Return the job of one case."""
+    return template.model_copy(
+        update={
+            "scan": [str(file) for file in case.files],
+            "truth": None if case.truth is None else str(case.truth),
+            "out": str(out / case.name),
+            "case": case.name,
+        }
+    )
+
+
+def check_settings(out: Path, template: Job, model: SegModel) -> None:
+    """Keep the settings of a cohort, or raise ConfigError where the folder has others.
+
+    A model is known by its name. Where it has other weights than before, all cases are to be done.
+    """
+    path, now = out / OWN / SETTINGS, _settings(template, model)
+    before = _read(path)
+    if not before:
+        write_json(path, now)
+        return
+    other = [key for key in now if before.get(key) != now[key]]
+    if other:
+        shown = [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in other]
+        raise ConfigError(
+            f"{out} holds a cohort of other settings: choose another folder, or give the same:\n  "
+            + some(shown, 10, "\n  ")
+        )
+
+
+def failure_file(out: Path, name: str) -> Path:
+    """Return the file that says why a case failed."""
+    return out / OWN / f"{name}.failed.json"
+
+
+def log_file(out: Path, name: str) -> Path:
+    """Return the log of a case."""
+    return out / OWN / f"{name}.log"
+
+
+def _settings(template: Job, model: SegModel) -> dict[str, Any]:
+    """Return the settings in the form in which JSON gives them back."""
+    settings = settings_of(template) | {"model": model.name}
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return found
+
+
+def _state_of(out: Path, name: str, code: str) -> tuple[State, str]:
+    folder = out / name
+    record = record_of(folder)
+    run = next((r for r in record.runs if r.inputs == code and r.key), None) if record else None
+    if record is not None and run is not None and not damaged(folder, record, run.files):
+        return "done", ""
+    failed = _read(failure_file(out, name))
+    if failed.get("code") == code:
+        return "failed", str(failed.get("error", ""))
+    return "to do", ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of ours says; nothing where it is missing or cannot be read."""
+    try:
+        content = json.loads(read_small(path, _LARGEST))
+    except (OSError, ValueError, RecursionError, InputError):
+        return {}
+    return content if isinstance(content, dict) else {}
