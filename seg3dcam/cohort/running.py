@@ -23,7 +23,7 @@ from seg3dcam.cohort.plan import PlannedCase, check_settings, failure_file, log_
 from seg3dcam.cohort.table import write_tables
 from seg3dcam.errors import ConfigError
 from seg3dcam.files import check_writable, write_json
-from seg3dcam.job.run import check_before_loading, model_of, run_with_model
+from seg3dcam.job.run import advised, check_before_loading, model_of, run_with_model
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.progress import Progress, silent
@@ -77,7 +77,7 @@ def run(
         num_parts, part_id: every `num_parts`-th case from number `part_id` on, counted from 0, such
             as for an array of jobs on a cluster.
         progress: called with ("cases", done, total).
-        say: called with a line for every case that failed.
+        say: called with a line for every case that failed, and where a recommended layer is used.
         settings: more settings of a `Job`.
 
     Raises:
@@ -101,6 +101,10 @@ def run(
     folder = check_writable(out)
     cases = read_cases(source)
     loaded = model_of(template, trust=trust)
+    # What is recommended for the model takes the place of "auto" before cases are known by it.
+    template, advice = advised(template, loaded)
+    if advice and say is not None:
+        say(advice)
     check_settings(folder, template, loaded)
     plan = planned(cases, template, loaded, folder)
     done, failed = [], {one.name: one.error for one in plan if one.state == "failed"}

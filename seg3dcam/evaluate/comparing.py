@@ -69,9 +69,9 @@ def compare(
     best, and about one for each random map. Fewer layers and methods take fewer.
 
     The best is better than the mask alone and than nearness to it, by every baseline, with those of
-    the first one and with its own; its map gets
-    lost when all weights are random; and it is better than the best of as many random maps of its
-    resolution as there are layers, in (nearly) every draw, since it was itself chosen among many.
+    the first one and with its own; its map gets lost when all weights are random; and it is better
+    than the best of as many random maps of its resolution as there are layers, in (nearly) every
+    draw, since it was itself chosen among many.
 
     Args:
         network: any network that a CAM takes.

@@ -109,7 +109,7 @@ def run_with_model(
         job, force, verify, progress, say: as for `run_job`; it raises the same errors.
     """
     progress = progress or silent
-    job, advice = _advised(job, model)
+    job, advice = advised(job, model)
     if advice and say is not None:
         say(advice)
     progress("reading", 0, 1)
@@ -141,7 +141,7 @@ def model_of(job: Job, *, trust: bool = False) -> SegModel:
     return model_on_device(job.device, job.model, trust=trust, overrides=job.set, **inputs)
 
 
-def _advised(job: Job, model: SegModel) -> tuple[Job, str]:
+def advised(job: Job, model: SegModel) -> tuple[Job, str]:
     """Return a job with what is recommended for the model in place of "auto", and words about it.
 
     So the job's key says which layer and method a case was made by.

@@ -123,6 +123,19 @@ def test_the_same_scan_with_another_time_is_not_explained_again(scans):
     assert explained(scans).done == ()
 
 
+def test_another_recommendation_is_another_setting(scans, monkeypatch):
+    """A case knows its layer, so "auto" must not hide that it means another one now."""
+    explained(scans)
+    given = running.advised
+
+    def advised(job, model):
+        return given(job.model_copy(update={"layer": "model.0"}), model)
+
+    monkeypatch.setattr(running, "advised", advised)
+    with pytest.raises(ConfigError, match=r"other settings.*\n  layer: 'auto' there"):
+        explained(scans)
+
+
 def test_parts_make_the_whole(scans):
     parts = [explained(scans, num_parts=2, part_id=part) for part in (0, 1)]
     assert [part.done for part in parts] == [("a", "c"), ()]
