@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from seg3dcam.cli.cohort import cohort
 from seg3dcam.cli.compare import compare
 from seg3dcam.cli.demo import demo
 from seg3dcam.cli.evaluate import evaluate
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explain 3D segmentation networks: class activation maps in patient space.",
 )
-for command in (explain, evaluate, compare, layers, features, methods, demo):
+for command in (explain, cohort, evaluate, compare, layers, features, methods, demo):
     app.command()(command)
 
 #: What may stand behind a flag by mistake, as in `--trust true`.

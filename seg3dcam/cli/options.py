@@ -107,10 +107,7 @@ def job_of(options: Mapping[str, Any]) -> Job:
     """
     config = options["config"]
     content = _job_of_file(config) if config else {}
-    given = {k: v for k, v in options.items() if k in Job.model_fields and v is not None}
-    for name, read in _READ.items():
-        if name in given:
-            given[name] = read(given[name])
+    given = settings_of(options)
     if options["input"]:
         if options["scan"]:
             raise ConfigError("--input names the scan's files: leave out the others")
@@ -124,6 +121,15 @@ def job_of(options: Mapping[str, Any]) -> Job:
     if config and "model" in content and "model" not in given:
         job = job.model_copy(update={"model": _model_beside(config, job.model)})
     return job
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a command line names, as a job has them."""
+    given = {k: v for k, v in options.items() if k in Job.model_fields and v is not None}
+    for name, read in _READ.items():
+        if name in given:
+            given[name] = read(given[name])
+    return given
 
 
 def _validated(settings: dict[str, Any], config: Path | None) -> Job:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import psutil
+from nibabel.filebasedimages import ImageFileError
 
 from seg3dcam.cohort.cases import CohortCase
 from seg3dcam.errors import ConfigError, InputError, some
 from seg3dcam.files import read_small, write_json
+from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import cohort_code, inputs_code, settings_of
 from seg3dcam.job.record import damaged, record_of
 from seg3dcam.job.settings import Job
@@ -23,6 +31,9 @@ OWN = "cohort"
 SETTINGS = "settings.json"
 
 State = Literal["to do", "done", "failed"]
+
+#: So many cases are looked at for the size of one.
+_SAMPLE = 20
 
 #: A larger file of ours, in bytes, is none.
 _LARGEST = 1_000_000
@@ -104,6 +115,97 @@ def check_settings(out: Path, template: Job, model: SegModel) -> None:
             f"{out} holds a cohort of other settings: choose another folder, or give the same:\n  "
             + some(shown, 10, "\n  ")
         )
+
+
+def to_do(plan: Sequence[PlannedCase], *, retry_failed: bool) -> list[PlannedCase]:
+    """Return the cases that are explained now."""
+    return [one for one in plan if one.state == "to do" or (one.state == "failed" and retry_failed)]
+
+
+def now(
+    plan: Sequence[PlannedCase], out: Path, failed: Mapping[str, str]
+) -> tuple[PlannedCase, ...]:
+    """Return a plan with the states that cases have by now, other parts' cases too.
+
+    Args:
+        failed: name -> why a case of this run failed, whether it is tried again or not.
+    """
+    found = []
+    for one in plan:
+        state, error = _state_of(out, one.name, one.code)
+        if state == "to do" and one.name in failed:
+            state, error = "failed", failed[one.name]
+        found.append(replace(one, state=state, error=error))
+    return tuple(found)
+
+
+def failures(plan: Sequence[PlannedCase]) -> dict[str, str]:
+    """Return name -> why of all cases that failed."""
+    return {one.name: one.error for one in plan if one.state == "failed"}
+
+
+def plan_in_words(
+    plan: Sequence[PlannedCase], waiting: Sequence[PlannedCase], classes: int, out: Path
+) -> str:
+    """Return how many cases are done and to be done, and what that takes of the disk.
+
+    Args:
+        waiting: the cases that are explained now.
+        classes: how many classes the model has.
+    """
+    states = Counter(one.state for one in plan)
+    words = f"{len(plan)} cases: {states['done']} done, {len(waiting)} to do"
+    if left := states["failed"] - sum(one.state == "failed" for one in waiting):
+        words += f", {left} failed before (to try them again: --retry-failed)"
+    if not waiting:
+        return words
+    each, known = _size_of_a_case(plan, waiting, classes, out)
+    return (
+        f"{words}. {', '.join(waiting[0].job.formats)}: {'' if known else 'at most about '}"
+        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all; "
+        f"{_bytes(psutil.disk_usage(str(out)).free)} are free"
+    )
+
+
+def _size_of_a_case(
+    plan: Sequence[PlannedCase], waiting: Sequence[PlannedCase], classes: int, out: Path
+) -> tuple[float, bool]:
+    """Return the bytes of a case, and whether they are those of cases that are done."""
+    done = _spread([one for one in plan if one.state == "done"])
+    records = [record for one in done if (record := record_of(out / one.name))]
+    if records:
+        return mean(sum(file.bytes for file in r.files.values()) for r in records), True
+    job = waiting[0].job
+    targets = job.target if isinstance(job.target, list) else [job.target]
+    explanations = (max(1, classes - 1) if job.target is None else len(targets)) * len(job.methods)
+    of_a_voxel = explanations * sum(FORMATS[name].size for name in job.formats)
+    return of_a_voxel * mean(_voxels(one.case.files[0]) for one in _spread(waiting)), False
+
+
+def _spread(cases: Sequence[PlannedCase]) -> Sequence[PlannedCase]:
+    return cases[:: max(1, len(cases) // _SAMPLE)]
+
+
+def _voxels(file: Path) -> float:
+    """Return how many voxels a scan has; of other files than NIfTI two bytes count as one."""
+    try:
+        return float(np.prod(nib.load(file).shape[:3]))
+    except (ImageFileError, OSError):
+        inside = file.iterdir() if file.is_dir() else [file]
+        return sum(one.stat().st_size for one in inside) / 2
+
+
+def _bytes(count: float) -> str:
+    """Return a number of bytes in words.
+
+    >>> _bytes(31_400_000), _bytes(2e12)
+    ('31 MB', '2 TB')
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 else f"{count:.2g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def failure_file(out: Path, name: str) -> Path:

@@ -9,28 +9,31 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-import time
-import traceback
-import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.checks import check_whole_number
 from seg3dcam.cohort.cases import read_cases
-from seg3dcam.cohort.plan import PlannedCase, check_settings, failure_file, log_file, planned
+from seg3dcam.cohort.on_ray import connected
+from seg3dcam.cohort.plan import check_settings, failures, now, plan_in_words, planned, to_do
 from seg3dcam.cohort.table import write_tables
+from seg3dcam.cohort.work import Work, explained, note_failure
+from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError
-from seg3dcam.files import check_writable, write_json
-from seg3dcam.job.run import advised, check_before_loading, model_of, run_with_model
+from seg3dcam.files import check_writable
+from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
-from seg3dcam.models import SegModel
 from seg3dcam.progress import Progress, silent
 from seg3dcam.settings import validate
 
 #: Settings of a job that each case has for itself.
 _OF_A_CASE = ("scan", "truth", "out", "case")
+
+#: The formats of a case by default: those of one case take a hundred times the room of the scan.
+KEPT = ("nifti", "html")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class CohortResult:
     Attributes:
         out: its folder.
         done: names of the cases that this run has explained.
-        skipped: names of those that were up to date.
+        skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
         tables: the files with a row for each case, class, layer and method.
     """
@@ -58,9 +61,13 @@ def run(
     model: str,
     out: str | Path,
     trust: bool = False,
-    retry_failed: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
     num_parts: int = 1,
     part_id: int = 0,
+    retry_failed: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **settings: Any,
@@ -73,79 +80,106 @@ def run(
         out: gets a folder for every case, `cohort.csv` and `cohort.parquet`, and the folder
             "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
-        retry_failed: try cases again that failed before, with the same files and settings.
+        workers: processes that explain cases side by side, each with a model of its own; on several
+            GPUs in turns. None explains them in this process, or with `ray` in as many as fit.
+        ray: the address of a Ray cluster that the workers are on, or "local", see `connected`.
+        cpus, gpus: what each worker takes on a Ray cluster; 0.5 GPUs are half of one.
         num_parts, part_id: every `num_parts`-th case from number `part_id` on, counted from 0, such
             as for an array of jobs on a cluster.
+        retry_failed: try cases again that failed before, with the same files and settings.
         progress: called with ("cases", done, total).
-        say: called with a line for every case that failed, and where a recommended layer is used.
-        settings: more settings of a `Job`.
+        say: called with a line about what is to be done, and for every case that failed.
+        settings: more settings of a `Job`. What is written is by default "nifti" and "html".
 
     Raises:
-        ConfigError: illegal settings, a wrong source, or an output folder of other settings; before
-            any work begins.
+        ConfigError: illegal settings, a wrong source, an output folder of other settings, a Ray
+            cluster that does not answer; before any work begins.
         ModelError: the model cannot be loaded.
+        OutputError: the disk is full. What is done stays.
 
     Example:
         >>> result = run("imagesTs", model="liver.yaml", out="explained")  # doctest: +SKIP
         >>> len(result.done), result.failed  # doctest: +SKIP
         (40, {})
     """
+    template = _template(model, settings)
+    _check_parts(num_parts, part_id)
+    _check_workers(workers, ray, cpus, gpus)
+    progress, say = progress or silent, say or _quiet
+    folder = check_writable(out)
+    cases = read_cases(source)
+    with ExitStack() as stack:
+        cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
+        in_workers = workers is not None or cluster is not None
+        # Where workers have the model, this process needs only its name and its weights' hash.
+        here = template.model_copy(update={"device": "cpu"}) if in_workers else template
+        loaded = model_of(here, trust=trust)
+        # What is recommended takes the place of "auto" before cases are known by the settings.
+        template, advice = advised(template, loaded)
+        if advice:
+            say(advice)
+        check_settings(folder, template, loaded)
+        plan = planned(cases, template, loaded, folder)
+        waiting = to_do(plan[part_id::num_parts], retry_failed=retry_failed)
+        say(plan_in_words(plan, waiting, len(loaded.class_names), folder))
+        work = Work(template, folder, trust, threads=1)
+        if cluster is not None:
+            most = min(cluster.workers(), workers or len(cases))
+            ended = spread(waiting, cluster.opened(work), most, say)
+        elif workers is not None:
+            ended = spread(waiting, local_workers(work, workers), workers, say)
+        else:
+            ended = ((one, explained(one, loaded, folder), False) for one in waiting)
+        done, failed = [], {}
+        try:
+            progress("cases", 0, len(waiting))
+            for number, (one, error, died) in enumerate(ended, 1):
+                if error is None:
+                    done.append(one.name)
+                else:
+                    failed[one.name] = error
+                    say(f"{one.name} failed: {error}")
+                if error is not None and died:
+                    note_failure(one, folder, error)
+                progress("cases", number, len(waiting))
+        finally:
+            # Whatever ends the run, the tables say what there is by now.
+            states = now(plan, folder, failed)
+            tables = write_tables(folder, states)
+    skipped = tuple(one.name for one in plan if one.state == "done")
+    return CohortResult(folder, tuple(done), skipped, failures(states), tables)
+
+
+def _template(model: str, settings: Mapping[str, Any]) -> Job:
+    """Return a job with the settings of every case; ConfigError for illegal ones."""
+    if own := [name for name in _OF_A_CASE if name in settings]:
+        raise ConfigError(f"{own[0]}: every case of a cohort has its own")
+    given = {"format": list(KEPT)} | {"scan": "of the case", "model": model, **settings}
+    template = validate(given, Job, "cohort")
+    check_before_loading(template)
+    return template
+
+
+def _check_parts(num_parts: int, part_id: int) -> None:
     check_whole_number("num_parts", num_parts)
     check_whole_number("part_id", part_id, least=0)
     if part_id >= num_parts:
         raise ConfigError(f"part_id {part_id}: legal are 0 to {num_parts - 1}")
-    if own := [name for name in _OF_A_CASE if name in settings]:
-        raise ConfigError(f"{own[0]}: every case of a cohort has its own")
-    template = validate({"scan": "of the case", "model": model, **settings}, Job, "cohort")
-    check_before_loading(template)
-    folder = check_writable(out)
-    cases = read_cases(source)
-    loaded = model_of(template, trust=trust)
-    # What is recommended for the model takes the place of "auto" before cases are known by it.
-    template, advice = advised(template, loaded)
-    if advice and say is not None:
-        say(advice)
-    check_settings(folder, template, loaded)
-    plan = planned(cases, template, loaded, folder)
-    done, failed = [], {one.name: one.error for one in plan if one.state == "failed"}
-    waiting = [
-        one
-        for one in plan[part_id::num_parts]
-        if one.state == "to do" or (one.state == "failed" and retry_failed)
-    ]
-    for number, one in enumerate(waiting):
-        (progress or silent)("cases", number, len(waiting))
-        failed.pop(one.name, None)
-        error = _explained(one, loaded, folder)
-        if error is None:
-            done.append(one.name)
-        else:
-            failed[one.name] = error
-            if say is not None:
-                say(f"{one.name} failed: {error}")
-    skipped = tuple(one.name for one in plan if one.state == "done")
-    return CohortResult(folder, tuple(done), skipped, failed, write_tables(folder, plan, failed))
 
 
-def _explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
-    """Explain a case and keep its log; return why it failed, None if it did not."""
-    start, lines = time.perf_counter(), [f"begun {time.strftime('%Y-%m-%d %H:%M:%S')}"]
-    error = None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            run_with_model(one.job, model, inputs=one.code, say=lines.append)
-        except Exception as raised:
-            # Whatever is wrong with one scan must not stop the others.
-            error = str(raised) or type(raised).__name__
-            trace = traceback.format_exc()
-    lines += [f"{w.category.__name__}: {w.message}" for w in said]
-    if error is None:
-        failure_file(out, one.name).unlink(missing_ok=True)
-    else:
-        lines.append(trace)
-        write_json(failure_file(out, one.name), {"code": one.code, "error": error})
-    seconds = time.perf_counter() - start
-    lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
-    log_file(out, one.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return error
+def _check_workers(
+    workers: int | None, ray: str | None, cpus: float | None, gpus: float | None
+) -> None:
+    if workers is not None:
+        check_whole_number("workers", workers)
+    for name, value in {"cpus": cpus, "gpus": gpus}.items():
+        if value is None:
+            continue
+        if ray is None:
+            raise ConfigError(f"{name} is what a worker takes on a Ray cluster: give ray, too")
+        if isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{name} {value!r}: a number from 0 on, such as 0.5")
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""

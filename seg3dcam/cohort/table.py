@@ -35,16 +35,13 @@ COLUMNS = (
 )
 
 
-def write_tables(
-    out: Path, plan: Sequence[PlannedCase], failed: Mapping[str, str]
-) -> tuple[Path, ...]:
+def write_tables(out: Path, plan: Sequence[PlannedCase]) -> tuple[Path, ...]:
     """Write `cohort.csv`, and `cohort.parquet` where pyarrow is installed.
 
     Args:
-        plan: all cases, in the order of the rows. Those that are not done yet have none.
-        failed: name -> why.
+        plan: all cases, in the order of the rows, with their states by now.
     """
-    rows = [row for one in plan for row in _rows(out, one, failed.get(one.name))]
+    rows = [row for one in plan for row in _rows(out, one)]
     table = out / f"{NAME}.csv"
     with atomic(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -65,14 +62,12 @@ def _written_as_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterat
     yield path
 
 
-def _rows(out: Path, one: PlannedCase, error: str | None) -> Iterator[dict[str, Any]]:
+def _rows(out: Path, one: PlannedCase) -> Iterator[dict[str, Any]]:
     """Yield the rows of a case; those of runs with other weights or files are left out."""
     empty = dict.fromkeys(COLUMNS) | {"case": one.name}
-    if error is not None:
-        yield empty | {"status": "failed", "error": error}
-        return
-    record = record_of(out / one.name)
+    record = record_of(out / one.name) if one.state == "done" else None
     if record is None:
+        yield empty | {"status": one.state, "error": one.error or None}
         return
     current = {run.key for run in record.runs if run.inputs == one.code}
     for entry in record.explanations:

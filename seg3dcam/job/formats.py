@@ -41,10 +41,12 @@ class Format:
         joint: its files show all explanations together; otherwise each explanation has its own.
         by_default: it is written where a job names no format.
         check: raises ConfigError where it cannot be written for a scan.
+        size: bytes for each voxel of the scan and each explanation, as an estimate.
     """
 
     writer: str
     files: tuple[str, ...]
+    size: float
     joint: bool = False
     by_default: bool = False
     check: Callable[[Scan], None] | None = None
@@ -55,12 +57,12 @@ _PNG = ("slices/*/*.png", "montage_*.png", "planes_*.png", "profile_*.png")
 
 #: Format -> how it is written.
 FORMATS = {
-    "nifti": Format("write_nifti_files", _NIFTI, by_default=True),
-    "png": Format("write_png", _PNG, by_default=True),
-    "html": Format("start_report", ("report.html",), joint=True, by_default=True),
-    "slicer": Format("start_scene", ("slicer/*",), joint=True, by_default=True),
-    "cine": Format("write_film", ("cine_*.webp",)),
-    "nrrd": Format("write_nrrd_file", ("cam_*.nrrd",)),
-    "fused": Format("write_fused_file", ("fused_*.nii.gz",)),
-    "dicom": Format("start_dicom", ("dicom/*",), joint=True, check=_check_series),
+    "nifti": Format("write_nifti_files", _NIFTI, 2, by_default=True),
+    "png": Format("write_png", _PNG, 0.6, by_default=True),
+    "html": Format("start_report", ("report.html",), 0.2, joint=True, by_default=True),
+    "slicer": Format("start_scene", ("slicer/*",), 1.7, joint=True, by_default=True),
+    "cine": Format("write_film", ("cine_*.webp",), 0.5),
+    "nrrd": Format("write_nrrd_file", ("cam_*.nrrd",), 0.7),
+    "fused": Format("write_fused_file", ("fused_*.nii.gz",), 0.4),
+    "dicom": Format("start_dicom", ("dicom/*",), 8, joint=True, check=_check_series),
 }

@@ -11,7 +11,7 @@ import pytest
 from helpers_cases import write_model, write_scan
 
 from seg3dcam import cohort
-from seg3dcam.cohort import running
+from seg3dcam.cohort import running, work
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.record import record_of
 from seg3dcam.job.run import run_job
@@ -52,8 +52,9 @@ def test_what_fails_is_written_down_and_stops_nothing(scans):
     result = explained(scans, say=said.append)
     assert result.done == ("a", "c")
     assert list(result.failed) == ["b"]
-    assert len(said) == 1
-    assert said[0].startswith("b failed: ")
+    plan, failure = said
+    assert plan.startswith("3 cases: 0 done, 3 to do. nifti: at most about ")
+    assert failure == f"b failed: {result.failed['b']}"
     assert [(row["case"], row["status"]) for row in rows(result)] == [
         ("a", "ok"),
         ("b", "failed"),
@@ -89,13 +90,13 @@ def test_a_case_is_the_job_of_its_own(scans, tmp_path):
 
 def test_a_rerun_does_what_is_missing(scans, monkeypatch):
     first = explained(scans)
-    worked, given = [], running.run_with_model
+    worked, given = [], work.run_with_model
 
     def noted(job, *args, **settings):
         worked.append(job.case)
         return given(job, *args, **settings)
 
-    monkeypatch.setattr(running, "run_with_model", noted)
+    monkeypatch.setattr(work, "run_with_model", noted)
     again = explained(scans)
     assert worked == []
     assert again.skipped == ("a", "c")

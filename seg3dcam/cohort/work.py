@@ -1,0 +1,95 @@
+"""One case of a cohort: explained, with a log; what fails is written down."""
+
+from __future__ import annotations
+
+import errno
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
+from seg3dcam.errors import OutputError
+from seg3dcam.files import write_json
+from seg3dcam.job.run import model_of, run_with_model
+from seg3dcam.job.settings import Job
+from seg3dcam.models import SegModel
+
+
+def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
+    """Explain a case and keep its log; return why it failed, None if it did not.
+
+    Raises:
+        OutputError: the disk is full, so that the next case would fail, too.
+    """
+    start, lines = time.perf_counter(), [f"begun {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    error = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            run_with_model(one.job, model, inputs=one.code, say=lines.append)
+        except Exception as raised:
+            # Whatever is wrong with one scan must not stop the others.
+            if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:
+                raise
+            error = str(raised) or type(raised).__name__
+            trace = traceback.format_exc()
+            # What cannot be written is no fault of the scan: the next run tries it again.
+            lasting = not isinstance(raised, OutputError)
+    lines += [f"{w.category.__name__}: {w.message}" for w in said]
+    if error is None:
+        failure_file(out, one.name).unlink(missing_ok=True)
+    else:
+        lines.append(trace)
+        if lasting:
+            note_failure(one, out, error)
+    seconds = time.perf_counter() - start
+    lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
+    log_file(out, one.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return error
+
+
+def note_failure(one: PlannedCase, out: Path, error: str) -> None:
+    """Write down why a case failed; until its files or settings change it is not tried again."""
+    write_json(failure_file(out, one.name), {"code": one.code, "error": error})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process has to know to explain the cases of a cohort.
+
+    Attributes:
+        template: a job whose model, device and settings are those of every case.
+        out: the cohort's folder.
+        trust: whether the model's own Python code may run.
+        threads: of PyTorch, in each process.
+    """
+
+    template: Job
+    out: Path
+    trust: bool
+    threads: int
+
+
+class CaseWorker:
+    """Explains cases in a process of its own, with a model that is loaded once."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @cached_property
+    def _model(self) -> SegModel:
+        torch.set_num_threads(self._work.threads)
+        return model_of(self._work.template, trust=self._work.trust)
+
+    def load(self) -> None:
+        """Load the model; a worker is ready when this is done."""
+        _ = self._model
+
+    def explain(self, one: PlannedCase) -> str | None:
+        """Explain a case, see `explained`."""
+        return explained(one, self._model, self._work.out)
