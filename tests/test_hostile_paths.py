@@ -29,6 +29,7 @@ PATHS = {
 }
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("key", ["scan", "model", "out", "truth", "bundle", "nnunet", "weights"])
 def test_in_a_job(place, key, path, monkeypatch):

@@ -68,8 +68,8 @@ def cohort(**options: Any) -> None:
     except KeyboardInterrupt as error:
         code = 143 if isinstance(error, Termination) else 130
         complain("interrupted; what is done stays, and the same command goes on from there", code)
-    for path in result.tables:
-        print_file("table", path)
+    for what, path in [*(("table", table) for table in result.tables), ("page", result.page)]:
+        print_file(what, path)
     seconds = timedelta(seconds=round(time.monotonic() - started))
     counts = {"done": result.done, "were done": result.skipped, "failed": result.failed}
     say(", ".join(f"{len(names)} {word}" for word, names in counts.items()) + f"; {seconds}")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seg3dcam.errors import ConfigError, nearest, some
+from seg3dcam.errors import ConfigError, Seg3dcamError, nearest, some
 from seg3dcam.files.readers import stem
+from seg3dcam.files.remote import Place, is_url, place
 
 #: What a name of a case may be: it is the name of its folder.
 _LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -55,16 +56,16 @@ class CohortCase:
     """
 
     name: str
-    files: tuple[Path, ...]
-    truth: Path | None = None
+    files: tuple[Place, ...]
+    truth: Place | None = None
 
 
 def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
     """Return the cases of a cohort, in the order in which they are named.
 
     Args:
-        source: a folder, a pattern, a table or a datalist. Files that a table or a datalist names
-            lie relative to it.
+        source: a folder, a pattern, a table or a datalist, here or at an address that fsspec knows,
+            such as s3://bucket/scans. Files that a table or a datalist names lie relative to it.
 
     Raises:
         ConfigError: there are none, a table cannot be read, names are illegal or not unique, or
@@ -74,17 +75,15 @@ def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
         >>> read_cases("imagesTs")[0]  # doctest: +SKIP
         CohortCase(name='liver_001', files=(PosixPath('imagesTs/liver_001_0000.nii.gz'),), ...)
     """
-    path = Path(source)
-    if path.is_dir():
-        found = _of_folder(path)
-    elif path.suffix.lower() in _READERS and not glob.has_magic(str(source)):
-        if not path.is_file():
-            raise ConfigError(f"{source}: no such file")
-        found = _READERS[path.suffix.lower()](path)
-    elif glob.has_magic(str(source)):
-        found = _of_files(sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    if is_url(source):
+        try:
+            found = _found(str(source), place(str(source)))
+        except Seg3dcamError:
+            raise
+        except Exception as error:  # every store has its own errors
+            raise ConfigError(f"{source} cannot be read: {error}") from error
     else:
-        raise ConfigError(f"{source}: no such folder; a cohort is {_FORMS}")
+        found = _found(str(source), Path(source))
     if not found:
         raise ConfigError(f"{source}: no scans found; a cohort is {_FORMS}")
     _check_names(source, [case.name for case in found])
@@ -92,10 +91,34 @@ def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
     return tuple(found)
 
 
+def _found(source: str, path: Place) -> list[CohortCase]:
+    """Return the cases of a source, unchecked."""
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix.lower() in _READERS and not glob.has_magic(source):
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such file")
+        return _READERS[path.suffix.lower()](path)
+    if glob.has_magic(source):
+        return _of_files(sorted(_matching(path), key=str))
+    raise ConfigError(f"{source}: no such folder; a cohort is {_FORMS}")
+
+
+def _matching(pattern: Place) -> Iterable[Place]:
+    """Return what a pattern matches, looked for below its last folder without a wildcard."""
+    parts = [pattern]
+    while glob.has_magic(str(parts[-1])):
+        parts.append(parts[-1].parent)
+    base = parts[-1]
+    below = "/".join(part.name for part in reversed(parts[:-1]))
+    found: Iterable[Place] = base.glob(below)
+    return found
+
+
 # ------------------------------------------------------------------------------- folders and files
 
 
-def _of_folder(folder: Path) -> list[CohortCase]:
+def _of_folder(folder: Place) -> list[CohortCase]:
     """Return the cases of a folder: scans, channels as nnU-Net names them, or DICOM series."""
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in inside if path.is_file() and _is_readable(path)]
@@ -104,7 +127,7 @@ def _of_folder(folder: Path) -> list[CohortCase]:
     return [*_of_files(files), *(_of_series(path) for path in inside if _is_series(path))]
 
 
-def _of_files(paths: Iterable[Path]) -> list[CohortCase]:
+def _of_files(paths: Iterable[Place]) -> list[CohortCase]:
     return [
         _of_series(path) if path.is_dir() else CohortCase(stem(path), (path,))
         for path in paths
@@ -112,27 +135,27 @@ def _of_files(paths: Iterable[Path]) -> list[CohortCase]:
     ]
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(path: Place) -> bool:
     """Tell whether a file's ending is that of a volume."""
     return stem(path) != path.name
 
 
-def _of_series(folder: Path) -> CohortCase:
+def _of_series(folder: Place) -> CohortCase:
     return CohortCase(folder.name, (folder,))
 
 
-def _is_series(path: Path) -> bool:
+def _is_series(path: Place) -> bool:
     return path.is_dir() and any(
         one.is_file() and one.suffix.lower() in _SLICES for one in path.iterdir()
     )
 
 
-def _of_channels(folder: Path, files: Sequence[Path]) -> list[CohortCase]:
+def _of_channels(folder: Place, files: Sequence[Place]) -> list[CohortCase]:
     """Return the cases of an nnU-Net folder: case_0000.nii.gz, case_0001.nii.gz and so on.
 
     Truths are those of the folder of labels beside it, where there are any.
     """
-    channels: dict[str, dict[int, Path]] = defaultdict(dict)
+    channels: dict[str, dict[int, Place]] = defaultdict(dict)
     for path in files:
         name, _, number = stem(path).rpartition("_")
         channels[name][int(number)] = path
@@ -154,7 +177,7 @@ def _of_channels(folder: Path, files: Sequence[Path]) -> list[CohortCase]:
 # -------------------------------------------------------------------------------------- tables
 
 
-def _of_csv(path: Path) -> list[CohortCase]:
+def _of_csv(path: Place) -> list[CohortCase]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -167,7 +190,7 @@ def _of_csv(path: Path) -> list[CohortCase]:
     return _of_rows(path, columns, rows)
 
 
-def _of_parquet(path: Path) -> list[CohortCase]:
+def _of_parquet(path: Place) -> list[CohortCase]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -175,14 +198,15 @@ def _of_parquet(path: Path) -> list[CohortCase]:
             f"{path}: a Parquet table needs pyarrow: pip install 'seg3dcam[cohort]'"
         ) from error
     try:
-        table = parquet.read_table(path)
+        with path.open("rb") as file:
+            table = parquet.read_table(file)
     except (OSError, ArrowException) as error:
         raise ConfigError(f"{path}: not a table that can be read: {error}") from error
     return _of_rows(path, table.column_names, table.to_pylist())
 
 
 def _of_rows(
-    path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    path: Place, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> list[CohortCase]:
     """Return the cases of a table's rows."""
     names = {ours: _column(path, ours, columns) for ours in _COLUMNS}
@@ -201,7 +225,7 @@ def _of_rows(
     return found
 
 
-def _column(path: Path, ours: str, columns: Sequence[str]) -> str | None:
+def _column(path: Place, ours: str, columns: Sequence[str]) -> str | None:
     """Return the column of a table that has our name, or another one for it; None without one."""
     given = {name.strip().lower(): name for name in columns}
     found = [given[name] for name in (ours, *_COLUMNS[ours]) if name in given]
@@ -212,7 +236,7 @@ def _column(path: Path, ours: str, columns: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def _of_datalist(path: Path) -> list[CohortCase]:
+def _of_datalist(path: Place) -> list[CohortCase]:
     """Return the cases of a datalist: lists of {"image": ..., "label": ...}, or one such list."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -234,15 +258,19 @@ def _of_datalist(path: Path) -> list[CohortCase]:
     return found
 
 
-def _of_names(path: Path, name: Any, files: Sequence[str], truth: Any) -> CohortCase:
+def _of_names(path: Place, name: Any, files: Sequence[str], truth: Any) -> CohortCase:
     """Return the case that a table or a datalist names, with its files relative to it."""
-    scans = tuple(path.parent / file for file in files)
+
+    def beside(file: str) -> Place:
+        return place(file) if is_url(file) else path.parent / file
+
+    scans = tuple(beside(file) for file in files)
     own = str(name).strip() if name not in (None, "") else stem(scans[0])
-    return CohortCase(own, scans, path.parent / truth if isinstance(truth, str) and truth else None)
+    return CohortCase(own, scans, beside(truth) if isinstance(truth, str) and truth else None)
 
 
 #: Ending of a file that names cases -> its reader.
-_READERS: dict[str, Callable[[Path], list[CohortCase]]] = {
+_READERS: dict[str, Callable[[Place], list[CohortCase]]] = {
     ".csv": _of_csv,
     ".parquet": _of_parquet,
     ".json": _of_datalist,
@@ -276,11 +304,22 @@ def _check_names(source: str | Path, names: Sequence[str]) -> None:
 
 def _check_files(source: str | Path, cases: Sequence[CohortCase]) -> None:
     """Raise ConfigError if a file of a case is missing."""
+    listed: dict[Any, set[str]] = {}
+
+    def exists(file: Place) -> bool:
+        if isinstance(file, Path):
+            return file.exists()
+        # One look at a folder of a store takes as long as one at a file.
+        if file.parent not in listed:
+            there = file.parent.iterdir() if file.parent.is_dir() else ()
+            listed[file.parent] = {one.name for one in there}
+        return file.name in listed[file.parent]
+
     missing = [
         f"{case.name}: {file}"
         for case in cases
         for file in (*case.files, *([] if case.truth is None else [case.truth]))
-        if not file.exists()
+        if not exists(file)
     ]
     if missing:
         raise ConfigError(f"{source}: files are missing:\n  " + some(missing, 10, "\n  "))

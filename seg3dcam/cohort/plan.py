@@ -18,6 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from seg3dcam.cohort.cases import CohortCase
 from seg3dcam.errors import ConfigError, InputError, some
 from seg3dcam.files import read_small, write_json
+from seg3dcam.files.remote import Place
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import cohort_code, inputs_code, settings_of
 from seg3dcam.job.record import damaged, record_of
@@ -186,11 +187,11 @@ def _spread(cases: Sequence[PlannedCase]) -> Sequence[PlannedCase]:
     return cases[:: max(1, len(cases) // _SAMPLE)]
 
 
-def _voxels(file: Path) -> float:
+def _voxels(file: Place) -> float:
     """Return how many voxels a scan has; of other files than NIfTI two bytes count as one."""
     try:
         return float(np.prod(nib.load(file).shape[:3]))
-    except (ImageFileError, OSError):
+    except (ImageFileError, OSError, TypeError):  # the last one of a file that lies elsewhere
         inside = file.iterdir() if file.is_dir() else [file]
         return sum(one.stat().st_size for one in inside) / 2
 

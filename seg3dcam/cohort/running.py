@@ -9,23 +9,34 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.checks import check_whole_number
+from seg3dcam.cohort.calibration import RiskCoverage, of_classes
 from seg3dcam.cohort.cases import read_cases
 from seg3dcam.cohort.on_ray import connected
-from seg3dcam.cohort.plan import check_settings, failures, now, plan_in_words, planned, to_do
-from seg3dcam.cohort.table import write_tables
-from seg3dcam.cohort.work import Work, explained, note_failure
+from seg3dcam.cohort.page import write_page
+from seg3dcam.cohort.plan import (
+    PlannedCase,
+    check_settings,
+    failures,
+    now,
+    plan_in_words,
+    planned,
+    to_do,
+)
+from seg3dcam.cohort.table import summaries, write_tables
+from seg3dcam.cohort.work import Work, explained, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError
 from seg3dcam.files import check_writable
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
+from seg3dcam.models import SegModel
 from seg3dcam.progress import Progress, silent
 from seg3dcam.settings import validate
 
@@ -46,6 +57,8 @@ class CohortResult:
         skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
         tables: the files with a row for each case, class, layer and method.
+        page: the same for a browser, with the cases to look at first on top.
+        risk_coverage: class -> what the network's confidence is worth; of cases with a truth.
     """
 
     out: Path
@@ -53,6 +66,8 @@ class CohortResult:
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
     tables: tuple[Path, ...]
+    page: Path
+    risk_coverage: Mapping[str, RiskCoverage]
 
 
 def run(
@@ -77,8 +92,8 @@ def run(
     Args:
         source: see `read_cases`.
         model: see `Job.model`.
-        out: gets a folder for every case, `cohort.csv` and `cohort.parquet`, and the folder
-            "cohort" with a log for every case.
+        out: gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
+            folder "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
         workers: processes that explain cases side by side, each with a model of its own; on several
             GPUs in turns. None explains them in this process, or with `ray` in as many as fit.
@@ -129,25 +144,38 @@ def run(
         elif workers is not None:
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
-            ended = ((one, explained(one, loaded, folder), False) for one in waiting)
+            ended = _in_this_process(waiting, loaded, folder)
         done, failed = [], {}
+        progress("cases", 0, len(waiting))
         try:
-            progress("cases", 0, len(waiting))
-            for number, (one, error, died) in enumerate(ended, 1):
-                if error is None:
-                    done.append(one.name)
-                else:
-                    failed[one.name] = error
-                    say(f"{one.name} failed: {error}")
-                if error is not None and died:
-                    note_failure(one, folder, error)
-                progress("cases", number, len(waiting))
+            with closing(ended):
+                for number, (one, error, died) in enumerate(ended, 1):
+                    if error is None:
+                        done.append(one.name)
+                    else:
+                        failed[one.name] = error
+                        say(f"{one.name} failed: {error}")
+                    if error is not None and died:
+                        note_failure(one, folder, error)
+                        tidy(folder / one.name)
+                    progress("cases", number, len(waiting))
         finally:
             # Whatever ends the run, the tables say what there is by now.
             states = now(plan, folder, failed)
-            tables = write_tables(folder, states)
+            found = summaries(folder, states)
+            curves = of_classes(
+                [entry for one in found for entry in one.of_method(template.methods[0])]
+            )
+            tables = write_tables(folder, found)
+            page = write_page(folder, found, curves)
+    for label, curve in curves.items():
+        say(
+            f"{label}: area under risk (1 - Dice) by coverage {curve.area:.3f} in the order of the "
+            f"confidence; by chance {curve.by_chance:.3f}, at best {curve.at_best:.3f}, p = "
+            f"{curve.p_value:.3f}"
+        )
     skipped = tuple(one.name for one in plan if one.state == "done")
-    return CohortResult(folder, tuple(done), skipped, failures(states), tables)
+    return CohortResult(folder, tuple(done), skipped, failures(states), tables, page, curves)
 
 
 def _template(model: str, settings: Mapping[str, Any]) -> Job:
@@ -156,6 +184,8 @@ def _template(model: str, settings: Mapping[str, Any]) -> Job:
         raise ConfigError(f"{own[0]}: every case of a cohort has its own")
     given = {"format": list(KEPT)} | {"scan": "of the case", "model": model, **settings}
     template = validate(given, Job, "cohort")
+    # The page shows a small picture of every case.
+    template = template.model_copy(update={"format": [*template.formats, "thumb"]})
     check_before_loading(template)
     return template
 
@@ -179,6 +209,14 @@ def _check_workers(
             raise ConfigError(f"{name} is what a worker takes on a Ray cluster: give ray, too")
         if isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ConfigError(f"{name} {value!r}: a number from 0 on, such as 0.5")
+
+
+def _in_this_process(
+    waiting: Sequence[PlannedCase], model: SegModel, out: Path
+) -> Generator[tuple[PlannedCase, str | None, bool]]:
+    """Yield each case when it is done, as `spread` does."""
+    for one in waiting:
+        yield one, explained(one, model, out), False
 
 
 def _quiet(line: str) -> None:

@@ -1,13 +1,16 @@
-"""A row for each case, class, layer and method of a cohort."""
+"""A row for each case, class, method and layer of a cohort."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.cohort.plan import PlannedCase
+from seg3dcam.cohort.triage import Unusual, triage
 from seg3dcam.files import atomic
 from seg3dcam.job.record import Entry, record_of
 
@@ -22,26 +25,75 @@ _FOUND = (
     "cam_inside_prediction",
     "cam_inside_truth",
     "cam_outside",
+    "cam_outside_body",
     "peak_to_prediction_mm",
     "peak_to_truth_mm",
     "evidence_against",
+    "confidence",
 )
 
 COLUMNS = (
     *("case", "class", "layer", "method", "status"),
     *("verdict", "verdict_words", "resolution_mm"),
     *_FOUND,
-    "error",
+    *("unusual", "why", "error"),
 )
 
+#: Columns of words; the others hold numbers.
+_TEXTS = {
+    *("case", "class", "layer", "method", "status", "verdict", "verdict_words", "why", "error")
+}
 
-def write_tables(out: Path, plan: Sequence[PlannedCase]) -> tuple[Path, ...]:
-    """Write `cohort.csv`, and `cohort.parquet` where pyarrow is installed.
+_REPORT = re.compile(r"report(_\d+)?\.html")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A case with what was found in it.
+
+    Attributes:
+        case: its state by now.
+        entries: its explanations, each with how unlike those of the other cases it is.
+        report: its page, relative to its folder; None without one.
+    """
+
+    case: PlannedCase
+    entries: tuple[tuple[Entry, Unusual], ...]
+    report: str | None
+
+    def of_method(self, key: str) -> list[Entry]:
+        """Return the explanations by one method."""
+        return [entry for entry, _ in self.entries if entry.method and entry.method.name == key]
+
+
+def summaries(out: Path, plan: Sequence[PlannedCase]) -> list[Summary]:
+    """Return every case with what was found in it; runs with other weights are left out.
 
     Args:
-        plan: all cases, in the order of the rows, with their states by now.
+        plan: all cases, with their states by now.
     """
-    rows = [row for one in plan for row in _rows(out, one)]
+    read = [(one, *_read(out, one)) for one in plan]
+    of_all = {(one.name, e.name): e for one, entries, _ in read for e in entries}
+    unusual = triage(of_all)
+    return [
+        Summary(one, tuple((e, unusual[one.name, e.name]) for e in entries), report)
+        for one, entries, report in read
+    ]
+
+
+def _read(out: Path, one: PlannedCase) -> tuple[list[Entry], str | None]:
+    record = record_of(out / one.name) if one.state == "done" else None
+    if record is None:
+        return [], None
+    current = {run.key: run.files for run in record.runs if run.inputs == one.code}
+    files = [name for of_run in current.values() for name in of_run]
+    report = next((name for name in files if _REPORT.fullmatch(name)), None)
+    return [entry for entry in record.explanations if entry.run in current], report
+
+
+def write_tables(out: Path, found: Sequence[Summary]) -> tuple[Path, ...]:
+    """Write `cohort.csv`, and `cohort.parquet` where pyarrow is installed."""
+    rows = [row for one in found for row in _rows(one)]
     table = out / f"{NAME}.csv"
     with atomic(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -56,27 +108,27 @@ def _written_as_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterat
         from pyarrow import parquet
     except ImportError:
         return
-    table = pyarrow.table({name: [row[name] for row in rows] for name in COLUMNS})
+    kinds = {name: pyarrow.string() if name in _TEXTS else pyarrow.float64() for name in COLUMNS}
+    table = pyarrow.table(
+        {name: [row[name] for row in rows] for name in COLUMNS}, schema=pyarrow.schema(kinds)
+    )
     with atomic(path) as temporary:
         parquet.write_table(table, temporary)
     yield path
 
 
-def _rows(out: Path, one: PlannedCase) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a case; those of runs with other weights or files are left out."""
-    empty = dict.fromkeys(COLUMNS) | {"case": one.name}
-    record = record_of(out / one.name) if one.state == "done" else None
-    if record is None:
-        yield empty | {"status": one.state, "error": one.error or None}
-        return
-    current = {run.key for run in record.runs if run.inputs == one.code}
-    for entry in record.explanations:
-        for layer, about in entry.layers.items() if entry.run in current else ():
-            yield empty | _of_layer(entry, layer) | {"status": about.status}
+def _rows(one: Summary) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a case; one that has not been explained has one."""
+    empty = dict.fromkeys(COLUMNS) | {"case": one.case.name}
+    if not one.entries:
+        yield empty | {"status": one.case.state, "error": one.case.error or None}
+    for entry, unusual in one.entries:
+        for layer, about in entry.layers.items():
+            yield empty | row_of(entry, layer, unusual) | {"status": about.status}
 
 
-def _of_layer(entry: Entry, layer: str) -> dict[str, Any]:
-    found = getattr(entry, "found", None) or {}
+def row_of(entry: Entry, layer: str, unusual: Unusual) -> dict[str, Any]:
+    """Return the cells of a layer's map."""
     verdict = entry.verdicts.get(layer)
     return {
         "class": entry.label,
@@ -85,5 +137,7 @@ def _of_layer(entry: Entry, layer: str) -> dict[str, Any]:
         "verdict": None if verdict is None else verdict.finding,
         "verdict_words": None if verdict is None else verdict.words,
         "resolution_mm": max(entry.layers[layer].spacing_mm),
-        **{name: found.get(name) for name in _FOUND},
+        **{name: entry.figure(name) for name in _FOUND},
+        "unusual": unusual.score,
+        "why": "; ".join(unusual.reasons) or None,
     }

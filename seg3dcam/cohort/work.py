@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,9 @@ import torch
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
 from seg3dcam.errors import OutputError
 from seg3dcam.files import write_json
+from seg3dcam.files.remote import local_copy
+from seg3dcam.job.folder import locked
+from seg3dcam.job.record import listed_files
 from seg3dcam.job.run import model_of, run_with_model
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
@@ -31,7 +36,8 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            run_with_model(one.job, model, inputs=one.code, say=lines.append)
+            with local_files(one.job) as job:
+                run_with_model(job, model, inputs=one.code, say=lines.append)
         except Exception as raised:
             # Whatever is wrong with one scan must not stop the others.
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:
@@ -51,6 +57,24 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
     log_file(out, one.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return error
+
+
+@contextlib.contextmanager
+def local_files(job: Job) -> Iterator[Job]:
+    """Give a job whose files lie on this machine, copied there while it is done."""
+    with contextlib.ExitStack() as stack:
+        scans = [stack.enter_context(local_copy(file)) for file in job.scans]
+        truth = None if job.truth is None else stack.enter_context(local_copy(job.truth))
+        yield job.model_copy(update={"scan": scans, "truth": truth})
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a process that died has left in a case's folder, as its next run would."""
+    if folder.is_dir():
+        with contextlib.suppress(OutputError), locked(folder, listed_files):
+            pass
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing else is in it
 
 
 def note_failure(one: PlannedCase, out: Path, error: str) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def spread(
     opened: Callable[[], Worker],
     workers: int,
     say: Callable[[str], None],
-) -> Iterator[tuple[PlannedCase, str | None, bool]]:
+) -> Generator[tuple[PlannedCase, str | None, bool]]:
     """Yield each case when it is done, with why it failed, and whether its process died.
 
     Args:
@@ -185,7 +185,7 @@ def local_workers(work: Work, workers: int) -> Callable[[], Worker]:
     """Return what starts a worker on this machine; several GPUs are taken in turns."""
     numbers = count()
     gpus = torch.cuda.device_count() if work.template.device in ("auto", "cuda") else 0
-    threads = max(1, _cores() // workers)
+    threads = max(1, torch.get_num_threads() // workers)
 
     def opened() -> Worker:
         device = f"cuda:{next(numbers) % gpus}" if gpus > 1 else work.template.device
@@ -193,12 +193,6 @@ def local_workers(work: Work, workers: int) -> Callable[[], Worker]:
         return _LocalWorker(replace(work, template=template, threads=threads))
 
     return opened
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _LocalWorker:

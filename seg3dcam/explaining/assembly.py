@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
+from seg3dcam.explaining.certainty import class_probability, soft_dice_confidence
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import Placement
@@ -34,6 +36,9 @@ from seg3dcam.targets.combined import AnyTarget
 
 #: Packages whose version may change a map.
 PACKAGES = ("seg3dcam", "torch", "monai", "nibabel")
+
+#: Voxels around a lesion whose probabilities belong to it.
+NEAR = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,8 @@ class Assembly:
             has_background=result.activation == "softmax" and len(self.prediction) > 1,
             provenance=self._provenance(own, name, result).as_dict(),
             verdicts=self.judge.verdicts(target, result, cam),
+            confidence=_confidence(own, target, result),
+            probability=partial(self.placement.probability_on_scan, result),
         )
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:
@@ -167,6 +174,32 @@ def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord
         missing_gradient=layer.missing,
         dtype=str(layer.values.dtype).removeprefix("torch."),
     )
+
+
+def _confidence(own: OwnTarget, target: AnyTarget, result: CamResult) -> float | None:
+    """Return how sure the network is of a class, or of one lesion; None for another target."""
+    logits, drawn = result.logits[0], result.prediction[0]
+    # The index that a function of your own carries may be none of the network's.
+    if own.class_index is None or own.class_index >= len(logits):
+        return None
+    probability = class_probability(logits, own.class_index, result.activation)
+    mask = drawn[own.class_index] if drawn.ndim == logits.ndim else drawn == own.class_index
+    region = region_of(target, result.logits) if own.of_component else None
+    if region is not None:
+        # Other lesions of the class are not this one's, however near they are.
+        lesion = region[0].to(mask.device)
+        near = _grown(lesion, NEAR)
+        probability = torch.where(near & (lesion | ~mask), probability, 0)
+        mask = lesion
+    return soft_dice_confidence(probability, mask)
+
+
+def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Return a mask (*S) and all voxels at most so far from it along every axis."""
+    grown = mask.float()[None, None]
+    for _ in range(voxels):
+        grown = torch.nn.functional.max_pool3d(grown, 3, stride=1, padding=1)
+    return grown[0, 0].bool()
 
 
 # ------------------------------------------------------------------------------- words of a target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,10 @@ class Explanation:
         of_component: whether the region is a whole lesion: one connected component of the class's
             predicted mask.
         verdicts: layer -> what may be said of its map.
+        confidence: how sure the network is of the class or lesion, 0 to 1, by its own
+            probabilities, see `soft_dice_confidence`; None for a target of your own.
+        probability: index of a class -> its probability on the scan's grid, (X, Y, Z) float32, 0
+            where the network saw nothing; None for an explanation that was read back.
 
     Raises:
         InputError: maps, prediction, truth or region do not lie on the scan's grid.
@@ -79,6 +83,8 @@ class Explanation:
     only_against: Collection[str] = ()
     of_component: bool = False
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    confidence: float | None = None
+    probability: Callable[[int], torch.Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from seg3dcam.engine.scales import Scale
 from seg3dcam.explaining.explanation import Explanation
+from seg3dcam.explaining.pattern import body_mask
 from seg3dcam.geometry import peak_voxel, plateau_middle, spacing_of, to_world, voxel_ml
 
 __all__ = ["Peak", "find_peaks", "find_signed_peaks", "findings"]
@@ -109,8 +110,10 @@ def findings(
       of the mask; 0 inside the mask.
     - `cam_inside_prediction`, `cam_inside_truth`, `cam_outside`: which part of the sum of the CAM
       lies inside each mask, and outside of both.
+    - `cam_outside_body`: which part of it lies outside of the body, see `body_mask`.
     - `evidence_against`: which part of the absolute sum of the raw maps speaks against the target;
       the CAM shows the rest.
+    - `confidence`: of the network in the class or lesion, by its own probabilities.
     - `resolution_mm`, `cell_ml`: the size of a voxel of the layer's own grid; of several layers,
       that of the finest one.
     - `warnings`: in words, what a reader must know.
@@ -141,7 +144,9 @@ def findings(
         "peak_to_prediction_mm": _distance(peaks, prediction, affine),
         "peak_to_truth_mm": _distance(peaks, truth, affine),
         **_shares(volume, prediction, truth),
+        "cam_outside_body": _outside_body(explanation, volume),
         "evidence_against": None if evidence is None else evidence.against,
+        "confidence": explanation.confidence,
         "resolution_mm": resolution,
         "cell_ml": cell_ml,
     }
@@ -219,6 +224,14 @@ def _part(heat: NDArray[np.floating], total: float, mask: Any) -> float | None:
     if mask is None or total <= 0:
         return None
     return float(heat.sum(dtype=np.float64, where=np.asarray(mask))) / total
+
+
+def _outside_body(explanation: Explanation, volume: torch.Tensor) -> float | None:
+    """Return which part of the CAM lies outside of the body; None where no body is seen."""
+    body = body_mask(explanation.scan.data[0].numpy())
+    heat = volume.numpy()
+    inside = _part(heat, float(heat.sum(dtype=np.float64)), body)
+    return None if inside is None else 1 - inside
 
 
 def _distance(

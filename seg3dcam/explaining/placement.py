@@ -13,6 +13,7 @@ from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.errors import ModelError
+from seg3dcam.explaining.certainty import class_probability
 from seg3dcam.geometry import ras_affine, resample, resample_labels
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.progress import Progress
@@ -120,6 +121,12 @@ class Placement:
                 f"masks (K, *{self.scan.shape}) of dtype bool are wanted"
             )
         return own
+
+    def probability_on_scan(self, result: CamResult, class_index: int) -> torch.Tensor:
+        """Return the probability of a class on the scan's grid, (X, Y, Z), interpolated once."""
+        logits = result.logits[0].cpu()
+        found = class_probability(logits, class_index, result.activation)
+        return resample(found, self.affine, self.scan.affine, self.scan.shape).clamp(0, 1)
 
     def _compared_on_scan(
         self, logits: torch.Tensor, overlapping: bool, report: Progress

@@ -22,6 +22,7 @@ from typing import Any
 from seg3dcam.errors import InputError, OutputError, some
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
+from seg3dcam.explaining.pattern import body_mask, pattern_of
 from seg3dcam.export.slicer import SlicerScene
 from seg3dcam.files import plain, unique_names
 from seg3dcam.job.folder import described, locked, move, placed_as, remove, staging
@@ -168,6 +169,10 @@ def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
         )
 
 
+#: Files that an explanation has for itself, as `case.json` names them.
+_OWN_FILES = ("region_file", "truth_file", "thumb_file")
+
+
 @dataclass
 class _NewRun:
     """The files that one run has written to a folder of its own, and what it found.
@@ -209,7 +214,7 @@ class _NewRun:
         return [
             entry
             | {"raw_files": {layer: names[file] for layer, file in entry["raw_files"].items()}}
-            | {kind: entry[kind] and names[entry[kind]] for kind in ("region_file", "truth_file")}
+            | {kind: entry[kind] and names[entry[kind]] for kind in _OWN_FILES}
             for entry in self.found
         ]
 
@@ -282,9 +287,18 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
         "verdicts": {layer: asdict(said) for layer, said in explanation.verdicts.items()},
         "found": findings(explanation, scale=look_of(job).scale),
         "raw_files": raw_files(explanation, name) if volumes else {},
-        "region_file": None,
-        "truth_file": None,
+        "pattern": _pattern(explanation),
+        **dict.fromkeys(_OWN_FILES),
     }
     for kind in own_masks(explanation) if volumes else ():
         entry[f"{kind}_file"] = f"{kind}_{name}.nii.gz"
+    if "thumb" in job.formats:
+        entry["thumb_file"] = f"thumb_{name}.webp"
     return plain(entry)
+
+
+def _pattern(explanation: Explanation) -> list[float] | None:
+    """Return where in the body the CAM lies, see `pattern_of`, as a list."""
+    heat, scan = explanation.volume().numpy(), explanation.scan
+    found = pattern_of(heat, body_mask(scan.data[0].numpy()), scan.affine)
+    return None if found is None else [round(float(part), 5) for part in found.ravel()]

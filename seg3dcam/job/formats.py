@@ -46,10 +46,10 @@ class Format:
 
     writer: str
     files: tuple[str, ...]
-    size: float
     joint: bool = False
     by_default: bool = False
     check: Callable[[Scan], None] | None = None
+    size: float = 1.0
 
 
 _NIFTI = ("prediction*.nii.gz", "cam_*.nii.gz", "raw_*.nii.gz", "region_*.nii.gz", "truth_*.nii.gz")
@@ -57,12 +57,14 @@ _PNG = ("slices/*/*.png", "montage_*.png", "planes_*.png", "profile_*.png")
 
 #: Format -> how it is written.
 FORMATS = {
-    "nifti": Format("write_nifti_files", _NIFTI, 2, by_default=True),
-    "png": Format("write_png", _PNG, 0.6, by_default=True),
-    "html": Format("start_report", ("report.html",), 0.2, joint=True, by_default=True),
-    "slicer": Format("start_scene", ("slicer/*",), 1.7, joint=True, by_default=True),
-    "cine": Format("write_film", ("cine_*.webp",), 0.5),
-    "nrrd": Format("write_nrrd_file", ("cam_*.nrrd",), 0.7),
-    "fused": Format("write_fused_file", ("fused_*.nii.gz",), 0.4),
-    "dicom": Format("start_dicom", ("dicom/*",), 8, joint=True, check=_check_series),
+    "nifti": Format("write_nifti_files", _NIFTI, by_default=True, size=2),
+    "png": Format("write_png", _PNG, by_default=True, size=0.6),
+    "html": Format("start_report", ("report.html",), joint=True, by_default=True, size=0.2),
+    "slicer": Format("start_scene", ("slicer/*",), joint=True, by_default=True, size=1.7),
+    "cine": Format("write_film", ("cine_*.webp",), size=0.5),
+    "thumb": Format("write_thumbnail", ("thumb_*.webp",), size=0),
+    "probability": Format("start_probability", ("probability_*.nii.gz",), joint=True, size=1.0),
+    "nrrd": Format("write_nrrd_file", ("cam_*.nrrd",), size=0.7),
+    "fused": Format("write_fused_file", ("fused_*.nii.gz",), size=0.4),
+    "dicom": Format("start_dicom", ("dicom/*",), joint=True, check=_check_series, size=8),
 }

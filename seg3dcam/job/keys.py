@@ -16,6 +16,7 @@ from torch import nn
 
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.files import digest_of_all, printable, unique_names
+from seg3dcam.files.remote import fingerprint, place
 from seg3dcam.job.record import is_somebody_elses, record_of, voxels_sha256
 from seg3dcam.job.settings import OUT, Job
 from seg3dcam.job.targets import class_indices
@@ -106,11 +107,10 @@ def inputs_code(job: Job, cohort: str) -> str:
     """
     digest = hashlib.sha256(cohort.encode())
     for file in (*job.scans, *([] if job.truth is None else [job.truth])):
-        path = Path(file)
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        path = place(file)
+        inside: list[Any] = sorted(path.iterdir(), key=str) if path.is_dir() else [path]
         for one in inside:
-            about = one.stat()
-            digest.update(repr((one.name, about.st_size, about.st_mtime_ns)).encode())
+            digest.update(fingerprint(one).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 

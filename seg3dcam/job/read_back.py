@@ -89,6 +89,7 @@ def load_explanation(
             layer: verdict_of(said.finding, said.words, said.figures, full=said.full)
             for layer, said in entry.verdicts.items()
         },
+        confidence=entry.figure("confidence"),
     )
 
 

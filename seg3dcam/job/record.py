@@ -125,8 +125,11 @@ class Entry(_Schema):
         run: the key of the run that wrote it.
         raw_files: layer -> file of its raw map.
         region_file, truth_file: the files of its masks; None where it has none.
+        thumb_file: its small picture; None without one.
+        pattern: where in the body its CAM lies, see `pattern_of`; None where it has no heat.
         has_background, over_mask, only_against, of_component: as in `Explanation`.
         verdicts: layer -> what may be said of its map; empty in cases of earlier versions.
+        found: what `findings` returns.
         scan, model, target, method, layers: of the provenance; None or empty for an explanation
             that `explain` did not make.
     """
@@ -137,6 +140,8 @@ class Entry(_Schema):
     raw_files: dict[str, Name] = {}
     region_file: Name | None = None
     truth_file: Name | None = None
+    thumb_file: Name | None = None
+    pattern: list[float] | None = None
     has_background: bool = True
     over_mask: bool = True
     only_against: list[str] = []
@@ -147,6 +152,12 @@ class Entry(_Schema):
     target: TargetSchema | None = None
     method: MethodSchema | None = None
     layers: dict[str, LayerSchema] = {}
+    found: dict[str, Any] = {}
+
+    def figure(self, name: str) -> float | None:
+        """Return a number of what was found; None where it is missing or unknown."""
+        number = self.found.get(name)
+        return float(number) if isinstance(number, int | float) else None
 
 
 class Record(_Schema):

@@ -15,6 +15,8 @@ html    report.html                    all targets, methods and layers, for any 
 slicer  slicer/scene.mrml              the same for 3D Slicer, with its files beside it
         slicer/case.mrb                the scene and its files in one
 cine    cine_<target>.webp             a film through the slices
+thumb   thumb_<target>.webp            a small picture of the slice through the peak
+probability  probability_<class>.nii.gz   the network's probability of every class
 nrrd    cam_<target>.nrrd              the CAM as in NIfTI
 fused   fused_<target>.nii.gz          scan and CAM in colour, for viewers that cannot blend
 dicom   dicom/                         Secondary Capture, Segmentation, Parametric Map
@@ -34,6 +36,7 @@ import torch
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.export.dicom import DicomExport
 from seg3dcam.export.fused import write_fused
+from seg3dcam.export.probability import ProbabilityMaps
 from seg3dcam.export.slicer import SlicerScene
 from seg3dcam.files import unique_names
 from seg3dcam.files.writers.nifti import write_nifti
@@ -49,6 +52,7 @@ from seg3dcam.review import (
     save_planes,
     save_profile,
     save_slices,
+    save_thumbnail,
 )
 from seg3dcam.review.look import Look
 from seg3dcam.review.writing import JointWriter
@@ -122,6 +126,14 @@ def write_film(
     return [save_cine(folder / f"cine_{name}.webp", review)]
 
 
+def write_thumbnail(
+    folder: Path, explanation: Explanation, name: str, job: Job, case: str
+) -> list[Path]:
+    """Write a small picture of the slice through the peak."""
+    review = review_explanation(explanation, look_of(job), axis=job.axes[0], case=case)
+    return [save_thumbnail(folder / f"thumb_{name}.webp", review)]
+
+
 def write_nrrd_file(
     folder: Path, explanation: Explanation, name: str, job: Job, case: str
 ) -> list[Path]:
@@ -148,6 +160,11 @@ def start_report(folder: Path, look: Look, case: str) -> Report:
 def start_scene(folder: Path, look: Look, case: str) -> SlicerScene:
     """Start the scene for 3D Slicer."""
     return SlicerScene(folder / "slicer", look, case)
+
+
+def start_probability(folder: Path, look: Look, case: str) -> ProbabilityMaps:
+    """Start the probabilities of the classes."""
+    return ProbabilityMaps(folder)
 
 
 def start_dicom(folder: Path, look: Look, case: str) -> DicomExport:

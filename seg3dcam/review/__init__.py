@@ -10,6 +10,7 @@ save_montage    several slices in one PNG
 save_planes     the three planes through the peak
 save_profile    curves along the slices
 save_cine       a film
+save_thumbnail  a small picture of the slice through the peak
 save_report     one HTML page with everything
 save_features   the channels of a layer
 
@@ -23,6 +24,7 @@ from seg3dcam.review.pictures.montage import save_montage
 from seg3dcam.review.pictures.planes import save_planes
 from seg3dcam.review.pictures.profile import save_profile
 from seg3dcam.review.pictures.slices import save_slices
+from seg3dcam.review.pictures.thumbnail import save_thumbnail
 from seg3dcam.review.plan import Review, review_explanation, review_volumes
 from seg3dcam.review.report import Report, save_report
 
@@ -40,4 +42,5 @@ __all__ = [
     "save_profile",
     "save_report",
     "save_slices",
+    "save_thumbnail",
 ]

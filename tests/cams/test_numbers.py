@@ -275,6 +275,7 @@ def nested(pack: Callable) -> nn.Module:
     return toy.seeded(toy.Nested(pack), seed=4)
 
 
+@pytest.mark.few(4)
 @signed_maps
 @pytest.mark.parametrize("element", [0, 1])
 @pytest.mark.parametrize("kind", list(toy.PACKED))

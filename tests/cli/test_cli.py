@@ -469,6 +469,7 @@ def test_the_default_colours_by_name_are_the_same_case(place):
     assert not is_skipped(place.explain("--signed", "--colormap", "coolwarm"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     crossed(

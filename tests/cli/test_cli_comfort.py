@@ -249,6 +249,7 @@ def test_resampling_and_writing_are_steps_that_are_counted(place):
 # -------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 def test_slices_are_those_of_one_plane_unless_more_are_asked_for(place):
     def planes():
         return {f.name.partition("_")[0] for f in (place.out / "slices").rglob("*.png")}

@@ -53,7 +53,7 @@ def test_what_fails_is_written_down_and_stops_nothing(scans):
     assert result.done == ("a", "c")
     assert list(result.failed) == ["b"]
     plan, failure = said
-    assert plan.startswith("3 cases: 0 done, 3 to do. nifti: at most about ")
+    assert plan.startswith("3 cases: 0 done, 3 to do. nifti, thumb: at most about ")
     assert failure == f"b failed: {result.failed['b']}"
     assert [(row["case"], row["status"]) for row in rows(result)] == [
         ("a", "ok"),
@@ -78,7 +78,7 @@ def test_a_case_is_the_job_of_its_own(scans, tmp_path):
         scan=str(scans / "a.nii.gz"),
         model=str(tmp_path / "model.yaml"),
         target="lesion",
-        format=["nifti"],
+        format=["nifti", "thumb"],
         case="a",
         out=str(tmp_path / "alone"),
     )

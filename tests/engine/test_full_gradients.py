@@ -154,6 +154,7 @@ def test_every_window_has_its_share_of_every_contribution():
     assert deviation(result.maps["input"], expected) < EXACT
 
 
+@pytest.mark.slow
 @signed_maps
 def test_a_nonlinear_score_is_taken_apart_along_its_slope():
     network, x = toy.shared(seeded, "U-Net"), toy.random_input(2, 2, 8, 4, 12)

@@ -134,6 +134,7 @@ def test_networks_of_low_precision_give_finite_maps_of_float32(key, dtype, plan,
             assert deviation(map_, expected.maps[name]) < 1e-4
 
 
+@pytest.mark.few(4)
 @signed_maps
 @pytest.mark.parametrize("plan", [None, SIDE_BY_SIDE, WindowPlan(4, overlap=0.5)], ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
@@ -173,6 +174,7 @@ def silent(ndim: int) -> nn.Sequential:
     return network
 
 
+@pytest.mark.slow
 @signed_maps
 @pytest.mark.parametrize(("key", "how"), crossed(METHODS, itertools.product([2, 3], PLANS), rows=2))
 def test_a_map_of_a_network_that_says_nothing_is_never_a_heatmap(key, how):

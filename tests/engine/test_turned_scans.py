@@ -52,6 +52,7 @@ def assert_turned(found: CamResult, straight: CamResult, turn: toy.Turn) -> None
     assert found.status == straight.status
 
 
+@pytest.mark.few(4)
 @signed_maps
 @pytest.mark.parametrize(
     ("key", "axes", "through"),
@@ -73,6 +74,7 @@ def test_mirrored_scan_gives_the_mirrored_map(key, axes, through):
     assert_turned(turned(key, ndim, plan, flip, blocks), straight, flip)
 
 
+@pytest.mark.few(3)
 @signed_maps
 @pytest.mark.parametrize(
     ("key", "order", "through"),

@@ -280,6 +280,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.few(3)
 @signed_maps
 @pytest.mark.parametrize(("key", "variant"), crossed(CAMS, VARIANTS, rows=9))
 def test_how_the_windows_are_worked_through_does_not_matter(key, variant):

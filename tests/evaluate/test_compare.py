@@ -232,6 +232,7 @@ class TwoBranches(nn.Module):
         return self.aside(self.context(x[:, :1])) + self.itself(x[:, 1:])
 
 
+@pytest.mark.slow
 def test_an_input_that_does_not_count_throws_no_candidate_out():
     """Nothing of the context's branch speaks for a class that needs no context."""
     scan = 0.1 * torch.rand(1, 1, 16, 16, 24, generator=torch.Generator().manual_seed(0))

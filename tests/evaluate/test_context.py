@@ -69,6 +69,7 @@ def test_a_prediction_that_needs_nothing_outside_is_said():
     assert found.left == 1
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_whole_curves():
     """To 0.02, of controls and of other baselines; the map's own curve is whole."""
     found = evidence(CUE)

@@ -201,6 +201,7 @@ def test_a_degraded_map_is_never_better(kind):
     assert abs(areas[-1] - areas[0]) > 0.15
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", CURVES)
 @pytest.mark.parametrize("baseline", ["noise", "mean"])
 def test_the_same_seed_gives_the_same_numbers(kind, baseline):

@@ -67,6 +67,7 @@ def test_brightness_tells_no_cue_from_its_rivals(name):
 # --------------------------------------------------------------------------------------- networks
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_network_has_learnt_what_was_planted(name, seed):

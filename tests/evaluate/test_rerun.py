@@ -56,6 +56,7 @@ def image(seed: int = 0) -> torch.Tensor:
     return toy.random_input(1, 2, 10, 8, 18, seed=seed)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("plan", "change", "kept", "name"),
     crossed(

@@ -64,6 +64,7 @@ def field_scan(
     return path, field
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("orientation", "pool", "window"),
     crossed(ORIENTATIONS, [1, 2, 4], [None, WindowPlan(24, overlap=0.5), WindowPlan((20, 24, 16))]),

@@ -115,6 +115,7 @@ def test_the_checker_finds_no_error_for_mr_and_pet(tmp_path, modality):
 # ------------------------------------------------------------------------------- value and place
 
 
+@pytest.mark.few(1)
 def test_the_map_is_exact_by_position(written):
     explanation, files = written
     image = pydicom.dcmread(of_kind(files, "_map"))
@@ -317,6 +318,7 @@ def area(image, scan):
     return np.s_[MARGIN : MARGIN + rows, MARGIN : MARGIN + columns]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("acquired", crossed(ACQUIRED, rows=2))
 def test_the_heat_in_the_pictures_is_where_the_marker_is(tmp_path, acquired):
     explanation = plain(explained(tmp_path / "in", acquired))

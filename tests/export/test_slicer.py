@@ -123,6 +123,7 @@ def test_settings_of_the_scan(scene):
     assert scan["threshold"][0] == 0
 
 
+@pytest.mark.slow
 @needs_slicer
 def test_settings_of_the_cams(scene, phantom):
     cams = scene["volumes"][1:]

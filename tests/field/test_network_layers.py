@@ -51,6 +51,7 @@ def convolutions(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, PLAIN)]
 
 
+@pytest.mark.few(1)
 @quiet
 @pytest.mark.usefixtures("usual_grids_but_for_few")
 @named(*(name for name in ORDINARY if not name.startswith("BasicUNet++")), quick=FEW)

@@ -443,6 +443,7 @@ def killed_while_moving(place, monkeypatch, moved, *options):
         shutil.rmtree(staged)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("moved", "options", "then"),
     crossed([0, 2, 4], [("--force",), ("--threshold", 0.3)], ["organ", "features"]),

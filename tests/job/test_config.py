@@ -127,6 +127,7 @@ def test_values_of_the_ct_job_are_the_defaults():
     assert changed == {"scan", "model", "out", "target", "intensity_window", "axis"}
 
 
+@pytest.mark.slow
 def test_an_example_job_runs(tmp_path):
     """The CT job, with a tiny network and a tiny scan in the place of its own."""
     place = Place.at(tmp_path, classes=["background", "liver", "tumour"])

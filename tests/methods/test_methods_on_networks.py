@@ -282,6 +282,7 @@ def test_full_grad_is_complete_across_strides():
     assert deviation(result.native["input"].flatten(1).sum(1), score) < EXACT
 
 
+@pytest.mark.few(1)
 @signed_maps
 @pytest.mark.parametrize("layer", ["encoder", "bottleneck"])
 def test_full_grad_of_a_u_net_sums_to_the_score(layer):

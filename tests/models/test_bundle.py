@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:layer .* (explains|shows) nothing")  # the network is random
 @pytest.mark.parametrize("case", crossed(CASES, rows=2))
 def test_the_prediction_is_monais_own(case, tmp_path):

@@ -77,6 +77,7 @@ def loaded(programs, tmp_path_factory):
     return network, load_model(spec(file, tmp_path_factory.mktemp("spec")), trust=True).module
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "method", crossed(["grad_cam", "hires_cam", "layer_cam", "eigen_cam"], rows=1)
 )
@@ -91,6 +92,7 @@ def test_maps_are_those_of_the_network_that_was_exported(method, loaded):
         torch.testing.assert_close(own.maps[name], expected.maps[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_scans_are_explained_in_windows(programs, tmp_path):
     network, file, any_size = programs
     window = {"roi_size": SIZE, "overlap": 0.5}

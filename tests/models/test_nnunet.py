@@ -226,6 +226,7 @@ def with_blob() -> np.ndarray:
     return data + 10 * np.exp(-((distance / 3.5) ** 2)) * inside
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "case",
     crossed(

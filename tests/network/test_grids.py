@@ -133,6 +133,7 @@ STACKS = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", crossed(STACKS, rows=12))
 def test_a_stack_has_the_grid_worked_out_by_hand(name):
     layers, stride, offset = STACKS[name]

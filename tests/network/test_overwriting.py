@@ -104,6 +104,7 @@ PLACES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("key", "name", "place"),
     crossed(

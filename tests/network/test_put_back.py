@@ -115,6 +115,7 @@ class _LastAxis(nn.Module):
         return x + self.inner(x.movedim(1, -1)).movedim(-1, 1)
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 @pytest.mark.parametrize(("name", "layer"), crossed(EXPLAINED, ["2", "auto", "all"], rows=6))
@@ -580,6 +581,7 @@ def _views(of, kind):
         of.register_buffer("slot", of.whole.detach()[:1])
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore::seg3dcam.errors.Seg3dcamWarning")
 @pytest.mark.parametrize(
     "kind",

@@ -185,6 +185,7 @@ def test_odd_explanations_are_drawn_without_a_warning(tmp_path, writer, odd):
     assert list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("axis", "writer"), crossed(display.PLANES, WRITERS))
 def test_scans_of_two_slices_are_drawn(tmp_path, writer, axis):
     scan = np.random.default_rng(0).random((30, 32, 2))
@@ -267,6 +268,7 @@ def test_public_names():
         "save_profile",
         "save_report",
         "save_slices",
+        "save_thumbnail",
     ]
     assert seg3dcam.review.save_slices is save_slices
 

@@ -22,6 +22,7 @@ from seg3dcam.files.readers.mgh import plan_mgh
 from seg3dcam.files.readers.nifti import plan_nifti
 from seg3dcam.files.readers.nrrd import plan_nrrd
 from seg3dcam.files.readers.plan import Plan, check_file, check_length, read_voxels, reading
+from seg3dcam.files.remote import Place
 
 __all__ = ["FRAMES", "READABLE", "Frame", "Plan", "plan_file", "read_voxels", "stem"]
 
@@ -68,7 +69,7 @@ def plan_file(path: Path, frame: Frame | None = None, *, must: bool = True) -> P
     return plan
 
 
-def stem(path: Path) -> str:
+def stem(path: Place) -> str:
     """Return a file's name without the suffix of its format.
 
     >>> stem(Path("a.b.nii.gz")), stem(Path("masks.seg.nrrd")), stem(Path("case"))

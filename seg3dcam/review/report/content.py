@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -19,6 +15,7 @@ from seg3dcam.errors import InputError
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import find_signed_peaks, findings
 from seg3dcam.geometry import peak_voxel, same_grid, spacing_of
+from seg3dcam.review.html import asset, filled, in_base64, in_json, policy
 from seg3dcam.review.look import WINDOWS, Look, choose_window, colours
 from seg3dcam.review.pictures.closeup import closeup_mm
 from seg3dcam.review.pictures.display import edge_letters, obliquity_degrees, plan_view
@@ -36,9 +33,6 @@ MAP_SHARE = 1 / 3
 PEAK_KEYS = {"peak_voxel", "peak_mm", "peaks"}
 
 SCRIPTS = ("volume.js", "draw.js", "view.js", "panels.js", "feedback.js", "controls.js")
-
-#: A place in page.html that is replaced by a part of the page, such as {{script}}.
-PAGE_SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 #: Layer -> number of its map in the page, and the raw value that became 1 in that map.
 MapNumbers = dict[str, tuple[int, float]]
@@ -119,7 +113,7 @@ class Page:
         """Add a mask, unless the page has an equal one already, and return its number."""
         if mask is None:
             return None
-        packed = _base64(packing.pack_mask(mask, self.order))
+        packed = in_base64(packing.pack_mask(mask, self.order))
         if packed not in self.masks:
             self.masks[packed] = {"profile": packing.mask_profile(mask, self.order)}
         return list(self.masks).index(packed)
@@ -173,7 +167,7 @@ class Page:
             )
             self.map_room -= len(packed.data) * BASE64
             numbers[layer] = len(self.maps), largest
-            self.maps.append({**packed._asdict(), "data": _base64(packed.data)})
+            self.maps.append({**packed._asdict(), "data": in_base64(packed.data)})
         return numbers
 
     def parts(self) -> Iterator[str]:
@@ -181,28 +175,19 @@ class Page:
         script = "".join(map(_source, SCRIPTS))
         style = _source("view.css")
         content = {
-            "policy": "; ".join(
-                [
-                    "default-src 'none'",
-                    f"script-src '{_digest(script)}'",
-                    f"style-src '{_digest(style)}'",
-                    "base-uri 'none'",
-                    "form-action 'none'",
-                ]
-            ),
+            "policy": policy(script, style),
             "style": style,
             "maps": "\n".join(one["data"] for one in self.maps),
             "masks": "\n".join(self.masks),
             "script": script,
         }
         page = _source("page.html")
-        taken = len(page) + sum(map(len, content.values())) + len(_json(self._meta(None)))
+        taken = len(page) + sum(map(len, content.values())) + len(in_json(self._meta(None)))
         room = (self.limit - taken - 1000) / BASE64 - 3 * len(self.greys.codes)  # for rounding
         slices = packing.pack_slices(self.greys.codes, room)
-        content["slices"] = "\n".join(map(_base64, slices.pictures))
-        content["meta"] = _json(self._meta(slices))
-        for number, part in enumerate(PAGE_SLOT.split(page)):
-            yield content[part] if number % 2 else part
+        content["slices"] = "\n".join(map(in_base64, slices.pictures))
+        content["meta"] = in_json(self._meta(slices))
+        yield from filled(page, content)
 
     def _id(self) -> str:
         """Return a hash of the page's content, under which a browser stores a reader's notes."""
@@ -270,23 +255,5 @@ def _weights(
     return [(number, largest / height) for number, largest in found.values()] if height else []
 
 
-# ---------------------------------------------------------------- text
-
-
 def _source(name: str) -> str:
-    return (files("seg3dcam.review.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _base64(blob: bytes) -> str:
-    return base64.b64encode(blob).decode("ascii")
-
-
-def _digest(text: str) -> str:
-    """Return the hash by which the page's security policy allows a script or a style."""
-    return "sha256-" + _base64(hashlib.sha256(text.encode()).digest())
-
-
-def _json(value: Any) -> str:
-    """Return JSON without the characters < > &, so that no text can end the script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return asset("seg3dcam.review.report", name)

@@ -1,0 +1,96 @@
+"""Files that lie elsewhere, by their address: s3://bucket/scan.nii.gz, and whatever fsspec knows.
+
+    place("s3://bucket/scans")       # like a Path
+    with local_copy("s3://bucket/scan.nii.gz") as path: ...
+
+A name without "://" is a path on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from seg3dcam.errors import MissingExtraError, ScanError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+#: A path on this machine, or a place elsewhere.
+Place = Union[Path, "UPath"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[a-z]+::")
+
+
+def is_url(name: str | Path) -> bool:
+    """Tell whether a name is an address.
+
+    >>> is_url("s3://bucket/a.nii.gz"), is_url("scans/a.nii.gz")
+    (True, False)
+    """
+    return isinstance(name, str) and _URL.match(name) is not None
+
+
+def place(name: str | Path) -> Place:
+    """Return the place of a name.
+
+    Raises:
+        MissingExtraError: the package for such addresses is not installed.
+    """
+    if not is_url(name):
+        return Path(name)
+    try:
+        from upath import UPath
+    except ImportError as error:
+        raise MissingExtraError(f"{name}: pip install 'seg3dcam[cohort]'") from error
+    try:
+        found = UPath(name)
+        _ = found.fs  # what is missing for a protocol is said here
+    except ImportError as error:
+        raise MissingExtraError(f"{name}: {error}") from error
+    return found
+
+
+def fingerprint(file: Place) -> str:
+    """Return a text that is another one when the file is; of a remote one what its store says."""
+    if isinstance(file, Path):
+        about = file.stat()
+        return f"{file.name} {about.st_size} {about.st_mtime_ns}"
+    return f"{file.name} {file.fs.ukey(file.path)}"
+
+
+@contextmanager
+def local_copy(name: str) -> Iterator[str]:
+    """Give the path of a file or folder on this machine, copied there if it lies elsewhere.
+
+    Raises:
+        ScanError: it cannot be fetched.
+    """
+    if not is_url(name):
+        yield name
+        return
+    folder = Path(tempfile.mkdtemp(prefix="seg3dcam-"))
+    try:
+        yield str(_fetched(name, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fetched(name: str, folder: Path) -> Path:
+    source: Any = place(name)
+    target = folder / (source.name or "scan")
+    try:
+        if source.is_dir():
+            target.mkdir()
+            for one in source.iterdir():
+                one.fs.get_file(one.path, str(target / one.name))
+        else:
+            source.fs.get_file(source.path, str(target))
+    except Exception as error:  # every store has its own errors
+        raise ScanError(f"{name} cannot be fetched: {error}") from error
+    return target

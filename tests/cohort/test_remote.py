@@ -1,0 +1,97 @@
+"""Scans that lie elsewhere: the same cases as from a folder, and nothing is left behind here."""
+
+from __future__ import annotations
+
+import tempfile
+
+import pytest
+from helpers_cohort import content_of, write_cohort
+
+from seg3dcam import cohort
+from seg3dcam.cohort import read_cases
+from seg3dcam.errors import ConfigError
+
+UPath = pytest.importorskip("upath", reason="universal-pathlib is an extra").UPath
+
+NAMES = ["a", "b", "c"]
+SETTINGS = {"target": "lesion", "format": ["nifti"]}
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A store in memory with the scans of a folder, tables of them, and one DICOM-like folder."""
+    scans = write_cohort(tmp_path, NAMES)
+    store = UPath("memory://hospital")
+    for file in scans.iterdir():
+        target = store / "scans" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (store / "cases.csv").write_text("case,scan\nfirst,scans/a.nii.gz\n", encoding="utf-8")
+    (store / "data.json").write_text('[{"image": "scans/b.nii.gz"}]', encoding="utf-8")
+    yield store
+    store.fs.rm("/hospital", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("scans", NAMES),
+        ("scans/*.nii.gz", NAMES),
+        ("*/[ab].nii.gz", ["a", "b"]),
+        ("cases.csv", ["first"]),
+        ("data.json", ["b"]),
+    ],
+)
+def test_cases_elsewhere_are_found(bucket, source, names):
+    found = read_cases(f"memory://hospital/{source}")
+    assert [case.name for case in found] == names
+    assert all(str(case.files[0]).startswith("memory://hospital/scans/") for case in found)
+
+
+def test_a_table_here_may_name_scans_elsewhere(bucket, tmp_path):
+    table = tmp_path / "cases.csv"
+    table.write_text("scan\nmemory://hospital/scans/a.nii.gz\nscans/b.nii.gz\n", encoding="utf-8")
+    here, elsewhere = read_cases(table)[1], read_cases(table)[0]
+    assert str(elsewhere.files[0]) == "memory://hospital/scans/a.nii.gz"
+    assert here.files[0] == tmp_path / "scans" / "b.nii.gz"
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.csv", "scans/*.mha"])
+def test_nothing_is_found(bucket, source):
+    with pytest.raises(ConfigError, match="memory://hospital"):
+        read_cases(f"memory://hospital/{source}")
+
+
+def test_missing_files_are_named(bucket):
+    (bucket / "cases.csv").write_text("scan\nscans/a.nii.gz\nscans/gone.nii.gz\n")
+    with pytest.raises(ConfigError, match=r"missing:\n  gone: memory://hospital/scans/gone"):
+        read_cases("memory://hospital/cases.csv")
+
+
+def test_an_unknown_store_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="nostore://a/scans"):
+        read_cases("nostore://a/scans")
+
+
+def test_results_are_those_of_the_same_files_here(bucket, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    settings = {"model": str(tmp_path / "model.yaml")} | SETTINGS
+    elsewhere = cohort.run("memory://hospital/scans", out=tmp_path / "elsewhere", **settings)
+    here = cohort.run(tmp_path / "scans", out=tmp_path / "here", **settings)
+    assert elsewhere.done == here.done == tuple(NAMES)
+    for name in NAMES:
+        one, other = content_of(elsewhere.out, name), content_of(here.out, name)
+        # The record knows the files by what their store says of them.
+        assert {k: v for k, v in one.items() if not k.endswith("case.json")} == {
+            k: v for k, v in other.items() if not k.endswith("case.json")
+        }
+    assert list(scratch.iterdir()) == []
+    again = cohort.run("memory://hospital/scans", out=tmp_path / "elsewhere", **settings)
+    assert again.skipped == tuple(NAMES)
+    changed = bucket / "scans" / "b.nii.gz"
+    changed.write_bytes((bucket / "scans" / "c.nii.gz").read_bytes())
+    assert cohort.run("memory://hospital/scans", out=tmp_path / "elsewhere", **settings).done == (
+        "b",
+    )
