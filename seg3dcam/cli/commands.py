@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from seg3dcam.cli.cohort import cohort
+from seg3dcam.cli.cohort_compare import cohort_compare
 from seg3dcam.cli.compare import compare
 from seg3dcam.cli.demo import demo
 from seg3dcam.cli.evaluate import evaluate
@@ -30,7 +31,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explain 3D segmentation networks: class activation maps in patient space.",
 )
-for command in (explain, cohort, evaluate, compare, layers, features, methods, demo):
+for command in (
+    explain,
+    cohort,
+    cohort_compare,
+    evaluate,
+    compare,
+    layers,
+    features,
+    methods,
+    demo,
+):
     app.command()(command)
 
 #: What may stand behind a flag by mistake, as in `--trust true`.

@@ -1,7 +1,27 @@
-"""Many scans: which cases there are, what is to be done, and doing it."""
+"""Many scans: which cases there are, what is to be done, doing it, and what came out.
 
+cases       which scans there are        plan        what is done and what is not
+running     the run, from source to page
+work        one case                     workers, on_ray  processes that do it
+table, page, triage, calibration         what came out
+comparing   two cohorts of the same cases
+"""
+
+from seg3dcam.cohort.calibration import RiskCoverage, risk_coverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
+from seg3dcam.cohort.comparing import CohortComparison, compare_cohorts
 from seg3dcam.cohort.plan import PlannedCase, planned
 from seg3dcam.cohort.running import CohortResult, run
 
-__all__ = ["CohortCase", "CohortResult", "PlannedCase", "planned", "read_cases", "run"]
+__all__ = [
+    "CohortCase",
+    "CohortComparison",
+    "CohortResult",
+    "PlannedCase",
+    "RiskCoverage",
+    "compare_cohorts",
+    "planned",
+    "read_cases",
+    "risk_coverage",
+    "run",
+]

@@ -71,7 +71,7 @@ def _curve(label: str, curve: RiskCoverage) -> dict[str, Any]:
 
 
 def _facts(found: Sequence[Summary]) -> str:
-    counts = Counter(one.case.state for one in found)
+    counts = Counter("done" if one.entries else one.status for one in found)
     return f"{len(found)} cases: " + ", ".join(f"{n} {state}" for state, n in counts.items())
 
 
@@ -79,8 +79,7 @@ def _rows(one: Summary) -> Iterator[dict[str, Any]]:
     """Yield a row for each explanation, its layers together; one for a case without any."""
     about = {"case": one.case.name, "report": one.report}
     if not one.entries:
-        error = one.case.error or None
-        yield about | {"status": one.case.state, "why": error, "error": error}
+        yield about | {"status": one.status, "why": one.reason, "error": one.reason}
     for entry, unusual in one.entries:
         layers = list(entry.layers)
         cells = row_of(entry, layers[0], unusual)

@@ -55,11 +55,23 @@ class Summary:
         case: its state by now.
         entries: its explanations, each with how unlike those of the other cases it is.
         report: its page, relative to its folder; None without one.
+        empty: why there was nothing to explain in it; None where there was, or where it failed.
     """
 
     case: PlannedCase
     entries: tuple[tuple[Entry, Unusual], ...]
     report: str | None
+    empty: str | None = None
+
+    @property
+    def status(self) -> str:
+        """Of a case without explanations: "empty", "failed" or "to do"."""
+        return "empty" if self.case.state == "done" else self.case.state
+
+    @property
+    def reason(self) -> str | None:
+        """Why it has no explanations; None where it is still to do."""
+        return self.empty or self.case.error or None
 
     def of_method(self, key: str) -> list[Entry]:
         """Return the explanations by one method."""
@@ -73,22 +85,24 @@ def summaries(out: Path, plan: Sequence[PlannedCase]) -> list[Summary]:
         plan: all cases, with their states by now.
     """
     read = [(one, *_read(out, one)) for one in plan]
-    of_all = {(one.name, e.name): e for one, entries, _ in read for e in entries}
+    of_all = {(one.name, e.name): e for one, entries, _, _ in read for e in entries}
     unusual = triage(of_all)
     return [
-        Summary(one, tuple((e, unusual[one.name, e.name]) for e in entries), report)
-        for one, entries, report in read
+        Summary(one, tuple((e, unusual[one.name, e.name]) for e in entries), report, empty)
+        for one, entries, report, empty in read
     ]
 
 
-def _read(out: Path, one: PlannedCase) -> tuple[list[Entry], str | None]:
+def _read(out: Path, one: PlannedCase) -> tuple[list[Entry], str | None, str | None]:
+    """Return a case's explanations, its report, and why it has none."""
     record = record_of(out / one.name) if one.state == "done" else None
     if record is None:
-        return [], None
-    current = {run.key: run.files for run in record.runs if run.inputs == one.code}
-    files = [name for of_run in current.values() for name in of_run]
+        return [], None, None
+    current = {run.key: run for run in record.runs if run.inputs == one.code}
+    files = [name for run in current.values() for name in run.files]
     report = next((name for name in files if _REPORT.fullmatch(name)), None)
-    return [entry for entry in record.explanations if entry.run in current], report
+    empty = next((run.empty for run in current.values() if run.empty), None)
+    return [entry for entry in record.explanations if entry.run in current], report, empty
 
 
 def write_tables(out: Path, found: Sequence[Summary]) -> tuple[Path, ...]:
@@ -121,7 +135,7 @@ def _rows(one: Summary) -> Iterator[dict[str, Any]]:
     """Yield the rows of a case; one that has not been explained has one."""
     empty = dict.fromkeys(COLUMNS) | {"case": one.case.name}
     if not one.entries:
-        yield empty | {"status": one.case.state, "error": one.case.error or None}
+        yield empty | {"status": one.status, "error": one.reason}
     for entry, unusual in one.entries:
         for layer, about in entry.layers.items():
             yield empty | row_of(entry, layer, unusual) | {"status": about.status}

@@ -37,7 +37,7 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
         warnings.simplefilter("always")
         try:
             with local_files(one.job) as job:
-                run_with_model(job, model, inputs=one.code, say=lines.append)
+                run_with_model(job, model, inputs=one.code, say=lines.append, may_be_empty=True)
         except Exception as raised:
             # Whatever is wrong with one scan must not stop the others.
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:

@@ -116,6 +116,46 @@ def write_case(
     return {"case": new.case, "files": run["files"], "explanations": entries}
 
 
+def write_empty_case(
+    folder: Path, job: Job, *, keys: Keys, case: str, why: str, inputs: str | None
+) -> Mapping[str, Any]:
+    """Write down that there was nothing to explain in a scan; an earlier run of the job goes.
+
+    Args:
+        case: the name of the scan.
+        why: in words.
+        keys, inputs: as for `write_case`, which says what is returned and raised.
+    """
+    with locked(folder, listed_files):
+        before = record_of(folder)
+        if before is None and is_somebody_elses(folder):
+            raise OutputError(
+                f"{folder} holds a case.json of something else: choose another folder"
+            )
+        others = without_job(before, keys.job)
+        run = RunEntry(
+            key=keys.all,
+            job_key=keys.job,
+            job=plain(settings_of(job)),
+            files=[],
+            inputs=inputs,
+            empty=why,
+        )
+        record = Record(
+            seg3dcam=version("seg3dcam"),
+            case=case,
+            voxels_sha256=keys.voxels,
+            key=run.key,
+            job=run.job,
+            runs=[*(others.runs if others else []), run],
+            files=others.files if others else {},
+            explanations=others.explanations if others else [],
+        )
+        write_record(folder, record)
+        remove(folder, _files_of(before) - _files_of(others))
+    return {"case": case, "files": [], "explanations": []}
+
+
 def note_inputs(folder: Path, key: str, inputs: str) -> None:
     """Keep another code of the files in the record of a complete run, such as after a copy."""
     with locked(folder, listed_files):
@@ -170,7 +210,7 @@ def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:
 
 
 #: Files that an explanation has for itself, as `case.json` names them.
-_OWN_FILES = ("region_file", "truth_file", "thumb_file")
+_OWN_FILES = ("cam_file", "region_file", "truth_file", "thumb_file")
 
 
 @dataclass
@@ -292,6 +332,8 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
     }
     for kind in own_masks(explanation) if volumes else ():
         entry[f"{kind}_file"] = f"{kind}_{name}.nii.gz"
+    if volumes:
+        entry["cam_file"] = f"cam_{name}.nii.gz"
     if "thumb" in job.formats:
         entry["thumb_file"] = f"thumb_{name}.webp"
     return plain(entry)

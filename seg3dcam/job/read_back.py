@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -91,6 +92,44 @@ def load_explanation(
         },
         confidence=entry.figure("confidence"),
     )
+
+
+class WrittenMap(NamedTuple):
+    """A CAM and the mask that it explains, as they were written.
+
+    Attributes:
+        cam: (X, Y, Z) in [0, 1].
+        mask: (X, Y, Z) bool, the class's or the region's.
+        affine: (4, 4), voxel -> RAS mm.
+    """
+
+    cam: torch.Tensor
+    mask: torch.Tensor
+    affine: np.ndarray
+
+
+def written_map(folder: str | Path, record: Record, entry: Entry) -> WrittenMap:
+    """Return the CAM of one explanation of a case, without its scan.
+
+    Raises:
+        InputError: it was written without the format "nifti", or files are gone or were changed.
+    """
+    folder = Path(folder)
+    run = next((run for run in record.runs if run.key == entry.run), None)
+    if run is None or entry.cam_file is None or entry.target is None or entry.model is None:
+        raise InputError(
+            f"{folder}: {entry.label} has no volumes: explain it with the format nifti"
+        )
+    _check_files(folder, record, [entry.cam_file, *_own_files(entry, run)])
+    index = entry.target.class_index
+    if entry.region_file is not None:
+        mask = _volume(folder / entry.region_file).bool()
+    elif index is None:
+        raise InputError(f"{folder}: {entry.label} is about no class, so that it has no mask")
+    else:
+        mask = _prediction(folder, run, entry.model.classes, entry.has_background)[index]
+    file = nib.load(folder / entry.cam_file)
+    return WrittenMap(_volume(folder / entry.cam_file), mask, file.affine)
 
 
 # --------------------------------------------------------------------------------- what is read

@@ -52,6 +52,7 @@ class RunEntry(_Schema):
         prediction_files: that of the predicted labels, or those of the masks of each class.
         inputs: a code of the scan's files, of a run in a cohort; it finds a run up to date without
             reading them.
+        empty: why there was nothing to explain, of a run without explanations.
     """
 
     key: str
@@ -61,6 +62,7 @@ class RunEntry(_Schema):
     scan_files: list[Name] = []
     prediction_files: list[Name] = []
     inputs: str | None = None
+    empty: str | None = None
 
 
 # What must be right in an entry before an explanation can be read back from it. Anybody may have
@@ -125,6 +127,7 @@ class Entry(_Schema):
         run: the key of the run that wrote it.
         raw_files: layer -> file of its raw map.
         region_file, truth_file: the files of its masks; None where it has none.
+        cam_file: its CAM as a volume; None without one, and in cases of earlier versions.
         thumb_file: its small picture; None without one.
         pattern: where in the body its CAM lies, see `pattern_of`; None where it has no heat.
         has_background, over_mask, only_against, of_component: as in `Explanation`.
@@ -140,6 +143,7 @@ class Entry(_Schema):
     raw_files: dict[str, Name] = {}
     region_file: Name | None = None
     truth_file: Name | None = None
+    cam_file: Name | None = None
     thumb_file: Name | None = None
     pattern: list[float] | None = None
     has_background: bool = True

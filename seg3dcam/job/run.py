@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from seg3dcam.cams.catalogue import ALL_METHODS
-from seg3dcam.errors import ConfigError
+from seg3dcam.errors import ConfigError, EmptyRegionError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import anatomical_axis
-from seg3dcam.job.case import note_inputs, write_case
+from seg3dcam.job.case import note_inputs, write_case, write_empty_case
 from seg3dcam.job.checks import check_job
 from seg3dcam.job.formats import check_formats
-from seg3dcam.job.keys import Keys, case_folder, case_keys, look_of
+from seg3dcam.job.keys import Keys, case_folder, case_keys, case_name, look_of
 from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
 from seg3dcam.job.settings import Job
-from seg3dcam.job.targets import check_truth, class_indices, targets_of
+from seg3dcam.job.targets import WhereThere, check_truth, class_indices, targets_of
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.models.recommended import advice_for
 from seg3dcam.progress import Progress, silent
@@ -99,11 +99,14 @@ def run_with_model(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     inputs: str | None = None,
+    may_be_empty: bool = False,
 ) -> JobResult:
     """Do what a job says with its model, which is loaded already.
 
     Args:
         model: see `model_of`.
+        may_be_empty: leave out what is not predicted in this scan; where nothing is left, that is
+            written down in the case's record.
         inputs: a code of the job's files, kept in the record of the run, by which it is known to be
             up to date without reading them.
         job, force, verify, progress, say: as for `run_job`; it raises the same errors.
@@ -115,6 +118,8 @@ def run_with_model(
     progress("reading", 0, 1)
     scan, truth = _loaded_scans(job, model)
     targets = targets_of(job, model, truth)
+    if may_be_empty and targets is not None:
+        targets = [WhereThere(targets)]
     keys = case_keys(scan, model, job, truth)
     folder = case_folder(scan, job, keys)
     if is_done(folder, keys.all, verify=verify) and not force:
@@ -131,7 +136,13 @@ def run_with_model(
     # Explanations are made one by one while they are written. By then the folder is locked, so that
     # of two runs of one job at once, the second ends before it has computed anything.
     explanations = _explanations(scan, model, targets, truth, job, progress)
-    record = write_case(folder, explanations, job, keys=keys, progress=progress, inputs=inputs)
+    try:
+        record = write_case(folder, explanations, job, keys=keys, progress=progress, inputs=inputs)
+    except EmptyRegionError as error:
+        if not may_be_empty:
+            raise
+        case = case_name(scan, job)
+        record = write_empty_case(folder, job, keys=keys, case=case, why=str(error), inputs=inputs)
     return JobResult(folder, record, notes=notes)
 
 

@@ -8,7 +8,7 @@ import os
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers_cases import write_model, write_scan
+from helpers_cases import voxels, write_model, write_scan
 
 from seg3dcam import cohort
 from seg3dcam.cohort import running, work
@@ -172,3 +172,29 @@ def test_a_case_must_not_lie_where_the_cohorts_own_files_lie(scans):
     (scans / "a.nii.gz").rename(scans / "cohort.nii.gz")
     with pytest.raises(ConfigError, match="kept for the cohort"):
         explained(scans)
+
+
+def test_a_scan_without_the_class_has_not_failed(scans):
+    """One class of two is explained where the other is not there; and a case may have neither."""
+    image = nib.load(scans / "a.nii.gz")
+    for name, array in (("b", voxels(lesion=False)), ("c", voxels(lesion=False, organ=False))):
+        nib.save(nib.Nifti1Image(array, image.affine), scans / f"{name}.nii.gz")
+    result = explained(scans, target=["organ", "lesion"])
+    assert result.done == NAMES
+    assert result.failed == {}
+    found = [(row["case"], row["class"], row["status"]) for row in rows(result)]
+    assert found == [
+        ("a", "organ", "ok"),
+        ("a", "lesion", "ok"),
+        ("b", "organ", "ok"),
+        ("c", "", "empty"),
+    ]
+    assert "nothing of what is to be explained is predicted" in rows(result)[-1]["error"]
+    assert record_of(result.out / "c").explanations == []
+    assert explained(scans, target=["organ", "lesion"]).skipped == NAMES
+    assert explained_every_class(scans).failed == {}
+
+
+def explained_every_class(scans):
+    model = str(scans.parent / "model.yaml")
+    return cohort.run(scans, model=model, out=scans.parent / "every", format=["nifti"])
