@@ -16,6 +16,7 @@ import typer
 
 from seg3dcam.cli.cohort import cohort
 from seg3dcam.cli.cohort_compare import cohort_compare
+from seg3dcam.cli.cohort_map import cohort_map
 from seg3dcam.cli.compare import compare
 from seg3dcam.cli.demo import demo
 from seg3dcam.cli.evaluate import evaluate

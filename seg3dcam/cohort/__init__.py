@@ -5,11 +5,13 @@ running     the run, from source to page
 work        one case                     workers, on_ray  processes that do it
 table, page, triage, calibration         what came out
 comparing   two cohorts of the same cases
+group       where the maps of all lie, in one space
 """
 
 from seg3dcam.cohort.calibration import RiskCoverage, risk_coverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
 from seg3dcam.cohort.comparing import CohortComparison, compare_cohorts
+from seg3dcam.cohort.group import GroupMap, group_map
 from seg3dcam.cohort.plan import PlannedCase, planned
 from seg3dcam.cohort.running import CohortResult, run
 
@@ -17,9 +19,11 @@ __all__ = [
     "CohortCase",
     "CohortComparison",
     "CohortResult",
+    "GroupMap",
     "PlannedCase",
     "RiskCoverage",
     "compare_cohorts",
+    "group_map",
     "planned",
     "read_cases",
     "risk_coverage",

@@ -136,7 +136,7 @@ def compare_cohorts(
         ('case_07', 0.81)
     """
     folder = None if out is None else check_writable(out)
-    cases_a, cases_b = _cases(Path(a)), _cases(Path(b))
+    cases_a, cases_b = explained_cases(Path(a)), explained_cases(Path(b))
     names = [name for name in cases_a if name in cases_b]
     if not names:
         raise ConfigError(
@@ -163,7 +163,7 @@ def compare_cohorts(
     return found
 
 
-def _cases(out: Path) -> dict[str, Record]:
+def explained_cases(out: Path) -> dict[str, Record]:
     """Return the explained cases of a cohort by their names."""
     inside = sorted(out.iterdir()) if out.is_dir() else []
     folders = [folder for folder in inside if folder.is_dir() and folder.name != OWN]
