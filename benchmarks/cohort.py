@@ -50,7 +50,8 @@ def plan(root: Path) -> None:
     for what in ("none done", "all done"):
         start = time.perf_counter()
         found = planned(read_cases(scans), template, loaded, out)
-        print(f"plan, {what}: {time.perf_counter() - start:.1f} s for {len(found)} cases")
+        seconds, done = time.perf_counter() - start, sum(one.state == "done" for one in found)
+        print(f"plan, {what}: {seconds:.1f} s for {len(found)} cases, of which {done} are done")
         if what == "none done":
             _done(found, loaded, out)
 

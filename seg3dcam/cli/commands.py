@@ -36,6 +36,7 @@ for command in (
     explain,
     cohort,
     cohort_compare,
+    cohort_map,
     evaluate,
     compare,
     layers,
