@@ -25,6 +25,7 @@ from seg3dcam.cli.features import features
 from seg3dcam.cli.layers import layers
 from seg3dcam.cli.methods import methods
 from seg3dcam.cli.printing import complain, out, plain_warnings
+from seg3dcam.cli.uncertainty import uncertainty
 from seg3dcam.errors import ConfigError, EmptyRegionError, LayerError, Seg3dcamError, TargetError
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ for command in (
     cohort_map,
     evaluate,
     compare,
+    uncertainty,
     layers,
     features,
     methods,

@@ -1,0 +1,161 @@
+"""Entropy, mutual information and pairwise Dice beside slow float64 references."""
+
+from __future__ import annotations
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from seg3dcam import SegModel, load_scan
+from seg3dcam.errors import ConfigError
+from seg3dcam.explaining.uncertainty import uncertainty
+from seg3dcam.network.ensemble import Ensemble
+from seg3dcam.windows import WindowPlan
+
+SHAPE = (10, 9, 8)
+NAMES = ["none", "organ", "lesion"]
+
+
+def network(seed, classes=3, dropout=0.0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Dropout3d(dropout)]
+    made = nn.Sequential(*layers, nn.Conv3d(4, classes, 3, padding=1))
+    with torch.no_grad():
+        made[-1].weight *= 6
+    return made.eval()
+
+
+@pytest.fixture
+def scan():
+    voxels = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    return load_scan(voxels, affine=np.diag([1, 2, 3, 1]))
+
+
+def probabilities(members, scan, activation):
+    """Return the probabilities of members, each a function (1, 1, *S) -> (1, K, *S), in float64."""
+    x = scan.data[None].double()
+    logits = torch.stack([member(x)[0] for member in members])
+    return (logits.sigmoid() if activation == "sigmoid" else logits.softmax(1)).numpy()
+
+
+def entropy(p, activation):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = np.nan_to_num(-p * np.log(p))
+        other = np.nan_to_num(-(1 - p) * np.log(1 - p))
+    if activation == "sigmoid":
+        return (own + other).mean(0) / np.log(2)
+    return own.sum(0) / np.log(len(p))
+
+
+def dice(one, other):
+    size = one.sum() + other.sum()
+    return 2 * (one & other).sum() / size if size else 1.0
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_figures_of_folds_are_those_of_the_definition(scan, activation):
+    folds = [network(seed) for seed in range(3)]
+    model = SegModel(Ensemble(folds), class_names=NAMES, activation=activation)
+    found = uncertainty(scan, model)
+    with torch.no_grad():
+        p = probabilities([fold.double() for fold in folds], scan, activation)
+    mean = p.mean(0)
+    expected = entropy(mean, activation)
+    shared = expected - np.mean([entropy(one, activation) for one in p], axis=0)
+    assert found.members == 3
+    assert np.allclose(found.entropy.numpy(), expected, atol=1e-5)
+    assert np.allclose(found.mutual_information.numpy(), shared, atol=1e-5)
+    assert shared.max() > 0.1
+    masks = (
+        p > 0.5
+        if activation == "sigmoid"
+        else p.argmax(1)[:, None] == np.arange(3)[:, None, None, None]
+    )
+    for index, name in enumerate(NAMES):
+        pairs = [dice(a[index], b[index]) for a, b in itertools.combinations(masks, 2)]
+        assert found.pairwise_dice[name] == pytest.approx(np.mean(pairs), abs=1e-6)
+    drawn = mean[2] > 0.5 if activation == "sigmoid" else mean.argmax(0) == 2
+    assert found.mean_entropy["lesion"] == pytest.approx(expected[drawn].mean(), abs=1e-5)
+
+
+def test_flips_are_members(scan):
+    own = network(0)
+    found = uncertainty(scan, SegModel(own, class_names=NAMES), flips=(0, 2))
+    twin = network(0).double()
+
+    def flipped(axes):
+        return lambda x: twin(x.flip(axes)).flip(axes) if axes else twin(x)
+
+    with torch.no_grad():
+        members = [flipped(axes) for axes in ([], [2], [4], [2, 4])]
+        p = probabilities(members, scan, "softmax")
+    assert found.members == 4
+    assert np.allclose(found.entropy.numpy(), entropy(p.mean(0), "softmax"), atol=1e-5)
+
+
+def test_members_that_agree_share_no_information(scan):
+    found = uncertainty(scan, SegModel(Ensemble([network(0), network(0)]), class_names=NAMES))
+    assert found.mutual_information.max() < 1e-6
+    assert set(found.pairwise_dice.values()) == {1.0}
+    assert found.entropy.max() > 0.5
+
+
+def test_one_member_has_entropy_alone(scan, tmp_path):
+    found = uncertainty(scan, SegModel(network(0), class_names=NAMES))
+    assert found.members == 1
+    assert found.mutual_information is None
+    assert found.pairwise_dice == {}
+    (file,) = found.save(tmp_path)
+    image = nib.load(file)
+    assert np.allclose(image.affine, scan.affine)
+    assert np.allclose(image.get_fdata(), found.entropy.numpy(), atol=1e-6)
+
+
+def test_dropout_is_switched_on_and_off_again(scan):
+    own = network(0, dropout=0.5)
+    before = torch.get_rng_state()
+    model = SegModel(own, class_names=NAMES)
+    one, same, other = (uncertainty(scan, model, dropout=6, seed=seed) for seed in (0, 0, 1))
+    assert one.members == 6
+    assert one.mutual_information.max() > 0.05
+    assert torch.equal(one.entropy, same.entropy)
+    assert not torch.equal(one.entropy, other.entropy)
+    assert not own.training
+    assert not any(module._forward_hooks for module in own.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+    plain = uncertainty(scan, model)
+    assert plain.members == 1
+    x = scan.data[None]
+    with torch.no_grad():
+        assert np.allclose(
+            plain.entropy.numpy(), entropy(own(x)[0].softmax(0).numpy(), "softmax"), atol=1e-5
+        )
+
+
+def test_windows_are_blended_as_in_a_prediction(scan):
+    own = network(0)
+    windowed = SegModel(own, class_names=NAMES, window=WindowPlan(6, overlap=0.5))
+    found = uncertainty(scan, windowed)
+    from seg3dcam.evaluate.rerun import Rerun
+
+    logits = Rerun(own, scan.data[None], sliding_window=windowed.window).logits[0]
+    expected = entropy(logits.double().softmax(0).numpy(), "softmax")
+    assert np.allclose(found.entropy.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"flips": [3]}, "legal are the axes 0, 1 and 2"),
+        ({"dropout": 5}, "no dropout layer"),
+        ({"dropout": -1}, "dropout"),
+        ({"seed": 1.5}, "seed"),
+    ],
+)
+def test_bad_input(scan, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        uncertainty(scan, SegModel(network(0), class_names=NAMES), **settings)
