@@ -158,7 +158,7 @@ def _batches(
             present = bool(random.random() < problem.at_chance)
             scene = problem.draw(random, present)
             if problem.deletions and random.random() < 0.5:
-                scene = with_deletions(random, scene)
+                scene = with_deletions(random, scene, problem.deletions)
             labels = scene.labels
             if with_reach:
                 # Linearly, and to all of the volume in the last third.

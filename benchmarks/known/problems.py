@@ -31,7 +31,8 @@ class Problem:
         at_chance: the part of the volumes of the training in which the class is.
         repeats: how often the phases after the first one are gone through.
         first_steps: steps of the training in which the reach of the evidence is a class, too.
-        deletions: whether parts of half of the volumes of the training are deleted.
+        deletions: 0, or the `power` with which half of the volumes of the training have parts
+            deleted, see `deletions.with_deletions`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Problem:
     at_chance: float = 0.5
     first_steps: int = 240
     repeats: int = 1
-    deletions: bool = False
+    deletions: float = 0
 
     @property
     def weights(self) -> Path:
@@ -107,10 +108,12 @@ PROBLEMS = {
         ),
         Problem(
             "absence",
-            "a ball is of class 1 if a landmark is missing from its place",
+            "a ball is of class 1 if a landmark is seen to be missing from its place",
             ("background", "landmark missing", "landmark there"),
             volumes.absence,
-            repeats=2,
+            first_steps=480,
+            repeats=5,
+            deletions=3,
         ),
         Problem(
             "side_by_side",
@@ -119,7 +122,7 @@ PROBLEMS = {
             volumes.side_by_side,
             at_chance=0.7,
             first_steps=360,
-            deletions=True,
+            deletions=1,
         ),
     )
 }

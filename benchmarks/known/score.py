@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,8 +34,6 @@ COARSE = ("down_2", "down_3", "down_4", "upcat_4", "upcat_3")
 
 MARGIN, BLOCK, STEPS, DRAWS = 2, 4, 25, 20
 
-#: Areas are known to this.
-ERROR = 0.02
 
 #: What passes has at most this p-value among random maps, and its area is smaller by this than that
 #: of the mask and of nearness to it. A class that keeps this Dice needs nothing around it.
@@ -73,9 +71,8 @@ class Score:
 class Field:
     """One volume of a problem, on which any number of maps is held against the same controls.
 
-    Areas are those of `seg3dcam.evaluate.context_deletion`, known to 0.02. Since many maps are
-    looked at, the inputs that their curves need next go through the network together. Areas of
-    random maps are known to 0.08.
+    Areas are those of `seg3dcam.evaluate.context_deletion`; the inputs of a curve go through the
+    network together.
 
     Attributes:
         left: Dice of the class if everything around it is deleted.
@@ -103,27 +100,15 @@ class Field:
         self.controls = dict(zip(named, self.areas(list(named.values())), strict=True))
         self._random: dict[tuple[int, ...], list[float]] = {}
 
-    def areas(
-        self, maps: Sequence[torch.Tensor], baseline: str = "mean", error: float = ERROR
-    ) -> list[float]:
-        """Return the areas of context deletion by maps (*S)."""
-        if not maps:
-            return []
-        places = [self._places(values) for values in maps]
-        last = self.left if baseline == "mean" else self._dices([(self._all, STEPS)], baseline)[0]
+    def areas(self, maps: Sequence[torch.Tensor], baseline: str = "mean") -> list[float]:
+        """Return the areas of context deletion by maps (*S), of whole curves."""
         fractions = self._counts / self._counts[-1]
-        asking = {n: _area(fractions, last, error) for n in range(len(maps))}
-        areas, wanted = [1.0] * len(maps), dict.fromkeys(asking)
-        while wanted:
-            steps: dict[int, int] = {}
-            for number, height in wanted.items():
-                try:
-                    steps[number] = asking[number].send(height)
-                except StopIteration as finished:
-                    areas[number] = finished.value
-            heights = self._dices([(places[n], step) for n, step in steps.items()], baseline)
-            wanted = dict(zip(steps, heights, strict=True))
-        return areas
+        found = []
+        for values in maps:
+            places = self._places(values)
+            heights = self._dices([(places, step) for step in range(1, STEPS + 1)], baseline)
+            found.append(float(np.trapezoid([1.0, *heights], fractions)))
+        return found
 
     def _places(self, values: torch.Tensor) -> torch.Tensor:
         """Return after how many others each voxel's block is deleted, (*S)."""
@@ -152,7 +137,7 @@ class Field:
         """Return the areas of random maps of a layer's resolution; those of equal grids once."""
         if grid.shape not in self._random:
             drawn = random_maps(grid, tuple(self.mask.shape), draws=DRAWS, seed=0)
-            self._random[grid.shape] = self.areas(list(drawn), error=4 * ERROR)
+            self._random[grid.shape] = self.areas(list(drawn))
         return self._random[grid.shape]
 
     @property
@@ -183,24 +168,6 @@ class Field:
             )
             positive = bool((values > 0).any())
             score.inside.append(mass_inside(values, regions) if positive else {})
-
-
-def _area(fractions: np.ndarray, last: float, error: float) -> Generator[int, float, float]:
-    """Yield the steps at which a falling curve from 1 to `last` is wanted; return its area.
-
-    Two points of such a curve bound all between them, so it is cut in two where least is known.
-    """
-    heights = {0: 1.0, len(fractions) - 1: last}
-    while True:
-        steps = sorted(heights)
-        values = np.array([heights[step] for step in steps])
-        widths = np.diff(fractions[steps])
-        unknown = np.where(np.diff(steps) > 1, widths * np.abs(np.diff(values)) / 2, 0)
-        if unknown.sum() <= error:
-            return float((widths * (values[1:] + values[:-1]) / 2).sum())
-        widest = int(unknown.argmax())
-        middle = (steps[widest] + steps[widest + 1]) // 2
-        heights[middle] = yield middle
 
 
 #: Number of classes -> a network, which all problems of so many classes share.

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 #: The table on the terminal has so many rows; the files have all.
 MOST_ROWS = 12
 
+#: From this context deletion on another method may be much better: evidence itself gets 0.02.
+FAR = 0.05
+
+_OTHERS = (
+    "methods that take more predictions were not looked at, and may find more: --method score_cam, "
+    "--method integrated_gradients"
+)
+
 _MEANING = (
     "context deletion: Dice left while what lies around the mask is deleted in the order of the "
     "map, from 0 to 1; the lower, the more the prediction depends on what the map shows"
@@ -113,6 +121,9 @@ def compare(
     console.print(_table(f"Layers and methods for {shown(found.class_name)}", found.comparison))
     console.print(_MEANING, style="dim", soft_wrap=True)
     say(found.comparison.words)
+    best = found.comparison.best
+    if not method and (best is None or best.area is None or best.area > FAR):
+        say(_OTHERS)
     for what, path in zip(("picture", "table", "record"), written, strict=True):
         print_file(what, path)
     if recommend and place is not None:
