@@ -5,7 +5,7 @@
 
 plan     10,000 tiny cases are planned: none done, and all done
 engine   seconds for each case beyond the same jobs one after another
-workers  two workers with one thread each beside one worker
+workers  two workers with one thread each beside one worker, once all are at work
 memory   resident memory of this process and of a worker over 200 cases
 page     2,000 cases in a browser: until the table is there
 confidence  corrupted copies of the demo's scan: is the network less sure where it is worse?
@@ -99,7 +99,7 @@ def workers(root: Path) -> None:
     """Compare two workers with one; the time in which they start is left out."""
     from helpers_cohort import write_cohort
 
-    scans = write_cohort(root, [f"case{number:02d}" for number in range(60)])
+    scans = write_cohort(root, [f"case{number:03d}" for number in range(160)])
     model = str(root / "model.yaml")
 
     def rate(count: int) -> float:
@@ -112,10 +112,10 @@ def workers(root: Path) -> None:
             progress=lambda step, done, total: times.append(time.perf_counter()),
             **KEPT,
         )
-        return (len(times) - 12) / (times[-1] - times[11])
+        return (len(times) - 50) / (times[-1] - times[49])
 
     ratios = []
-    for _ in range(5):
+    for _ in range(3):
         one, two = rate(1), rate(2)
         ratios.append(two / one)
         print(f"workers: {one:.2f} and {two:.2f} cases a second", flush=True)

@@ -151,3 +151,6 @@ class _RayWorker:
         import ray
 
         ray.kill(self._actor)
+
+    def join(self) -> None:
+        """Ray does not say when an actor's process has ended, and needs nobody to wait for it."""

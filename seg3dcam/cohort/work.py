@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import cv2
 import torch
 
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
@@ -108,6 +109,7 @@ class CaseWorker:
     @cached_property
     def _model(self) -> SegModel:
         torch.set_num_threads(self._work.threads)
+        cv2.setNumThreads(self._work.threads)
         return model_of(self._work.template, trust=self._work.trust)
 
     def load(self) -> None:

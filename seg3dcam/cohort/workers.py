@@ -55,7 +55,11 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None:
-        """End the process, if it has not ended; a case that it is at is given up."""
+        """Let the process end, if it has not; a case that it is at is given up."""
+        ...
+
+    def join(self) -> None:
+        """Wait until it has ended."""
         ...
 
 
@@ -165,6 +169,8 @@ class _Crew:
         """End all processes; the cases that they are at are given up."""
         for worker in self._workers:
             worker.close()
+        for worker in self._workers:
+            worker.join()
 
     def _note_failed_load(self, raised: BaseException | None) -> None:
         """Raise an error where no worker can load the model; one machine alone may lack it."""
@@ -218,7 +224,10 @@ class _LocalWorker:
         if not self._now.done():
             for process in self._context.started:
                 process.terminate()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def join(self) -> None:
+        self._pool.shutdown()
 
 
 class _Context(SpawnContext):
