@@ -12,6 +12,9 @@ from seg3dcam.cli.printing import print_file, progress_bar, say
 def cohort_map(
     cohort: Annotated[str, typer.Argument(help="output folder of a cohort")],
     target: Annotated[str, typer.Option(help="what was explained, as column class has it")],
+    method: Annotated[
+        str | None, typer.Option(help="whose CAMs; needed where there are several")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="default: the cohort's folder group")] = None,
     space: Annotated[
         str | None,
@@ -37,6 +40,7 @@ def cohort_map(
         found = group_map(
             cohort,
             target,
+            method=method,
             out=out,
             space=space,
             transforms=transforms,

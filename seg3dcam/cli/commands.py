@@ -112,16 +112,25 @@ def _check_flags(words: list[str]) -> None:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Let SIGTERM end the process as Ctrl-C does, with everything cleaned up."""
+    """Let SIGTERM end the process as Ctrl-C does, with everything cleaned up.
 
-    def end(*_: Any) -> None:
-        raise Termination
+    The first of them ends it; those that follow would only disturb the cleaning up.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
+        raise Termination if number == signal.SIGTERM else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals
         return
-    before = signal.signal(signal.SIGTERM, end)
+    ends = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ends.append(signal.SIGINT)  # else a shell has asked to ignore it
+    before = {one: signal.signal(one, end) for one in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)

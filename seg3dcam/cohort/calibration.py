@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from seg3dcam.cohort.triage import group_of
 from seg3dcam.errors import EvaluationError
 from seg3dcam.job.record import Entry
 
@@ -95,7 +96,7 @@ def _curve(confidence: NDArray[np.float64], risk: NDArray[np.float64]) -> NDArra
 
 
 def of_classes(entries: Sequence[Entry]) -> dict[str, RiskCoverage]:
-    """Return class -> the curve of its explanations with a confidence and a Dice, each case once.
+    """Return class -> the curve of its explanations with a confidence and a Dice.
 
     Args:
         entries: of all cases, by one method.
@@ -104,7 +105,7 @@ def of_classes(entries: Sequence[Entry]) -> dict[str, RiskCoverage]:
     for entry in entries:
         sure, dice = entry.figure("confidence"), entry.figure("dice")
         if sure is not None and dice is not None:
-            pairs.setdefault(entry.label, []).append((sure, 1 - dice))
+            pairs.setdefault(group_of(entry), []).append((sure, 1 - dice))
     return {
         label: risk_coverage(*zip(*of_class, strict=True))
         for label, of_class in pairs.items()

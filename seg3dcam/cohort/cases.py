@@ -12,7 +12,7 @@ import glob
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ _BETWEEN_CHANNELS = ";"
 #: A channel of a case in an nnU-Net folder: name, number of the channel.
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
-#: Files in the folder of a DICOM series; those without any ending, too.
-_SLICES = (".dcm", ".dicom", ".ima", "")
+#: Endings of files in the folder of a DICOM series.
+_SLICES = (".dcm", ".dicom", ".ima")
 
 _FORMS = (
     "a folder of scans or of DICOM series, an nnU-Net folder such as imagesTs, a pattern such as "
@@ -60,12 +60,13 @@ class CohortCase:
     truth: Place | None = None
 
 
-def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
+def read_cases(source: str | Path, *, without: Path | None = None) -> tuple[CohortCase, ...]:
     """Return the cases of a cohort, in the order in which they are named.
 
     Args:
         source: a folder, a pattern, a table or a datalist, here or at an address that fsspec knows,
             such as s3://bucket/scans. Files that a table or a datalist names lie relative to it.
+        without: a folder below which a pattern finds nothing, such as that of the results.
 
     Raises:
         ConfigError: there are none, a table cannot be read, names are illegal or not unique, or
@@ -75,15 +76,14 @@ def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
         >>> read_cases("imagesTs")[0]  # doctest: +SKIP
         CohortCase(name='liver_001', files=(PosixPath('imagesTs/liver_001_0000.nii.gz'),), ...)
     """
-    if is_url(source):
-        try:
-            found = _found(str(source), place(str(source)))
-        except Seg3dcamError:
-            raise
-        except Exception as error:  # every store has its own errors
+    try:
+        found = _found(str(source), place(source), without)
+    except Seg3dcamError:
+        raise
+    except Exception as error:  # every store has its own errors
+        if isinstance(error, OSError) or is_url(source):
             raise ConfigError(f"{source} cannot be read: {error}") from error
-    else:
-        found = _found(str(source), Path(source))
+        raise
     if not found:
         raise ConfigError(f"{source}: no scans found; a cohort is {_FORMS}")
     _check_names(source, [case.name for case in found])
@@ -91,17 +91,24 @@ def read_cases(source: str | Path) -> tuple[CohortCase, ...]:
     return tuple(found)
 
 
-def _found(source: str, path: Place) -> list[CohortCase]:
+def _found(source: str, path: Place, without: Path | None) -> list[CohortCase]:
     """Return the cases of a source, unchecked."""
     if path.is_dir():
         return _of_folder(path)
-    if path.suffix.lower() in _READERS and not glob.has_magic(source):
-        if not path.is_file():
-            raise ConfigError(f"{source}: no such file")
-        return _READERS[path.suffix.lower()](path)
+    if path.is_file():
+        if path.suffix.lower() in _READERS:
+            return _READERS[path.suffix.lower()](path)
+        return _of_files([path])
     if glob.has_magic(source):
-        return _of_files(sorted(_matching(path), key=str))
-    raise ConfigError(f"{source}: no such folder; a cohort is {_FORMS}")
+        own = None if without is None else without.resolve()
+        found = (
+            one
+            for one in _matching(path)
+            if own is None or not isinstance(one, Path) or own not in one.resolve().parents
+        )
+        return _of_files(sorted(found, key=str))
+    what = "file" if path.suffix.lower() in _READERS else "folder"
+    raise ConfigError(f"{source}: no such {what}; a cohort is {_FORMS}")
 
 
 def _matching(pattern: Place) -> Iterable[Place]:
@@ -120,8 +127,9 @@ def _matching(pattern: Place) -> Iterable[Place]:
 
 def _of_folder(folder: Place) -> list[CohortCase]:
     """Return the cases of a folder: scans, channels as nnU-Net names them, or DICOM series."""
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in inside if path.is_file() and _is_readable(path)]
+    inside = sorted((path for path in folder.iterdir() if not _is_hidden(path)), key=str)
+    # A link that leads nowhere is a file that is missing.
+    files = [path for path in inside if not path.is_dir() and _is_readable(path)]
     if files and all(_CHANNEL.fullmatch(stem(path)) for path in files):
         return _of_channels(folder, files)
     return [*_of_files(files), *(_of_series(path) for path in inside if _is_series(path))]
@@ -131,8 +139,12 @@ def _of_files(paths: Iterable[Place]) -> list[CohortCase]:
     return [
         _of_series(path) if path.is_dir() else CohortCase(stem(path), (path,))
         for path in paths
-        if (_is_series(path) if path.is_dir() else _is_readable(path))
+        if not _is_hidden(path) and (_is_series(path) if path.is_dir() else _is_readable(path))
     ]
+
+
+def _is_hidden(path: Place) -> bool:
+    return path.name.startswith(".")
 
 
 def _is_readable(path: Place) -> bool:
@@ -146,8 +158,16 @@ def _of_series(folder: Place) -> CohortCase:
 
 def _is_series(path: Place) -> bool:
     return path.is_dir() and any(
-        one.is_file() and one.suffix.lower() in _SLICES for one in path.iterdir()
+        one.is_file() and not _is_hidden(one) and _is_dicom(one) for one in path.iterdir()
     )
+
+
+def _is_dicom(file: Place) -> bool:
+    """Tell whether a file is one of DICOM, by its ending; without one, by what it begins with."""
+    if file.suffix:
+        return file.suffix.lower() in _SLICES
+    with file.open("rb") as opened:
+        return bool(opened.read(132)[128:] == b"DICM")
 
 
 def _of_channels(folder: Place, files: Sequence[Place]) -> list[CohortCase]:
@@ -163,11 +183,13 @@ def _of_channels(folder: Place, files: Sequence[Place]) -> list[CohortCase]:
     wrong = [name for name, of in channels.items() if frozenset(of) != usual]
     if wrong or usual != set(range(len(usual))):
         raise ConfigError(
-            f"{folder}: every case has channels 0000 to {len(usual) - 1:04d}; not so "
+            f"{folder}: names that end in _0000, _0001 and so on are channels, as nnU-Net has "
+            f"them, and every case has 0000 to {len(usual) - 1:04d}; not so "
             f"{some(wrong or list(channels))}"
         )
     labels = folder.parent / folder.name.replace("images", "labels")
-    truths = {stem(path): path for path in labels.glob("*")} if labels != folder else {}
+    there = labels.iterdir() if labels != folder and labels.is_dir() else ()
+    truths = {stem(path): path for path in there if not path.is_dir() and _is_readable(path)}
     return [
         CohortCase(name, tuple(of[number] for number in sorted(of)), truths.get(name))
         for name, of in channels.items()
@@ -211,24 +233,25 @@ def _of_rows(
     """Return the cases of a table's rows."""
     names = {ours: _column(path, ours, columns) for ours in _COLUMNS}
     if names["scan"] is None:
+        if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+            raise ConfigError(f"{path}: {columns[0]!r} is one column: separate columns by commas")
+        near = f": {nearest('scan', columns)}" if columns else ""
         raise ConfigError(
-            f"{path}: no column 'scan' (or 'image'): {nearest('scan', columns)}; legal are "
-            f"{', '.join(_COLUMNS)}, others are left alone"
+            f"{path}: no column 'scan' (or 'image'){near}; legal are {', '.join(_COLUMNS)}, "
+            "others are left alone"
         )
     found = []
     for number, row in enumerate(rows, 2):
         cells = {ours: row.get(name) if name else None for ours, name in names.items()}
-        if not isinstance(cells["scan"], str) or not cells["scan"].strip():
-            raise ConfigError(f"{path}, line {number}: no scan is named")
-        files = [part.strip() for part in cells["scan"].split(_BETWEEN_CHANNELS)]
-        found.append(_of_names(path, cells["case"], files, cells["truth"]))
+        where = f"{path}, line {number}"
+        files = _files_of(where, cells["scan"])
+        found.append(_of_names(where, path, cells["case"], files, cells["truth"]))
     return found
 
 
 def _column(path: Place, ours: str, columns: Sequence[str]) -> str | None:
     """Return the column of a table that has our name, or another one for it; None without one."""
-    given = {name.strip().lower(): name for name in columns}
-    found = [given[name] for name in (ours, *_COLUMNS[ours]) if name in given]
+    found = [name for name in columns if name.strip().lower() in (ours, *_COLUMNS[ours])]
     if len(found) > 1:
         raise ConfigError(
             f"{path}: the columns {found[0]!r} and {found[1]!r} say the same: keep one"
@@ -236,37 +259,66 @@ def _column(path: Place, ours: str, columns: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
+def _files_of(where: str, cell: Any) -> list[str]:
+    """Return the files that a cell names, one for each channel."""
+    if cell is not None and not isinstance(cell, str):
+        raise ConfigError(f"{where}: a scan is named by a text, not by {type(cell).__name__}")
+    files = [part.strip() for part in (cell or "").split(_BETWEEN_CHANNELS)]
+    if not all(files):
+        what = "no scan is named" if files == [""] else f"{cell!r} names an empty file"
+        raise ConfigError(f"{where}: {what}")
+    return files
+
+
 def _of_datalist(path: Place) -> list[CohortCase]:
     """Return the cases of a datalist: lists of {"image": ..., "label": ...}, or one such list."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a datalist that can be read: {error}") from error
-    listed = content.values() if isinstance(content, dict) else [content]
-    items = [item for one in listed if isinstance(one, list) for item in one]
+    lists = content.values() if isinstance(content, dict) else [content]
     found = []
-    for item in items:
+    for item in (item for one in lists if isinstance(one, list) for item in _scans_in(one)):
         if isinstance(item, str):
             item = {"image": item}  # as lists of scans without a truth are written
-        if not isinstance(item, dict):
-            continue  # such as the names of classes
         files = item.get("image", item.get("scan"))
         files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ConfigError(f'{path}: an item without an "image": {nearest("image", item)}')
-        found.append(_of_names(path, item.get("case"), files, item.get("label")))
+        if not files or not isinstance(files, list) or not all(_is_name(file) for file in files):
+            near = nearest("image", item) if not {"image", "scan"} & item.keys() else repr(files)
+            raise ConfigError(f'{path}: an item without an "image" that names files: {near}')
+        found.append(_of_names(str(path), path, item.get("case"), files, item.get("label")))
     return found
 
 
-def _of_names(path: Place, name: Any, files: Sequence[str], truth: Any) -> CohortCase:
+def _scans_in(listed: list[Any]) -> Iterator[Any]:
+    """Yield the items of a list, of lists in it too; none of a list of other words, as classes."""
+    words = [item for item in listed if isinstance(item, str)]
+    if words and not any(_is_readable(Path(word)) for word in words):
+        return
+    for item in listed:
+        if isinstance(item, list):
+            yield from _scans_in(item)
+        elif isinstance(item, dict | str):
+            yield item
+
+
+def _is_name(given: Any) -> bool:
+    return isinstance(given, str) and bool(given.strip())
+
+
+def _of_names(where: str, path: Place, name: Any, files: Sequence[str], truth: Any) -> CohortCase:
     """Return the case that a table or a datalist names, with its files relative to it."""
 
     def beside(file: str) -> Place:
         return place(file) if is_url(file) else path.parent / file
 
+    if isinstance(name, float) and name.is_integer():
+        name = int(name)  # as a column of whole numbers is read where one is missing
+    if truth is not None and not isinstance(truth, str):
+        raise ConfigError(f"{where}: a truth is one file, not {truth!r}")
     scans = tuple(beside(file) for file in files)
     own = str(name).strip() if name not in (None, "") else stem(scans[0])
-    return CohortCase(own, scans, beside(truth) if isinstance(truth, str) and truth else None)
+    return CohortCase(own, scans, beside(truth.strip()) if truth and truth.strip() else None)
 
 
 #: Ending of a file that names cases -> its reader.
@@ -311,8 +363,11 @@ def _check_files(source: str | Path, cases: Sequence[CohortCase]) -> None:
             return file.exists()
         # One look at a folder of a store takes as long as one at a file.
         if file.parent not in listed:
-            there = file.parent.iterdir() if file.parent.is_dir() else ()
-            listed[file.parent] = {one.name for one in there}
+            try:
+                there = file.parent.iterdir() if file.parent.is_dir() else ()
+                listed[file.parent] = {one.name for one in there}
+            except Exception as error:  # every store has its own errors
+                raise ConfigError(f"{file.parent} cannot be read: {error}") from error
         return file.name in listed[file.parent]
 
     missing = [

@@ -10,6 +10,7 @@ Masks and maps are read from the volumes of both, so both need the format "nifti
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from seg3dcam.cohort.plan import OWN
+from seg3dcam.cohort.plan import CURRENT, OWN
 from seg3dcam.errors import ConfigError, InputError, some
-from seg3dcam.files import atomic, check_writable
+from seg3dcam.files import atomic, check_writable, read_small
 from seg3dcam.geometry import same_grid
 from seg3dcam.job.read_back import WrittenMap, written_map
 from seg3dcam.job.record import Entry, Record, record_of
@@ -39,6 +40,9 @@ TESTED = {
     "peak_to_prediction_mm": "peak to the mask, mm",
     "confidence": "confidence",
 }
+
+#: A larger file of ours, in bytes, is none.
+_LARGEST = 10_000_000
 
 #: With fewer pairs nothing is tested: no p-value could be below 0.05.
 FEWEST = 6
@@ -164,12 +168,25 @@ def compare_cohorts(
 
 
 def explained_cases(out: Path) -> dict[str, Record]:
-    """Return the explained cases of a cohort by their names."""
-    inside = sorted(out.iterdir()) if out.is_dir() else []
-    folders = [folder for folder in inside if folder.is_dir() and folder.name != OWN]
-    found = {one.name: record for one in folders if (record := record_of(one))}
-    if not found:
+    """Return the cases that a cohort holds as done, each with what its last run says of it.
+
+    Runs of other weights or files, whose volumes may still be there, are left out.
+    """
+    try:
+        current = json.loads(read_small(out / OWN / CURRENT, _LARGEST))
+    except (OSError, ValueError, RecursionError, InputError):
+        current = None
+    if not isinstance(current, dict):
         raise ConfigError(f"{out} holds no cohort: give the folder that `seg3dcam cohort` wrote")
+    found = {}
+    for name, code in current.items():
+        record = record_of(out / name)
+        if record is not None:
+            keys = {run.key for run in record.runs if run.inputs == code}
+            entries = [entry for entry in record.explanations if entry.run in keys]
+            found[name] = record.model_copy(update={"explanations": entries})
+    if not found:
+        raise ConfigError(f"{out}: no case of this cohort is done")
     return found
 
 
@@ -181,7 +198,7 @@ class _Case(NamedTuple):
 
     @property
     def entries(self) -> dict[tuple[str, str], Entry]:
-        """The explanations of the newest run that has each, by label and method."""
+        """The explanations by label and method."""
         return {
             (entry.label, entry.method.name if entry.method else ""): entry
             for entry in self.record.explanations

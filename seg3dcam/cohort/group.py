@@ -64,6 +64,7 @@ def group_map(
     cohort: str | Path,
     target: str,
     *,
+    method: str | None = None,
     out: str | Path | None = None,
     space: str | Path | None = None,
     transforms: str | Path | None = None,
@@ -76,6 +77,7 @@ def group_map(
     Args:
         cohort: the folder that `seg3dcam cohort` wrote, with the format "nifti".
         target: what was explained, as the column `class` of cohort.csv has it.
+        method: whose CAMs; needed where there are several.
         out: gets the files; None is a folder "group" in the cohort's.
         space: a volume whose grid they have, such as a template; None takes that of the first case.
         transforms: a table (.csv) with the columns `case` and `transform`, the file of a matrix
@@ -95,7 +97,7 @@ def group_map(
     """
     check_number("radius_mm", radius_mm, above=0)
     records = explained_cases(Path(cohort))
-    members = _members(Path(cohort), records, target)
+    members = _members(Path(cohort), records, target, method)
     if unknown := [name for name in z if name not in members]:
         raise ConfigError(f"z: {nearest(unknown[0], list(members))}; no such case with {target!r}")
     folder = check_writable(Path(cohort) / "group" if out is None else out)
@@ -114,7 +116,7 @@ def group_map(
     used = [name for name in members if name not in left_out]
     if not used:
         raise ConfigError(f"no case of {cohort} can be used: {next(iter(left_out.values()))}")
-    short = unique_names([target])[0]
+    short = unique_names([target if method is None else f"{target} {method}"])[0]
     of_cases = {}
     for name, file in zip(z, unique_names([f"{short} {name}" for name in z]), strict=True):
         if name in left_out:
@@ -181,18 +183,25 @@ class _Sums:
             return np.where(seen & (others >= FEWEST), (cam - mean) / spread, np.nan)
 
 
-def _members(cohort: Path, records: Mapping[str, Record], target: str) -> dict[str, _Member]:
-    """Return the cases with a target, each with its newest explanation of it."""
-    found = {
-        name: _Member(cohort / name, record, entry)
-        for name, record in records.items()
-        for entry in record.explanations
-        if entry.label == target
+def _members(
+    cohort: Path, records: Mapping[str, Record], target: str, method: str | None
+) -> dict[str, _Member]:
+    """Return the cases with a target, each with its explanation of it."""
+    every = [(name, entry) for name, record in records.items() for entry in record.explanations]
+    alike = [(name, entry) for name, entry in every if entry.label == target]
+    if not alike:
+        labels = sorted({entry.label for _, entry in every})
+        raise ConfigError(f"{cohort}: no {target!r}: {nearest(target, labels)}")
+    methods = sorted({entry.method.name for _, entry in alike if entry.method})
+    if method is None and len(methods) > 1:
+        raise ConfigError(f"{target!r} was explained by {', '.join(methods)}: name one method")
+    if method is not None and method not in methods:
+        raise ConfigError(f"method {method!r}: {nearest(method, methods)}")
+    return {
+        name: _Member(cohort / name, records[name], entry)
+        for name, entry in alike
+        if method is None or (entry.method and entry.method.name == method)
     }
-    if not found:
-        labels = {entry.label for record in records.values() for entry in record.explanations}
-        raise ConfigError(f"{cohort}: no {target!r}: {nearest(target, sorted(labels))}")
-    return found
 
 
 def _transforms(table: str | Path | None, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
@@ -207,6 +216,8 @@ def _transforms(table: str | Path | None, names: Sequence[str]) -> dict[str, NDA
         raise ConfigError(f"{path}: not a table that can be read: {error}") from error
     if rows and not {"case", "transform"} <= rows[0].keys():
         raise ConfigError(f"{path}: columns case and transform are needed; got {list(rows[0])}")
+    if empty := [row["case"] for row in rows if not row["transform"]]:
+        raise ConfigError(f"{path}: no transform is named for {some(empty)}")
     found = {row["case"]: _matrix(path.parent / row["transform"]) for row in rows}
     if missing := [name for name in names if name not in found]:
         raise ConfigError(f"{path}: no transform for {some(missing)}")

@@ -19,6 +19,7 @@ from seg3dcam.cohort.cases import CohortCase
 from seg3dcam.errors import ConfigError, InputError, some
 from seg3dcam.files import read_small, write_json
 from seg3dcam.files.remote import Place
+from seg3dcam.job.checks import check_apart
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import cohort_code, inputs_code, settings_of
 from seg3dcam.job.record import damaged, record_of
@@ -27,6 +28,12 @@ from seg3dcam.models import SegModel
 
 #: The folder, in that of the output, that holds what belongs to no single case.
 OWN = "cohort"
+
+#: Names in the output folder that no case may have.
+RESERVED = (OWN, "group", "cohort.csv", "cohort.parquet", "index.html")
+
+#: The file that says by which code each case is known that is done.
+CURRENT = "current.json"
 
 #: The file in it with the settings of all cases.
 SETTINGS = "settings.json"
@@ -75,8 +82,13 @@ def planned(
     Raises:
         ConfigError: a case would write where something else is kept.
     """
-    if taken := [case.name for case in cases if case.name.lower() == OWN]:
-        raise ConfigError(f"the case {taken[0]!r}: {out / OWN} is kept for the cohort; rename it")
+    for case in cases:
+        if case.name.lower() in RESERVED:
+            raise ConfigError(
+                f"the case {case.name!r}: {out / case.name} is kept for the cohort; name it "
+                "otherwise, in a table with a column 'case'"
+            )
+        check_apart(out / case.name, [str(file) for file in case.files if isinstance(file, Path)])
     code = cohort_code(model, template)
     found = []
     for case in cases:

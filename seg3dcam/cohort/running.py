@@ -16,29 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from seg3dcam.checks import check_whole_number
-from seg3dcam.cohort.calibration import RiskCoverage, of_classes
-from seg3dcam.cohort.cases import read_cases
+from seg3dcam.cohort.calibration import RiskCoverage
+from seg3dcam.cohort.cases import CohortCase, read_cases
 from seg3dcam.cohort.on_ray import connected
-from seg3dcam.cohort.page import write_page
-from seg3dcam.cohort.plan import (
-    PlannedCase,
-    check_settings,
-    failures,
-    now,
-    plan_in_words,
-    planned,
-    to_do,
-)
-from seg3dcam.cohort.table import summaries, write_tables
-from seg3dcam.cohort.work import Work, explained, note_failure, tidy
+from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
+from seg3dcam.cohort.summary import sum_up, undisturbed
+from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
-from seg3dcam.errors import ConfigError
+from seg3dcam.errors import ConfigError, OutputError, some
 from seg3dcam.files import check_writable
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.progress import Progress, silent
 from seg3dcam.settings import validate
+from seg3dcam.targets.named import REGIONS, SCORES
 
 #: Settings of a job that each case has for itself.
 _OF_A_CASE = ("scan", "truth", "out", "case")
@@ -121,8 +113,9 @@ def run(
     _check_parts(num_parts, part_id)
     _check_workers(workers, ray, cpus, gpus)
     progress, say = progress or silent, say or _quiet
-    folder = check_writable(out)
-    cases = read_cases(source)
+    folder = _output_folder(out)
+    cases = read_cases(source, without=folder)
+    _check_job(template, cases)
     with ExitStack() as stack:
         cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
         in_workers = workers is not None or cluster is not None
@@ -145,37 +138,69 @@ def run(
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
             ended = _in_this_process(waiting, loaded, folder)
-        done, failed = [], {}
+        done: list[str] = []
+        failed: dict[str, str] = {}
         progress("cases", 0, len(waiting))
         try:
             with closing(ended):
                 for number, (one, error, died) in enumerate(ended, 1):
-                    if error is None:
-                        done.append(one.name)
-                    else:
-                        failed[one.name] = error
-                        say(f"{one.name} failed: {error}")
-                    if error is not None and died:
-                        note_failure(one, folder, error)
-                        tidy(folder / one.name)
+                    _note(one, error, died, folder, done, failed, say)
                     progress("cases", number, len(waiting))
         finally:
             # Whatever ends the run, the tables say what there is by now.
-            states = now(plan, folder, failed)
-            found = summaries(folder, states)
-            curves = of_classes(
-                [entry for one in found for entry in one.of_method(template.methods[0])]
-            )
-            tables = write_tables(folder, found)
-            page = write_page(folder, found, curves)
-    for label, curve in curves.items():
+            with undisturbed():
+                found = sum_up(folder, plan, done, failed, template.methods[0])
+    for label, curve in found.risk_coverage.items():
         say(
             f"{label}: area under risk (1 - Dice) by coverage {curve.area:.3f} in the order of the "
             f"confidence; by chance {curve.by_chance:.3f}, at best {curve.at_best:.3f}, p = "
             f"{curve.p_value:.3f}"
         )
     skipped = tuple(one.name for one in plan if one.state == "done")
-    return CohortResult(folder, tuple(done), skipped, failures(states), tables, page, curves)
+    explained_now = tuple(name for name in done if name not in found.failed)
+    return CohortResult(folder, explained_now, skipped, **vars(found))
+
+
+def _note(
+    one: PlannedCase,
+    error: str | None,
+    died: bool,
+    out: Path,
+    done: list[str],
+    failed: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Keep how a case has ended."""
+    if error is None:
+        done.append(one.name)
+    elif error.startswith(BUSY):
+        say(f"{one.name} is {error}")
+    else:
+        failed[one.name] = error
+        say(f"{one.name} failed: {error}")
+    if error is not None and died:
+        note_failure(one, out, error)
+        tidy(out / one.name)
+
+
+def _output_folder(out: str | Path) -> Path:
+    try:
+        return check_writable(out)
+    except OutputError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_job(template: Job, cases: Sequence[CohortCase]) -> None:
+    """Raise ConfigError for settings that do not go together, or need truths that are missing."""
+    needs = SCORES[template.score].needs_truth or REGIONS[template.region_name].needs_truth
+    without = [case.name for case in cases if case.truth is None]
+    if needs and without:
+        raise ConfigError(
+            f"score {template.score} with region {template.region_name} needs a truth for every "
+            f"case: name them in a table with a column 'truth'; none has {some(without)}"
+        )
+    truth = "its truth" if len(without) < len(cases) else None
+    check_before_loading(template.model_copy(update={"truth": truth}))
 
 
 def _template(model: str, settings: Mapping[str, Any]) -> Job:
@@ -185,9 +210,7 @@ def _template(model: str, settings: Mapping[str, Any]) -> Job:
     given = {"format": list(KEPT)} | {"scan": "of the case", "model": model, **settings}
     template = validate(given, Job, "cohort")
     # The page shows a small picture of every case.
-    template = template.model_copy(update={"format": [*template.formats, "thumb"]})
-    check_before_loading(template)
-    return template
+    return template.model_copy(update={"format": [*template.formats, "thumb"]})
 
 
 def _check_parts(num_parts: int, part_id: int) -> None:

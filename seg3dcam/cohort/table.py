@@ -86,7 +86,7 @@ def summaries(out: Path, plan: Sequence[PlannedCase]) -> list[Summary]:
     """
     read = [(one, *_read(out, one)) for one in plan]
     of_all = {(one.name, e.name): e for one, entries, _, _ in read for e in entries}
-    unusual = triage(of_all)
+    unusual = triage(of_all, sum(one.state == "done" for one, *_ in read))
     return [
         Summary(one, tuple((e, unusual[one.name, e.name]) for e in entries), report, empty)
         for one, entries, report, empty in read

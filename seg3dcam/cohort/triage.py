@@ -8,6 +8,7 @@ of the cases, so that a few unusual ones do not hide themselves.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,27 +87,39 @@ class Unusual:
     reasons: tuple[str, ...] = ()
 
 
-def triage(entries: Mapping[tuple[str, str], Entry]) -> dict[tuple[str, str], Unusual]:
+def triage(entries: Mapping[tuple[str, str], Entry], cases: int) -> dict[tuple[str, str], Unusual]:
     """Return how unlike those of other cases each explanation is.
 
     Args:
         entries: (case, name of the explanation) -> what its case says of it.
+        cases: how many were explained, with those in which there was nothing to explain.
     """
     alike: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for key, entry in entries.items():
-        alike[entry.label, entry.method.name if entry.method else ""].append(key)
-    cases = len({case for case, _ in entries})
+        alike[group_of(entry), entry.method.name if entry.method else ""].append(key)
     found: dict[tuple[str, str], Unusual] = {}
     for keys in alike.values():
-        found |= zip(keys, _compared([entries[key] for key in keys], cases), strict=True)
+        having = len({case for case, _ in keys})
+        compared = _compared([entries[key] for key in keys], having, cases)
+        found |= zip(keys, compared, strict=True)
     return found
 
 
-def _compared(entries: Sequence[Entry], cases: int) -> list[Unusual]:
-    """Return how unlike each other explanations of one class and method are."""
-    share = len(entries) / max(1, cases)
+def group_of(entry: Entry) -> str:
+    """Return what an explanation is compared as: of lesions of a class, each as one of all."""
+    return re.sub(r" component \d+$", "", entry.label) if entry.of_component else entry.label
+
+
+def _compared(entries: Sequence[Entry], having: int, cases: int) -> list[Unusual]:
+    """Return how unlike each other explanations of one class and method are.
+
+    Args:
+        having: how many cases have one.
+        cases: how many cases there are.
+    """
+    share = having / max(1, cases)
     if share < _RARE and cases >= FEWEST:
-        rare = f"the class is found in {len(entries)} of {cases} cases"
+        rare = f"the class is found in {having} of {cases} cases"
         return [Unusual(_MOST * (1 - share / _RARE), (rare,)) for _ in entries]
     if len(entries) < FEWEST:
         return [Unusual(None) for _ in entries]

@@ -19,15 +19,20 @@ from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
 from seg3dcam.errors import OutputError
 from seg3dcam.files import write_json
 from seg3dcam.files.remote import local_copy
-from seg3dcam.job.folder import locked
+from seg3dcam.job.folder import OccupiedError, locked
 from seg3dcam.job.record import listed_files
 from seg3dcam.job.run import model_of, run_with_model
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 
+#: How the answer begins where another run is at the case, which is no failure.
+BUSY = "left to another run: "
+
 
 def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     """Explain a case and keep its log; return why it failed, None if it did not.
+
+    Where another run is at the case the answer begins with `BUSY`.
 
     Raises:
         OutputError: the disk is full, so that the next case would fail, too.
@@ -38,7 +43,9 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
         warnings.simplefilter("always")
         try:
             with local_files(one.job) as job:
-                run_with_model(job, model, inputs=one.code, say=lines.append, may_be_empty=True)
+                run_with_model(job, model, inputs=one.code, say=lines.append, of_cohort=True)
+        except OccupiedError as raised:
+            return BUSY + str(raised)
         except Exception as raised:
             # Whatever is wrong with one scan must not stop the others.
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:

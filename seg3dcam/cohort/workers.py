@@ -227,7 +227,8 @@ class _LocalWorker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        self._pool.shutdown()
+        for process in self._context.started:
+            process.join()
 
 
 class _Context(SpawnContext):

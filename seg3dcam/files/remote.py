@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from seg3dcam.errors import MissingExtraError, ScanError
+from seg3dcam.errors import ConfigError, MissingExtraError, ScanError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -53,6 +53,8 @@ def place(name: str | Path) -> Place:
         _ = found.fs  # what is missing for a protocol is said here
     except ImportError as error:
         raise MissingExtraError(f"{name}: {error}") from error
+    except Exception as error:  # every store has its own errors
+        raise ConfigError(f"{name}: {error}") from error
     return found
 
 
@@ -60,8 +62,9 @@ def fingerprint(file: Place) -> str:
     """Return a text that is another one when the file is; of a remote one what its store says."""
     if isinstance(file, Path):
         about = file.stat()
-        return f"{file.name} {about.st_size} {about.st_mtime_ns}"
-    return f"{file.name} {file.fs.ukey(file.path)}"
+        # With its place: of copies, which may have one size and time, none passes for another.
+        return f"{file.absolute()} {about.st_size} {about.st_mtime_ns}"
+    return f"{file} {file.fs.ukey(file.path)}"
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from seg3dcam.job.folder import described, locked, move, placed_as, remove, stag
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import Keys, case_name, keys_of_explanation, look_of, settings_of
 from seg3dcam.job.record import (
+    NAME,
     Record,
     RunEntry,
     damaged,
@@ -154,6 +155,33 @@ def write_empty_case(
         write_record(folder, record)
         remove(folder, _files_of(before) - _files_of(others))
     return {"case": case, "files": [], "explanations": []}
+
+
+def make_room(folder: Path, voxels_sha256: str) -> None:
+    """Remove another scan's case from a folder, such as where a scan was replaced by another one.
+
+    Args:
+        voxels_sha256: of the scan whose case may stay.
+
+    Raises:
+        OutputError: the folder has a `case.json` of something else or a damaged one, or another run
+            is at work in it.
+    """
+    if not os.path.lexists(folder / NAME):
+        return
+    with locked(folder, listed_files) as lock:
+        record = record_of(folder)
+        if record is None:
+            raise OutputError(
+                f"{folder / NAME} is damaged, or none of seg3dcam: delete the folder, or move it "
+                "away"
+            )
+        if record.voxels_sha256 != voxels_sha256:
+            # If this run is killed from here on, the next one removes the files.
+            lock.announce(_files_of(record))
+            write_record(folder, None)
+            remove(folder, _files_of(record))
+            lock.announce(())
 
 
 def note_inputs(folder: Path, key: str, inputs: str) -> None:

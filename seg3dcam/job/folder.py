@@ -71,6 +71,10 @@ class _Holder(BaseModel):
         return self == other.model_copy(update={"files": self.files})
 
 
+class OccupiedError(OutputError):
+    """Another run is at work in a folder."""
+
+
 class Lock:
     """A folder's lock, held."""
 
@@ -97,7 +101,8 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
         listed: returns the files of complete runs, relative to the folder; they stay.
 
     Raises:
-        OutputError: another run is at work there, or the folder cannot be written.
+        OccupiedError: another run is at work there.
+        OutputError: the folder cannot be written.
     """
     folder = check_writable(folder)
     path = folder / LOCK
@@ -106,7 +111,7 @@ def locked(folder: str | Path, listed: Callable[[Path], Collection[str]]) -> Ite
         while not _taken(path, holder):
             earlier = _holder_of(path)
             if earlier is not None and _is_at_work(earlier):
-                raise OutputError(_occupied(folder, earlier))
+                raise OccupiedError(_occupied(folder, earlier))
             _clean(folder, path, earlier, listed)
     except OSError as error:
         if isinstance(error, OutputError):

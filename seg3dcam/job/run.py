@@ -14,7 +14,7 @@ from seg3dcam.errors import ConfigError, EmptyRegionError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.geometry import anatomical_axis
-from seg3dcam.job.case import note_inputs, write_case, write_empty_case
+from seg3dcam.job.case import make_room, note_inputs, write_case, write_empty_case
 from seg3dcam.job.checks import check_job
 from seg3dcam.job.formats import check_formats
 from seg3dcam.job.keys import Keys, case_folder, case_keys, case_name, look_of
@@ -99,14 +99,14 @@ def run_with_model(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     inputs: str | None = None,
-    may_be_empty: bool = False,
+    of_cohort: bool = False,
 ) -> JobResult:
     """Do what a job says with its model, which is loaded already.
 
     Args:
         model: see `model_of`.
-        may_be_empty: leave out what is not predicted in this scan; where nothing is left, that is
-            written down in the case's record.
+        of_cohort: leave out what is not predicted in this scan; where nothing is left, that is
+            written down in the case's record. Another scan's case in the job's folder is replaced.
         inputs: a code of the job's files, kept in the record of the run, by which it is known to be
             up to date without reading them.
         job, force, verify, progress, say: as for `run_job`; it raises the same errors.
@@ -118,9 +118,11 @@ def run_with_model(
     progress("reading", 0, 1)
     scan, truth = _loaded_scans(job, model)
     targets = targets_of(job, model, truth)
-    if may_be_empty and targets is not None:
+    if of_cohort and targets is not None:
         targets = [WhereThere(targets)]
     keys = case_keys(scan, model, job, truth)
+    if of_cohort and job.out is not None:
+        make_room(Path(job.out), keys.voxels)
     folder = case_folder(scan, job, keys)
     if is_done(folder, keys.all, verify=verify) and not force:
         if inputs is not None:
@@ -139,7 +141,7 @@ def run_with_model(
     try:
         record = write_case(folder, explanations, job, keys=keys, progress=progress, inputs=inputs)
     except EmptyRegionError as error:
-        if not may_be_empty:
+        if not of_cohort:
             raise
         case = case_name(scan, job)
         record = write_empty_case(folder, job, keys=keys, case=case, why=str(error), inputs=inputs)

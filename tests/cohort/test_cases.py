@@ -141,7 +141,7 @@ def test_a_wrong_datalist(content, words, tmp_path):
 def test_a_channel_that_is_missing(tmp_path):
     touched(tmp_path, *(f"{case}_000{n}.nii.gz" for case in "abc" for n in (0, 1)))
     (tmp_path / "b_0001.nii.gz").unlink()
-    with pytest.raises(ConfigError, match=r"channels 0000 to 0001; not so b"):
+    with pytest.raises(ConfigError, match=r"every case has 0000 to 0001; not so b"):
         read_cases(tmp_path)
 
 

@@ -105,13 +105,13 @@ def entry(case=0, **found):
 
 
 def test_cases_that_are_alike_are_not_unusual():
-    found = triage({(f"c{number}", "lesion"): entry() for number in range(FEWEST)})
+    found = triage({(f"c{number}", "lesion"): entry() for number in range(FEWEST)}, FEWEST)
     assert {one.score for one in found.values()} == {0}
     assert not any(one.reasons for one in found.values())
 
 
 def test_too_few_cases_are_not_compared():
-    found = triage({(f"c{number}", "lesion"): entry() for number in range(FEWEST - 1)})
+    found = triage({(f"c{number}", "lesion"): entry() for number in range(FEWEST - 1)}, FEWEST - 1)
     assert {one.score for one in found.values()} == {None}
 
 
@@ -128,7 +128,7 @@ def test_each_figure_is_named(odd, words):
     usual = {"confidence": 0.9, "cam_outside_body": 0.0}
     entries = {(f"c{number}", "lesion"): entry(**usual) for number in range(20)}
     entries["odd", "lesion"] = entry(**usual | odd)
-    found = triage(entries)
+    found = triage(entries, len(entries))
     first = max(found, key=lambda key: found[key].score)
     assert first == ("odd", "lesion")
     assert found[first].score >= NAMED
@@ -139,7 +139,7 @@ def test_figures_that_are_better_than_usual_do_not_count():
     usual = {"confidence": 0.6, "cam_outside": 0.5}
     entries = {(f"c{number}", "lesion"): entry(**usual) for number in range(20)}
     entries["good", "lesion"] = entry(confidence=0.99, cam_outside=0.0)
-    assert triage(entries)["good", "lesion"].score == 0
+    assert triage(entries, len(entries))["good", "lesion"].score == 0
 
 
 def test_another_place_is_unusual():
@@ -147,7 +147,7 @@ def test_another_place_is_unusual():
     elsewhere = entry()
     elsewhere.pattern = [0.0] * 511 + [1.0]
     entries["far", "lesion"] = elsewhere
-    found = triage(entries)["far", "lesion"]
+    found = triage(entries, len(entries))["far", "lesion"]
     assert found.reasons == ("the map lies elsewhere than in the other cases",)
 
 
@@ -156,10 +156,26 @@ def test_a_class_that_few_cases_have_is_unusual():
     for one in entries.values():
         one.label = "organ"
     entries["c3", "lesion"] = entry()
-    found = triage(entries)
+    found = triage(entries, 30)
     assert found["c3", "lesion"].reasons == ("the class is found in 1 of 30 cases",)
     assert found["c3", "lesion"].score > NAMED
     assert found["c3", "organ"].score == 0
+
+
+def test_cases_without_anything_count_as_cases():
+    """As a lesion in a cohort of the healthy."""
+    found = triage({("c3", "lesion"): entry()}, 12)
+    assert found["c3", "lesion"].reasons == ("the class is found in 1 of 12 cases",)
+    assert found["c3", "lesion"].score > 1
+
+
+def test_lesions_of_a_case_are_compared_with_all_lesions():
+    entries = {(f"c{number}", "lesion component 0"): entry() for number in range(20)}
+    entries |= {("c0", f"lesion component {number}"): entry() for number in range(1, 4)}
+    for (_, label), one in entries.items():
+        one.label, one.of_component = label, True
+    found = triage(entries, 20)
+    assert {one.score for one in found.values()} == {0}
 
 
 # ------------------------------------------------------------------------------- body and pattern
