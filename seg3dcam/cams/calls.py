@@ -6,7 +6,7 @@ in between is in `steps`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from seg3dcam.cams.notices import tell_draws, tell_dropped, tell_map
 from seg3dcam.cams.result import CamResult
 from seg3dcam.cams.steps import Call, Explainer, Outcome, explain_ensemble, explain_member
+from seg3dcam.checks import Activation
 from seg3dcam.engine.maps import Maps
 from seg3dcam.engine.run import TargetScore
-from seg3dcam.errors import ConfigError, TargetError
+from seg3dcam.errors import ConfigError, EmptyRegionError, TargetError
 from seg3dcam.network.capture import begun_again
 from seg3dcam.network.checked_input import as_input, on_grid_of, telling_axes
 from seg3dcam.network.layers import LayerRef
@@ -71,6 +72,7 @@ def explain_targets(
     check: Callable[[torch.Tensor], None] | None = None,
     move: Move | None = None,
     examines: bool = False,
+    skip_empty: bool = False,
 ) -> list[TargetResults]:
     """Explain several targets by several methods, and say which targets they turned out to be.
 
@@ -82,9 +84,11 @@ def explain_targets(
             None takes the mask as it is, if it lies on that grid.
         examines: whether the maps are held against those of a network whose last layer is random,
             see `LayerMap.head`.
+        skip_empty: leave out targets whose region holds no voxel.
 
     Raises:
         ConfigError: as `each_by`.
+        EmptyRegionError: a region holds no voxel; with `skip_empty`, none does.
     """
     _check_alike(cams)
     lead = next((cam for cam in cams if cam.formula.explains == "layers"), cams[0])
@@ -96,8 +100,10 @@ def explain_targets(
     def evaluate(logits: torch.Tensor) -> list[TargetScore]:
         if check is not None:
             check(logits)
-        listed = as_targets(_listed(targets, logits), logits, lead.activation)
-        moved = [placed(target, to_input) for target in listed]
+        listed = _listed(targets, logits)
+        if skip_empty:
+            return list(_there(listed, logits, lead.activation, to_input))
+        moved = [placed(one, to_input) for one in as_targets(listed, logits, lead.activation)]
         return [TargetScore.of(target, logits) for target in moved]
 
     with telling_axes(lead.members[0], x):
@@ -165,6 +171,22 @@ def _listed(targets: Any, logits: torch.Tensor) -> Sequence[TargetLike]:
     if not targets:
         raise TargetError("the list of targets is empty: give at least one")
     return targets
+
+
+def _there(
+    targets: Sequence[TargetLike], logits: torch.Tensor, activation: Activation, move: Move
+) -> Iterator[TargetScore]:
+    """Yield those of several targets whose region holds a voxel; an error where none does."""
+    empty, found = None, False
+    for given in targets:
+        try:
+            for target in as_targets([given], logits, activation):
+                yield TargetScore.of(placed(target, move), logits)
+                found = True
+        except EmptyRegionError as error:
+            empty = error
+    if empty is not None and not found:
+        raise empty
 
 
 def _result(

@@ -111,6 +111,7 @@ def explain_each(
     layers: LayerSpec = "auto",
     method: str | Sequence[str] | None = None,
     verdict: VerdictLevel = "quick",
+    skip_empty: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Iterator[Explanation]:
@@ -124,13 +125,22 @@ def explain_each(
         targets: class names, indices, targets and families of targets, such as
             `targets.EveryComponent`; None explains every predicted foreground class.
         method: a key of `METHODS` or `ATTRIBUTIONS`, several keys, or None as for `explain`.
+        skip_empty: leave out targets whose region holds no voxel in this scan, such as a class that
+            is not predicted. Where none is left it is an error, as without.
         settings: of the method, where there is one alone; several methods take no settings.
 
     The other arguments are those of `explain`.
     """
     check_word("verdict", verdict, VerdictLevel)
     found = explained(
-        scan, model, targets, layers=layers, method=method, progress=progress, **settings
+        scan,
+        model,
+        targets,
+        layers=layers,
+        method=method,
+        skip_empty=skip_empty,
+        progress=progress,
+        **settings,
     )
     report = progress or silent
     report("resampling the prediction", 0, 1)
@@ -168,6 +178,7 @@ def explained(
     *,
     layers: LayerSpec = "auto",
     method: str | Sequence[str] | None = None,
+    skip_empty: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Explained:
@@ -204,6 +215,7 @@ def explained(
         check=check,
         move=placement.mask_to_network,
         examines=True,
+        skip_empty=skip_empty,
     )
     if not rows:
         raise TargetError("the targets stand for none at this prediction: there is no target")

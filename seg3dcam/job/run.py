@@ -20,7 +20,7 @@ from seg3dcam.job.formats import check_formats
 from seg3dcam.job.keys import Keys, case_folder, case_keys, case_name, look_of
 from seg3dcam.job.record import is_done, is_somebody_elses, record_of, run_with
 from seg3dcam.job.settings import Job
-from seg3dcam.job.targets import WhereThere, check_truth, class_indices, targets_of
+from seg3dcam.job.targets import check_truth, class_indices, targets_of
 from seg3dcam.models import SegModel, load_model
 from seg3dcam.models.recommended import advice_for
 from seg3dcam.progress import Progress, silent
@@ -118,8 +118,6 @@ def run_with_model(
     progress("reading", 0, 1)
     scan, truth = _loaded_scans(job, model)
     targets = targets_of(job, model, truth)
-    if of_cohort and targets is not None:
-        targets = [WhereThere(targets)]
     keys = case_keys(scan, model, job, truth)
     if of_cohort and job.out is not None:
         make_room(Path(job.out), keys.voxels)
@@ -137,7 +135,7 @@ def run_with_model(
         notes = (advice, *notes)
     # Explanations are made one by one while they are written. By then the folder is locked, so that
     # of two runs of one job at once, the second ends before it has computed anything.
-    explanations = _explanations(scan, model, targets, truth, job, progress)
+    explanations = _explanations(scan, model, targets, truth, job, of_cohort, progress)
     try:
         record = write_case(folder, explanations, job, keys=keys, progress=progress, inputs=inputs)
     except EmptyRegionError as error:
@@ -186,6 +184,7 @@ def _explanations(
     targets: list[Any] | None,
     truth: Scan | None,
     job: Job,
+    skip_empty: bool,
     progress: Progress,
 ) -> Iterator[Explanation]:
     """Yield the explanations that a job asks for, each with the truth where there is one."""
@@ -196,6 +195,7 @@ def _explanations(
         layers=job.layers,
         method=job.methods,
         verdict="full" if job.verdict else "quick",
+        skip_empty=skip_empty,
         progress=progress,
         **job.settings,
     ):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import torch
 
 from seg3dcam import targets
 from seg3dcam.errors import ConfigError, EmptyRegionError, some
@@ -16,35 +13,8 @@ from seg3dcam.job.checks import check_together
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.scan import Scan
-from seg3dcam.targets.families import is_family
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
 from seg3dcam.targets.named import REGIONS, SCORES
-from seg3dcam.targets.use import region_of
-
-
-@dataclass(frozen=True)
-class WhereThere:
-    """Those of several targets whose region holds a voxel at the prediction.
-
-    Where a thousand scans are explained, some have no lesion, which is no fault of theirs.
-    """
-
-    targets: Sequence[Any]
-
-    def expand(self, logits: torch.Tensor) -> list[Any]:
-        """Return the targets; EmptyRegionError where none has a voxel."""
-        found: list[Any] = []
-        for target in self.targets:
-            with contextlib.suppress(EmptyRegionError):
-                if is_family(target):
-                    found += target.expand(logits)
-                    continue
-                region = region_of(target, logits)
-                if region is None or bool(region.any()):
-                    found.append(target)
-        if not found:
-            raise EmptyRegionError("nothing of what is to be explained is predicted in this scan")
-        return found
 
 
 def targets_of(job: Job, model: SegModel, truth: Scan | None = None) -> list[Any] | None:

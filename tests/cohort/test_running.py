@@ -189,7 +189,7 @@ def test_a_scan_without_the_class_has_not_failed(scans):
         ("b", "organ", "ok"),
         ("c", "", "empty"),
     ]
-    assert "nothing of what is to be explained is predicted" in rows(result)[-1]["error"]
+    assert "the region is empty" in rows(result)[-1]["error"]
     assert record_of(result.out / "c").explanations == []
     assert explained(scans, target=["organ", "lesion"]).skipped == NAMES
     assert explained_every_class(scans).failed == {}
