@@ -71,11 +71,11 @@ def cohort(**options: Any) -> None:
     for what, path in [*(("table", table) for table in result.tables), ("page", result.page)]:
         print_file(what, path)
     seconds = timedelta(seconds=round(time.monotonic() - started))
-    counts = {"done": result.done, "were done": result.skipped, "failed": result.failed}
+    counts = {"done": result.done, "done before": result.skipped, "failed": result.failed}
     say(", ".join(f"{len(names)} {word}" for word, names in counts.items()) + f"; {seconds}")
     if result.failed:
         complain(
-            f"{len(result.failed)} cases failed, see the logs in {result.out / 'cohort'}; "
+            f"failed: {len(result.failed)} of the cases, see the logs in {result.out / 'cohort'}; "
             "--retry-failed tries them again",
             1,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,12 @@ def _read(out: Path, one: PlannedCase) -> tuple[list[Entry], str | None, str | N
     files = [name for run in current.values() for name in run.files]
     report = next((name for name in files if _REPORT.fullmatch(name)), None)
     empty = next((run.empty for run in current.values() if run.empty), None)
-    return [entry for entry in record.explanations if entry.run in current], report, empty
+    entries = [entry for entry in record.explanations if entry.run in current]
+    for entry in entries:
+        if entry.pattern is not None:
+            # A list of Python's numbers takes eight times the memory.
+            entry.pattern = array("f", entry.pattern)
+    return entries, report, empty
 
 
 def write_tables(out: Path, found: Sequence[Summary]) -> tuple[Path, ...]:

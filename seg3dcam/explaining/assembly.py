@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 
@@ -13,7 +13,7 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.explaining.certainty import class_probability, soft_dice_confidence
+from seg3dcam.explaining.certainty import Probabilities, soft_dice_confidence
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import Placement
@@ -60,6 +60,7 @@ class Assembly:
     prediction: torch.Tensor
     weights_sha256: str
     report: Progress
+    _of_logits: list[Probabilities] = field(default_factory=list)
 
     def explanation(self, target: AnyTarget, result: CamResult, cam: BaseCAM) -> Explanation:
         """Return one result as an explanation on the scan's grid.
@@ -91,9 +92,36 @@ class Assembly:
             has_background=result.activation == "softmax" and len(self.prediction) > 1,
             provenance=self._provenance(own, name, result).as_dict(),
             verdicts=self.judge.verdicts(target, result, cam),
-            confidence=_confidence(own, target, result),
-            probability=partial(self.placement.probability_on_scan, result),
+            confidence=self._confidence(own, target, result),
+            probability=partial(self._probability_on_scan, result),
         )
+
+    def _probabilities(self, result: CamResult) -> Probabilities:
+        """Return the probabilities of the scan; all its results have the same logits."""
+        if not self._of_logits:
+            self._of_logits.append(Probabilities(result.logits[0], result.activation))
+        return self._of_logits[0]
+
+    def _probability_on_scan(self, result: CamResult, class_index: int) -> torch.Tensor:
+        probability = self._probabilities(result).of(class_index)
+        return self.placement.probability_to_scan(probability)
+
+    def _confidence(self, own: OwnTarget, target: AnyTarget, result: CamResult) -> float | None:
+        """Return how sure the network is of a class, or of one lesion; None for another target."""
+        logits, drawn = result.logits[0], result.prediction[0]
+        # The index that a function of your own carries may be none of the network's.
+        if own.class_index is None or own.class_index >= len(logits):
+            return None
+        probability = self._probabilities(result).of(own.class_index)
+        mask = drawn[own.class_index] if drawn.ndim == logits.ndim else drawn == own.class_index
+        region = region_of(target, result.logits) if own.of_component else None
+        if region is not None:
+            # Other lesions of the class are not this one's, however near they are.
+            lesion = region[0].to(mask.device)
+            near = _grown(lesion, NEAR)
+            probability = torch.where(near & (lesion | ~mask), probability, 0)
+            mask = lesion
+        return soft_dice_confidence(probability, mask)
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:
         """Return every layer's raw map on the scan's grid."""
@@ -174,24 +202,6 @@ def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord
         missing_gradient=layer.missing,
         dtype=str(layer.values.dtype).removeprefix("torch."),
     )
-
-
-def _confidence(own: OwnTarget, target: AnyTarget, result: CamResult) -> float | None:
-    """Return how sure the network is of a class, or of one lesion; None for another target."""
-    logits, drawn = result.logits[0], result.prediction[0]
-    # The index that a function of your own carries may be none of the network's.
-    if own.class_index is None or own.class_index >= len(logits):
-        return None
-    probability = class_probability(logits, own.class_index, result.activation)
-    mask = drawn[own.class_index] if drawn.ndim == logits.ndim else drawn == own.class_index
-    region = region_of(target, result.logits) if own.of_component else None
-    if region is not None:
-        # Other lesions of the class are not this one's, however near they are.
-        lesion = region[0].to(mask.device)
-        near = _grown(lesion, NEAR)
-        probability = torch.where(near & (lesion | ~mask), probability, 0)
-        mask = lesion
-    return soft_dice_confidence(probability, mask)
 
 
 def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:

@@ -9,28 +9,39 @@ worth.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
-#: Slices whose probabilities are computed at once, so that many classes need little memory.
+#: Slices that are summed over classes at once, so that many classes need little memory.
 _SLAB = 8
 
 
-def class_probability(logits: torch.Tensor, class_index: int, activation: str) -> torch.Tensor:
-    """Return the probability of a class, (*S) float32, from logits (K, *S).
+class Probabilities:
+    """The probabilities of classes, made one by one from logits.
 
     Args:
+        logits: (K, *S).
         activation: "softmax" or "sigmoid".
 
-    >>> logits = torch.zeros(2, 1, 1, 2)
-    >>> class_probability(logits, 1, "softmax").tolist()
+    >>> Probabilities(torch.zeros(2, 1, 1, 2), "softmax").of(1).tolist()
     [[[0.5, 0.5]]]
     """
-    if activation == "sigmoid" or len(logits) == 1:
-        return logits[class_index].float().sigmoid()
-    slabs = [
-        slab[class_index] for part in logits.split(_SLAB, 1) for slab in [part.float().softmax(0)]
-    ]
-    return torch.cat(slabs)
+
+    def __init__(self, logits: torch.Tensor, activation: str) -> None:
+        self._logits = logits
+        self._overlapping = activation == "sigmoid" or len(logits) == 1
+
+    @cached_property
+    def _total(self) -> torch.Tensor:
+        """The logarithm of the sum over all classes, (*S), which every class is divided by."""
+        slabs = [part.float().logsumexp(0) for part in self._logits.split(_SLAB, 1)]
+        return torch.cat(slabs)
+
+    def of(self, class_index: int) -> torch.Tensor:
+        """Return the probability of a class, (*S) float32."""
+        own = self._logits[class_index].float()
+        return own.sigmoid() if self._overlapping else (own - self._total).exp()
 
 
 def soft_dice_confidence(probability: torch.Tensor, mask: torch.Tensor) -> float | None:

@@ -13,7 +13,6 @@ from seg3dcam.cams.result import CamResult
 from seg3dcam.checks import is_meta_tensor
 from seg3dcam.engine.layer_map import LayerMap
 from seg3dcam.errors import ModelError
-from seg3dcam.explaining.certainty import class_probability
 from seg3dcam.geometry import ras_affine, resample, resample_labels
 from seg3dcam.models.seg_model import SegModel
 from seg3dcam.progress import Progress
@@ -122,11 +121,10 @@ class Placement:
             )
         return own
 
-    def probability_on_scan(self, result: CamResult, class_index: int) -> torch.Tensor:
-        """Return the probability of a class on the scan's grid, (X, Y, Z), interpolated once."""
-        logits = result.logits[0].cpu()
-        found = class_probability(logits, class_index, result.activation)
-        return resample(found, self.affine, self.scan.affine, self.scan.shape).clamp(0, 1)
+    def probability_to_scan(self, probability: torch.Tensor) -> torch.Tensor:
+        """Return a probability of the network's grid, (*S), on the scan's grid, (X, Y, Z)."""
+        moved = resample(probability.cpu(), self.affine, self.scan.affine, self.scan.shape)
+        return moved.clamp(0, 1)
 
     def _compared_on_scan(
         self, logits: torch.Tensor, overlapping: bool, report: Progress

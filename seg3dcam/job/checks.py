@@ -14,7 +14,7 @@ from seg3dcam.targets.named import REGIONS, SCORES, NamedRegion, NamedScore
 #: Arguments of calls that every method takes. A job has them elsewhere, or its model says them.
 OF_CALLS = {
     *("self", "targets", "layers", "target_layers", "sliding_window", "output", "activation"),
-    *("reshape_transform", "progress"),
+    *("reshape_transform", "progress", "skip_empty"),
 }
 
 

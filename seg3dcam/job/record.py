@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,7 +145,7 @@ class Entry(_Schema):
     truth_file: Name | None = None
     cam_file: Name | None = None
     thumb_file: Name | None = None
-    pattern: list[float] | None = None
+    pattern: Sequence[float] | None = None
     has_background: bool = True
     over_mask: bool = True
     only_against: list[str] = []

@@ -95,3 +95,39 @@ def test_results_are_those_of_the_same_files_here(bucket, tmp_path, monkeypatch)
     assert cohort.run("memory://hospital/scans", out=tmp_path / "elsewhere", **settings).done == (
         "b",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_scans_in_a_bucket(tmp_path, monkeypatch):
+    """A server of S3 on this machine, with the scans of a folder and a table that names them."""
+    moto = pytest.importorskip("moto.server", reason="moto is no extra of seg3dcam")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is no extra of seg3dcam")
+    scans = write_cohort(tmp_path, NAMES)
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        store = s3fs.S3FileSystem()
+        store.mkdir("hospital")
+        for file in scans.iterdir():
+            store.put(str(file), f"hospital/scans/{file.name}")
+        settings = {"model": str(tmp_path / "model.yaml"), "out": tmp_path / "out"} | SETTINGS
+        assert cohort.run("s3://hospital/scans", **settings).done == tuple(NAMES)
+        assert cohort.run("s3://hospital/scans", **settings).skipped == tuple(NAMES)
+        assert [c.name for c in read_cases("s3://hospital/*/[ab].nii.gz")] == ["a", "b"]
+        with pytest.raises(ConfigError, match="s3://nowhere"):
+            read_cases("s3://nowhere/scans")
+        table = tmp_path / "t.csv"
+        table.write_text("scan\ns3://hospital/scans/gone.nii.gz\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"missing:\n  gone: s3://hospital"):
+            read_cases(table)
+    finally:
+        server.stop()

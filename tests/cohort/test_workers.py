@@ -82,8 +82,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("workers", [None, 2])
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("workers", "end"), [(None, signal.SIGINT), (2, signal.SIGTERM)])
 def test_what_is_interrupted_goes_on(tmp_path, workers, end):
     scans = write_cohort(tmp_path, [f"case{number:02d}" for number in range(30)])
     out = tmp_path / "out"
@@ -120,7 +119,14 @@ def begun(scans, out, workers):
     command = [sys.executable, "-m", "seg3dcam", "cohort", str(scans), "--out", str(out)]
     command += ["--model", str(scans.parent / "model.yaml"), "--target", "lesion"]
     command += [] if workers is None else ["--workers", str(workers)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # In the background of a shell that is no terminal, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while len(list(out.glob("*/case.json"))) < 3:
         assert process.poll() is None, process.communicate()

@@ -11,7 +11,7 @@ from torch import nn
 
 from seg3dcam import SegModel, explain, load_scan
 from seg3dcam.errors import ConfigError
-from seg3dcam.explaining.certainty import class_probability, soft_dice_confidence
+from seg3dcam.explaining.certainty import Probabilities, soft_dice_confidence
 from seg3dcam.export.probability import STEP
 from seg3dcam.job import Job, run_job
 from seg3dcam.job.read_back import load_explanation
@@ -81,7 +81,7 @@ def test_confidence_is_that_of_the_definition(activation, classes):
     torch.manual_seed(0)
     logits = 3 * torch.randn(classes, 9, 8, 7)
     for index in range(classes):
-        p = class_probability(logits, index, activation)
+        p = Probabilities(logits, activation).of(index)
         wide = logits.double()
         exact = wide.sigmoid() if activation == "sigmoid" or classes == 1 else wide.softmax(0)
         assert torch.allclose(p.double(), exact[index], atol=1e-6)
