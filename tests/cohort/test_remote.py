@@ -101,8 +101,8 @@ def test_results_are_those_of_the_same_files_here(bucket, tmp_path, monkeypatch)
 @pytest.mark.filterwarnings("ignore")
 def test_scans_in_a_bucket(tmp_path, monkeypatch):
     """A server of S3 on this machine, with the scans of a folder and a table that names them."""
-    moto = pytest.importorskip("moto.server", reason="moto is no extra of seg3dcam")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is no extra of seg3dcam")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     scans = write_cohort(tmp_path, NAMES)
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
