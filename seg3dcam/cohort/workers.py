@@ -163,6 +163,7 @@ class _Crew:
             elif raised is not None:
                 raise raised
             if raised is None:
+                worker.join()  # so that nothing takes the dead process for one that is at work
                 yield worker, one, _Ended(died=True)
 
     def close(self) -> None:

@@ -139,15 +139,20 @@ def staging(folder: Path) -> Iterator[Path]:
     Errors of writing name a file by the place in `folder` where it is to go.
     """
     staged = temporary_name(folder, ".run")
-    staged.mkdir(parents=True)
     try:
+        staged.mkdir(parents=True)
         yield staged
     except OutputError as error:
         said = OutputError(str(error).replace(str(staged), str(folder)))
         said.errno = error.errno
         raise said from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+        except BaseException:
+            # Ctrl-C in the midst of it: what is left would stay, since the run itself is complete.
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
 
 
 def placed_as(
@@ -283,8 +288,11 @@ def _is_at_work(holder: _Holder) -> bool:
 
 
 def _started(process: int) -> float:
+    """Return when a process began; 0 for one that has ended, also if nobody has noticed yet."""
     with contextlib.suppress(psutil.Error):
-        return float(psutil.Process(process).create_time())
+        found = psutil.Process(process)
+        if found.status() != psutil.STATUS_ZOMBIE:
+            return float(found.create_time())
     return 0.0
 
 

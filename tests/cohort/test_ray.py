@@ -26,7 +26,17 @@ def cluster():
     # Warnings of Ray's own, such as of its small store of objects, are not what is tested.
     made = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": 10**8,
+            # By default it takes a minute until a node counts as gone.
+            "_system_config": {
+                "health_check_initial_delay_ms": 1000,
+                "health_check_period_ms": 1000,
+                "health_check_failure_threshold": 3,
+            },
+        },
     )
     for _ in range(2):
         made.add_node(num_cpus=1, object_store_memory=10**8)

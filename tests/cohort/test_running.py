@@ -198,3 +198,19 @@ def test_a_scan_without_the_class_has_not_failed(scans):
 def explained_every_class(scans):
     model = str(scans.parent / "model.yaml")
     return cohort.run(scans, model=model, out=scans.parent / "every", format=["nifti"])
+
+
+def test_empty_targets_are_left_out_where_that_is_asked_for(tmp_path):
+    from seg3dcam import load_model
+    from seg3dcam.errors import EmptyRegionError
+    from seg3dcam.explaining.explain import explain_each
+
+    write_scan(tmp_path / "scan.nii.gz", voxels(lesion=False))
+    model = load_model(str(write_model(tmp_path)))
+    both = ["organ", "lesion"]
+    with pytest.raises(EmptyRegionError):
+        list(explain_each(tmp_path / "scan.nii.gz", model, both))
+    found = list(explain_each(tmp_path / "scan.nii.gz", model, both, skip_empty=True))
+    assert [one.label for one in found] == ["organ"]
+    with pytest.raises(EmptyRegionError):
+        list(explain_each(tmp_path / "scan.nii.gz", model, ["lesion"], skip_empty=True))

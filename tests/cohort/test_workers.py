@@ -82,20 +82,26 @@ def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize(("workers", "end"), [(None, signal.SIGINT), (2, signal.SIGTERM)])
-def test_what_is_interrupted_goes_on(tmp_path, workers, end):
+@pytest.mark.parametrize(("workers", "end", "times"), [(None, "TERM", 1), (2, "INT", 6)])
+def test_what_is_interrupted_goes_on(tmp_path, workers, end, times):
+    """However often it is interrupted: the first signal ends it, and it ends in order."""
     scans = write_cohort(tmp_path, [f"case{number:02d}" for number in range(30)])
-    out = tmp_path / "out"
+    out, number = tmp_path / "out", signal.Signals[f"SIG{end}"]
     process, children = begun(scans, out, workers)
-    process.send_signal(end)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.03)
     said = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[end], said
+    assert process.returncode == 128 + number, said
     assert "the same command goes on from there" in said[1]
+    assert "Traceback" not in said[0] + said[1]
     assert gone(children)
     assert leftovers(out) == []
     complete = sorted(file.parent.name for file in out.glob("*/case.json"))
     assert 0 < len(complete) < 30
     assert (out / "cohort.csv").read_text(encoding="utf-8").count(",ok,") == len(complete)
+    assert (out / "cohort.parquet").is_file()
+    assert (out / "index.html").is_file()
 
 
 def test_workers_end_with_their_parent(tmp_path):

@@ -9,11 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from helpers_cases import (
     IN_ORGAN,
@@ -31,7 +33,7 @@ from seg3dcam.errors import OutputError
 from seg3dcam.explaining.explain import explain_each
 from seg3dcam.files import temporary_name
 from seg3dcam.job import case, writers
-from seg3dcam.job.folder import LOCK, locked
+from seg3dcam.job.folder import LOCK, locked, staging
 from seg3dcam.job.record import is_done, listed_files, record_of
 
 pytestmark = pytest.mark.usefixtures("explained_once")
@@ -579,3 +581,36 @@ def test_locked_refuses_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"), locked(tmp_path / "file", listed_files):
         pass
+
+
+def test_a_dead_process_that_nobody_has_noticed_holds_no_lock(tmp_path):
+    """A parent that does not wait for its child leaves it as a zombie, whose number is in use."""
+    code = (
+        "import os, signal, sys; from seg3dcam.job.folder import locked\n"
+        "with locked(sys.argv[1], lambda folder: []): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (tmp_path / LOCK).exists()
+    with locked(tmp_path, lambda folder: []):
+        pass
+    assert not (tmp_path / LOCK).exists()
+    child.wait()
+
+
+def test_an_interrupted_cleaning_up_is_done_again(tmp_path, monkeypatch):
+    given, calls = shutil.rmtree, []
+
+    def interrupted(path, **settings):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        given(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), staging(tmp_path) as staged:
+        (staged / "file").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
