@@ -57,7 +57,7 @@ def explained(tmp_path_factory):
     return contents(named.out), contents(other.out)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_no_file_names_the_patient(explained):
     files, _ = explained
     assert len(files) > 30

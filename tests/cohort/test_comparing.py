@@ -13,6 +13,8 @@ from seg3dcam import cohort
 from seg3dcam.cohort.comparing import _correlation, _overlap, compare_cohorts
 from seg3dcam.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"case{number}" for number in range(8)]
 
 

@@ -14,6 +14,8 @@ from seg3dcam.cohort.group import FEWEST, group_map
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.record import read_record
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"case{number:02d}" for number in range(10)]
 SHIFT = np.eye(4)
 SHIFT[:3, 3] = 31, -12, 7

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers_cohort import write_page_of
 
+pytestmark = pytest.mark.slow
+
 COUNT = 400
 
 
