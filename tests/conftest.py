@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import warnings
@@ -15,6 +16,16 @@ import torch
 
 # The networks of the tests are tiny: more threads cost more than they bring.
 torch.set_num_threads(1)
+
+# What is imported and collected stays to the end: nobody looks for garbage among it.
+gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Look for garbage from here on, and only among what tests make."""
+    importlib.import_module("hypothesis")  # asks who refers to an object, which freezing hides
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow

@@ -115,10 +115,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             nonlocal last
             passed = time.monotonic() - started
             rate = f"{passed / done:.3g} s each" if done else ""
-            bar.update(task, completed=done, total=total, rate=rate)
+            bar.update(task, description=step, completed=done, total=total, rate=rate)
             if not err.is_terminal and done and time.monotonic() - last > _EVERY:
                 last = time.monotonic()
                 left = timedelta(seconds=round(passed / done * (total - done)))
-                say(f"{done} of {total} cases, {rate}, {left} left")
+                say(f"{done} of {total} {step}, {rate}, {left} left")
 
         yield report

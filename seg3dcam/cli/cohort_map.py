@@ -18,7 +18,10 @@ def cohort_map(
     out: Annotated[str | None, typer.Option(help="default: the cohort's folder group")] = None,
     space: Annotated[
         str | None,
-        typer.Option(help="volume whose grid the maps have, such as a template; default: a scan's"),
+        typer.Option(
+            help="volume whose grid the maps have, or icbm152, the brain template of the demo; "
+            "default: a scan's"
+        ),
     ] = None,
     transforms: Annotated[
         str | None,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from seg3dcam.cli.calibrate import calibrate
 from seg3dcam.cli.cohort import cohort
 from seg3dcam.cli.cohort_compare import cohort_compare
 from seg3dcam.cli.cohort_map import cohort_map
@@ -41,6 +42,7 @@ for command in (
     evaluate,
     compare,
     uncertainty,
+    calibrate,
     layers,
     features,
     methods,

@@ -30,14 +30,6 @@ if TYPE_CHECKING:
 #: The table on the terminal has so many rows; the files have all.
 MOST_ROWS = 12
 
-#: From this context deletion on another method may be much better: evidence itself gets 0.02.
-FAR = 0.05
-
-_OTHERS = (
-    "methods that take more predictions were not looked at, and may find more: --method score_cam, "
-    "--method integrated_gradients"
-)
-
 _MEANING = (
     "context deletion: Dice left while what lies around the mask is deleted in the order of the "
     "map, from 0 to 1; the lower, the more the prediction depends on what the map shows"
@@ -63,7 +55,10 @@ def compare(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="default: those of one backward pass; repeatable"),
+        typer.Option(
+            help="default: those of one backward pass, and integrated_gradients if no layer is "
+            "good enough; repeatable"
+        ),
     ] = None,
     out: Annotated[
         str,
@@ -94,6 +89,7 @@ def compare(
     header_form, changes = frame_of(frame), overrides(set)
     asked = {"baselines": [number_or_word(word) for word in baseline]} if baseline else {}
     # What needs PyTorch is imported after the options are found to be legal.
+    from seg3dcam.evaluate.comparing import far
     from seg3dcam.explaining.comparing import compare_scans
     from seg3dcam.job.comparison import recommend as write_recommended
     from seg3dcam.job.comparison import write_comparison
@@ -121,9 +117,8 @@ def compare(
     console.print(_table(f"Layers and methods for {shown(found.class_name)}", found.comparison))
     console.print(_MEANING, style="dim", soft_wrap=True)
     say(found.comparison.words)
-    best = found.comparison.best
-    if not method and (best is None or best.area is None or best.area > FAR):
-        say(_OTHERS)
+    if not method and found.comparison.counted and far(found.comparison.candidates):
+        say(_not_looked_at(found.comparison))
     for what, path in zip(("picture", "table", "record"), written, strict=True):
         print_file(what, path)
     if recommend and place is not None:
@@ -138,6 +133,15 @@ def _channels(word: str) -> list[str]:
     if not all(parts):
         raise ConfigError(f"scan {word!r}: files joined by commas, as t1.nii.gz,t2.nii.gz")
     return parts
+
+
+def _not_looked_at(found: Comparison) -> str:
+    """Return words about the methods that may find more than those that were compared."""
+    from seg3dcam.evaluate.comparing import FURTHER
+
+    compared = {one.method for one in found.candidates}
+    others = [f"--method {one}" for one in ("score_cam", FURTHER) if one not in compared]
+    return "methods that take more predictions may find more: " + ", ".join(others)
 
 
 def _table(title: str, found: Comparison) -> Table:

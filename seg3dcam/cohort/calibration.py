@@ -2,6 +2,8 @@
 
 found = risk_coverage(confidence, 1 - dice)
 found.area, found.by_chance, found.at_best
+
+`seg3dcam.explaining.reliability` tells what the probabilities of voxels are worth.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from seg3dcam.cohort.triage import group_of
 from seg3dcam.errors import EvaluationError
+from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.job.record import Entry
 
 #: With fewer cases an area says nothing.
@@ -92,6 +95,20 @@ def _curve(confidence: NDArray[np.float64], risk: NDArray[np.float64]) -> NDArra
     means = np.bincount(group, risk) / np.bincount(group)
     ordered = means[np.sort(group)]
     found: NDArray[np.float64] = np.cumsum(ordered) / np.arange(1, len(risk) + 1)
+    return found
+
+
+def reliability_of_classes(entries: Sequence[Entry]) -> dict[str, Reliability]:
+    """Return class -> how true its probabilities are, over the voxels of all cases with a truth.
+
+    Args:
+        entries: of all cases, by one method.
+    """
+    found: dict[str, Reliability] = {}
+    for entry in entries:
+        if (one := entry.reliable()) is not None:
+            label = group_of(entry)
+            found[label] = found[label] + one if label in found else one
     return found
 
 

@@ -13,13 +13,14 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.errors import ConfigError, Seg3dcamError, nearest, some
 from seg3dcam.files.readers import stem
-from seg3dcam.files.remote import Place, is_url, place
+from seg3dcam.files.remote import Place, is_url, local_copy, place
 
 #: What a name of a case may be: it is the name of its folder.
 _LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -89,6 +90,15 @@ def read_cases(source: str | Path, *, without: Path | None = None) -> tuple[Coho
     _check_names(source, [case.name for case in found])
     _check_files(source, found)
     return tuple(found)
+
+
+def local_pairs(cases: Iterable[CohortCase]) -> Iterator[tuple[list[str], str]]:
+    """Yield the files of each case's scan and truth, on this machine while they are needed."""
+    for case in cases:
+        if case.truth is not None:
+            with ExitStack() as stack:
+                scan = [stack.enter_context(local_copy(str(file))) for file in case.files]
+                yield scan, stack.enter_context(local_copy(str(case.truth)))
 
 
 def _found(source: str, path: Place, without: Path | None) -> list[CohortCase]:

@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 
 from seg3dcam.checks import check_number
 from seg3dcam.cohort.comparing import explained_cases
-from seg3dcam.errors import ConfigError, InputError, nearest, some
+from seg3dcam.errors import ConfigError, InputError, MissingExtraError, nearest, some
 from seg3dcam.files import check_writable, unique_names
 from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import checked_affine, resample
 from seg3dcam.job.read_back import written_map
 from seg3dcam.job.record import Entry, Record
 from seg3dcam.progress import Progress, silent
+
+#: The space that has a name of its own.
+TEMPLATE = "icbm152"
 
 #: With fewer cases at a voxel its z-value says nothing, and is NaN.
 FEWEST = 8
@@ -79,7 +82,8 @@ def group_map(
         target: what was explained, as the column `class` of cohort.csv has it.
         method: whose CAMs; needed where there are several.
         out: gets the files; None is a folder "group" in the cohort's.
-        space: a volume whose grid they have, such as a template; None takes that of the first case.
+        space: a volume whose grid they have; "icbm152" is the demo's brain template, at 1 mm; None
+            takes that of the first case.
         transforms: a table (.csv) with the columns `case` and `transform`, the file of a matrix
             (4, 4) as text that leads from mm of the scan to mm of the space, both RAS. None takes
             the scans as they lie.
@@ -237,12 +241,23 @@ def _grid_of(space: str | Path | None, first: _Member) -> _Grid:
         found = written_map(*first)
         return _Grid(tuple(found.cam.shape), np.asarray(found.affine, np.float64))
     try:
-        volume = nib.load(space)
+        volume = _template() if space == TEMPLATE else nib.load(space)
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise ConfigError(f"space {space}: not a volume that can be read: {error}") from error
     if len(volume.shape) < 3:
         raise ConfigError(f"space {space}: {volume.shape} voxels; a volume (X, Y, Z) is needed")
     return _Grid(tuple(volume.shape[:3]), np.asarray(volume.affine, np.float64))
+
+
+def _template() -> nib.Nifti1Image:
+    """Return the ICBM152 brain template at 1 mm."""
+    try:
+        from nilearn import datasets
+    except ImportError as error:
+        raise MissingExtraError(
+            f"space {TEMPLATE} comes with nilearn: pip install 'seg3dcam[demo]'"
+        ) from error
+    return datasets.load_mni152_template(resolution=1)
 
 
 def _placed(

@@ -12,6 +12,7 @@ from typing import Any
 
 from seg3dcam.cohort.calibration import RiskCoverage
 from seg3dcam.cohort.table import Summary, row_of
+from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import atomic
 from seg3dcam.review.html import asset, filled, in_json, policy
 
@@ -30,12 +31,16 @@ _DIGITS = 5
 
 
 def write_page(
-    out: Path, found: Sequence[Summary], curves: Mapping[str, RiskCoverage] | None = None
+    out: Path,
+    found: Sequence[Summary],
+    curves: Mapping[str, RiskCoverage] | None = None,
+    reliable: Mapping[str, Reliability] | None = None,
 ) -> Path:
     """Write `index.html`: a row for each case, class and method, those to look at first on top.
 
     Args:
         curves: class -> risk and coverage.
+        reliable: class -> how true its probabilities are.
     """
     rows = [[_cell(row.get(name)) for name in _COLUMNS] for one in found for row in _rows(one)]
     script, style = asset("seg3dcam.cohort", "page.js"), asset("seg3dcam.cohort", "page.css")
@@ -50,6 +55,7 @@ def write_page(
                 "rows": rows,
                 "facts": _facts(found),
                 "curves": [_curve(label, curve) for label, curve in (curves or {}).items()],
+                "reliability": [_reliable(label, one) for label, one in (reliable or {}).items()],
             }
         ),
     }
@@ -67,6 +73,17 @@ def _curve(label: str, curve: RiskCoverage) -> dict[str, Any]:
         "risk": [_cell(float(part)) for part in curve.risk],
         "words": f"area {curve.area:.3f}, by chance {curve.by_chance:.3f}, at best "
         f"{curve.at_best:.3f}, p = {curve.p_value:.3f}",
+    }
+
+
+def _reliable(label: str, one: Reliability) -> dict[str, Any]:
+    """Return what the page draws of the probabilities of a class."""
+    there = one.count > 0
+    return {
+        "label": label,
+        "probability": [_cell(float(value)) for value in one.probability[there]],
+        "frequency": [_cell(float(value)) for value in one.frequency[there]],
+        "words": f"expected calibration error {one.ece:.3f}, over {one.count.sum():.0f} voxels",
     }
 
 

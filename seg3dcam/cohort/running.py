@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from seg3dcam.cohort.summary import sum_up, undisturbed
 from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
+from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import check_writable
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
@@ -51,6 +52,7 @@ class CohortResult:
         tables: the files with a row for each case, class, layer and method.
         page: the same for a browser, with the cases to look at first on top.
         risk_coverage: class -> what the network's confidence is worth; of cases with a truth.
+        reliability: class -> how true the probabilities of its voxels are; of cases with a truth.
     """
 
     out: Path
@@ -60,6 +62,7 @@ class CohortResult:
     tables: tuple[Path, ...]
     page: Path
     risk_coverage: Mapping[str, RiskCoverage]
+    reliability: Mapping[str, Reliability]
 
 
 def run(
@@ -94,7 +97,7 @@ def run(
         num_parts, part_id: every `num_parts`-th case from number `part_id` on, counted from 0, such
             as for an array of jobs on a cluster.
         retry_failed: try cases again that failed before, with the same files and settings.
-        progress: called with ("cases", done, total).
+        progress: called with ("cases", done, total); the word says how many failed, if any did.
         say: called with a line about what is to be done, and for every case that failed.
         settings: more settings of a `Job`. What is written is by default "nifti" and "html".
 
@@ -138,49 +141,62 @@ def run(
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
             ended = _in_this_process(waiting, loaded, folder)
-        done: list[str] = []
-        failed: dict[str, str] = {}
-        progress("cases", 0, len(waiting))
+        tally = _Tally(folder, say)
+        progress(tally.step, 0, len(waiting))
         try:
             with closing(ended):
                 for number, (one, error, died) in enumerate(ended, 1):
-                    _note(one, error, died, folder, done, failed, say)
-                    progress("cases", number, len(waiting))
+                    tally.note(one, error, died)
+                    progress(tally.step, number, len(waiting))
         finally:
             # Whatever ends the run, the tables say what there is by now.
             with undisturbed():
-                found = sum_up(folder, plan, done, failed, template.methods[0])
+                found = sum_up(folder, plan, tally.done, tally.failed, template.methods[0])
     for label, curve in found.risk_coverage.items():
         say(
             f"{label}: area under risk (1 - Dice) by coverage {curve.area:.3f} in the order of the "
             f"confidence; by chance {curve.by_chance:.3f}, at best {curve.at_best:.3f}, p = "
             f"{curve.p_value:.3f}"
         )
+    for label, of_class in found.reliability.items():
+        say(f"{label}: expected calibration error {of_class.ece:.3f}, see `seg3dcam calibrate`")
     skipped = tuple(one.name for one in plan if one.state == "done")
-    explained_now = tuple(name for name in done if name not in found.failed)
+    explained_now = tuple(name for name in tally.done if name not in found.failed)
     return CohortResult(folder, explained_now, skipped, **vars(found))
 
 
-def _note(
-    one: PlannedCase,
-    error: str | None,
-    died: bool,
-    out: Path,
-    done: list[str],
-    failed: dict[str, str],
-    say: Callable[[str], None],
-) -> None:
-    """Keep how a case has ended."""
-    if error is None:
-        done.append(one.name)
-    elif error.startswith(BUSY):
-        say(f"{one.name} is {error}")
-    else:
-        failed[one.name] = error
-        say(f"{one.name} failed: {error}")
-    if error is not None and died:
-        note_failure(one, out, error)
-        tidy(out / one.name)
+@dataclass(frozen=True)
+class _Tally:
+    """How the cases of a run have ended so far.
+
+    Attributes:
+        out: the cohort's folder.
+        say: see `run`.
+        done, failed: see `CohortResult`.
+    """
+
+    out: Path
+    say: Callable[[str], None]
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def step(self) -> str:
+        """What progress is of."""
+        return f"cases, {len(self.failed)} failed" if self.failed else "cases"
+
+    def note(self, one: PlannedCase, error: str | None, died: bool) -> None:
+        """Keep how a case has ended."""
+        if error is None:
+            self.done.append(one.name)
+        elif error.startswith(BUSY):
+            self.say(f"{one.name} is {error}")
+        else:
+            self.failed[one.name] = error
+            self.say(f"{one.name} failed: {error}")
+        if error is not None and died:
+            note_failure(one, self.out, error)
+            tidy(self.out / one.name)
 
 
 def _output_folder(out: str | Path) -> Path:

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from seg3dcam.cohort.calibration import RiskCoverage, of_classes
+from seg3dcam.cohort.calibration import RiskCoverage, of_classes, reliability_of_classes
 from seg3dcam.cohort.page import write_page
 from seg3dcam.cohort.plan import CURRENT, OWN, PlannedCase, failures, now
 from seg3dcam.cohort.table import summaries, write_tables
+from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import write_json
 from seg3dcam.job.folder import OccupiedError, locked
 
@@ -31,6 +32,7 @@ class SummedUp:
     tables: tuple[Path, ...]
     page: Path
     risk_coverage: Mapping[str, RiskCoverage]
+    reliability: Mapping[str, Reliability]
 
 
 def sum_up(
@@ -53,9 +55,11 @@ def sum_up(
         states = now(plan, out, {**failed, **lost})
         write_json(out / OWN / CURRENT, {o.name: o.code for o in states if o.state == "done"})
         found = summaries(out, states)
-        curves = of_classes([entry for one in found for entry in one.of_method(method)])
+        entries = [entry for one in found for entry in one.of_method(method)]
+        curves, reliable = of_classes(entries), reliability_of_classes(entries)
         tables = write_tables(out, found)
-        return SummedUp(failures(states), tables, write_page(out, found, curves), curves)
+        page = write_page(out, found, curves, reliable)
+        return SummedUp(failures(states), tables, page, curves, reliable)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ COLUMNS = (
     *("case", "class", "layer", "method", "status"),
     *("verdict", "verdict_words", "resolution_mm"),
     *_FOUND,
+    "ece",
     *("unusual", "why", "error"),
 )
 
@@ -158,6 +159,7 @@ def row_of(entry: Entry, layer: str, unusual: Unusual) -> dict[str, Any]:
         "verdict_words": None if verdict is None else verdict.words,
         "resolution_mm": max(entry.layers[layer].spacing_mm),
         **{name: entry.figure(name) for name in _FOUND},
+        "ece": None if (found := entry.reliable()) is None else found.ece,
         "unusual": unusual.score,
         "why": "; ".join(unusual.reasons) or None,
     }

@@ -3,10 +3,14 @@
 The winner is chosen among many, so it is also held against the best of many random maps of its own
 resolution: each draw makes as many as there are layers, and the winner has to beat the best of
 them.
+
+Where the best of all layers is still far from what evidence itself gets, a method that explains the
+input and takes more predictions is looked at, too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +23,7 @@ from seg3dcam.cams.catalogue import ALL_METHODS
 from seg3dcam.checks import Activation, check_whole_number
 from seg3dcam.errors import ConfigError, InputError, Seg3dcamError, nearest
 from seg3dcam.evaluate.baselines import OF_VERDICTS, check_baseline
-from seg3dcam.evaluate.comparison import Comparison
+from seg3dcam.evaluate.comparison import Candidate, Comparison
 from seg3dcam.evaluate.contest import Case, Measuring
 from seg3dcam.evaluate.ranking import Keep, Ranking, entrants_of, not_measured
 from seg3dcam.network.layers import resolve_layers
@@ -38,6 +42,14 @@ METHODS = (
     "grad_cam_plus_plus",
     "grad_cam_elementwise",
 )
+
+#: What is compared, too, where neither layers nor methods are named and the best of all layers is
+#: far from what evidence gets. It takes 50 backward passes, and finds what no layer shows, such as
+#: evidence by absence.
+FURTHER = "integrated_gradients"
+
+#: From this context deletion on another method may be much better: evidence itself gets 0.02.
+FAR = 0.05
 
 #: The method with which "auto" is what a user gets who names neither layer nor method.
 USUAL_METHOD = "hires_cam"
@@ -79,8 +91,9 @@ def compare(
         class_index: the class.
         layers: names of layers, also with `*`, "all" or "auto", see `BaseCAM`; None takes all that
             `suggest_layers` names.
-        methods: keys of methods; None takes `METHODS`. Those that explain the input itself have
-            "input" as their layer.
+        methods: keys of methods; None takes `METHODS`, and `FURTHER` where the best of them gets
+            no less than `FAR`, no layers are named, and captum is there. Methods that explain the
+            input itself have "input" as their layer.
         baselines: the first one is used for everything. The others are for possible winners alone,
             which have to pass by all of them. The defaults are those of a verdict.
         draws: how often random maps are drawn; with 20 the p-value can be as low as 1/21.
@@ -126,13 +139,17 @@ def compare(
     cases = list(_cases(how, x, spacing))
     roles = _roles(how, cases[0], named)
     ranking = Ranking(cases, baselines[1:], draws)
-    methods = tuple(dict.fromkeys(methods or METHODS))
+    compared = tuple(dict.fromkeys(methods or METHODS))
     entrants = (
-        entrants_of(cases, ranking.counted, roles, methods, keep)
+        entrants_of(cases, ranking.counted, roles, compared, keep)
         if ranking.counted
-        else not_measured(roles, methods, "not measured")
+        else not_measured(roles, compared, "not measured")
     )
     candidates = ranking.ranked(entrants)
+    named_none = layers is None and methods is None
+    if named_none and ranking.counted and far(candidates) and importlib.util.find_spec("captum"):
+        entrants += entrants_of(cases, ranking.counted, roles, (FURTHER,), keep)
+        candidates = ranking.ranked(entrants)
     usual = (next(iter(roles)), USUAL_METHOD) if named is None else None
     return Comparison(
         candidates=candidates,
@@ -150,6 +167,12 @@ def compare(
         mask=cases[0].mask,
         cost=sum(case.cost for case in cases),
     )
+
+
+def far(candidates: Sequence[Candidate]) -> bool:
+    """Tell whether the best candidate is still far from what evidence itself gets, or none won."""
+    best = candidates[0]
+    return not best.won or best.worth > FAR
 
 
 def _check(methods: Sequence[str] | None, baselines: Sequence[Any], draws: int, seed: int) -> None:

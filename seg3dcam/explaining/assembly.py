@@ -99,7 +99,8 @@ class Assembly:
     def _probabilities(self, result: CamResult) -> Probabilities:
         """Return the probabilities of the scan; all its results have the same logits."""
         if not self._of_logits:
-            self._of_logits.append(Probabilities(result.logits[0], result.activation))
+            made = Probabilities(result.logits[0], result.activation, self.model.temperature)
+            self._of_logits.append(made)
         return self._of_logits[0]
 
     def _probability_on_scan(self, result: CamResult, class_index: int) -> torch.Tensor:
@@ -179,7 +180,10 @@ class Assembly:
             members=result.members,
             draws=result.draws,
             window=None if model.window is None else asdict(model.window),
-            spec=dict(model.spec),
+            spec={
+                **model.spec,
+                **({} if model.temperature == 1 else {"temperature": model.temperature}),
+            },
         )
 
 

@@ -23,25 +23,29 @@ class Probabilities:
     Args:
         logits: (K, *S).
         activation: "softmax" or "sigmoid".
+        temperature: logits are divided by it, see `SegModel`.
 
     >>> Probabilities(torch.zeros(2, 1, 1, 2), "softmax").of(1).tolist()
     [[[0.5, 0.5]]]
     """
 
-    def __init__(self, logits: torch.Tensor, activation: str) -> None:
-        self._logits = logits
+    def __init__(self, logits: torch.Tensor, activation: str, temperature: float = 1.0) -> None:
+        self._logits, self._temperature = logits, temperature
         self._overlapping = activation == "sigmoid" or len(logits) == 1
 
     @cached_property
     def _total(self) -> torch.Tensor:
         """The logarithm of the sum over all classes, (*S), which every class is divided by."""
-        slabs = [part.float().logsumexp(0) for part in self._logits.split(_SLAB, 1)]
+        slabs = [self._cooled(part).logsumexp(0) for part in self._logits.split(_SLAB, 1)]
         return torch.cat(slabs)
 
     def of(self, class_index: int) -> torch.Tensor:
         """Return the probability of a class, (*S) float32."""
-        own = self._logits[class_index].float()
+        own = self._cooled(self._logits[class_index])
         return own.sigmoid() if self._overlapping else (own - self._total).exp()
+
+    def _cooled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float() / self._temperature
 
 
 def soft_dice_confidence(probability: torch.Tensor, mask: torch.Tensor) -> float | None:

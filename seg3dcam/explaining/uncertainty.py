@@ -131,7 +131,7 @@ def uncertainty(
         with _dropping(layers, seed + draw):
             one = Rerun(member, x, sliding_window=window, output=model.output, kept_gb=0)
         model.check_logits(one.logits)
-        sums.add(one.logits[0].cpu().float())
+        sums.add(one.logits[0].cpu().float() / model.temperature)
     return sums.found(placement, model)
 
 

@@ -23,6 +23,7 @@ from seg3dcam.errors import InputError, OutputError, some
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.findings import findings
 from seg3dcam.explaining.pattern import body_mask, pattern_of
+from seg3dcam.explaining.reliability import reliability_of
 from seg3dcam.export.slicer import SlicerScene
 from seg3dcam.files import plain, unique_names
 from seg3dcam.job.folder import described, locked, move, placed_as, remove, staging
@@ -356,6 +357,7 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
         "found": findings(explanation, scale=look_of(job).scale),
         "raw_files": raw_files(explanation, name) if volumes else {},
         "pattern": _pattern(explanation),
+        "reliability": _reliability(explanation),
         **dict.fromkeys(_OWN_FILES),
     }
     for kind in own_masks(explanation) if volumes else ():
@@ -365,6 +367,12 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
     if "thumb" in job.formats:
         entry["thumb_file"] = f"thumb_{name}.webp"
     return plain(entry)
+
+
+def _reliability(explanation: Explanation) -> list[list[float]] | None:
+    """Return what `Reliability` holds, as lists; None where that is unknown."""
+    found = reliability_of(explanation)
+    return None if found is None else [part.tolist() for part in vars(found).values()]
 
 
 def _pattern(explanation: Explanation) -> list[float] | None:

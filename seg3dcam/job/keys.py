@@ -126,6 +126,7 @@ def _use(model: SegModel, job: Job) -> list[Any]:
         str(model.output),
         _code_of(model.module),
         settings_of(job) | {"target": class_indices(job, model) or None},
+        *([] if model.temperature == 1 else [model.temperature]),
     ]
 
 

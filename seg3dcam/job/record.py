@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
+from seg3dcam.explaining.reliability import BINS, Reliability
 from seg3dcam.files import digest_of, read_small, write_json
 from seg3dcam.job.folder import Name, is_link_free
 from seg3dcam.scan import Scan
@@ -109,6 +110,7 @@ class ModelSchema(_Schema):
     classes: Annotated[list[str], Field(min_length=1)]
 
 
+_Bins = Annotated[list[float], Field(min_length=BINS, max_length=BINS)]
 _Row = Annotated[list[float], Field(min_length=4, max_length=4)]
 
 
@@ -130,6 +132,7 @@ class Entry(_Schema):
         cam_file: its CAM as a volume; None without one, and in cases of earlier versions.
         thumb_file: its small picture; None without one.
         pattern: where in the body its CAM lies, see `pattern_of`; None where it has no heat.
+        reliability: what `Reliability` holds of the class, as lists; None without a truth.
         has_background, over_mask, only_against, of_component: as in `Explanation`.
         verdicts: layer -> what may be said of its map; empty in cases of earlier versions.
         found: what `findings` returns.
@@ -146,6 +149,7 @@ class Entry(_Schema):
     cam_file: Name | None = None
     thumb_file: Name | None = None
     pattern: Sequence[float] | None = None
+    reliability: Annotated[list[_Bins], Field(min_length=3, max_length=3)] | None = None
     has_background: bool = True
     over_mask: bool = True
     only_against: list[str] = []
@@ -157,6 +161,12 @@ class Entry(_Schema):
     method: MethodSchema | None = None
     layers: dict[str, LayerSchema] = {}
     found: dict[str, Any] = {}
+
+    def reliable(self) -> Reliability | None:
+        """Return how true the probabilities of the class are; None where that is unknown."""
+        if self.reliability is None:
+            return None
+        return Reliability(*(np.array(part) for part in self.reliability))
 
     def figure(self, name: str) -> float | None:
         """Return a number of what was found; None where it is missing or unknown."""

@@ -90,7 +90,9 @@ def load_model(
     spec = validate(given, module.Spec, Path(source).name)
     with torch.device("cpu"):  # weights and checks are on the CPU, whatever the default device is
         model: SegModel = module.build(spec, path, trust)
-    return replace(model, recommended=recommended_beside(source))
+    # A source whose YAML has no such key has none.
+    temperature = getattr(spec, "temperature", None) or 1.0
+    return replace(model, recommended=recommended_beside(source), temperature=temperature)
 
 
 def recommended_beside(source: str | Path) -> Path:

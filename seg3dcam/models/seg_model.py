@@ -56,6 +56,8 @@ class SegModel:
             as `in_channels`.
         name: the model's name in the provenance.
         spec: the settings that the model was made from, for the provenance.
+        temperature: logits are divided by it before they become probabilities, so that these say
+            how often the network is right, see `calibrate`. It changes no mask and no map.
         recommended: the file in which a comparison keeps the layer and method that it recommends,
             whether there is one or not; None for a model without a place of its own.
 
@@ -75,6 +77,7 @@ class SegModel:
     scan_channels: int | None = None
     name: str = "model"
     spec: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
     recommended: Path | None = None
 
     def __post_init__(self) -> None:

@@ -96,7 +96,18 @@ class Window(Settings):
         return WindowPlan(**self.model_dump())
 
 
-class NetworkUse(Settings):
+class ModelSpec(Settings):
+    """What a model of any kind may say."""
+
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="logits are divided by it before they become probabilities, see `calibrate`",
+    )
+
+
+class NetworkUse(ModelSpec):
     """How a network is used. A YAML says it where the network's own files do not."""
 
     classes: list[str] = Field(min_length=1, description="one name per output channel")

@@ -22,7 +22,7 @@ from seg3dcam.errors import (
     LayerError,
     Seg3dcamWarning,
 )
-from seg3dcam.evaluate import compare, contest, context_deletion, ranking
+from seg3dcam.evaluate import compare, comparing, contest, context_deletion, ranking
 from seg3dcam.evaluate.areas import PartialCurve
 from seg3dcam.evaluate.contest import Case, measured
 
@@ -181,6 +181,64 @@ def test_windows_find_the_same_layer():
     other = compared(sliding_window=plan, methods=["hires_cam"])
     assert other.best.layer == "encoder"
     assert other.best.area < 0.05
+
+
+# ------------------------------------------------------------------------- where no layer is good
+
+
+@pytest.fixture
+def echoes_alone(monkeypatch):
+    """Let layers be suggested that show the mask and no cue."""
+    given = comparing.suggest_layers
+
+    def without_encoder(*args, **more):
+        return [one for one in given(*args, **more) if one.role != "encoder"]
+
+    monkeypatch.setattr(comparing, "suggest_layers", without_encoder)
+    monkeypatch.setattr(comparing, "METHODS", ("hires_cam",))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("echoes_alone")
+def test_where_no_layer_is_good_the_input_is_explained_too():
+    pytest.importorskip("captum", reason="captum is not installed")
+    found = compared(methods=None)
+    assert (found.best.layer, found.best.method) == ("input", comparing.FURTHER)
+    assert found.best.area < 0.05
+    assert found.best.p_value == pytest.approx(1 / 21)
+    assert found.words.startswith(f"use layer input with {comparing.FURTHER}: it points outside")
+    assert found.order == (
+        ("bottleneck", "hires_cam"),
+        ("decoder", "hires_cam"),
+        ("input", comparing.FURTHER),
+    )
+    assert found.default.name == "layer bottleneck with hires_cam"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("echoes_alone")
+@pytest.mark.parametrize(
+    "named", [{"methods": ["hires_cam"]}, {"methods": None, "layers": ["bottleneck"]}]
+)
+def test_where_layers_or_methods_are_named_no_other_is_looked_at(named):
+    assert "input" not in {one.layer for one in compared(**named).candidates}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("echoes_alone")
+def test_without_captum_the_layers_are_all(monkeypatch):
+    monkeypatch.setattr(comparing.importlib.util, "find_spec", lambda name: None)
+    found = compared(methods=None)
+    assert found.best is None
+    assert {one.layer for one in found.candidates} == {"bottleneck", "decoder"}
+
+
+@pytest.mark.slow
+def test_where_a_layer_is_good_nothing_else_is_looked_at(monkeypatch):
+    monkeypatch.setattr(comparing, "METHODS", ("hires_cam",))
+    found = compared(methods=None)
+    assert found.best.layer == "encoder"
+    assert "input" not in {one.layer for one in found.candidates}
 
 
 # -------------------------------------------------------------------------------- several inputs

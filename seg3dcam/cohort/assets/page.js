@@ -202,6 +202,24 @@ function drawCurves() {
   }
 }
 
+/** Draw frequency by probability for every class; the dashed line is where probabilities are true. */
+function drawReliability() {
+  document.getElementById("reliable").hidden = !data.reliability.length;
+  for (const one of data.reliability) {
+    const figure = element("figure");
+    const svg = vector("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img" });
+    svg.setAttribute("aria-label", `${one.label}: ${one.words}`);
+    const points = one.probability.map((value, index) => `${100 * value},${100 - 100 * one.frequency[index]}`);
+    svg.append(vector("line", { x1: 0, x2: 100, y1: 100, y2: 0 }), vector("polyline", { points: points.join(" ") }));
+    const ends = element("p", undefined, "ends");
+    ends.append(element("span", "probability 0"), element("span", "1"));
+    const caption = element("figcaption");
+    caption.append(element("span", one.label), element("span", "up to 1"));
+    figure.append(caption, svg, ends, element("p", one.words));
+    document.getElementById("reliability").append(figure);
+  }
+}
+
 /** Make an element of a drawing. */
 function vector(kind, settings) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
@@ -213,6 +231,7 @@ document.getElementById("facts").textContent = data.facts;
 drawHead();
 drawFilters();
 drawCurves();
+drawReliability();
 update();
 new IntersectionObserver(
   (seen) => {

@@ -40,12 +40,12 @@ from seg3dcam.models.bundle.readers import check_readers
 from seg3dcam.models.bundle.transforms import check_not_random, loaded_keys, without_truths
 from seg3dcam.models.bundle.weights import loaded_network
 from seg3dcam.models.seg_model import SegModel, channels_taken
-from seg3dcam.settings import Settings
+from seg3dcam.models.specs import ModelSpec
 from seg3dcam.targets import Activation
 from seg3dcam.windows import WindowPlan
 
 
-class Spec(Settings):
+class Spec(ModelSpec):
     """A MONAI bundle; everything is read from its own config and metadata."""
 
     bundle: str = Field(min_length=1, description="the bundle's folder")

@@ -27,12 +27,12 @@ from seg3dcam.models.nnunet.parts import assemble, load_network, quietly
 from seg3dcam.models.nnunet.pipeline import Pipeline
 from seg3dcam.models.nnunet.schemas import Checkpoint, Dataset
 from seg3dcam.models.seg_model import SegModel
+from seg3dcam.models.specs import ModelSpec
 from seg3dcam.network.ensemble import Ensemble
-from seg3dcam.settings import Settings
 from seg3dcam.windows import WindowPlan
 
 
-class Spec(Settings):
+class Spec(ModelSpec):
     """A trained nnU-Net v2 model folder; everything is read from its plans and dataset.json."""
 
     nnunet: str = Field(min_length=1, description="the folder <trainer>__<plans>__<configuration>")
