@@ -61,7 +61,7 @@ class CohortCase:
     truth: Place | None = None
 
 
-def read_cases(source: str | Path, *, without: Path | None = None) -> tuple[CohortCase, ...]:
+def read_cases(source: str | Path, *, without: Place | None = None) -> tuple[CohortCase, ...]:
     """Return the cases of a cohort, in the order in which they are named.
 
     Args:
@@ -101,7 +101,7 @@ def local_pairs(cases: Iterable[CohortCase]) -> Iterator[tuple[list[str], str]]:
                 yield scan, stack.enter_context(local_copy(str(case.truth)))
 
 
-def _found(source: str, path: Place, without: Path | None) -> list[CohortCase]:
+def _found(source: str, path: Place, without: Place | None) -> list[CohortCase]:
     """Return the cases of a source, unchecked."""
     if path.is_dir():
         return _of_folder(path)
@@ -110,15 +110,17 @@ def _found(source: str, path: Place, without: Path | None) -> list[CohortCase]:
             return _READERS[path.suffix.lower()](path)
         return _of_files([path])
     if glob.has_magic(source):
-        own = None if without is None else without.resolve()
-        found = (
-            one
-            for one in _matching(path)
-            if own is None or not isinstance(one, Path) or own not in one.resolve().parents
-        )
+        found = [one for one in _matching(path) if without is None or not _is_in(one, without)]
         return _of_files(sorted(found, key=str))
     what = "file" if path.suffix.lower() in _READERS else "folder"
     raise ConfigError(f"{source}: no such {what}; a cohort is {_FORMS}")
+
+
+def _is_in(file: Place, folder: Place) -> bool:
+    """Tell whether a file lies below a folder, on this machine or elsewhere."""
+    if isinstance(file, Path) and isinstance(folder, Path):
+        return folder.resolve() in file.resolve().parents
+    return str(file).startswith(str(folder).rstrip("/") + "/")
 
 
 def _matching(pattern: Place) -> Iterable[Place]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-import psutil
 from nibabel.filebasedimages import ImageFileError
 
 from seg3dcam.cohort.cases import CohortCase
@@ -80,13 +79,15 @@ def planned(
         out: gets a folder for every case.
 
     Raises:
-        ConfigError: a case would write where something else is kept.
+        ConfigError: a case would write where something else is kept, or has other channels than the
+            model takes.
     """
+    _check_channels(cases, model)
     for case in cases:
         if case.name.lower() in RESERVED:
             raise ConfigError(
-                f"the case {case.name!r}: {out / case.name} is kept for the cohort; name it "
-                "otherwise, in a table with a column 'case'"
+                f"the case {case.name!r}: this name is kept for the cohort in the output folder; "
+                "name it otherwise, in a table with a column 'case'"
             )
         check_apart(out / case.name, [str(file) for file in case.files if isinstance(file, Path)])
     code = cohort_code(model, template)
@@ -97,6 +98,20 @@ def planned(
         state, error = _state_of(out, case.name, own)
         found.append(PlannedCase(case, job, own, state, error))
     return tuple(found)
+
+
+def _check_channels(cases: Sequence[CohortCase], model: SegModel) -> None:
+    """Raise ConfigError where cases of several files have not one for each channel of the model.
+
+    One file may hold all channels, which is found out when it is read.
+    """
+    wanted = model.scan_channels or model.in_channels
+    other = [case for case in cases if len(case.files) not in (1, wanted)]
+    if wanted is not None and other:
+        listed = some([f"{case.name} ({len(case.files)})" for case in other])
+        raise ConfigError(
+            f"the model takes {wanted} channels; other numbers of files have {listed}"
+        )
 
 
 def job_of(case: CohortCase, template: Job, out: Path) -> Job:
@@ -125,8 +140,8 @@ def check_settings(out: Path, template: Job, model: SegModel) -> None:
     if other:
         shown = [f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in other]
         raise ConfigError(
-            f"{out} holds a cohort of other settings: choose another folder, or give the same:\n  "
-            + some(shown, 10, "\n  ")
+            "the output folder holds a cohort of other settings: choose another one, or give the "
+            "same:\n  " + some(shown, 10, "\n  ")
         )
 
 
@@ -158,13 +173,18 @@ def failures(plan: Sequence[PlannedCase]) -> dict[str, str]:
 
 
 def plan_in_words(
-    plan: Sequence[PlannedCase], waiting: Sequence[PlannedCase], classes: int, out: Path
+    plan: Sequence[PlannedCase],
+    waiting: Sequence[PlannedCase],
+    classes: int,
+    out: Path,
+    free: int | None = None,
 ) -> str:
     """Return how many cases are done and to be done, and what that takes of the disk.
 
     Args:
         waiting: the cases that are explained now.
         classes: how many classes the model has.
+        free: how many bytes are free where they go; None where that is unknown.
     """
     states = Counter(one.state for one in plan)
     words = f"{len(plan)} cases: {states['done']} done, {len(waiting)} to do"
@@ -175,8 +195,8 @@ def plan_in_words(
     each, known = _size_of_a_case(plan, waiting, classes, out)
     return (
         f"{words}. {', '.join(waiting[0].job.formats)}: {'' if known else 'at most about '}"
-        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all; "
-        f"{_bytes(psutil.disk_usage(str(out)).free)} are free"
+        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all"
+        + ("" if free is None else f"; {_bytes(free)} are free")
     )
 
 
@@ -192,7 +212,8 @@ def _size_of_a_case(
     targets = job.target if isinstance(job.target, list) else [job.target]
     explanations = (max(1, classes - 1) if job.target is None else len(targets)) * len(job.methods)
     of_a_voxel = explanations * sum(FORMATS[name].size for name in job.formats)
-    return of_a_voxel * mean(_voxels(one.case.files[0]) for one in _spread(waiting)), False
+    voxels = mean(_voxels(one.case.files[0]) for one in _spread(waiting))
+    return of_a_voxel * voxels + sum(FORMATS[name].fixed for name in job.formats), False
 
 
 def _spread(cases: Sequence[PlannedCase]) -> Sequence[PlannedCase]:

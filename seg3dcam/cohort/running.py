@@ -9,8 +9,8 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 from seg3dcam.checks import check_whole_number
 from seg3dcam.cohort.calibration import RiskCoverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
+from seg3dcam.cohort.mirror import Here, Mirror, output_folder
 from seg3dcam.cohort.on_ray import connected
 from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
-from seg3dcam.cohort.summary import sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
+from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
+from seg3dcam.cohort.work import BUSY, Work, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
 from seg3dcam.explaining.reliability import Reliability
-from seg3dcam.files import check_writable
+from seg3dcam.files.remote import Place, place
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
@@ -45,7 +46,7 @@ class CohortResult:
     """What a run has done.
 
     Attributes:
-        out: its folder.
+        out: its folder, of this machine or elsewhere.
         done: names of the cases that this run has explained.
         skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
@@ -55,12 +56,12 @@ class CohortResult:
         reliability: class -> how true the probabilities of its voxels are; of cases with a truth.
     """
 
-    out: Path
+    out: Place
     done: tuple[str, ...]
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
-    tables: tuple[Path, ...]
-    page: Path
+    tables: tuple[Place, ...]
+    page: Place
     risk_coverage: Mapping[str, RiskCoverage]
     reliability: Mapping[str, Reliability]
 
@@ -87,7 +88,8 @@ def run(
     Args:
         source: see `read_cases`.
         model: see `Job.model`.
-        out: gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
+        out: a folder of this machine, or an address that fsspec knows, such as s3://bucket/explained;
+            gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
             folder "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
         workers: processes that explain cases side by side, each with a model of its own; on several
@@ -116,10 +118,11 @@ def run(
     _check_parts(num_parts, part_id)
     _check_workers(workers, ray, cpus, gpus)
     progress, say = progress or silent, say or _quiet
-    folder = _output_folder(out)
-    cases = read_cases(source, without=folder)
-    _check_job(template, cases)
     with ExitStack() as stack:
+        with _before_any_work():
+            folder = stack.enter_context(output_folder(out))
+        cases = read_cases(source, without=place(folder.given))
+        _check_job(template, cases)
         cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
         in_workers = workers is not None or cluster is not None
         # Where workers have the model, this process needs only its name and its weights' hash.
@@ -129,18 +132,18 @@ def run(
         template, advice = advised(template, loaded)
         if advice:
             say(advice)
-        check_settings(folder, template, loaded)
-        plan = planned(cases, template, loaded, folder)
+        plan = _plan(folder, cases, template, loaded)
         waiting = to_do(plan[part_id::num_parts], retry_failed=retry_failed)
-        say(plan_in_words(plan, waiting, len(loaded.class_names), folder))
-        work = Work(template, folder, trust, threads=1)
+        classes = len(loaded.class_names)
+        say(plan_in_words(plan, waiting, classes, folder.here, folder.free))
+        work = Work(template, folder.given, trust, threads=1)
         if cluster is not None:
             most = min(cluster.workers(), workers or len(cases))
             ended = spread(waiting, cluster.opened(work), most, say)
         elif workers is not None:
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
-            ended = _in_this_process(waiting, loaded, folder)
+            ended = _in_this_process(waiting, loaded, work)
         tally = _Tally(folder, say)
         progress(tally.step, 0, len(waiting))
         try:
@@ -151,18 +154,51 @@ def run(
         finally:
             # Whatever ends the run, the tables say what there is by now.
             with undisturbed():
-                found = sum_up(folder, plan, tally.done, tally.failed, template.methods[0])
+                folder.fetch([one.name for one in plan])
+                found = sum_up(folder.here, plan, tally.done, tally.failed, template.methods[0])
+                folder.keep_own()
+    _say_what_confidence_is_worth(found, say)
+    return CohortResult(
+        out=place(folder.given),
+        done=tuple(name for name in tally.done if name not in found.failed),
+        skipped=tuple(one.name for one in plan if one.state == "done"),
+        failed=found.failed,
+        tables=tuple(map(folder.shown, found.tables)),
+        page=folder.shown(found.page),
+        risk_coverage=found.risk_coverage,
+        reliability=found.reliability,
+    )
+
+
+def _plan(
+    folder: Here | Mirror, cases: Sequence[CohortCase], template: Job, model: SegModel
+) -> tuple[PlannedCase, ...]:
+    """Return what is to be done, see `planned`; the settings of the cohort are kept."""
+    with _before_any_work():
+        folder.fetch([case.name for case in cases])
+        check_settings(folder.here, template, model)
+        folder.keep_own()
+    return planned(cases, template, model, folder.here)
+
+
+@contextmanager
+def _before_any_work() -> Iterator[None]:
+    """Turn an OutputError into a ConfigError, which says that nothing was begun."""
+    try:
+        yield
+    except OutputError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _say_what_confidence_is_worth(found: SummedUp, say: Callable[[str], None]) -> None:
     for label, curve in found.risk_coverage.items():
         say(
             f"{label}: area under risk (1 - Dice) by coverage {curve.area:.3f} in the order of the "
             f"confidence; by chance {curve.by_chance:.3f}, at best {curve.at_best:.3f}, p = "
             f"{curve.p_value:.3f}"
         )
-    for label, of_class in found.reliability.items():
-        say(f"{label}: expected calibration error {of_class.ece:.3f}, see `seg3dcam calibrate`")
-    skipped = tuple(one.name for one in plan if one.state == "done")
-    explained_now = tuple(name for name in tally.done if name not in found.failed)
-    return CohortResult(folder, explained_now, skipped, **vars(found))
+    for label, one in found.reliability.items():
+        say(f"{label}: expected calibration error {one.ece:.3f}, see `seg3dcam calibrate`")
 
 
 @dataclass(frozen=True)
@@ -170,12 +206,12 @@ class _Tally:
     """How the cases of a run have ended so far.
 
     Attributes:
-        out: the cohort's folder.
+        folder: the cohort's.
         say: see `run`.
         done, failed: see `CohortResult`.
     """
 
-    out: Path
+    folder: Here | Mirror
     say: Callable[[str], None]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -195,15 +231,9 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_failure(one, self.out, error)
-            tidy(self.out / one.name)
-
-
-def _output_folder(out: str | Path) -> Path:
-    try:
-        return check_writable(out)
-    except OutputError as error:
-        raise ConfigError(str(error)) from error
+            note_failure(one, self.folder.here, error)
+            tidy(self.folder.here / one.name)
+            self.folder.keep_notes(one.name)
 
 
 def _check_job(template: Job, cases: Sequence[CohortCase]) -> None:
@@ -251,11 +281,11 @@ def _check_workers(
 
 
 def _in_this_process(
-    waiting: Sequence[PlannedCase], model: SegModel, out: Path
+    waiting: Sequence[PlannedCase], model: SegModel, work: Work
 ) -> Generator[tuple[PlannedCase, str | None, bool]]:
     """Yield each case when it is done, as `spread` does."""
     for one in waiting:
-        yield one, explained(one, model, out), False
+        yield one, work.explain(one, model), False
 
 
 def _quiet(line: str) -> None:

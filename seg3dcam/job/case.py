@@ -13,7 +13,7 @@ content: see `Job.case`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -101,21 +101,13 @@ def write_case(
         if before is not None and replaced:
             write_record(folder, unfinished(before, new.keys.job))
         move(folder, staged, names)
-        run, entries = new.run(names, job) | {"inputs": inputs}, new.entries(names)
-        record = Record(
-            seg3dcam=version("seg3dcam"),
-            case=new.case,
-            voxels_sha256=new.keys.voxels,
-            key=run["key"],
-            job=run["job"],
-            runs=[*(others.runs if others else []), RunEntry(**run)],
-            files={**(others.files if others else {}), **files},
-            explanations=[*(others.explanations if others else []), *entries],
-        )
-        _check_there(folder, record, run["files"])
+        run = RunEntry(**new.run(names, job), inputs=inputs)
+        entries = new.entries(names)
+        record = _with_run(others, run, new.case, new.keys.voxels, files, entries)
+        _check_there(folder, record, run.files)
         write_record(folder, record)
         remove(folder, replaced - set(names.values()))
-    return {"case": new.case, "files": run["files"], "explanations": entries}
+    return {"case": new.case, "files": run.files, "explanations": entries}
 
 
 def write_empty_case(
@@ -143,17 +135,7 @@ def write_empty_case(
             inputs=inputs,
             empty=why,
         )
-        record = Record(
-            seg3dcam=version("seg3dcam"),
-            case=case,
-            voxels_sha256=keys.voxels,
-            key=run.key,
-            job=run.job,
-            runs=[*(others.runs if others else []), run],
-            files=others.files if others else {},
-            explanations=others.explanations if others else [],
-        )
-        write_record(folder, record)
+        write_record(folder, _with_run(others, run, case, keys.voxels, {}, []))
         remove(folder, _files_of(before) - _files_of(others))
     return {"case": case, "files": [], "explanations": []}
 
@@ -223,6 +205,29 @@ def write_apart(folder: str | Path, name: str, write: Callable[[Path], object]) 
         move(folder, staged, names)
         lock.announce(())
     return [folder / final for final in names.values()]
+
+
+def _with_run(
+    others: Record | None,
+    run: RunEntry,
+    case: str,
+    voxels_sha256: str,
+    files: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+) -> Record:
+    """Return the record of a case with one more run, its files and its explanations."""
+    return Record.model_validate(
+        {
+            "seg3dcam": version("seg3dcam"),
+            "case": case,
+            "voxels_sha256": voxels_sha256,
+            "key": run.key,
+            "job": run.job,
+            "runs": [*(others.runs if others else []), run],
+            "files": {**(others.files if others else {}), **files},
+            "explanations": [*(others.explanations if others else []), *entries],
+        }
+    )
 
 
 def _files_of(record: Record | None) -> set[str]:

@@ -42,6 +42,7 @@ class Format:
         by_default: it is written where a job names no format.
         check: raises ConfigError where it cannot be written for a scan.
         size: bytes for each voxel of the scan and each explanation, as an estimate.
+        fixed: bytes of its files however small the scan is.
     """
 
     writer: str
@@ -50,6 +51,7 @@ class Format:
     by_default: bool = False
     check: Callable[[Scan], None] | None = None
     size: float = 1.0
+    fixed: int = 0
 
 
 _NIFTI = ("prediction*.nii.gz", "cam_*.nii.gz", "raw_*.nii.gz", "region_*.nii.gz", "truth_*.nii.gz")
@@ -59,7 +61,9 @@ _PNG = ("slices/*/*.png", "montage_*.png", "planes_*.png", "profile_*.png")
 FORMATS = {
     "nifti": Format("write_nifti_files", _NIFTI, by_default=True, size=2),
     "png": Format("write_png", _PNG, by_default=True, size=0.6),
-    "html": Format("start_report", ("report.html",), joint=True, by_default=True, size=0.2),
+    "html": Format(
+        "start_report", ("report.html",), joint=True, by_default=True, size=0.2, fixed=95_000
+    ),
     "slicer": Format("start_scene", ("slicer/*",), joint=True, by_default=True, size=1.7),
     "cine": Format("write_film", ("cine_*.webp",), size=0.5),
     "thumb": Format("write_thumbnail", ("thumb_*.webp",), size=0),

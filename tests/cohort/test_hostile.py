@@ -147,6 +147,15 @@ def test_names_that_the_cohort_keeps(scans, name):
         explained(scans)
 
 
+def test_cases_of_other_channels_than_the_model_takes(scans):
+    for name in ("a", "b"):
+        (scans / f"{name}.nii.gz").rename(scans / f"{name}_0000.nii.gz")
+        shutil.copy(scans / f"{name}_0000.nii.gz", scans / f"{name}_0001.nii.gz")
+    with pytest.raises(ConfigError, match=r"takes 1 channels; other numbers of files have a \(2\)"):
+        explained(scans)
+    assert not (scans.parent / "out" / "a").exists()
+
+
 def test_an_output_folder_that_is_a_file(scans):
     (scans.parent / "out").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError):
