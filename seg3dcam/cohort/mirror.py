@@ -44,6 +44,7 @@ def output_folder(out: str | Path) -> Iterator[Here | Mirror]:
 def mirrored(address: str) -> Iterator[Mirror]:
     """Give a mirror of an output folder in a folder of this machine, which goes at the end."""
     with tempfile.TemporaryDirectory(prefix="seg3dcam-") as here:
+        (Path(here) / OWN).mkdir()
         yield Mirror(place(address), Path(here))
 
 
@@ -108,6 +109,9 @@ class Mirror:
     def fetch(self, names: Sequence[str]) -> None:
         """Copy the cohort's own files and the records of cases here, as they are now."""
         with self._said("read"):
+            # A store would make a bucket of any name, also of a wrong one.
+            if (bucket := self.there.drive) and not self.there.fs.exists(bucket):
+                raise OutputError(f"{self.there}: there is no {bucket}")
             sizes = self._sizes("")
             wanted = [f"{OWN}/{SETTINGS}", f"{OWN}/{CURRENT}"]
             for name in names:

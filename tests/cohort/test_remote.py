@@ -128,6 +128,8 @@ def test_scans_in_a_bucket(tmp_path, monkeypatch):
         there = settings | {"out": "s3://hospital/out", "workers": 2}
         assert sorted(cohort.run("s3://hospital/scans", **there).done) == NAMES
         assert cohort.run("s3://hospital/scans", **there).skipped == tuple(NAMES)
+        with pytest.raises(ConfigError, match="s3://hosptal/out: there is no hosptal"):
+            cohort.run("s3://hospital/scans", **(there | {"out": "s3://hosptal/out"}))
         results = UPath("s3://hospital/out")
         for name in NAMES:
             found = of_cases(files_in(results))
