@@ -89,7 +89,7 @@ def compare(
     header_form, changes = frame_of(frame), overrides(set)
     asked = {"baselines": [number_or_word(word) for word in baseline]} if baseline else {}
     # What needs PyTorch is imported after the options are found to be legal.
-    from seg3dcam.evaluate.comparing import far
+    from seg3dcam.evaluate.comparing import not_good_enough
     from seg3dcam.explaining.comparing import compare_scans
     from seg3dcam.job.comparison import recommend as write_recommended
     from seg3dcam.job.comparison import write_comparison
@@ -117,7 +117,7 @@ def compare(
     console.print(_table(f"Layers and methods for {shown(found.class_name)}", found.comparison))
     console.print(_MEANING, style="dim", soft_wrap=True)
     say(found.comparison.words)
-    if not method and found.comparison.counted and far(found.comparison.candidates):
+    if not method and found.comparison.counted and not_good_enough(found.comparison.candidates):
         say(_not_looked_at(found.comparison))
     for what, path in zip(("picture", "table", "record"), written, strict=True):
         print_file(what, path)

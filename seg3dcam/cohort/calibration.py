@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,18 +100,42 @@ def _curve(confidence: NDArray[np.float64], risk: NDArray[np.float64]) -> NDArra
     return found
 
 
-def reliability_of_classes(entries: Sequence[Entry]) -> dict[str, Reliability]:
-    """Return class -> how true its probabilities are, over the voxels of all cases with a truth.
+@dataclass(frozen=True)
+class ClassReliability:
+    """How true the probabilities of a class are in a cohort.
+
+    Attributes:
+        reliability: over the voxels of all cases that have a truth and in which the class is drawn.
+        cases: how many these are. Where it is missed nothing is explained, so those do not count.
+    """
+
+    reliability: Reliability
+    cases: int
+
+    @property
+    def words(self) -> str:
+        """The figure in a few words."""
+        cases = f"{self.cases} case{'s' * (self.cases > 1)}"
+        return (
+            f"expected calibration error {self.reliability.ece:.3f}, in {cases} with a truth in "
+            "which it is drawn"
+        )
+
+
+def reliability_of_classes(entries: Sequence[Entry]) -> dict[str, ClassReliability]:
+    """Return class -> how true its probabilities are.
 
     Args:
         entries: of all cases, by one method.
     """
-    found: dict[str, Reliability] = {}
+    found: dict[str, list[Reliability]] = {}
     for entry in entries:
         if (one := entry.reliable()) is not None:
-            label = group_of(entry)
-            found[label] = found[label] + one if label in found else one
-    return found
+            found.setdefault(group_of(entry), []).append(one)
+    return {
+        label: ClassReliability(reduce(add, of_class), len(of_class))
+        for label, of_class in found.items()
+    }
 
 
 def of_classes(entries: Sequence[Entry]) -> dict[str, RiskCoverage]:

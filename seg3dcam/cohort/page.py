@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seg3dcam.cohort.calibration import RiskCoverage
+from seg3dcam.cohort.calibration import ClassReliability, RiskCoverage
 from seg3dcam.cohort.table import Summary, row_of
-from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import atomic
 from seg3dcam.review.html import asset, filled, in_json, policy
 
@@ -34,7 +33,7 @@ def write_page(
     out: Path,
     found: Sequence[Summary],
     curves: Mapping[str, RiskCoverage] | None = None,
-    reliable: Mapping[str, Reliability] | None = None,
+    reliable: Mapping[str, ClassReliability] | None = None,
 ) -> Path:
     """Write `index.html`: a row for each case, class and method, those to look at first on top.
 
@@ -76,14 +75,15 @@ def _curve(label: str, curve: RiskCoverage) -> dict[str, Any]:
     }
 
 
-def _reliable(label: str, one: Reliability) -> dict[str, Any]:
+def _reliable(label: str, one: ClassReliability) -> dict[str, Any]:
     """Return what the page draws of the probabilities of a class."""
-    there = one.count > 0
+    found = one.reliability
+    there = found.count > 0
     return {
         "label": label,
-        "probability": [_cell(float(value)) for value in one.probability[there]],
-        "frequency": [_cell(float(value)) for value in one.frequency[there]],
-        "words": f"expected calibration error {one.ece:.3f}, over {one.count.sum():.0f} voxels",
+        "probability": [_cell(float(value)) for value in found.probability[there]],
+        "frequency": [_cell(float(value)) for value in found.frequency[there]],
+        "words": one.words,
     }
 
 

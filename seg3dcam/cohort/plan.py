@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+import psutil
 from nibabel.filebasedimages import ImageFileError
 
 from seg3dcam.cohort.cases import CohortCase
 from seg3dcam.errors import ConfigError, InputError, some
 from seg3dcam.files import read_small, write_json
+from seg3dcam.files.readers import stem
 from seg3dcam.files.remote import Place
 from seg3dcam.job.checks import check_apart
 from seg3dcam.job.formats import FORMATS
@@ -101,17 +103,18 @@ def planned(
 
 
 def _check_channels(cases: Sequence[CohortCase], model: SegModel) -> None:
-    """Raise ConfigError where cases of several files have not one for each channel of the model.
+    """Raise ConfigError where cases of several volumes have not one for each channel of the model.
 
-    One file may hold all channels, which is found out when it is read.
+    One volume may hold all channels, which is found out when it is read. Slices are no volumes.
     """
     wanted = model.scan_channels or model.in_channels
-    other = [case for case in cases if len(case.files) not in (1, wanted)]
+    volumes = {case.name: sum(stem(file) != file.name for file in case.files) for case in cases}
+    other = [
+        f"{name} ({count})" for name, count in volumes.items() if count > 1 and count != wanted
+    ]
     if wanted is not None and other:
-        listed = some([f"{case.name} ({len(case.files)})" for case in other])
-        raise ConfigError(
-            f"the model takes {wanted} channels; other numbers of files have {listed}"
-        )
+        takes = f"{wanted} channel{'s' * (wanted > 1)}"
+        raise ConfigError(f"the model takes {takes}; other numbers of files have {some(other)}")
 
 
 def job_of(case: CohortCase, template: Job, out: Path) -> Job:
@@ -177,14 +180,12 @@ def plan_in_words(
     waiting: Sequence[PlannedCase],
     classes: int,
     out: Path,
-    free: int | None = None,
 ) -> str:
     """Return how many cases are done and to be done, and what that takes of the disk.
 
     Args:
         waiting: the cases that are explained now.
         classes: how many classes the model has.
-        free: how many bytes are free where they go; None where that is unknown.
     """
     states = Counter(one.state for one in plan)
     words = f"{len(plan)} cases: {states['done']} done, {len(waiting)} to do"
@@ -195,8 +196,8 @@ def plan_in_words(
     each, known = _size_of_a_case(plan, waiting, classes, out)
     return (
         f"{words}. {', '.join(waiting[0].job.formats)}: {'' if known else 'at most about '}"
-        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all"
-        + ("" if free is None else f"; {_bytes(free)} are free")
+        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all; "
+        f"{_bytes(psutil.disk_usage(str(out)).free)} are free"
     )
 
 

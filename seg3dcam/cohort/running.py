@@ -9,24 +9,23 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.checks import check_whole_number
-from seg3dcam.cohort.calibration import RiskCoverage
+from seg3dcam.cohort.calibration import ClassReliability, RiskCoverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
-from seg3dcam.cohort.mirror import Here, Mirror, output_folder
 from seg3dcam.cohort.on_ray import connected
 from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
 from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, note_failure, tidy
+from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
-from seg3dcam.explaining.reliability import Reliability
-from seg3dcam.files.remote import Place, place
+from seg3dcam.files import check_writable
+from seg3dcam.files.remote import is_url
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
@@ -46,24 +45,25 @@ class CohortResult:
     """What a run has done.
 
     Attributes:
-        out: its folder, of this machine or elsewhere.
+        out: its folder.
         done: names of the cases that this run has explained.
         skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
         tables: the files with a row for each case, class, layer and method.
         page: the same for a browser, with the cases to look at first on top.
         risk_coverage: class -> what the network's confidence is worth; of cases with a truth.
-        reliability: class -> how true the probabilities of its voxels are; of cases with a truth.
+        reliability: class -> how true the probabilities of its voxels are; of cases with a truth in
+            which the class is drawn.
     """
 
-    out: Place
+    out: Path
     done: tuple[str, ...]
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
-    tables: tuple[Place, ...]
-    page: Place
+    tables: tuple[Path, ...]
+    page: Path
     risk_coverage: Mapping[str, RiskCoverage]
-    reliability: Mapping[str, Reliability]
+    reliability: Mapping[str, ClassReliability]
 
 
 def run(
@@ -88,8 +88,7 @@ def run(
     Args:
         source: see `read_cases`.
         model: see `Job.model`.
-        out: a folder of this machine, or an address that fsspec knows, such as s3://bucket/explained;
-            gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
+        out: gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
             folder "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
         workers: processes that explain cases side by side, each with a model of its own; on several
@@ -118,11 +117,10 @@ def run(
     _check_parts(num_parts, part_id)
     _check_workers(workers, ray, cpus, gpus)
     progress, say = progress or silent, say or _quiet
+    folder = _output_folder(out)
+    cases = read_cases(source, without=folder)
+    _check_job(template, cases)
     with ExitStack() as stack:
-        with _before_any_work():
-            folder = stack.enter_context(output_folder(out))
-        cases = read_cases(source, without=place(folder.given))
-        _check_job(template, cases)
         cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
         in_workers = workers is not None or cluster is not None
         # Where workers have the model, this process needs only its name and its weights' hash.
@@ -132,18 +130,18 @@ def run(
         template, advice = advised(template, loaded)
         if advice:
             say(advice)
-        plan = _plan(folder, cases, template, loaded)
+        plan = planned(cases, template, loaded, folder)
+        check_settings(folder, template, loaded)
         waiting = to_do(plan[part_id::num_parts], retry_failed=retry_failed)
-        classes = len(loaded.class_names)
-        say(plan_in_words(plan, waiting, classes, folder.here, folder.free))
-        work = Work(template, folder.given, trust, threads=1)
+        say(plan_in_words(plan, waiting, len(loaded.class_names), folder))
+        work = Work(template, folder, trust, threads=1)
         if cluster is not None:
             most = min(cluster.workers(), workers or len(cases))
             ended = spread(waiting, cluster.opened(work), most, say)
         elif workers is not None:
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
-            ended = _in_this_process(waiting, loaded, work)
+            ended = _in_this_process(waiting, loaded, folder)
         tally = _Tally(folder, say)
         progress(tally.step, 0, len(waiting))
         try:
@@ -154,40 +152,18 @@ def run(
         finally:
             # Whatever ends the run, the tables say what there is by now.
             with undisturbed():
-                folder.fetch([one.name for one in plan])
-                found = sum_up(folder.here, plan, tally.done, tally.failed, template.methods[0])
-                folder.keep_own()
+                found = sum_up(folder, plan, tally.done, tally.failed, template.methods[0])
     _say_what_confidence_is_worth(found, say)
     return CohortResult(
-        out=place(folder.given),
+        out=folder,
         done=tuple(name for name in tally.done if name not in found.failed),
         skipped=tuple(one.name for one in plan if one.state == "done"),
         failed=found.failed,
-        tables=tuple(map(folder.shown, found.tables)),
-        page=folder.shown(found.page),
+        tables=found.tables,
+        page=found.page,
         risk_coverage=found.risk_coverage,
         reliability=found.reliability,
     )
-
-
-def _plan(
-    folder: Here | Mirror, cases: Sequence[CohortCase], template: Job, model: SegModel
-) -> tuple[PlannedCase, ...]:
-    """Return what is to be done, see `planned`; the settings of the cohort are kept."""
-    with _before_any_work():
-        folder.fetch([case.name for case in cases])
-        check_settings(folder.here, template, model)
-        folder.keep_own()
-    return planned(cases, template, model, folder.here)
-
-
-@contextmanager
-def _before_any_work() -> Iterator[None]:
-    """Turn an OutputError into a ConfigError, which says that nothing was begun."""
-    try:
-        yield
-    except OutputError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _say_what_confidence_is_worth(found: SummedUp, say: Callable[[str], None]) -> None:
@@ -198,7 +174,7 @@ def _say_what_confidence_is_worth(found: SummedUp, say: Callable[[str], None]) -
             f"{curve.p_value:.3f}"
         )
     for label, one in found.reliability.items():
-        say(f"{label}: expected calibration error {one.ece:.3f}, see `seg3dcam calibrate`")
+        say(f"{label}: {one.words}; see `seg3dcam calibrate`")
 
 
 @dataclass(frozen=True)
@@ -206,12 +182,12 @@ class _Tally:
     """How the cases of a run have ended so far.
 
     Attributes:
-        folder: the cohort's.
+        out: the cohort's folder.
         say: see `run`.
         done, failed: see `CohortResult`.
     """
 
-    folder: Here | Mirror
+    out: Path
     say: Callable[[str], None]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -231,9 +207,20 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_failure(one, self.folder.here, error)
-            tidy(self.folder.here / one.name)
-            self.folder.keep_notes(one.name)
+            note_failure(one, self.out, error)
+            tidy(self.out / one.name)
+
+
+def _output_folder(out: str | Path) -> Path:
+    if is_url(str(out)):
+        raise ConfigError(
+            f"out {out!r}: results go to a folder of this machine or of a shared disk; copy it to "
+            "the address when all is done"
+        )
+    try:
+        return check_writable(out)
+    except OutputError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_job(template: Job, cases: Sequence[CohortCase]) -> None:
@@ -281,11 +268,11 @@ def _check_workers(
 
 
 def _in_this_process(
-    waiting: Sequence[PlannedCase], model: SegModel, work: Work
+    waiting: Sequence[PlannedCase], model: SegModel, out: Path
 ) -> Generator[tuple[PlannedCase, str | None, bool]]:
     """Yield each case when it is done, as `spread` does."""
     for one in waiting:
-        yield one, work.explain(one, model), False
+        yield one, explained(one, model, out), False
 
 
 def _quiet(line: str) -> None:

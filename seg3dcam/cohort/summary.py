@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from seg3dcam.cohort.calibration import RiskCoverage, of_classes, reliability_of_classes
+from seg3dcam.cohort.calibration import (
+    ClassReliability,
+    RiskCoverage,
+    of_classes,
+    reliability_of_classes,
+)
 from seg3dcam.cohort.page import write_page
 from seg3dcam.cohort.plan import CURRENT, OWN, PlannedCase, failures, now
 from seg3dcam.cohort.table import summaries, write_tables
-from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import write_json
 from seg3dcam.job.folder import OccupiedError, locked
 
@@ -32,7 +36,7 @@ class SummedUp:
     tables: tuple[Path, ...]
     page: Path
     risk_coverage: Mapping[str, RiskCoverage]
-    reliability: Mapping[str, Reliability]
+    reliability: Mapping[str, ClassReliability]
 
 
 def sum_up(

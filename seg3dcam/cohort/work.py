@@ -8,14 +8,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import cv2
 import torch
 
-from seg3dcam.cohort.mirror import mirrored
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
 from seg3dcam.errors import OutputError
 from seg3dcam.files import write_json
@@ -68,26 +67,6 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     return error
 
 
-def explained_elsewhere(one: PlannedCase, model: SegModel, address: str) -> str | None:
-    """Explain a case of an output folder that lies elsewhere; see `explained`.
-
-    Args:
-        address: of the output folder.
-    """
-    with mirrored(address) as mirror:
-        try:
-            before = mirror.fetch_case(one.name)
-            job = one.job.model_copy(update={"out": str(mirror.here / one.name)})
-            error = explained(replace(one, job=job), model, mirror.here)
-            mirror.keep_case(one.name, before)
-            mirror.keep_notes(one.name)
-        except OutputError as raised:
-            if raised.errno == errno.ENOSPC:
-                raise
-            return str(raised)
-    return error
-
-
 @contextlib.contextmanager
 def local_files(job: Job) -> Iterator[Job]:
     """Give a job whose files lie on this machine, copied there while it is done."""
@@ -117,21 +96,15 @@ class Work:
 
     Attributes:
         template: a job whose model, device and settings are those of every case.
-        out: the cohort's folder, or the address of one that lies elsewhere.
+        out: the cohort's folder.
         trust: whether the model's own Python code may run.
         threads: of PyTorch, in each process.
     """
 
     template: Job
-    out: Path | str
+    out: Path
     trust: bool
     threads: int
-
-    def explain(self, one: PlannedCase, model: SegModel) -> str | None:
-        """Explain a case, see `explained`."""
-        if isinstance(self.out, str):
-            return explained_elsewhere(one, model, self.out)
-        return explained(one, model, self.out)
 
 
 class CaseWorker:
@@ -152,4 +125,4 @@ class CaseWorker:
 
     def explain(self, one: PlannedCase) -> str | None:
         """Explain a case, see `explained`."""
-        return self._work.explain(one, self._model)
+        return explained(one, self._model, self._work.out)

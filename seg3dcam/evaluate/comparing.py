@@ -48,7 +48,7 @@ METHODS = (
 #: evidence by absence.
 FURTHER = "integrated_gradients"
 
-#: From this context deletion on another method may be much better: evidence itself gets 0.02.
+#: Above this context deletion another method may be much better: evidence itself gets 0.02.
 FAR = 0.05
 
 #: The method with which "auto" is what a user gets who names neither layer nor method.
@@ -92,8 +92,8 @@ def compare(
         layers: names of layers, also with `*`, "all" or "auto", see `BaseCAM`; None takes all that
             `suggest_layers` names.
         methods: keys of methods; None takes `METHODS`, and `FURTHER` where the best of them gets
-            no less than `FAR`, no layers are named, and captum is there. Methods that explain the
-            input itself have "input" as their layer.
+            more than `FAR` or none may be trusted, no layers are named, and captum is there.
+            Methods that explain the input itself have "input" as their layer.
         baselines: the first one is used for everything. The others are for possible winners alone,
             which have to pass by all of them. The defaults are those of a verdict.
         draws: how often random maps are drawn; with 20 the p-value can be as low as 1/21.
@@ -146,8 +146,8 @@ def compare(
         else not_measured(roles, compared, "not measured")
     )
     candidates = ranking.ranked(entrants)
-    named_none = layers is None and methods is None
-    if named_none and ranking.counted and far(candidates) and importlib.util.find_spec("captum"):
+    named_none = layers is None and methods is None and ranking.counted
+    if named_none and not_good_enough(candidates) and importlib.util.find_spec("captum"):
         entrants += entrants_of(cases, ranking.counted, roles, (FURTHER,), keep)
         candidates = ranking.ranked(entrants)
     usual = (next(iter(roles)), USUAL_METHOD) if named is None else None
@@ -169,7 +169,7 @@ def compare(
     )
 
 
-def far(candidates: Sequence[Candidate]) -> bool:
+def not_good_enough(candidates: Sequence[Candidate]) -> bool:
     """Tell whether the best candidate is still far from what evidence itself gets, or none won."""
     best = candidates[0]
     return not best.won or best.worth > FAR

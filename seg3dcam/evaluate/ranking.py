@@ -49,6 +49,13 @@ class Entrant:
     orders: list[Order] = field(default_factory=list)
     grids: list[FeatureGrid] = field(default_factory=list)
 
+    def begin(self) -> None:
+        """Forget what an earlier ranking among fewer candidates has found."""
+        one = self.candidate
+        self.candidate = Candidate(
+            one.layer, one.method, one.role, one.status, one.reason, kept=one.kept
+        )
+
     @property
     def usable(self) -> bool:
         """Whether it has a map in every input that counts."""
@@ -129,7 +136,13 @@ class Ranking:
         self.mask_curve: Points | None = None
 
     def ranked(self, entrants: Sequence[Entrant]) -> tuple[Candidate, ...]:
-        """Return the candidates, the best first; of equally good ones the one named first."""
+        """Return the candidates, the best first; of equally good ones the one named first.
+
+        Where more were found later, all are ranked again. Predictions are not made again.
+        """
+        for entrant in entrants:
+            entrant.begin()
+        self.random, self.random_error, self.random_points = (), 0.0, []
         usable = [entrant for entrant in entrants if entrant.usable]
         if self.counted:
             self.controls = self._controls_by(None)

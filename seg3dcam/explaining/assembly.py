@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -93,7 +92,7 @@ class Assembly:
             provenance=self._provenance(own, name, result).as_dict(),
             verdicts=self.judge.verdicts(target, result, cam),
             confidence=self._confidence(own, target, result),
-            probability=partial(self._probability_on_scan, result),
+            probability=_OnScan(self.placement, self._probabilities(result)),
         )
 
     def _probabilities(self, result: CamResult) -> Probabilities:
@@ -102,10 +101,6 @@ class Assembly:
             made = Probabilities(result.logits[0], result.activation, self.model.temperature)
             self._of_logits.append(made)
         return self._of_logits[0]
-
-    def _probability_on_scan(self, result: CamResult, class_index: int) -> torch.Tensor:
-        probability = self._probabilities(result).of(class_index)
-        return self.placement.probability_to_scan(probability)
 
     def _confidence(self, own: OwnTarget, target: AnyTarget, result: CamResult) -> float | None:
         """Return how sure the network is of a class, or of one lesion; None for another target."""
@@ -180,11 +175,22 @@ class Assembly:
             members=result.members,
             draws=result.draws,
             window=None if model.window is None else asdict(model.window),
-            spec={
-                **model.spec,
-                **({} if model.temperature == 1 else {"temperature": model.temperature}),
-            },
+            spec={**model.spec, **_temperature_of(model)},
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _OnScan:
+    """Probabilities on the scan's grid, see `ClassProbability`."""
+
+    placement: Placement
+    on_network: Probabilities
+
+    def __call__(self, class_index: int) -> torch.Tensor:
+        return self.placement.probability_to_scan(self.on_network.of(class_index))
+
+    def seen(self) -> torch.Tensor:
+        return self.placement.region_to_scan(torch.ones(self.placement.shape))
 
 
 def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord:
@@ -206,6 +212,11 @@ def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord
         missing_gradient=layer.missing,
         dtype=str(layer.values.dtype).removeprefix("torch."),
     )
+
+
+def _temperature_of(model: SegModel) -> dict[str, float]:
+    """Return what a record says of the temperature: nothing, where there is none."""
+    return {} if model.temperature == 1 else {"temperature": model.temperature}
 
 
 def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,18 @@ from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import Axis, anatomical_axis, peak_voxel, to_world
 from seg3dcam.scan import Scan, load_labels
 from seg3dcam.targets.ground_truth import check_on_grid, truth_mask
+
+
+class ClassProbability(Protocol):
+    """The network's probabilities of a scan, made when they are asked for."""
+
+    def __call__(self, class_index: int) -> torch.Tensor:
+        """Return that of a class, (X, Y, Z) float32; 0 where the network saw nothing."""
+        ...
+
+    def seen(self) -> torch.Tensor:
+        """Return the voxels that the network saw, (X, Y, Z) bool."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,7 @@ class Explanation:
         verdicts: layer -> what may be said of its map.
         confidence: how sure the network is of the class or lesion, 0 to 1, by its own
             probabilities, see `soft_dice_confidence`; None for a target of your own.
-        probability: index of a class -> its probability on the scan's grid, (X, Y, Z) float32, 0
-            where the network saw nothing; None for an explanation that was read back.
+        probability: see `ClassProbability`; None for an explanation that was read back.
 
     Raises:
         InputError: maps, prediction, truth or region do not lie on the scan's grid.
@@ -84,7 +95,7 @@ class Explanation:
     of_component: bool = False
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     confidence: float | None = None
-    probability: Callable[[int], torch.Tensor] | None = field(default=None, repr=False)
+    probability: ClassProbability | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse volumes on another grid, which every writer would draw in a wrong place."""

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from seg3dcam.errors import EvaluationError
 from seg3dcam.explaining.explanation import Explanation
 
 #: Probabilities are counted in so many bins of equal width.
@@ -22,6 +24,9 @@ BINS = 15
 #: Voxels count that are so near to a mask. Farther ones are easy, and so many that any network
 #: would look reliable by them.
 NEAR_MM = 10.0
+
+#: So many slices are measured at once.
+_SLAB = 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ class Reliability:
         return Reliability(
             self.count + other.count, self.expected + other.expected, self.found + other.found
         )
+
+    @classmethod
+    def of_lists(cls, lists: Sequence[Sequence[float]]) -> Reliability:
+        """Return what `lists` has returned."""
+        count, expected, found = (np.asarray(part, np.float64) for part in lists)
+        return cls(count, expected, found)
+
+    @property
+    def lists(self) -> list[list[float]]:
+        """Its numbers, ready for JSON."""
+        return [self.count.tolist(), self.expected.tolist(), self.found.tolist()]
 
     @property
     def ece(self) -> float:
@@ -74,6 +90,9 @@ def reliability(
         truth: bool, of the same shape.
         region: bool, the voxels that count; None for all.
 
+    Raises:
+        EvaluationError: a probability that is not finite, or not from 0 to 1.
+
     Source: Guo et al., "On Calibration of Modern Neural Networks", 2017; class by class as in
     Nixon et al., "Measuring Calibration in Deep Learning", 2019.
 
@@ -81,11 +100,11 @@ def reliability(
     >>> round(found.ece, 6), round(reliability([0.9, 0.9], [True, False]).ece, 6)
     (0.0, 0.4)
     """
-    values, there = np.asarray(probability, np.float64), np.asarray(truth, bool)
-    if region is not None:
-        inside = np.asarray(region, bool)
-        values, there = values[inside], there[inside]
-    values, there = values.ravel(), there.ravel()
+    inside = ... if region is None else np.asarray(region, bool)
+    values = np.asarray(probability)[inside].ravel().astype(np.float64)
+    there = np.asarray(truth, bool)[inside].ravel()
+    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
+        raise EvaluationError("probabilities must be finite, and from 0 to 1")
     bins = np.minimum((values * BINS).astype(np.intp), BINS - 1)
 
     def summed(weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
@@ -102,33 +121,48 @@ def near_masks(masks: Sequence[ArrayLike], spacing: Sequence[float]) -> NDArray[
     >>> int(near_masks([line], (2, 1, 1)).sum())
     6
     """
-    union = np.logical_or.reduce([np.asarray(mask, bool) for mask in masks])
-    near = np.zeros(union.shape, bool)
-    if union.any():
-        reach = [math.ceil(NEAR_MM / step) for step in spacing]
-        box = tuple(
-            slice(max(0, part.start - more), part.stop + more)
-            for part, more in zip(ndimage.find_objects(union.view(np.uint8))[0], reach, strict=True)
-        )
-        # Only the distance to the masks matters, so what lies outside of the box is not measured.
-        near[box] = ndimage.distance_transform_edt(~union[box], sampling=spacing) <= NEAR_MM
+    union = np.zeros(np.shape(masks[0]), bool)
+    for mask in masks:
+        union |= np.asarray(mask, bool)
+    near = np.zeros_like(union)
+    if not union.any():
+        return near
+    reach = [math.ceil(NEAR_MM / step) for step in spacing]
+    found = ndimage.find_objects(union.view(np.uint8))[0]
+    first, *box = (
+        slice(max(0, part.start - more), part.stop + more)
+        for part, more in zip(found, reach, strict=True)
+    )
+    # A slab at a time, with what is in reach of it: distances take fifty bytes for each voxel.
+    for start in range(first.start, min(first.stop, len(union)), _SLAB):
+        low, stop = max(0, start - reach[0]), min(start + _SLAB, first.stop, len(union))
+        part = union[(slice(low, stop + reach[0]), *box)]
+        if part.any():
+            distance = ndimage.distance_transform_edt(~part, sampling=spacing)
+            near[(slice(start, stop), *box)] = distance[start - low : stop - low] <= NEAR_MM
     return near
 
 
 def reliability_of(explanation: Explanation) -> Reliability | None:
     """Return how true the probabilities of an explanation's class are near its masks.
 
+    Voxels that the network did not see, such as those that were cropped away, do not count.
+
     Returns:
         None without a truth, where a part of the class is explained, for an explanation that was
-        read back, and where neither truth nor prediction has a voxel.
+        read back, where neither truth nor prediction has a voxel, and where probabilities are not
+        finite.
     """
     truth, drawn, index = explanation.truth, explanation.mask, explanation.class_index
     if truth is None or drawn is None or index is None or explanation.region is not None:
         return None
     if explanation.probability is None or not (truth.any() or drawn.any()):
         return None
+    probability = explanation.probability(index)
     region = near_masks([truth.numpy(), drawn.numpy()], explanation.scan.spacing)
-    return reliability(explanation.probability(index).numpy(), truth.numpy(), region)
+    region &= explanation.probability.seen().numpy()
+    finite = bool(torch.isfinite(probability[torch.from_numpy(region)]).all())
+    return reliability(probability.numpy(), truth.numpy(), region) if finite else None
 
 
 def _divided(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,10 +33,17 @@ def _record(found: Calibration, model: SegModel) -> dict[str, Any]:
         "model": model.name,
         "weights_sha256": model.fingerprint(),
         "temperature": found.temperature,
+        "helps": found.helps and not found.at_an_end,
+        "target": found.target,
+        "labels": list(found.labels),
         "cases": found.cases,
         "left_out": list(found.left_out),
         "voxels": found.voxels,
-        "loss": {"before": found.loss_before, "after": found.loss_after},
+        "loss": {
+            "before": found.loss_before,
+            "after": found.loss_after,
+            "held_out": found.loss_held_out,
+        },
         "classes": {
             name: {
                 "before": _plain(found.before[name]),
@@ -49,9 +56,6 @@ def _record(found: Calibration, model: SegModel) -> dict[str, Any]:
 
 
 def _plain(one: Reliability) -> dict[str, Any]:
-    return {
-        "ece": None if math.isnan(one.ece) else one.ece,
-        "count": one.count.tolist(),
-        "expected": one.expected.tolist(),
-        "found": one.found.tolist(),
-    }
+    count, expected, found = one.lists
+    ece = None if math.isnan(one.ece) else one.ece
+    return {"ece": ece, "count": count, "expected": expected, "found": found}

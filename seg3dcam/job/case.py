@@ -377,7 +377,7 @@ def _entry(explanation: Explanation, name: str, job: Job, keys: Keys) -> dict[st
 def _reliability(explanation: Explanation) -> list[list[float]] | None:
     """Return what `Reliability` holds, as lists; None where that is unknown."""
     found = reliability_of(explanation)
-    return None if found is None else [part.tolist() for part in vars(found).values()]
+    return None if found is None else found.lists
 
 
 def _pattern(explanation: Explanation) -> list[float] | None:

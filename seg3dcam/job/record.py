@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, ValidationError
 
 from seg3dcam.engine.scales import Status
 from seg3dcam.errors import InputError
@@ -110,7 +110,10 @@ class ModelSchema(_Schema):
     classes: Annotated[list[str], Field(min_length=1)]
 
 
-_Bins = Annotated[list[float], Field(min_length=BINS, max_length=BINS)]
+#: Numbers of voxels, as `Reliability` counts them.
+_Bins = Annotated[
+    list[Annotated[FiniteFloat, Field(ge=0, le=1e15)]], Field(min_length=BINS, max_length=BINS)
+]
 _Row = Annotated[list[float], Field(min_length=4, max_length=4)]
 
 
@@ -166,7 +169,7 @@ class Entry(_Schema):
         """Return how true the probabilities of the class are; None where that is unknown."""
         if self.reliability is None:
             return None
-        return Reliability(*(np.array(part) for part in self.reliability))
+        return Reliability.of_lists(self.reliability)
 
     def figure(self, name: str) -> float | None:
         """Return a number of what was found; None where it is missing or unknown."""

@@ -79,7 +79,7 @@ def build(spec: Spec, path: Path, trust: bool) -> SegModel:
         in_channels=shape[1] if len(shape) > 1 and isinstance(shape[1], int) else None,
         name=f"exported {file.stem}",
         spec={
-            **spec.model_dump(mode="json", exclude={"exported"}, exclude_none=True),
+            **spec.model_dump(mode="json", exclude={"exported", "temperature"}, exclude_none=True),
             "sha256": digest_of(file),
         },
     )

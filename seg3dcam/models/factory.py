@@ -60,7 +60,7 @@ def build(spec: Spec, path: Path, trust: bool) -> SegModel:
         in_channels=_in_channels(module, spec),
         name=f"{spec.factory} ({path.stem})",
         spec={
-            **spec.model_dump(mode="json", exclude={"weights"}, exclude_none=True),
+            **spec.model_dump(mode="json", exclude={"weights", "temperature"}, exclude_none=True),
             **({"code_sha256": digest_of_all(code)} if code else {}),
         },
     )

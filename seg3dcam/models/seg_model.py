@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from seg3dcam.errors import ModelError, TargetError, nearest
+from seg3dcam.checks import is_number
+from seg3dcam.errors import ConfigError, ModelError, TargetError, nearest
 from seg3dcam.files import printable, shortened
+from seg3dcam.models.specs import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from seg3dcam.network.outputs import OutputSelection
 from seg3dcam.scan import Scan
 from seg3dcam.targets import Activation
@@ -81,7 +83,16 @@ class SegModel:
     recommended: Path | None = None
 
     def __post_init__(self) -> None:
-        """Make the class names printable, short and different from each other."""
+        """Check the temperature; make class names printable, short and different from each other.
+
+        Raises:
+            ConfigError: a temperature that is no number from 0.01 to 100.
+        """
+        given, least, most = self.temperature, LEAST_TEMPERATURE, MOST_TEMPERATURE
+        if not (is_number(given) and least <= given <= most):
+            raise ConfigError(
+                f"temperature {given!r}: legal are numbers from {least:g} to {most:g}"
+            )
         names = [
             shortened(printable(name), LONGEST_NAME) or f"class {k}"
             for k, name in enumerate(self.class_names)

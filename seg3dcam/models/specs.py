@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Most voxels that an axis can have: as many as a NIfTI-1 header can count.
 MOST_VOXELS = 32767
 
+#: Bounds of a temperature; beyond them probabilities say nothing.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100.0
+
 #: A voxel's size along one axis, in mm.
 Step = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 
@@ -101,8 +104,8 @@ class ModelSpec(Settings):
 
     temperature: float | None = Field(
         None,
-        gt=0,
-        allow_inf_nan=False,
+        ge=LEAST_TEMPERATURE,
+        le=MOST_TEMPERATURE,
         description="logits are divided by it before they become probabilities, see `calibrate`",
     )
 

@@ -151,9 +151,23 @@ def test_cases_of_other_channels_than_the_model_takes(scans):
     for name in ("a", "b"):
         (scans / f"{name}.nii.gz").rename(scans / f"{name}_0000.nii.gz")
         shutil.copy(scans / f"{name}_0000.nii.gz", scans / f"{name}_0001.nii.gz")
-    with pytest.raises(ConfigError, match=r"takes 1 channels; other numbers of files have a \(2\)"):
+    with pytest.raises(ConfigError, match=r"takes 1 channel; other numbers of files have a \(2\)"):
         explained(scans)
-    assert not (scans.parent / "out" / "a").exists()
+    assert not (scans.parent / "out").joinpath("cohort", "settings.json").exists()
+
+
+def test_slices_that_a_datalist_names_are_no_channels(scans):
+    folder = scans.parent / "dicom" / "p"
+    write_series(folder, voxels(), OBLIQUE)
+    items = [{"image": [f"p/{file.name}" for file in sorted(folder.iterdir())], "case": "p"}]
+    (folder.parent / "data.json").write_text(json.dumps(items), encoding="utf-8")
+    found = cohort.run(
+        folder.parent / "data.json",
+        model=str(scans.parent / "model.yaml"),
+        out=scans.parent / "out",
+        **SETTINGS,
+    )
+    assert found.done == ("p",)
 
 
 def test_an_output_folder_that_is_a_file(scans):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 
 import pytest
-from helpers_cases import write_model, write_scan
 from helpers_cohort import content_of, write_cohort
 
 from seg3dcam import cohort
@@ -125,20 +122,6 @@ def test_scans_in_a_bucket(tmp_path, monkeypatch):
         settings = {"model": str(tmp_path / "model.yaml"), "out": tmp_path / "out"} | SETTINGS
         assert cohort.run("s3://hospital/scans", **settings).done == tuple(NAMES)
         assert cohort.run("s3://hospital/scans", **settings).skipped == tuple(NAMES)
-        there = settings | {"out": "s3://hospital/out", "workers": 2}
-        assert sorted(cohort.run("s3://hospital/scans", **there).done) == NAMES
-        assert cohort.run("s3://hospital/scans", **there).skipped == tuple(NAMES)
-        with pytest.raises(ConfigError, match="s3://hosptal/out: there is no hosptal"):
-            cohort.run("s3://hospital/scans", **(there | {"out": "s3://hosptal/out"}))
-        results = UPath("s3://hospital/out")
-        for name in NAMES:
-            found = of_cases(files_in(results))
-            assert (
-                found[f"{name}/cam_lesion.nii.gz"]
-                == (tmp_path / "out" / name / "cam_lesion.nii.gz").read_bytes()
-            )
-            assert is_whole(found, name)
-        assert "cohort.csv" in files_in(results)
         assert [c.name for c in read_cases("s3://hospital/*/[ab].nii.gz")] == ["a", "b"]
         with pytest.raises(ConfigError, match="s3://nowhere"):
             read_cases("s3://nowhere/scans")
@@ -150,172 +133,8 @@ def test_scans_in_a_bucket(tmp_path, monkeypatch):
         server.stop()
 
 
-# ------------------------------------------------------------------------ results elsewhere
-
-
-def files_in(place):
-    """Return the name of every file in a store's folder -> its bytes."""
-    root = place.path.rstrip("/")
-    return {path.removeprefix(root + "/"): place.fs.cat(path) for path in place.fs.find(root)}
-
-
-def of_cases(files):
-    return {name: content for name, content in files.items() if name.split("/")[0] in NAMES}
-
-
-def files_here(folder):
-    found = (file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
-
-
-def is_whole(files, name):
-    """Tell whether a case has no record, or all files that it lists, as they were written."""
-    if f"{name}/case.json" not in files:
-        return True
-    listed = json.loads(files[f"{name}/case.json"])["files"]
-    return all(
-        hashlib.sha256(files.get(f"{name}/{file}", b"")).hexdigest() == entry["sha256"]
-        for file, entry in listed.items()
-    )
-
-
-@pytest.fixture
-def outcome(tmp_path, monkeypatch):
-    """A function that runs the cohort with its results in memory, and the same on this disk."""
-    scans, store = write_cohort(tmp_path, NAMES), UPath("memory://results/liver")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    settings = {"model": str(tmp_path / "model.yaml")} | SETTINGS
-
-    def run(out=str(store), **more):
-        found = cohort.run(scans, out=out, **(settings | more))
-        assert list(scratch.iterdir()) == []
-        return found
-
-    run.store, run.scans = store, scans
-    yield run
-    if store.fs.exists("/results"):
-        store.fs.rm("/results", recursive=True)
-
-
-def test_results_elsewhere_are_those_of_a_folder_here(outcome, tmp_path):
-    there, here = outcome(), outcome(out=tmp_path / "here")
-    assert there.done == here.done == tuple(NAMES)
-    assert str(there.out) == "memory://results/liver"
-    assert there.page.read_bytes() == here.page.read_bytes()
-    assert [table.read_bytes() for table in there.tables] == [
-        table.read_bytes() for table in here.tables
-    ]
-    found = {name: b for name, b in files_in(outcome.store).items() if not name.endswith(".log")}
-    expected = {name: b for name, b in files_here(here.out).items() if not name.endswith(".log")}
-    assert found == expected
-    assert "cohort/a.log" in files_in(outcome.store)
-
-
-def test_what_is_done_elsewhere_is_skipped(outcome, monkeypatch):
-    outcome()
-    before = files_in(outcome.store)
-    again = outcome()
-    assert (again.done, again.skipped) == ((), tuple(NAMES))
-    assert files_in(outcome.store) == before
-    (outcome.store / "b" / "case.json").unlink()
-    assert outcome().done == ("b",)
-    cam = outcome.store / "c" / "cam_lesion.nii.gz"
-    cam.write_bytes(cam.read_bytes()[:-7])
-    assert outcome().done == ("c",)
-    assert of_cases(files_in(outcome.store)) == of_cases(before)
-
-
-def test_files_that_another_run_no_longer_writes_go(outcome):
-    outcome()
-    write_model(outcome.scans.parent, biases=(0.0, -0.4, -1.5))  # other weights: all is done again
-    target = outcome.store / "a" / "notes.txt"
-    target.write_text("by a reader", encoding="utf-8")
-    assert outcome().done == tuple(NAMES)
-    files = files_in(outcome.store)
-    assert files["a/notes.txt"] == b"by a reader"
-    for name in NAMES:
-        assert is_whole(files, name)
-        listed = set(json.loads(files[f"{name}/case.json"])["files"])
-        there = {file.removeprefix(f"{name}/") for file in files if file.startswith(f"{name}/")}
-        assert there - {"case.json", "notes.txt"} == listed
-
-
-def test_a_failure_elsewhere_is_kept_and_tried_again_when_asked(outcome):
-    (outcome.scans / "b.nii.gz").write_bytes(b"no scan")
-    first = outcome()
-    assert list(first.failed) == ["b"]
-    assert "cohort/b.failed.json" in files_in(outcome.store)
-    assert outcome().failed == first.failed
-    write_scan(outcome.scans / "b.nii.gz")
-    assert outcome().done == ("b",)
-    assert "cohort/b.failed.json" not in files_in(outcome.store)
-
-
-def test_another_cohort_elsewhere_is_refused(outcome):
-    outcome()
-    with pytest.raises(ConfigError, match="the output folder holds a cohort of other"):
-        outcome(target="organ")
-
-
-def test_results_are_no_scans_of_the_next_run(outcome):
-    """A pattern may match what was written."""
-    for file in outcome.scans.iterdir():
-        (outcome.store.parent / "scans" / file.name).parent.mkdir(parents=True, exist_ok=True)
-        (outcome.store.parent / "scans" / file.name).write_bytes(file.read_bytes())
-    outcome()
-    found = read_cases("memory://results/**/*.nii.gz", without=outcome.store)
-    assert [case.name for case in found] == NAMES
-
-
-def test_a_store_that_cannot_be_written_is_an_error_before_any_work(outcome, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError("access denied")
-
-    monkeypatch.setattr(type(outcome.store.fs), "put", refuse)
-    with pytest.raises(ConfigError, match="memory://results/liver cannot be written: access den"):
-        outcome()
-    with pytest.raises(ConfigError, match="nostore://a/out"):
-        outcome(out="nostore://a/out")
-
-
-@pytest.mark.slow
-def test_copies_that_are_interrupted_leave_no_half_case(outcome, monkeypatch):
-    """At every copy and every removal of a run with other weights, one after another."""
-    outcome()
-    write_model(outcome.scans.parent, biases=(0.0, -0.4, -1.5))
-    kind = type(outcome.store.fs)
-    put, removed = kind.put_file, kind.rm_file
-    calls = []
-
-    def counted(original):
-        def call(self, *args, **kwargs):
-            calls.append(args)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(self, *args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(kind, "put_file", counted(put))
-    monkeypatch.setattr(kind, "rm_file", counted(removed))
-    stop, ended = 1, False
-    while not ended:
-        calls.clear()
-        try:
-            outcome()
-            ended = True
-        except KeyboardInterrupt:
-            files = files_in(outcome.store)
-            assert all(is_whole(files, name) for name in NAMES), stop
-        stop += 3
-    assert stop > 10
-    monkeypatch.setattr(kind, "put_file", put)
-    monkeypatch.setattr(kind, "rm_file", removed)
-    again = outcome()
-    assert not again.failed
-    interrupted = of_cases(files_in(outcome.store))
-    outcome.store.fs.rm("/results", recursive=True)
-    outcome()
-    assert of_cases(files_in(outcome.store)) == interrupted
+@pytest.mark.parametrize("out", ["s3://bucket/out", "memory://out"])
+def test_results_do_not_go_elsewhere(bucket, tmp_path, out):
+    model = str(tmp_path / "model.yaml")
+    with pytest.raises(ConfigError, match=f"out '{out}': results go to a folder of this machine"):
+        cohort.run("memory://hospital/scans", model=model, out=out, **SETTINGS)

@@ -234,6 +234,21 @@ def test_without_captum_the_layers_are_all(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["hires_cam", "eigen_cam"])
+def test_what_a_second_round_finds_is_what_one_round_finds(monkeypatch, method):
+    """Whether the best of the first round has won there, or has a fault (it knows no class)."""
+    pytest.importorskip("captum", reason="captum is not installed")
+    monkeypatch.setattr(comparing, "METHODS", (method,))
+    monkeypatch.setattr(comparing, "FAR", -1.0)
+    twice = compared(methods=None)
+    once = compared(methods=[method, comparing.FURTHER])
+    assert twice.table() == once.table()
+    assert sum(one.won for one in twice.candidates) == 1
+    assert twice.best.method == ("hires_cam" if method == "hires_cam" else comparing.FURTHER)
+    assert twice.words.startswith(f"use {twice.best.name}")
+
+
+@pytest.mark.slow
 def test_where_a_layer_is_good_nothing_else_is_looked_at(monkeypatch):
     monkeypatch.setattr(comparing, "METHODS", ("hires_cam",))
     found = compared(methods=None)

@@ -14,6 +14,7 @@ from scipy.special import expit, softmax
 from torch import nn
 
 from seg3dcam import SegModel, explain, load_model, load_scan
+from seg3dcam.cohort.calibration import reliability_of_classes
 from seg3dcam.errors import ConfigError, EvaluationError, TargetError
 from seg3dcam.explaining.calibration import COLDEST, HOTTEST, calibrate
 from seg3dcam.explaining.reliability import (
@@ -24,8 +25,12 @@ from seg3dcam.explaining.reliability import (
     reliability_of,
 )
 from seg3dcam.explaining.uncertainty import uncertainty
+from seg3dcam.job.case import write_case
 from seg3dcam.job.keys import case_keys
+from seg3dcam.job.record import read_record, record_of
 from seg3dcam.job.settings import Job
+from seg3dcam.models.preparation import build_preparation
+from seg3dcam.models.specs import Prepare
 from seg3dcam.windows import WindowPlan
 
 SHAPE = (26, 20, 22)
@@ -102,10 +107,14 @@ class TimesTable(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        self.weights = nn.Parameter(torch.tensor(weights))
+        self.first, self.last = nn.Conv3d(1, 1, 1, bias=False), nn.Conv3d(1, len(weights), 1)
+        with torch.no_grad():
+            self.first.weight.fill_(1)
+            self.last.weight[:, 0, 0, 0, 0] = torch.tensor(weights)
+            self.last.bias.zero_()
 
     def forward(self, x):
-        return torch.cat([x * weight for weight in self.weights], 1)
+        return self.last(self.first(x))
 
 
 def too_sure(weights, activation, times, seed=0):
@@ -185,6 +194,74 @@ def test_what_no_temperature_mends_is_said():
     assert calibrate([(scan, perfect)], model).temperature == pytest.approx(COLDEST, rel=0.02)
 
 
+def test_a_class_may_be_made_up_of_labels_and_missing_in_a_case(tmp_path):
+    """As a whole tumour is, in a network whose classes overlap."""
+    (scan, truth), _ = too_sure([-1, 0.3, 2], "softmax", 3)
+    whole = SegModel(TimesTable([1.0, 4.0]).eval(), class_names=["a", "b"], activation="sigmoid")
+    both = calibrate([(scan, truth)], whole, "b", label=[1, 2])
+    merged = load_scan((truth.data[0] > 0).numpy().astype(np.uint8), affine=AFFINE)
+    one = calibrate([(scan, merged)], whole, "b", label=1)
+    assert both.temperature == one.temperature
+    assert both.temperature != calibrate([(scan, truth)], whole, "b", label=2).temperature
+    healthy = write_scan(tmp_path / "healthy.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
+    assert calibrate([(scan, truth), (scan, healthy)], whole, "b", label=2).cases == 2
+
+
+def test_a_class_counts_near_itself_alone():
+    """So a case's figure is the one that its explanation has."""
+    image = -1 - np.random.default_rng(0).random((60, 12, 12))
+    image[5:9, 4:8, 4:8] += 4
+    truth = np.zeros((60, 12, 12), np.uint8)
+    truth[6:9, 4:8, 4:8] = 2
+    truth[50:55, 4:8, 4:8] = 1  # missed
+    scan, labels = (load_scan(array, affine=np.eye(4)) for array in (image, truth))
+    model = SegModel(TimesTable([-1.0, 0.0, 1.0]).eval(), class_names=NAMES)
+    found = calibrate([(scan, labels)], model)
+    known = explain(scan, model, "lesion", layers="first").with_truth(labels)
+    assert found.before["lesion"].ece == pytest.approx(reliability_of(known).ece, abs=1e-6)
+    assert found.before["lesion"].count.sum() < found.voxels
+    assert found.before["organ"].found.sum() == 5 * 4 * 4
+
+
+def test_what_does_not_help_is_not_recommended():
+    case, model = too_sure([-1, 0.3, 2], "softmax", 1)
+    assert not calibrate([case], model).helps  # they are true already
+    one, hot = too_sure([-1, 0.3, 2], "softmax", 3, seed=0)
+    cold, _ = too_sure([-1, 0.3, 2], "softmax", 0.3, seed=1)
+    assert calibrate([one], hot).helps
+    assert calibrate([one], hot).worse == []
+    # Each case is made worse by the temperature of the other one.
+    bright = load_scan(cold[0].data[0].numpy() * 10, affine=AFFINE), cold[1]
+    assert not calibrate([bright, one], model).helps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value):
+    (scan, truth), _ = too_sure([-1, 0.3, 2], "softmax", 1)
+    broken = SegModel(TimesTable([-1.0, value, 2.0]).eval(), class_names=NAMES)
+    with pytest.raises(EvaluationError, match="b: the network's output is not finite"):
+        calibrate([(scan, truth)], broken, names=["b"])
+    with pytest.raises(EvaluationError, match="probabilities must be finite"):
+        reliability([0.5, value], [True, False])
+
+
+def test_voxels_outside_of_the_scan_and_of_the_view_do_not_count():
+    """Padding is no background, and what was cropped away got no probability."""
+    image = np.random.default_rng(0).normal(size=(14, 14, 14)).astype(np.float32)
+    truth = (image > 0).astype(np.uint8)
+    scan, labels = (load_scan(array, affine=np.eye(4)) for array in (image, truth))
+    plain = SegModel(TimesTable([0.0, 3.0]).eval(), class_names=["none", "all"])
+    padded = replace(plain, prepare=build_preparation(Prepare(pad_divisible=16)))
+    cropped = replace(plain, prepare=build_preparation(Prepare(crop_foreground=True)))
+    expected = calibrate([(scan, labels)], plain).before["all"]
+    assert expected.count.sum() == 14**3
+    assert calibrate([(scan, labels)], padded).before["all"].ece == pytest.approx(expected.ece)
+    image[:, :3] = -1 - image[:, :3] ** 2  # nothing above 0, and so cropped away
+    scan = load_scan(image, affine=np.eye(4))
+    seen = explain(scan, cropped, "all", layers="first").with_truth(labels)
+    assert reliability_of(seen).count.sum() == 14 * 11 * 14
+
+
 def test_many_voxels_are_drawn_by_the_seed(monkeypatch):
     case, model = too_sure([-1, 0.3, 2], "softmax", 3)
     whole = calibrate([case], model)
@@ -198,10 +275,17 @@ def test_many_voxels_are_drawn_by_the_seed(monkeypatch):
 def test_bad_input(tmp_path):
     (scan, truth), model = too_sure([-1, 0.3, 2], "softmax", 3)
     overlapping = SegModel(model.module, class_names=NAMES, activation="sigmoid")
-    with pytest.raises(TargetError, match=r"case 1: the classes of this network overlap.*0 none"):
+    with pytest.raises(TargetError, match=r"^the classes of this network overlap.*0 none"):
         calibrate([(scan, truth)], overlapping)
-    found = calibrate([(scan, truth)], overlapping, "lesion", label=2)
-    assert list(found.before) == ["lesion"]
+    with pytest.raises(TargetError, match=r"^class 'lesio' does not exist.*lesion"):
+        calibrate([(scan, truth)], model, "lesio")
+    nameless = SegModel(model.module)
+    with pytest.raises(TargetError, match="class 7 does not exist; the classes are 0 to 2"):
+        calibrate([(scan, truth)], nameless, 7)
+    with pytest.raises(ConfigError, match="name the class with target"):
+        calibrate([(scan, truth)], model, label=2)
+    with pytest.raises(TargetError, match="no truth has a voxel of label 7, 9"):
+        calibrate([(scan, truth)], model, "lesion", label=[7, 9])
     elsewhere = load_scan(truth.data[0].numpy(), affine=np.eye(4))
     with pytest.raises(TargetError, match="b: the truth has the scan's shape but lies elsewhere"):
         calibrate([(scan, truth), (scan, elsewhere)], model, names=["a", "b"])
@@ -237,17 +321,21 @@ def test_a_temperature_changes_probabilities_and_nothing_else(place):
 
 def test_cases_are_told_apart_by_the_temperature(place):
     scan, job = load_scan(place.scan), Job(scan=str(place.scan), model=str(place.model))
-    models = [load_model(place.model, **more) for more in ({}, {"temperature": 1.5})]
-    keys = [case_keys(scan, model, job) for model in models]
-    assert keys[0].job != keys[1].job
-    unset = replace(models[1], temperature=1.0, spec=models[0].spec)
-    assert case_keys(scan, unset, job) == keys[0]
+    plain, warm = (load_model(place.model, **more) for more in ({}, {"temperature": 1.5}))
+    assert warm.spec == plain.spec
+    keys = case_keys(scan, plain, job)
+    assert case_keys(scan, warm, job).job != keys.job
+    assert case_keys(scan, replace(warm, temperature=1.0), job) == keys
+    back = explain(scan, replace(warm, temperature=1.0), "lesion")
+    assert "temperature" not in back.provenance["model"]["spec"]
 
 
-@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf"), "warm"])
+@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf"), 1e-40, 1e9, "warm"])
 def test_illegal_temperatures(place, temperature):
     with pytest.raises(ConfigError, match="temperature"):
         load_model(place.model, temperature=temperature)
+    with pytest.raises(ConfigError, match="temperature"):
+        replace(load_model(place.model), temperature=temperature)
 
 
 def test_reliability_of_an_explanation(place):
@@ -261,6 +349,19 @@ def test_reliability_of_an_explanation(place):
     assert found.ece == pytest.approx(slow_ece(p[near].tolist(), there[near].tolist()), abs=1e-6)
     assert reliability_of(replace(known, probability=None)) is None
     assert reliability_of(replace(known, region=known.mask)) is None
+    write_case(place.out, [known], Job(scan="s", model="m", format=["nifti"]))
+    (entry,) = read_record(place.out).explanations
+    assert entry.reliable().ece == found.ece
+    twice = reliability_of_classes([entry, entry])["lesion"]
+    assert (twice.cases, twice.reliability.ece) == (2, pytest.approx(found.ece))
+    bad = json.loads((place.out / "case.json").read_text())
+    for numbers in ([1.0] * 14, [-1.0] + [0.0] * 14, [1e300] * 15, ["inf"] * 15):
+        bad["explanations"][0]["reliability"][1] = numbers
+        (place.out / "case.json").write_text(json.dumps(bad))
+        assert record_of(place.out) is None
+    del bad["explanations"][0]["reliability"]  # as in a case of an earlier version
+    (place.out / "case.json").write_text(json.dumps(bad))
+    assert read_record(place.out).explanations[0].reliable() is None
 
 
 @pytest.fixture
@@ -281,7 +382,9 @@ def test_the_command(place, cases, tmp_path):
     done = seg3dcam("calibrate", cases, "--model", place.model, "--out", out)
     assert done.code == 0, done.complaint
     record = json.loads((out / "calibration.json").read_text())
-    assert f"`temperature: {record['temperature']:.4g}`" in " ".join(done.out.split())
+    assert record["helps"]
+    key = f"`temperature: {record['temperature']:.4g}`"
+    assert f"Write {key} into the model's YAML" in " ".join(done.out.split())
     assert record["cases"] == 2
     assert set(record["classes"]) == {"organ", "lesion"}
     assert record["classes"]["lesion"]["held_out"]["ece"] is not None

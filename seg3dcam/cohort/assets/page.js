@@ -214,7 +214,7 @@ function drawReliability() {
     const ends = element("p", undefined, "ends");
     ends.append(element("span", "probability 0"), element("span", "1"));
     const caption = element("figcaption");
-    caption.append(element("span", one.label), element("span", "up to 1"));
+    caption.append(element("span", one.label), element("span", "frequency 0 to 1"));
     figure.append(caption, svg, ends, element("p", one.words));
     document.getElementById("reliability").append(figure);
   }

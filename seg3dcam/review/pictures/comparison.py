@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
@@ -19,9 +17,8 @@ from seg3dcam.review.pictures import display
 from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.frame import stack_rows
 from seg3dcam.review.pictures.page import RESEARCH_ONLY, file_to_write, write_png
+from seg3dcam.review.pictures.plots import DOTS_PER_INCH, LEGEND, rendered, style_panel
 from seg3dcam.review.pictures.text import AMBER, MARGIN, WHITE, text_block, wrap_items
-
-DOTS_PER_INCH = 100
 
 #: Size in inches of the curves, and of a map with its title; and the narrowest figure.
 CURVES, CELL, NARROWEST = (7.0, 4.0), 1.7, 9.0
@@ -32,7 +29,7 @@ MOST_RANDOM = 60
 #: The order in which layers run.
 RUN = ("early", "encoder", "bottleneck", "middle", "decoder", "late", "")
 
-BEST, PLAIN = "#7CFC9A", "#9aa0a6"
+BEST = "#7CFC9A"
 
 
 def save_comparison(path: str | os.PathLike[str], found: ScanComparison) -> Path:
@@ -51,9 +48,7 @@ def save_comparison(path: str | os.PathLike[str], found: ScanComparison) -> Path
 
 def draw_comparison(found: ScanComparison) -> Picture:
     """Draw title, curves and maps, (height, width, 3) uint8 in OpenCV's colour order."""
-    canvas = FigureCanvasAgg(plot_comparison(found))
-    canvas.draw()
-    body = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
+    body = rendered(plot_comparison(found))
     width = body.shape[1]
     words = printable(f"{found.class_name}: {found.comparison.words}")
     title = text_block(wrap_items([words], width - 2 * MARGIN), width, WHITE)
@@ -126,10 +121,9 @@ def _plot_curves(figure: SubFigure, comparison: Comparison) -> None:
     panel.set_ylim(0, 1.02)
     panel.set_xlabel("fraction of the blocks around the mask that are deleted")
     panel.set_ylabel("Dice of the class with its prediction")
-    frame = {"facecolor": "black", "edgecolor": PLAIN, "labelcolor": "white"}
     handles = panel.get_legend_handles_labels()[0]
     if handles:
-        panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8, **frame)
+        panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8, **LEGEND)
 
 
 # --------------------------------------------------------------------------------------- maps
@@ -178,16 +172,4 @@ def _plot_map(panel: Any, one: Candidate, view: display.View, aspect: float) -> 
 
 
 def _short(name: str, most: int) -> str:
-    """Return a layer's name without what matplotlib would read as a formula."""
-    return shortened(printable(name), most).replace("$", "")
-
-
-def style_panel(panel: Any) -> None:
-    """Make a panel light on black, like the other pictures."""
-    panel.set_facecolor("black")
-    panel.tick_params(colors="white", labelsize=8)
-    for part in (panel.xaxis.label, panel.yaxis.label):
-        part.set_color("white")
-        part.set_fontsize(8)
-    for spine in panel.spines.values():
-        spine.set_color(PLAIN)
+    return shortened(printable(name), most)

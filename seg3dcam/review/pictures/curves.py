@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from seg3dcam.explaining.evaluating import MapEvaluation
 from seg3dcam.files import printable, shortened
-from seg3dcam.review.pictures.comparison import DOTS_PER_INCH, PLAIN, style_panel
 from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.frame import stack_rows
 from seg3dcam.review.pictures.page import RESEARCH_ONLY, file_to_write, write_png
+from seg3dcam.review.pictures.plots import DOTS_PER_INCH, LEGEND, rendered, style_panel
 from seg3dcam.review.pictures.text import AMBER, MARGIN, WHITE, text_block, wrap_items
 
 #: Size in inches of the curves of one map.
@@ -69,10 +66,7 @@ def _drawn(one: MapEvaluation) -> Picture:
     panels[0].set_ylabel("Dice with its prediction")
     for panel in panels:
         style_panel(panel)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture: Picture = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
-    return picture
+    return rendered(figure)
 
 
 def _plot(panel: Any, one: MapEvaluation, name: str) -> None:
@@ -87,8 +81,7 @@ def _plot(panel: Any, one: MapEvaluation, name: str) -> None:
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1.02)
     handles = panel.get_legend_handles_labels()[0]
-    frame = {"facecolor": "black", "edgecolor": PLAIN, "labelcolor": "white"}
     if handles:
-        panel.legend(fontsize=8, **frame)
+        panel.legend(fontsize=8, **LEGEND)
     else:
         panel.text(0.5, 0.5, "undefined", color="white", ha="center", transform=panel.transAxes)

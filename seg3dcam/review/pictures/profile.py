@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -17,10 +15,11 @@ from seg3dcam.review.pictures import display
 from seg3dcam.review.pictures.draw import LINES, Colour, Picture
 from seg3dcam.review.pictures.frame import stack_rows
 from seg3dcam.review.pictures.page import build_page, file_to_write, write_png
+from seg3dcam.review.pictures.plots import DOTS_PER_INCH, rendered
 from seg3dcam.review.pictures.text import AMBER, GREY, MARGIN, WHITE, text_block, wrap_items
 from seg3dcam.review.plan import Review
 
-INCHES, DOTS_PER_INCH = (11.0, 5.5), 100
+INCHES = (11.0, 5.5)
 FEW = 60  # each of up to so many slices gets a dot
 
 
@@ -52,9 +51,7 @@ def save_profile(path: str | os.PathLike[str], review: Review) -> Path:
 
 def draw_profile(review: Review) -> Picture:
     """Draw the curves with title and footer, (height, width, 3) uint8 in OpenCV's colour order."""
-    canvas = FigureCanvasAgg(plot_profile(review))
-    canvas.draw()
-    curves = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
+    curves = rendered(plot_profile(review))
     if review.notice:
         width = curves.shape[1]
         words = text_block(wrap_items([review.notice], width - 2 * MARGIN), width, AMBER)

@@ -6,18 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from seg3dcam.explaining.calibration import Calibration
 from seg3dcam.explaining.reliability import Reliability
 from seg3dcam.files import printable, shortened
-from seg3dcam.review.pictures.comparison import DOTS_PER_INCH, PLAIN, style_panel
 from seg3dcam.review.pictures.draw import Picture
 from seg3dcam.review.pictures.frame import stack_rows
 from seg3dcam.review.pictures.page import RESEARCH_ONLY, file_to_write, write_png
+from seg3dcam.review.pictures.plots import DOTS_PER_INCH, LEGEND, PLAIN, rendered, style_panel
 from seg3dcam.review.pictures.text import AMBER, MARGIN, text_block, wrap_items
 
 #: Size in inches of a row of panels, and how many panels it has.
@@ -64,10 +61,7 @@ def _drawn(found: Calibration, names: list[str]) -> Picture | None:
         style_panel(panel)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture: Picture = cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR)
-    return picture
+    return rendered(figure)
 
 
 def _plot(panel: Any, found: Calibration, name: str) -> None:
@@ -80,9 +74,7 @@ def _plot(panel: Any, found: Calibration, name: str) -> None:
     panel.set_xlabel("probability")
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1.02)
-    panel.legend(
-        fontsize=7, loc="upper left", facecolor="black", edgecolor=PLAIN, labelcolor="white"
-    )
+    panel.legend(fontsize=7, loc="upper left", **LEGEND)
 
 
 def _curve(panel: Any, one: Reliability, **style: Any) -> None:
