@@ -20,7 +20,7 @@ from typing import Any
 
 from seg3dcam.errors import ConfigError, Seg3dcamError, nearest, some
 from seg3dcam.files.readers import stem
-from seg3dcam.files.remote import Place, is_url, local_copy, place
+from seg3dcam.files.remote import Place, is_address, is_url, local_copy, place
 
 #: What a name of a case may be: it is the name of its folder.
 _LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -322,7 +322,7 @@ def _of_names(where: str, path: Place, name: Any, files: Sequence[str], truth: A
     """Return the case that a table or a datalist names, with its files relative to it."""
 
     def beside(file: str) -> Place:
-        return place(file) if is_url(file) else path.parent / file
+        return place(file) if is_address(file) else path.parent / file
 
     if isinstance(name, float) and name.is_integer():
         name = int(name)  # as a column of whole numbers is read where one is missing

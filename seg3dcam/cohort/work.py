@@ -16,7 +16,7 @@ import cv2
 import torch
 
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
-from seg3dcam.errors import OutputError
+from seg3dcam.errors import OutputError, Seg3dcamError
 from seg3dcam.files import write_json
 from seg3dcam.files.remote import local_copy
 from seg3dcam.job.folder import OccupiedError, locked
@@ -42,7 +42,7 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            with local_files(one.job) as job:
+            with local_files(one.job) as job, names_kept(one.job, job):
                 run_with_model(job, model, inputs=one.code, say=lines.append, of_cohort=True)
         except OccupiedError as raised:
             return BUSY + str(raised)
@@ -74,6 +74,22 @@ def local_files(job: Job) -> Iterator[Job]:
         scans = [stack.enter_context(local_copy(file)) for file in job.scans]
         truth = None if job.truth is None else stack.enter_context(local_copy(job.truth))
         yield job.model_copy(update={"scan": scans, "truth": truth})
+
+
+@contextlib.contextmanager
+def names_kept(given: Job, local: Job) -> Iterator[None]:
+    """Let errors name files as they were given, and not the copies of them on this machine."""
+    try:
+        yield
+    except Seg3dcamError as error:
+        words = str(error)
+        pairs = [*zip(local.scans, given.scans, strict=True), (local.truth, given.truth)]
+        for copy, name in pairs:
+            if copy is not None and copy != name:
+                words = words.replace(str(copy), str(name))
+        if words == str(error):
+            raise
+        raise type(error)(words) from error
 
 
 def tidy(folder: Path) -> None:

@@ -223,26 +223,31 @@ class _LocalWorker:
 
     def close(self) -> None:
         if not self._now.done():
-            for process in self._context.started:
+            for process in self._started:
                 process.terminate()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        for process in self._context.started:
+        for process in self._started:
             process.join()
+
+    @property
+    def _started(self) -> list[BaseProcess]:
+        """The processes that have begun; one that could not has no number."""
+        return [process for process in self._context.made if process.pid is not None]
 
 
 class _Context(SpawnContext):
-    """Starts new processes, since PyTorch does not outlive a fork; and remembers them."""
+    """Makes new processes, since PyTorch does not outlive a fork; and remembers them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.started: list[BaseProcess] = []
+        self.made: list[BaseProcess] = []
 
     def Process(self, *args: Any, **settings: Any) -> Any:  # type: ignore[override]  # noqa: N802
         """Make a process, as the pool does."""
         process = SpawnProcess(*args, **settings)
-        self.started.append(process)
+        self.made.append(process)
         return process
 
 

@@ -3,7 +3,7 @@
     place("s3://bucket/scans")       # like a Path
     with local_copy("s3://bucket/scan.nii.gz") as path: ...
 
-A name without "://" is a path on this machine.
+A name without "://" is a path on this machine, and so is file:///scans/a.nii.gz.
 """
 
 from __future__ import annotations
@@ -24,16 +24,28 @@ if TYPE_CHECKING:
 #: A path on this machine, or a place elsewhere.
 Place = Union[Path, "UPath"]
 
+#: Addresses of paths on this machine.
+_HERE = re.compile(r"(file|local)://")
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[a-z]+::")
 
 
 def is_url(name: str | Path) -> bool:
     """Tell whether a name is an address.
 
-    >>> is_url("s3://bucket/a.nii.gz"), is_url("scans/a.nii.gz")
-    (True, False)
+    >>> is_url("s3://bucket/a.nii.gz"), is_url("scans/a.nii.gz"), is_url("file:///scans/a.nii.gz")
+    (True, False, False)
     """
-    return isinstance(name, str) and _URL.match(name) is not None
+    return isinstance(name, str) and _URL.match(name) is not None and not _HERE.match(name)
+
+
+def is_address(name: str) -> bool:
+    """Tell whether a name says where it lies, so that it is relative to nothing.
+
+    >>> is_address("file:///scans/a.nii.gz"), is_address("s3://bucket/a"), is_address("a.nii.gz")
+    (True, True, False)
+    """
+    return is_url(name) or _HERE.match(name) is not None
 
 
 def place(name: str | Path) -> Place:
@@ -43,7 +55,7 @@ def place(name: str | Path) -> Place:
         MissingExtraError: the package for such addresses is not installed.
     """
     if not is_url(name):
-        return Path(name)
+        return Path(_HERE.sub("", name) if isinstance(name, str) else name)
     try:
         from upath import UPath
     except ImportError as error:

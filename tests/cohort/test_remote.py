@@ -133,6 +133,29 @@ def test_scans_in_a_bucket(tmp_path, monkeypatch):
         server.stop()
 
 
+def test_errors_name_the_file_elsewhere(bucket, tmp_path):
+    (bucket / "scans" / "b.nii.gz").write_bytes(b"no scan")
+    found = cohort.run(
+        "memory://hospital/scans",
+        model=str(tmp_path / "model.yaml"),
+        out=tmp_path / "out",
+        **SETTINGS,
+    )
+    assert "memory://hospital/scans/b.nii.gz" in found.failed["b"]
+    assert tempfile.gettempdir() not in found.failed["b"]
+
+
+def test_addresses_of_this_machine_are_paths(tmp_path):
+    scans = write_cohort(tmp_path, NAMES)
+    settings = {"model": str(tmp_path / "model.yaml"), "out": tmp_path / "out"} | SETTINGS
+    assert cohort.run(f"file://{scans}", **settings).done == tuple(NAMES)
+    assert cohort.run(scans, **settings).skipped == tuple(NAMES)
+    everything = f"file://{tmp_path}/**/*.nii.gz"
+    assert [c.name for c in read_cases(everything, without=tmp_path / "out")] == NAMES
+    (tmp_path / "cases.csv").write_text(f"scan\nfile://{scans}/a.nii.gz\n", encoding="utf-8")
+    assert read_cases(tmp_path / "cases.csv")[0].files == (scans / "a.nii.gz",)
+
+
 @pytest.mark.parametrize("out", ["s3://bucket/out", "memory://out"])
 def test_results_do_not_go_elsewhere(bucket, tmp_path, out):
     model = str(tmp_path / "model.yaml")
