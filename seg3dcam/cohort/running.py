@@ -9,31 +9,29 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from seg3dcam.checks import check_whole_number
 from seg3dcam.cohort.calibration import ClassReliability, RiskCoverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
 from seg3dcam.cohort.on_ray import connected
 from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
-from seg3dcam.cohort.results import Elsewhere, Here, results_at
 from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, explained_at, note_failure, tidy
+from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
-from seg3dcam.files.remote import Place
+from seg3dcam.files import check_writable
+from seg3dcam.files.remote import is_url
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 from seg3dcam.progress import Progress, silent
 from seg3dcam.settings import validate
 from seg3dcam.targets.named import REGIONS, SCORES
-
-Given = TypeVar("Given")
 
 #: Settings of a job that each case has for itself.
 _OF_A_CASE = ("scan", "truth", "out", "case")
@@ -47,7 +45,7 @@ class CohortResult:
     """What a run has done.
 
     Attributes:
-        out: its folder, of this machine or at an address.
+        out: its folder.
         done: names of the cases that this run has explained.
         skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
@@ -58,12 +56,12 @@ class CohortResult:
             which the class is drawn.
     """
 
-    out: Place
+    out: Path
     done: tuple[str, ...]
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
-    tables: tuple[Place, ...]
-    page: Place
+    tables: tuple[Path, ...]
+    page: Path
     risk_coverage: Mapping[str, RiskCoverage]
     reliability: Mapping[str, ClassReliability]
 
@@ -90,8 +88,7 @@ def run(
     Args:
         source: see `read_cases`.
         model: see `Job.model`.
-        out: a folder, or an address that fsspec knows, such as s3://bucket/explained; it gets a
-            folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
+        out: gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
             folder "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
         workers: processes that explain cases side by side, each with a model of its own; on several
@@ -120,10 +117,10 @@ def run(
     _check_parts(num_parts, part_id)
     _check_workers(workers, ray, cpus, gpus)
     progress, say = progress or silent, say or _quiet
+    folder = _output_folder(out)
+    cases = read_cases(source, without=folder)
+    _check_job(template, cases)
     with ExitStack() as stack:
-        results = stack.enter_context(_before_any_work(results_at(out)))
-        cases = read_cases(source, without=results.place)
-        _check_job(template, cases)
         cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
         in_workers = workers is not None or cluster is not None
         # Where workers have the model, this process needs only its name and its weights' hash.
@@ -133,78 +130,40 @@ def run(
         template, advice = advised(template, loaded)
         if advice:
             say(advice)
-        folder, plan = stack.enter_context(
-            _before_any_work(_planned(results, cases, template, loaded))
-        )
+        plan = planned(cases, template, loaded, folder)
+        check_settings(folder, template, loaded)
         waiting = to_do(plan[part_id::num_parts], retry_failed=retry_failed)
-        say(plan_in_words(plan, waiting, len(loaded.class_names), folder, results.free))
-        work = Work(template, results.for_workers, trust, threads=1)
+        say(plan_in_words(plan, waiting, len(loaded.class_names), folder))
+        work = Work(template, folder, trust, threads=1)
         if cluster is not None:
             most = min(cluster.workers(), workers or len(cases))
             ended = spread(waiting, cluster.opened(work), most, say)
         elif workers is not None:
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
-            ended = _in_this_process(waiting, loaded, work)
-        tally = _Tally(results, folder, say)
+            ended = _in_this_process(waiting, loaded, folder)
+        tally = _Tally(folder, say)
         progress(tally.step, 0, len(waiting))
         try:
             with closing(ended):
                 for number, (one, error, died) in enumerate(ended, 1):
                     tally.note(one, error, died)
                     progress(tally.step, number, len(waiting))
-        except BaseException:
+        finally:
             # Whatever ends the run, the tables say what there is by now.
-            try:
-                tally.sum_up(plan, template.methods[0])
-            except OutputError as error:
-                say(str(error))
-            raise
-        found = tally.sum_up(plan, template.methods[0])
+            with undisturbed():
+                found = sum_up(folder, plan, tally.done, tally.failed, template.methods[0])
     _say_what_confidence_is_worth(found, say)
     return CohortResult(
-        out=results.place,
+        out=folder,
         done=tuple(name for name in tally.done if name not in found.failed),
         skipped=tuple(one.name for one in plan if one.state == "done"),
         failed=found.failed,
-        tables=tuple(map(results.shown, found.tables)),
-        page=results.shown(found.page),
+        tables=found.tables,
+        page=found.page,
         risk_coverage=found.risk_coverage,
         reliability=found.reliability,
     )
-
-
-@contextmanager
-def _planned(
-    results: Here | Elsewhere, cases: Sequence[CohortCase], template: Job, model: SegModel
-) -> Iterator[tuple[Path, tuple[PlannedCase, ...]]]:
-    """Give the folder with all records, and what is to be done."""
-    folder = results.fetch([case.name for case in cases])
-    _check_apart(results, cases)
-    plan = planned(cases, template, model, folder, results.is_whole)
-    check_settings(folder, template, model)
-    results.keep_settings(folder)
-    yield folder, plan
-
-
-@contextmanager
-def _before_any_work(opened: AbstractContextManager[Given]) -> Iterator[Given]:
-    """Open something; an OutputError then is a ConfigError, which says that nothing was begun."""
-    with ExitStack() as stack:
-        try:
-            given = stack.enter_context(opened)
-        except OutputError as error:
-            raise ConfigError(str(error)) from error
-        yield given
-
-
-def _check_apart(results: Here | Elsewhere, cases: Sequence[CohortCase]) -> None:
-    """Raise ConfigError where results would go into the folder of a scan at an address."""
-    for case in cases:
-        out = f"{results.place}/{case.name}/"
-        for file in case.files:
-            if not isinstance(file, Path) and out.startswith(f"{file}/"):
-                raise ConfigError(f"out {out}: it lies in the scan's own folder; choose another")
 
 
 def _say_what_confidence_is_worth(found: SummedUp, say: Callable[[str], None]) -> None:
@@ -223,14 +182,12 @@ class _Tally:
     """How the cases of a run have ended so far.
 
     Attributes:
-        results: of the cohort.
-        folder: has its records and notes.
+        out: the cohort's folder.
         say: see `run`.
         done, failed: see `CohortResult`.
     """
 
-    results: Here | Elsewhere
-    folder: Path
+    out: Path
     say: Callable[[str], None]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -250,20 +207,20 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_failure(one, self.folder, error)
-            tidy(self.folder / one.name)
-            try:
-                self.results.keep_notes(one.name, self.folder)
-            except OutputError as raised:
-                self.say(str(raised))
+            note_failure(one, self.out, error)
+            tidy(self.out / one.name)
 
-    def sum_up(self, plan: Sequence[PlannedCase], method: str) -> SummedUp:
-        """Write the tables and the page of all cases, as they are now."""
-        with undisturbed():
-            folder = self.results.fetch([one.name for one in plan])
-            found = sum_up(folder, plan, self.done, self.failed, method, self.results.is_whole)
-            self.results.keep_all(folder)
-            return found
+
+def _output_folder(out: str | Path) -> Path:
+    if is_url(str(out)):
+        raise ConfigError(
+            f"out {out!r}: results go to a folder of this machine or of a shared disk; copy it to "
+            "the address when all is done"
+        )
+    try:
+        return check_writable(out)
+    except OutputError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_job(template: Job, cases: Sequence[CohortCase]) -> None:
@@ -311,11 +268,11 @@ def _check_workers(
 
 
 def _in_this_process(
-    waiting: Sequence[PlannedCase], model: SegModel, work: Work
+    waiting: Sequence[PlannedCase], model: SegModel, out: Path
 ) -> Generator[tuple[PlannedCase, str | None, bool]]:
     """Yield each case when it is done, as `spread` does."""
     for one in waiting:
-        yield one, explained_at(one, model, work.out), False
+        yield one, explained(one, model, out), False
 
 
 def _quiet(line: str) -> None:

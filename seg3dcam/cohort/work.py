@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,10 +16,9 @@ import cv2
 import torch
 
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
-from seg3dcam.cohort.results import results_at
 from seg3dcam.errors import OutputError, Seg3dcamError
 from seg3dcam.files import write_json
-from seg3dcam.files.remote import local_copy
+from seg3dcam.files.remote import local_copy, without_login
 from seg3dcam.job.folder import OccupiedError, locked
 from seg3dcam.job.record import listed_files
 from seg3dcam.job.run import model_of, run_with_model
@@ -68,25 +67,6 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     return error
 
 
-def explained_at(one: PlannedCase, model: SegModel, out: Path | str) -> str | None:
-    """Explain a case whose results go to a folder, or to an address; see `explained`."""
-    if isinstance(out, Path):
-        return explained(one, model, out)
-
-    def make(folder: Path) -> str | None:
-        job = one.job.model_copy(update={"out": str(folder / one.name)})
-        return explained(replace(one, job=job), model, folder)
-
-    with results_at(out) as results:
-        try:
-            return results.made(one.name, make)
-        except OutputError as error:
-            # A full disk of this machine would stop the next case, too.
-            if error.errno == errno.ENOSPC:
-                raise
-            return str(error)
-
-
 @contextlib.contextmanager
 def local_files(job: Job) -> Iterator[Job]:
     """Give a job whose files lie on this machine, copied there while it is done."""
@@ -106,7 +86,7 @@ def names_kept(given: Job, local: Job) -> Iterator[None]:
         pairs = [*zip(local.scans, given.scans, strict=True), (local.truth, given.truth)]
         for copy, name in pairs:
             if copy is not None and copy != name:
-                words = words.replace(str(copy), str(name))
+                words = words.replace(str(copy), without_login(name))
         if words == str(error):
             raise
         raise type(error)(words) from error
@@ -132,13 +112,13 @@ class Work:
 
     Attributes:
         template: a job whose model, device and settings are those of every case.
-        out: the cohort's folder, or its address.
+        out: the cohort's folder.
         trust: whether the model's own Python code may run.
         threads: of PyTorch, in each process.
     """
 
     template: Job
-    out: Path | str
+    out: Path
     trust: bool
     threads: int
 
@@ -161,4 +141,4 @@ class CaseWorker:
 
     def explain(self, one: PlannedCase) -> str | None:
         """Explain a case, see `explained`."""
-        return explained_at(one, self._model, self._work.out)
+        return explained(one, self._model, self._work.out)

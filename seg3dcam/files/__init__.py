@@ -15,7 +15,6 @@ from seg3dcam.files.writing import (
     plain,
     read_small,
     resolved,
-    scratch_folder,
     temporary_name,
     write_json,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "printable",
     "read_small",
     "resolved",
-    "scratch_folder",
     "shortened",
     "temporary_name",
     "unique_names",

@@ -9,13 +9,14 @@ A name without "://" is a path on this machine, and so is file:///scans/a.nii.gz
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from seg3dcam.errors import ConfigError, MissingExtraError, ScanError
-from seg3dcam.files.writing import scratch_folder
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -28,6 +29,9 @@ _MARKS = (
     *("ETag", "etag", "md5Hash", "content_md5", "checksum", "LastModified", "last_modified"),
     *("mtime", "updated", "modified", "created"),
 )
+
+#: A user's name and password in an address.
+_LOGIN = re.compile(r"://[^/]*:[^/]*@")
 
 #: Addresses of paths on this machine.
 _HERE = re.compile(r"(file|local)://")
@@ -64,15 +68,25 @@ def place(name: str | Path) -> Place:
     try:
         from upath import UPath
     except ImportError as error:
-        raise MissingExtraError(f"{name}: pip install 'seg3dcam[cohort]'") from error
+        told = f"{without_login(name)}: pip install 'seg3dcam[cohort]'"
+        raise MissingExtraError(told) from error
     try:
         found = UPath(name)
         _ = found.fs  # what is missing for a protocol is said here
     except ImportError as error:
-        raise MissingExtraError(f"{name}: {error}") from error
+        raise MissingExtraError(f"{without_login(name)}: {without_login(error)}") from error
     except Exception as error:  # every store has its own errors
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{without_login(name)}: {without_login(error)}") from error
     return found
+
+
+def without_login(words: object) -> str:
+    """Return words about an address without a user's name and password.
+
+    >>> without_login("s3://key:secret@bucket/a"), without_login("s3://bucket/a")
+    ('s3://bucket/a', 's3://bucket/a')
+    """
+    return _LOGIN.sub("://", str(words))
 
 
 def fingerprint(file: Place) -> str:
@@ -97,8 +111,11 @@ def local_copy(name: str) -> Iterator[str]:
     if not is_url(name):
         yield name
         return
-    with scratch_folder() as folder:
+    folder = Path(tempfile.mkdtemp(prefix="seg3dcam-"))
+    try:
         yield str(_fetched(name, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetched(name: str, folder: Path) -> Path:
@@ -112,5 +129,7 @@ def _fetched(name: str, folder: Path) -> Path:
         else:
             source.fs.get_file(source.path, str(target))
     except Exception as error:  # every store has its own errors
-        raise ScanError(f"{name} cannot be fetched: {error}") from error
+        raise ScanError(
+            f"{without_login(name)} cannot be fetched: {without_login(error)}"
+        ) from error
     return target

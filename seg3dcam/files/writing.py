@@ -17,7 +17,6 @@ import secrets
 import shutil
 import socket
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -195,31 +194,6 @@ def remove_left_behind(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Give a folder for this process alone, which goes at the end, in the system's temporary one.
-
-    Those of processes that were killed go, too.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        parent = Path(tempfile.gettempdir())
-        folder = temporary_name(parent, ".scratch")
-        folder.mkdir(mode=0o700)  # it may hold patients' volumes
-    except OSError as error:
-        raise OutputError(
-            f"no temporary folder can be made ({error.strerror or error}): TMPDIR says where"
-        ) from error
-    try:
-        with suppress(OSError):
-            remove_left_behind(parent)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _machine() -> str:
