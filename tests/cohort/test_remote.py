@@ -186,7 +186,7 @@ def test_no_error_shows_a_password(tmp_path):
     given = Job(scan="s3://user:secret@host/a.nii.gz", model="m")
     copied = given.model_copy(update={"scan": ["/scratch/a.nii.gz"]})
     with (
-        pytest.raises(ScanError, match="^s3://host/a.nii.gz is no scan"),
+        pytest.raises(ScanError, match=r"^s3://host/a\.nii\.gz is no scan"),
         names_kept(given, copied),
     ):
         raise ScanError("/scratch/a.nii.gz is no scan")
