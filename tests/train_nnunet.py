@@ -80,7 +80,7 @@ def main() -> None:
         json.loads((prepared / "dataset.json").read_text()),
         device=torch.device("cpu"),
     )
-    trainer.num_epochs, trainer.num_iterations_per_epoch = 2, 20
+    trainer.num_epochs, trainer.num_iterations_per_epoch = 2, 8
     trainer.num_val_iterations_per_epoch = 2
     trainer.run_training()
 

@@ -82,7 +82,7 @@ def test_the_middle_of_a_mesh_net_is_taken(name):
 )
 def test_its_map_echoes_the_mask_less_than_that_of_the_last_layer(name):
     """All that the last layer shows lies inside of the mask."""
-    network, x = mesh_net(name), middle_of_the_head(name)
+    network, x = mesh_net(name), middle_of_the_head(name, size=48)
     with torch.no_grad():
         labels = network(x).argmax(1)
     mask = labels == 1  # white matter
