@@ -92,8 +92,8 @@ def _words(found: Calibration, model: str) -> str:
         return "the probabilities are as true as a temperature can make them: use none"
     if found.at_an_end:
         return (
-            f"no temperature makes these probabilities true: the best, {found.temperature:.3g}, is "
-            "the last that was tried; use none"
+            f"the likeliest temperature, {found.temperature:.3g}, is the last that was tried, so a "
+            "better one may lie beyond it, and none is found: use none"
         )
     was = "too sure" if found.temperature > 1 else "not sure enough"
     kind, _, place = model.partition(":")
