@@ -32,7 +32,7 @@ _INPUT = (
 
 #: Options that say how a cohort is run -> type, default and help.
 _OPTIONS: dict[str, tuple[type, Any, str]] = {
-    "out": (str, None, "folder that gets a folder for every case, and the tables"),
+    "out": (str, None, "folder, or address such as s3://..., that gets the cases and the tables"),
     "keep": (
         str,
         None,

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from seg3dcam.errors import Seg3dcamWarning
 from seg3dcam.files import shortened, visible
+from seg3dcam.files.remote import Place
 from seg3dcam.job.settings import Job
 
 out = Console(highlight=False)
@@ -52,7 +53,7 @@ def complain(error: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def print_file(what: str, path: Path) -> None:
+def print_file(what: str, path: Place) -> None:
     """Print one file or folder behind a word for it."""
     out.print(f"{what:>12}  {shown(str(path))}", soft_wrap=True)
 

@@ -3,6 +3,7 @@
 cases       which scans there are        plan        what is done and what is not
 running     the run, from source to page
 work        one case                     workers, on_ray  processes that do it
+results     where what comes out lies, on this machine or at an address
 table, page, triage, calibration         what came out
 comparing   two cohorts of the same cases
 group       where the maps of all lie, in one space

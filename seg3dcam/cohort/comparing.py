@@ -132,7 +132,7 @@ def compare_cohorts(
         progress: called with ("comparing", done, total).
 
     Raises:
-        ConfigError: a folder holds no cohort, or they have no case in common.
+        ConfigError: one is no folder of this machine that holds a cohort, or they have no case in common.
 
     Example:
         >>> found = compare_cohorts("explained_a", "explained_b")  # doctest: +SKIP
@@ -177,7 +177,10 @@ def explained_cases(out: Path) -> dict[str, Record]:
     except (OSError, ValueError, RecursionError, InputError):
         current = None
     if not isinstance(current, dict):
-        raise ConfigError(f"{out} holds no cohort: give the folder that `seg3dcam cohort` wrote")
+        raise ConfigError(
+            f"{out} holds no cohort: give the folder that `seg3dcam cohort` wrote, or a copy of it "
+            "on this machine where it wrote to an address"
+        )
     found = {}
     for name, code in current.items():
         record = record_of(out / name)

@@ -1,6 +1,6 @@
 """Workers of a cohort on a Ray cluster, or on one that is started on this machine.
 
-All machines have to see the scans, the model and the output folder under the same paths.
+All machines have to see the model, and scans and results at no address, under the same paths.
 """
 
 from __future__ import annotations

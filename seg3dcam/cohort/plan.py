@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-import psutil
 from nibabel.filebasedimages import ImageFileError
 
 from seg3dcam.cohort.cases import CohortCase
@@ -23,7 +22,7 @@ from seg3dcam.files.remote import Place
 from seg3dcam.job.checks import check_apart
 from seg3dcam.job.formats import FORMATS
 from seg3dcam.job.keys import cohort_code, inputs_code, settings_of
-from seg3dcam.job.record import damaged, record_of
+from seg3dcam.job.record import Record, damaged, record_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
 
@@ -71,14 +70,23 @@ class PlannedCase:
         return self.case.name
 
 
+#: Tells whether files of a case (its name, its record, the files' names) are there.
+IsWhole = Callable[[str, Record, Iterable[str]], bool]
+
+
 def planned(
-    cases: Sequence[CohortCase], template: Job, model: SegModel, out: Path
+    cases: Sequence[CohortCase],
+    template: Job,
+    model: SegModel,
+    out: Path,
+    is_whole: IsWhole | None = None,
 ) -> tuple[PlannedCase, ...]:
     """Return what is to be done.
 
     Args:
         template: the job of every case, but for its scan, truth, folder and name.
-        out: gets a folder for every case.
+        out: has a folder for every case.
+        is_whole: None looks for the files in `out`.
 
     Raises:
         ConfigError: a case would write where something else is kept, or has other channels than the
@@ -97,7 +105,7 @@ def planned(
     for case in cases:
         job = job_of(case, template, out)
         own = inputs_code(job, code)
-        state, error = _state_of(out, case.name, own)
+        state, error = _state_of(out, case.name, own, is_whole)
         found.append(PlannedCase(case, job, own, state, error))
     return tuple(found)
 
@@ -154,16 +162,20 @@ def to_do(plan: Sequence[PlannedCase], *, retry_failed: bool) -> list[PlannedCas
 
 
 def now(
-    plan: Sequence[PlannedCase], out: Path, failed: Mapping[str, str]
+    plan: Sequence[PlannedCase],
+    out: Path,
+    failed: Mapping[str, str],
+    is_whole: IsWhole | None = None,
 ) -> tuple[PlannedCase, ...]:
     """Return a plan with the states that cases have by now, other parts' cases too.
 
     Args:
         failed: name -> why a case of this run failed, whether it is tried again or not.
+        is_whole: as for `planned`.
     """
     found = []
     for one in plan:
-        state, error = _state_of(out, one.name, one.code)
+        state, error = _state_of(out, one.name, one.code, is_whole)
         if state == "to do" and one.name in failed:
             state, error = "failed", failed[one.name]
         found.append(replace(one, state=state, error=error))
@@ -180,12 +192,15 @@ def plan_in_words(
     waiting: Sequence[PlannedCase],
     classes: int,
     out: Path,
+    free: int | None,
 ) -> str:
     """Return how many cases are done and to be done, and what that takes of the disk.
 
     Args:
         waiting: the cases that are explained now.
         classes: how many classes the model has.
+        out: has the records of the cases.
+        free: how many bytes are free where the cases go; None where that is unknown.
     """
     states = Counter(one.state for one in plan)
     words = f"{len(plan)} cases: {states['done']} done, {len(waiting)} to do"
@@ -196,8 +211,8 @@ def plan_in_words(
     each, known = _size_of_a_case(plan, waiting, classes, out)
     return (
         f"{words}. {', '.join(waiting[0].job.formats)}: {'' if known else 'at most about '}"
-        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all; "
-        f"{_bytes(psutil.disk_usage(str(out)).free)} are free"
+        f"{_bytes(each)} for a case, {_bytes(each * len(waiting))} in all"
+        + ("" if free is None else f"; {_bytes(free)} are free")
     )
 
 
@@ -260,12 +275,17 @@ def _settings(template: Job, model: SegModel) -> dict[str, Any]:
     return found
 
 
-def _state_of(out: Path, name: str, code: str) -> tuple[State, str]:
-    folder = out / name
-    record = record_of(folder)
+def _state_of(out: Path, name: str, code: str, is_whole: IsWhole | None) -> tuple[State, str]:
+    record = record_of(out / name)
     run = next((r for r in record.runs if r.inputs == code and r.key), None) if record else None
-    if record is not None and run is not None and not damaged(folder, record, run.files):
-        return "done", ""
+    if record is not None and run is not None:
+        there = (
+            not damaged(out / name, record, run.files)
+            if is_whole is None
+            else is_whole(name, record, run.files)
+        )
+        if there:
+            return "done", ""
     failed = _read(failure_file(out, name))
     if failed.get("code") == code:
         return "failed", str(failed.get("error", ""))

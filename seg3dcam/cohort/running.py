@@ -9,8 +9,8 @@ Every case is a job of its own in a folder of its own, so what is done stays, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from seg3dcam.cohort.calibration import ClassReliability, RiskCoverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
 from seg3dcam.cohort.on_ray import connected
 from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
+from seg3dcam.cohort.results import Elsewhere, Here, results_at
 from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, explained, note_failure, tidy
+from seg3dcam.cohort.work import BUSY, Work, explained_at, note_failure, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
-from seg3dcam.files import check_writable
-from seg3dcam.files.remote import is_url
+from seg3dcam.files.remote import Place, without_login
 from seg3dcam.job.run import advised, check_before_loading, model_of
 from seg3dcam.job.settings import Job
 from seg3dcam.models import SegModel
@@ -40,12 +40,16 @@ _OF_A_CASE = ("scan", "truth", "out", "case")
 KEPT = ("nifti", "html")
 
 
+#: So often tables are written again where cases of another part were done meanwhile.
+_ROUNDS = 3
+
+
 @dataclass(frozen=True)
 class CohortResult:
     """What a run has done.
 
     Attributes:
-        out: its folder.
+        out: its folder, of this machine or at an address.
         done: names of the cases that this run has explained.
         skipped: names of those that were up to date before.
         failed: name -> why, also of those that failed before and were not tried again.
@@ -56,12 +60,12 @@ class CohortResult:
             which the class is drawn.
     """
 
-    out: Path
+    out: Place
     done: tuple[str, ...]
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
-    tables: tuple[Path, ...]
-    page: Path
+    tables: tuple[Place, ...]
+    page: Place
     risk_coverage: Mapping[str, RiskCoverage]
     reliability: Mapping[str, ClassReliability]
 
@@ -88,8 +92,9 @@ def run(
     Args:
         source: see `read_cases`.
         model: see `Job.model`.
-        out: gets a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the
-            folder "cohort" with a log for every case.
+        out: a folder, or an address of a store of objects, such as s3://bucket/explained; it gets
+            a folder for every case, `cohort.csv`, `cohort.parquet` and `index.html`, and the folder
+            "cohort" with a log for every case.
         trust: allow the model's own Python code to run.
         workers: processes that explain cases side by side, each with a model of its own; on several
             GPUs in turns. None explains them in this process, or with `ray` in as many as fit.
@@ -106,7 +111,8 @@ def run(
         ConfigError: illegal settings, a wrong source, an output folder of other settings, a Ray
             cluster that does not answer; before any work begins.
         ModelError: the model cannot be loaded.
-        OutputError: the disk is full. What is done stays.
+        OutputError: the disk is full, or the store of the results can no longer be reached. What is
+            done stays.
 
     Example:
         >>> result = run("imagesTs", model="liver.yaml", out="explained")  # doctest: +SKIP
@@ -117,12 +123,14 @@ def run(
     _check_parts(num_parts, part_id)
     _check_workers(workers, ray, cpus, gpus)
     progress, say = progress or silent, say or _quiet
-    folder = _output_folder(out)
-    cases = read_cases(source, without=folder)
-    _check_job(template, cases)
     with ExitStack() as stack:
+        with _before_any_work():
+            results = stack.enter_context(results_at(out))
+        cases = read_cases(source, without=results.place)
+        _check_job(template, cases)
         cluster = None if ray is None else stack.enter_context(connected(ray, cpus, gpus))
         in_workers = workers is not None or cluster is not None
+        _check_places(results.place, cases, in_workers=in_workers)
         # Where workers have the model, this process needs only its name and its weights' hash.
         here = template.model_copy(update={"device": "cpu"}) if in_workers else template
         loaded = model_of(here, trust=trust)
@@ -130,40 +138,80 @@ def run(
         template, advice = advised(template, loaded)
         if advice:
             say(advice)
-        plan = planned(cases, template, loaded, folder)
-        check_settings(folder, template, loaded)
+        with _before_any_work():
+            plan = _planned(results, cases, template, loaded)
         waiting = to_do(plan[part_id::num_parts], retry_failed=retry_failed)
-        say(plan_in_words(plan, waiting, len(loaded.class_names), folder))
-        work = Work(template, folder, trust, threads=1)
+        classes = len(loaded.class_names)
+        say(plan_in_words(plan, waiting, classes, results.folder, results.free))
+        work = Work(template, results.for_workers, trust, threads=1)
         if cluster is not None:
             most = min(cluster.workers(), workers or len(cases))
             ended = spread(waiting, cluster.opened(work), most, say)
         elif workers is not None:
             ended = spread(waiting, local_workers(work, workers), workers, say)
         else:
-            ended = _in_this_process(waiting, loaded, folder)
-        tally = _Tally(folder, say)
+            ended = _in_this_process(waiting, loaded, work)
+        tally = _Tally(results, say)
         progress(tally.step, 0, len(waiting))
         try:
             with closing(ended):
                 for number, (one, error, died) in enumerate(ended, 1):
                     tally.note(one, error, died)
                     progress(tally.step, number, len(waiting))
-        finally:
+        except BaseException:
             # Whatever ends the run, the tables say what there is by now.
-            with undisturbed():
-                found = sum_up(folder, plan, tally.done, tally.failed, template.methods[0])
+            try:
+                tally.sum_up(plan, template.methods[0])
+            except OutputError as error:
+                say(str(error))
+            raise
+        found = tally.sum_up(plan, template.methods[0])
     _say_what_confidence_is_worth(found, say)
     return CohortResult(
-        out=folder,
+        out=results.place,
         done=tuple(name for name in tally.done if name not in found.failed),
         skipped=tuple(one.name for one in plan if one.state == "done"),
         failed=found.failed,
-        tables=found.tables,
-        page=found.page,
+        tables=tuple(results.place / table.name for table in found.tables),
+        page=results.place / found.page.name,
         risk_coverage=found.risk_coverage,
         reliability=found.reliability,
     )
+
+
+def _planned(
+    results: Here | Elsewhere, cases: Sequence[CohortCase], template: Job, model: SegModel
+) -> tuple[PlannedCase, ...]:
+    """Return what is to be done; legal settings are kept with the results."""
+    results.refresh([case.name for case in cases])
+    plan = planned(cases, template, model, results.folder, results.is_whole)
+    check_settings(results.folder, template, model)
+    results.keep()
+    return plan
+
+
+@contextmanager
+def _before_any_work() -> Iterator[None]:
+    """Raise ConfigError for an OutputError, since nothing was begun."""
+    try:
+        yield
+    except OutputError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_places(out: Place, cases: Sequence[CohortCase], *, in_workers: bool) -> None:
+    """Raise ConfigError where results would go into a scan's folder, or workers cannot see it."""
+    for case in cases:
+        folder = f"{out}/{case.name}/"
+        for file in (file for file in case.files if not isinstance(file, Path)):
+            if folder.startswith(f"{file}/"):
+                raise ConfigError(
+                    f"out {without_login(out)}: the case {case.name!r} would be written to the "
+                    "scan's own folder; choose another one"
+                )
+    places = [out, *(file for case in cases for file in case.files)]
+    if in_workers and any(getattr(one, "protocol", "") == "memory" for one in places):
+        raise ConfigError("memory:// is seen by this process alone: leave out workers and ray")
 
 
 def _say_what_confidence_is_worth(found: SummedUp, say: Callable[[str], None]) -> None:
@@ -182,12 +230,12 @@ class _Tally:
     """How the cases of a run have ended so far.
 
     Attributes:
-        out: the cohort's folder.
+        results: of the cohort.
         say: see `run`.
         done, failed: see `CohortResult`.
     """
 
-    out: Path
+    results: Here | Elsewhere
     say: Callable[[str], None]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -207,20 +255,27 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_failure(one, self.out, error)
-            tidy(self.out / one.name)
+            note_failure(one, self.results.folder, error)
+            tidy(self.results.folder / one.name)
+            try:
+                self.results.keep()
+            except OutputError as raised:
+                self.say(str(raised))
 
-
-def _output_folder(out: str | Path) -> Path:
-    if is_url(str(out)):
-        raise ConfigError(
-            f"out {out!r}: results go to a folder of this machine or of a shared disk; copy it to "
-            "the address when all is done"
-        )
-    try:
-        return check_writable(out)
-    except OutputError as error:
-        raise ConfigError(str(error)) from error
+    def sum_up(self, plan: Sequence[PlannedCase], method: str) -> SummedUp:
+        """Write the tables and the page of all cases, as they are now."""
+        results, names = self.results, [one.name for one in plan]
+        results.refresh(names)
+        for _ in range(_ROUNDS):
+            with undisturbed():
+                found = sum_up(
+                    results.folder, plan, self.done, self.failed, method, results.is_whole
+                )
+            results.keep()
+            # At an address another part may have ended meanwhile, whose tables these replace.
+            if not results.refresh(names):
+                break
+        return found
 
 
 def _check_job(template: Job, cases: Sequence[CohortCase]) -> None:
@@ -268,11 +323,11 @@ def _check_workers(
 
 
 def _in_this_process(
-    waiting: Sequence[PlannedCase], model: SegModel, out: Path
+    waiting: Sequence[PlannedCase], model: SegModel, work: Work
 ) -> Generator[tuple[PlannedCase, str | None, bool]]:
     """Yield each case when it is done, as `spread` does."""
     for one in waiting:
-        yield one, explained(one, model, out), False
+        yield one, explained_at(one, model, work.out), False
 
 
 def _quiet(line: str) -> None:

@@ -17,7 +17,7 @@ from seg3dcam.cohort.calibration import (
     reliability_of_classes,
 )
 from seg3dcam.cohort.page import write_page
-from seg3dcam.cohort.plan import CURRENT, OWN, PlannedCase, failures, now
+from seg3dcam.cohort.plan import CURRENT, OWN, IsWhole, PlannedCase, failures, now
 from seg3dcam.cohort.table import summaries, write_tables
 from seg3dcam.files import write_json
 from seg3dcam.job.folder import OccupiedError, locked
@@ -45,18 +45,20 @@ def sum_up(
     done: Sequence[str],
     failed: Mapping[str, str],
     method: str,
+    is_whole: IsWhole,
 ) -> SummedUp:
     """Write the tables and the page of all cases, of other parts' cases too.
 
     Args:
         done, failed: what this run says of its cases.
+        is_whole: see `planned`.
         method: the one whose explanations say what a confidence is worth.
     """
     with _alone(out / OWN):
-        states = now(plan, out, failed)
+        states = now(plan, out, failed, is_whole)
         # "Done" is a promise: it is looked for in the folder, and not taken from the run.
         lost = {one.name: _LOST for one in states if one.name in set(done) and one.state == "to do"}
-        states = now(plan, out, {**failed, **lost})
+        states = now(plan, out, {**failed, **lost}, is_whole)
         write_json(out / OWN / CURRENT, {o.name: o.code for o in states if o.state == "done"})
         found = summaries(out, states)
         entries = [entry for one in found for entry in one.of_method(method)]

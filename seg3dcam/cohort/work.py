@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import cv2
 import torch
 
 from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
+from seg3dcam.cohort.results import results_at
 from seg3dcam.errors import OutputError, Seg3dcamError
-from seg3dcam.files import write_json
+from seg3dcam.files import write_json, write_text
 from seg3dcam.files.remote import local_copy, without_login
 from seg3dcam.job.folder import OccupiedError, locked
 from seg3dcam.job.record import listed_files
@@ -63,8 +64,27 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
             note_failure(one, out, error)
     seconds = time.perf_counter() - start
     lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
-    log_file(out, one.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(log_file(out, one.name), "\n".join(lines) + "\n")
     return error
+
+
+def explained_at(one: PlannedCase, model: SegModel, out: Path | str) -> str | None:
+    """Explain a case whose results go to a folder, or to an address; see `explained`."""
+    if isinstance(out, Path):
+        return explained(one, model, out)
+
+    def make(folder: Path) -> str | None:
+        job = one.job.model_copy(update={"out": str(folder / one.name)})
+        return explained(replace(one, job=job), model, folder)
+
+    with results_at(out) as results:
+        try:
+            return results.made(one.name, make)
+        except OutputError as error:
+            # A full disk of this machine would stop the next case, too.
+            if error.errno == errno.ENOSPC:
+                raise
+            return str(error)
 
 
 @contextlib.contextmanager
@@ -112,13 +132,13 @@ class Work:
 
     Attributes:
         template: a job whose model, device and settings are those of every case.
-        out: the cohort's folder.
+        out: the cohort's folder, or its address.
         trust: whether the model's own Python code may run.
         threads: of PyTorch, in each process.
     """
 
     template: Job
-    out: Path
+    out: Path | str
     trust: bool
     threads: int
 
@@ -141,4 +161,4 @@ class CaseWorker:
 
     def explain(self, one: PlannedCase) -> str | None:
         """Explain a case, see `explained`."""
-        return explained(one, self._model, self._work.out)
+        return explained_at(one, self._model, self._work.out)

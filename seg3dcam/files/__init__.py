@@ -15,8 +15,10 @@ from seg3dcam.files.writing import (
     plain,
     read_small,
     resolved,
+    scratch_folder,
     temporary_name,
     write_json,
+    write_text,
 )
 
 __all__ = [
@@ -29,9 +31,11 @@ __all__ = [
     "printable",
     "read_small",
     "resolved",
+    "scratch_folder",
     "shortened",
     "temporary_name",
     "unique_names",
     "visible",
     "write_json",
+    "write_text",
 ]

@@ -9,14 +9,13 @@ A name without "://" is a path on this machine, and so is file:///scans/a.nii.gz
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from seg3dcam.errors import ConfigError, MissingExtraError, ScanError
+from seg3dcam.files.writing import scratch_folder
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -95,10 +94,14 @@ def fingerprint(file: Place) -> str:
         about = file.stat()
         # With its place: of copies, which may have one size and time, none passes for another.
         return f"{file.absolute()} {about.st_size} {about.st_mtime_ns}"
-    known = file.fs.info(file.path)
+    return f"{file} {mark_of(file.fs.info(file.path))}"
+
+
+def mark_of(known: Mapping[str, Any]) -> str:
+    """Return a text that is another one when a file is, of what its store says of it."""
     # A store says more of a file that is asked for than of one in a list, so not all of it counts.
     mark = next((known[name] for name in _MARKS if known.get(name)), None)
-    return f"{file} {known.get('size')} {known if mark is None else mark}"
+    return f"{known.get('size')} {known if mark is None else mark}"
 
 
 @contextmanager
@@ -111,11 +114,8 @@ def local_copy(name: str) -> Iterator[str]:
     if not is_url(name):
         yield name
         return
-    folder = Path(tempfile.mkdtemp(prefix="seg3dcam-"))
-    try:
+    with scratch_folder() as folder:
         yield str(_fetched(name, folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetched(name: str, folder: Path) -> Path:

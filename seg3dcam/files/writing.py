@@ -17,6 +17,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,7 +43,16 @@ def as_path(path: Any) -> Path:
         raw = b""
     if not raw or b"\0" in raw:
         raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
+    if _ADDRESS.match(os.fsdecode(raw)):
+        raise OutputError(
+            f"{os.fsdecode(raw)!r} is an address, or a folder with a colon in its name: results go "
+            "to a path of this machine; write such a folder as ./name:/..."
+        )
     return Path(path)
+
+
+#: Text that a path on this machine would hardly begin with: s3://bucket, and a Path of it, s3:/b.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextmanager
@@ -99,6 +109,11 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
     }
     """
     text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(path, text)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write text in UTF-8, atomically; raise `OutputError` if the file cannot be written."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
@@ -194,6 +209,31 @@ def remove_left_behind(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give a folder for this process alone, which goes at the end, in the system's temporary one.
+
+    Those of processes that were killed go, too.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        parent = Path(tempfile.gettempdir())
+        folder = temporary_name(parent, ".scratch")
+        folder.mkdir(mode=0o700)  # it may hold patients' volumes
+    except OSError as error:
+        raise OutputError(
+            f"no temporary folder can be made ({error.strerror or error}): TMPDIR says where"
+        ) from error
+    try:
+        with suppress(OSError):
+            remove_left_behind(parent)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _machine() -> str:

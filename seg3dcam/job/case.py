@@ -34,6 +34,7 @@ from seg3dcam.job.record import (
     Record,
     RunEntry,
     damaged,
+    files_of,
     is_somebody_elses,
     listed_files,
     provenance_of,
@@ -92,7 +93,7 @@ def write_case(
         if before is not None and before.voxels_sha256 != new.keys.voxels:
             raise OutputError(f"{folder} holds another scan's case: choose another folder")
         others = without_job(before, new.keys.job)
-        replaced = _files_of(before) - _files_of(others)
+        replaced = files_of(before) - files_of(others)
         names = placed_as(folder, staged, new.files, replaced)
         files = described(staged, names)
         # If this run is killed from here on, the next one removes its new files. The files that it
@@ -136,7 +137,7 @@ def write_empty_case(
             empty=why,
         )
         write_record(folder, _with_run(others, run, case, keys.voxels, {}, []))
-        remove(folder, _files_of(before) - _files_of(others))
+        remove(folder, files_of(before) - files_of(others))
     return {"case": case, "files": [], "explanations": []}
 
 
@@ -161,9 +162,9 @@ def make_room(folder: Path, voxels_sha256: str) -> None:
             )
         if record.voxels_sha256 != voxels_sha256:
             # If this run is killed from here on, the next one removes the files.
-            lock.announce(_files_of(record))
+            lock.announce(files_of(record))
             write_record(folder, None)
-            remove(folder, _files_of(record))
+            remove(folder, files_of(record))
             lock.announce(())
 
 
@@ -228,10 +229,6 @@ def _with_run(
             "explanations": [*(others.explanations if others else []), *entries],
         }
     )
-
-
-def _files_of(record: Record | None) -> set[str]:
-    return set() if record is None else {name for run in record.runs for name in run.files}
 
 
 def _check_there(folder: Path, record: Record, files: Iterable[str]) -> None:

@@ -245,7 +245,11 @@ def is_somebody_elses(folder: Path) -> bool:
 
 def listed_files(folder: Path) -> set[str]:
     """Return the names of all files that a folder's record lists."""
-    record = record_of(folder)
+    return files_of(record_of(folder))
+
+
+def files_of(record: Record | None) -> set[str]:
+    """Return the names of all files that a record lists; none where there is no record."""
     return set() if record is None else {name for run in record.runs for name in run.files}
 
 

@@ -1,4 +1,7 @@
-"""Scans that lie elsewhere: the same cases as from a folder, and nothing is left behind here."""
+"""Scans that lie elsewhere: the same cases as from a folder, and nothing is left behind here.
+
+Results that go elsewhere are tested in test_elsewhere.py, and here in a bucket.
+"""
 
 from __future__ import annotations
 
@@ -125,6 +128,17 @@ def test_scans_in_a_bucket(tmp_path, monkeypatch):
         settings = {"model": str(tmp_path / "model.yaml"), "out": tmp_path / "out"} | SETTINGS
         assert cohort.run("s3://hospital/scans", **settings).done == tuple(NAMES)
         assert cohort.run("s3://hospital/scans", **settings).skipped == tuple(NAMES)
+        there = {**settings, "out": "s3://hospital/results/liver"}
+        assert cohort.run("s3://hospital/scans", workers=2, **there).done == tuple(NAMES)
+        store.rm("hospital/results/liver/b/cam_lesion.nii.gz")
+        again = cohort.run("s3://hospital/scans", **there)
+        assert (again.done, again.skipped, again.failed) == (("b",), ("a", "c"), {})
+        for name in NAMES:
+            for file in sorted((tmp_path / "out" / name).iterdir()):
+                assert store.cat(f"hospital/results/liver/{name}/{file.name}") == file.read_bytes()
+        with pytest.raises(ConfigError, match="s3://hopsital/out cannot be"):
+            cohort.run("s3://hospital/scans", **(there | {"out": "s3://hopsital/out"}))
+        assert store.ls("") == ["hospital"]
         assert [c.name for c in read_cases("s3://hospital/*/[ab].nii.gz")] == ["a", "b"]
         with pytest.raises(ConfigError, match="s3://nowhere"):
             read_cases("s3://nowhere/scans")
@@ -157,13 +171,6 @@ def test_addresses_of_this_machine_are_paths(tmp_path):
     assert [c.name for c in read_cases(everything, without=tmp_path / "out")] == NAMES
     (tmp_path / "cases.csv").write_text(f"scan\nfile://{scans}/a.nii.gz\n", encoding="utf-8")
     assert read_cases(tmp_path / "cases.csv")[0].files == (scans / "a.nii.gz",)
-
-
-@pytest.mark.parametrize("out", ["s3://bucket/out", "memory://out"])
-def test_results_do_not_go_elsewhere(bucket, tmp_path, out):
-    model = str(tmp_path / "model.yaml")
-    with pytest.raises(ConfigError, match=f"out '{out}': results go to a folder of this machine"):
-        cohort.run("memory://hospital/scans", model=model, out=out, **SETTINGS)
 
 
 def test_a_file_is_the_same_however_a_store_tells_of_it(bucket, monkeypatch):

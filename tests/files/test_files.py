@@ -184,3 +184,14 @@ def test_json(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(path, {1: object()})
     assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/out", Path("s3://bucket/out"), "file:///out"])
+def test_an_address_is_no_folder_here(tmp_path, monkeypatch, given):
+    """Not a folder of the name "s3:" with results that nobody finds."""
+    monkeypatch.chdir(tmp_path)
+    for write in (check_writable, lambda path: write_json(path, {})):
+        with pytest.raises(OutputError, match="is an address"):
+            write(given)
+    assert list(tmp_path.iterdir()) == []
+    assert check_writable("./s3:/bucket/out").is_dir()
