@@ -132,7 +132,7 @@ def compare_cohorts(
         progress: called with ("comparing", done, total).
 
     Raises:
-        ConfigError: one is no folder of this machine that holds a cohort, or they have no case in common.
+        ConfigError: one is no folder of this machine with a cohort, or they have no case in common.
 
     Example:
         >>> found = compare_cohorts("explained_a", "explained_b")  # doctest: +SKIP
