@@ -13,6 +13,7 @@ from seg3dcam.cli.options import (
     FrameName,
     ModelSource,
     Overrides,
+    ScanFiles,
     Trust,
     frame_of,
     number_or_word,
@@ -30,12 +31,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    scan: Annotated[
-        list[str],
-        typer.Argument(
-            help="NIfTI file or folder of a DICOM series; several files are one scan's channels"
-        ),
-    ],
+    scan: ScanFiles,
     model: ModelSource,
     target: Annotated[
         list[str] | None,

@@ -12,6 +12,7 @@ from seg3dcam.cli.options import (
     FrameName,
     ModelSource,
     Overrides,
+    ScanFiles,
     Trust,
     axis_of,
     frame_of,
@@ -23,7 +24,7 @@ from seg3dcam.job.checks import check_apart
 
 
 def features(
-    scan: Annotated[list[str], typer.Argument(help="NIfTI file; several are its channels")],
+    scan: ScanFiles,
     model: ModelSource,
     frame: FrameName = None,
     layer: Annotated[str, typer.Option(help="one layer; default: the bottleneck")] = "auto",

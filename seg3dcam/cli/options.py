@@ -236,6 +236,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 # ---------------------------------------------------------------- options of other commands
 
+ScanFiles = Annotated[list[str], typer.Argument(help=help_of("scan"))]
 ModelSource = Annotated[str, typer.Option(help=help_of("model"))]
 FrameName = Annotated[str | None, typer.Option(help=help_of("frame"))]
 Overrides = Annotated[list[str] | None, typer.Option(help=help_of("set"))]

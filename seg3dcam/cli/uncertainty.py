@@ -13,6 +13,7 @@ from seg3dcam.cli.options import (
     FrameName,
     ModelSource,
     Overrides,
+    ScanFiles,
     Trust,
     frame_of,
     overrides,
@@ -24,12 +25,7 @@ from seg3dcam.job.checks import check_apart
 
 
 def uncertainty(
-    scan: Annotated[
-        list[str],
-        typer.Argument(
-            help="NIfTI file or folder of a DICOM series; several files are one scan's channels"
-        ),
-    ],
+    scan: ScanFiles,
     model: ModelSource,
     flip: Annotated[
         list[int] | None,
