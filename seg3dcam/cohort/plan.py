@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -57,6 +57,7 @@ class PlannedCase:
         code: of its files, the model and the settings: it is up to date with the same one.
         state: "failed" for one that failed with this code.
         error: why it failed.
+        seconds: that it took; None where it was not tried, or its process died.
     """
 
     case: CohortCase
@@ -64,6 +65,7 @@ class PlannedCase:
     code: str
     state: State
     error: str = ""
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -105,8 +107,7 @@ def planned(
     for case in cases:
         job = job_of(case, template, out)
         own = inputs_code(job, code)
-        state, error = _state_of(out, case.name, own, is_whole)
-        found.append(PlannedCase(case, job, own, state, error))
+        found.append(_with_state(PlannedCase(case, job, own, "to do"), out, is_whole))
     return tuple(found)
 
 
@@ -175,10 +176,10 @@ def now(
     """
     found = []
     for one in plan:
-        state, error = _state_of(out, one.name, one.code, is_whole)
-        if state == "to do" and one.name in failed:
-            state, error = "failed", failed[one.name]
-        found.append(replace(one, state=state, error=error))
+        current = _with_state(one, out, is_whole)
+        if current.state == "to do" and one.name in failed:
+            current = replace(current, state="failed", error=failed[one.name])
+        found.append(current)
     return tuple(found)
 
 
@@ -258,9 +259,44 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def failure_file(out: Path, name: str) -> Path:
-    """Return the file that says why a case failed."""
-    return out / OWN / f"{name}.failed.json"
+def note_file(out: Path, name: str) -> Path:
+    """Return the file that says how a case has ended."""
+    return out / OWN / f"{name}.ended.json"
+
+
+@dataclass(frozen=True)
+class Note:
+    """How a case has ended when it was last tried.
+
+    Attributes:
+        code: see `PlannedCase`.
+        error: why it failed; empty where it did not.
+        seconds: that it took.
+    """
+
+    code: str = ""
+    error: str = ""
+    seconds: float | None = None
+
+
+def noted(out: Path, name: str) -> Note:
+    """Return how a case has ended."""
+    found = _read(note_file(out, name))
+    seconds = found.get("seconds")
+    return Note(
+        str(found.get("code", "")),
+        str(found.get("error", "")),
+        float(seconds) if isinstance(seconds, int | float) else None,
+    )
+
+
+def note_ended(out: Path, one: PlannedCase, error: str, seconds: float | None) -> None:
+    """Write down how a case has ended.
+
+    One that failed is not tried again until its files or settings change.
+    """
+    note = Note(one.code, error, None if seconds is None else round(seconds, 3))
+    write_json(note_file(out, one.name), asdict(note))
 
 
 def log_file(out: Path, name: str) -> Path:
@@ -275,21 +311,21 @@ def _settings(template: Job, model: SegModel) -> dict[str, Any]:
     return found
 
 
-def _state_of(out: Path, name: str, code: str, is_whole: IsWhole | None) -> tuple[State, str]:
-    record = record_of(out / name)
-    run = next((r for r in record.runs if r.inputs == code and r.key), None) if record else None
-    if record is not None and run is not None:
-        there = (
-            not damaged(out / name, record, run.files)
+def _with_state(one: PlannedCase, out: Path, is_whole: IsWhole | None) -> PlannedCase:
+    """Return a case with its state by now."""
+    record, note = record_of(out / one.name), noted(out, one.name)
+    seconds = note.seconds if note.code == one.code else None
+    if record is not None:
+        run = next((run for run in record.runs if run.inputs == one.code and run.key), None)
+        if run is not None and (
+            not damaged(out / one.name, record, run.files)
             if is_whole is None
-            else is_whole(name, record, run.files)
-        )
-        if there:
-            return "done", ""
-    failed = _read(failure_file(out, name))
-    if failed.get("code") == code:
-        return "failed", str(failed.get("error", ""))
-    return "to do", ""
+            else is_whole(one.name, record, run.files)
+        ):
+            return replace(one, state="done", error="", seconds=seconds)
+    if note.error and note.code == one.code:
+        return replace(one, state="failed", error=note.error, seconds=seconds)
+    return replace(one, state="to do", error="", seconds=None)
 
 
 def _read(path: Path) -> dict[str, Any]:

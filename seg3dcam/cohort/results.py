@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from seg3dcam.cohort.plan import OWN, SETTINGS, failure_file, log_file
+from seg3dcam.cohort.plan import OWN, SETTINGS, log_file, note_file
 from seg3dcam.errors import OutputError
 from seg3dcam.files import as_path, check_writable, scratch_folder, write_json, write_text
 from seg3dcam.files.remote import Place, is_address, is_url, place
@@ -130,7 +130,7 @@ class Elsewhere:
     def refresh(self, names: Sequence[str]) -> bool:
         wanted = [f"{OWN}/{SETTINGS}"]
         for name in names:
-            wanted += [f"{name}/{NAME}", _relative(failure_file(self.folder, name), self.folder)]
+            wanted += [f"{name}/{NAME}", _relative(note_file(self.folder, name), self.folder)]
         before = dict(self._there)
         self._there.clear()
         self._there.update(self.store.files())
@@ -155,25 +155,31 @@ class Elsewhere:
 
     def made(self, name: str, make: Callable[[Path], str | None]) -> str | None:
         with scratch_folder() as folder:
-            log, failure = log_file(folder, name), failure_file(folder, name)
+            notes = [file(folder, name) for file in (log_file, note_file)]
+            names = {_relative(note, folder): note for note in notes}
             # If nothing can be written there, that is found out before hours of work.
-            write_text(log, "begun\n")
-            self._keep_notes(folder, log)
+            write_text(notes[0], "begun\n")
+            self._keep_notes(names)
+            for name_there, content in self.store.contents(list(names)).items():
+                write_text(names[name_there], content.decode("utf-8", "replace"))
             case = _Fetched(self.store, name, folder / name)
             error = make(folder)
             case.copy_back()
-            for note in (log, failure):
-                if note.exists():
-                    # The user knows the address, and not the folder of this machine.
-                    text = note.read_text(encoding="utf-8")
-                    write_text(note, text.replace(str(folder), self.store.name))
+            for note in filter(Path.exists, notes):
+                # The user knows the address, and not the folder of this machine.
+                text = note.read_text(encoding="utf-8").replace(str(folder), self.store.name)
+                write_text(note, text)
             try:
-                self._keep_notes(folder, log, failure)
+                self._keep_notes(names)
             except OutputError:
                 if error is not None:
                     raise
-                # The case is done, with its log or without.
+                # The case is done, with its notes or without.
             return None if error is None else error.replace(str(folder), self.store.name)
+
+    def _keep_notes(self, notes: Mapping[str, Path]) -> None:
+        """Copy notes on a case there: name -> file here, which may be missing."""
+        self.store.put({name: note for name, note in notes.items() if note.exists()})
 
     def keep(self) -> None:
         own = [file for place in (self.folder / OWN, self.folder) for file in place.iterdir()]
@@ -181,12 +187,6 @@ class Elsewhere:
         new = [name for name in now if is_plain(name) and now[name] != self._kept.get(name)]
         self.store.put({name: self.folder / name for name in new})
         self._kept.update(now)
-
-    def _keep_notes(self, folder: Path, *notes: Path) -> None:
-        """Copy notes on a case there; one that is missing here goes there, too."""
-        names = {_relative(note, folder): note for note in notes}
-        self.store.put({name: note for name, note in names.items() if note.exists()})
-        self.store.remove(name for name, note in names.items() if not note.exists())
 
 
 class _Fetched:

@@ -19,10 +19,17 @@ from seg3dcam.checks import check_whole_number
 from seg3dcam.cohort.calibration import ClassReliability, RiskCoverage
 from seg3dcam.cohort.cases import CohortCase, read_cases
 from seg3dcam.cohort.on_ray import connected
-from seg3dcam.cohort.plan import PlannedCase, check_settings, plan_in_words, planned, to_do
+from seg3dcam.cohort.plan import (
+    PlannedCase,
+    check_settings,
+    note_ended,
+    plan_in_words,
+    planned,
+    to_do,
+)
 from seg3dcam.cohort.results import Elsewhere, Here, results_at
 from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, explained_at, note_failure, tidy
+from seg3dcam.cohort.work import BUSY, Work, explained_at, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
 from seg3dcam.files.remote import Place, without_login
@@ -255,7 +262,7 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_failure(one, self.results.folder, error)
+            note_ended(self.results.folder, one, error, None)
             tidy(self.results.folder / one.name)
             try:
                 self.results.keep()

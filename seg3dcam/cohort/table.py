@@ -38,7 +38,7 @@ COLUMNS = (
     *("verdict", "verdict_words", "resolution_mm"),
     *_FOUND,
     "ece",
-    *("unusual", "why", "error"),
+    *("unusual", "why", "error", "seconds"),
 )
 
 #: Columns of words; the others hold numbers.
@@ -140,7 +140,7 @@ def _written_as_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterat
 
 def _rows(one: Summary) -> Iterator[dict[str, Any]]:
     """Yield the rows of a case; one that has not been explained has one."""
-    empty = dict.fromkeys(COLUMNS) | {"case": one.case.name}
+    empty = dict.fromkeys(COLUMNS) | {"case": one.case.name, "seconds": one.case.seconds}
     if not one.entries:
         yield empty | {"status": one.status, "error": one.reason}
     for entry, unusual in one.entries:

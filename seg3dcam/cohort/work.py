@@ -15,10 +15,10 @@ from pathlib import Path
 import cv2
 import torch
 
-from seg3dcam.cohort.plan import PlannedCase, failure_file, log_file
+from seg3dcam.cohort.plan import PlannedCase, log_file, note_ended, noted
 from seg3dcam.cohort.results import results_at
 from seg3dcam.errors import OutputError, Seg3dcamError
-from seg3dcam.files import write_json, write_text
+from seg3dcam.files import write_text
 from seg3dcam.files.remote import local_copy, without_login
 from seg3dcam.job.folder import OccupiedError, locked
 from seg3dcam.job.record import listed_files
@@ -44,7 +44,9 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
         warnings.simplefilter("always")
         try:
             with local_files(one.job) as job, names_kept(one.job, job):
-                run_with_model(job, model, inputs=one.code, say=lines.append, of_cohort=True)
+                result = run_with_model(
+                    job, model, inputs=one.code, say=lines.append, of_cohort=True
+                )
         except OccupiedError as raised:
             return BUSY + str(raised)
         except Exception as raised:
@@ -56,13 +58,15 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
             # What cannot be written is no fault of the scan: the next run tries it again.
             lasting = not isinstance(raised, OutputError)
     lines += [f"{w.category.__name__}: {w.message}" for w in said]
+    seconds: float | None = time.perf_counter() - start
     if error is None:
-        failure_file(out, one.name).unlink(missing_ok=True)
+        # A scan that was read again and found to be done took its time before.
+        seconds = noted(out, one.name).seconds if result.was_done else seconds
+        note_ended(out, one, "", seconds)
     else:
         lines.append(trace)
         if lasting:
-            note_failure(one, out, error)
-    seconds = time.perf_counter() - start
+            note_ended(out, one, error, seconds)
     lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
     write_text(log_file(out, one.name), "\n".join(lines) + "\n")
     return error
@@ -119,11 +123,6 @@ def tidy(folder: Path) -> None:
             pass
         with contextlib.suppress(OSError):
             folder.rmdir()  # where nothing else is in it
-
-
-def note_failure(one: PlannedCase, out: Path, error: str) -> None:
-    """Write down why a case failed; until its files or settings change it is not tried again."""
-    write_json(failure_file(out, one.name), {"code": one.code, "error": error})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_cases import voxels, write_model, write_scan
-from helpers_cohort import write_cohort
+from helpers_cohort import timeless, write_cohort
 
 from seg3dcam import cohort
 from seg3dcam.cohort import read_cases, running, summary, work
@@ -53,11 +53,11 @@ class Cohort:
         write_model(self.root, biases=(0.0, -0.4, -1.5))
 
     def kept(self):
-        """Return the name of every file at the address -> its bytes, without logs."""
+        """Return the name of every file at the address -> its bytes, without times and logs."""
         root = self.there.path
         found = {path[len(root) + 1 :]: path for path in self.there.fs.find(root)}
         return {
-            name: self.there.fs.cat(path)
+            name: timeless(name, self.there.fs.cat(path))
             for name, path in found.items()
             if not name.endswith(".log")
         }
@@ -65,7 +65,7 @@ class Cohort:
     def kept_here(self):
         files = (file for file in self.here.rglob("*") if file.is_file())
         found = {file.relative_to(self.here).as_posix(): file.read_bytes() for file in files}
-        return {name: content for name, content in found.items() if not name.endswith(".log")}
+        return {n: timeless(n, content) for n, content in found.items() if not n.endswith(".log")}
 
 
 @pytest.fixture
@@ -174,12 +174,12 @@ def test_a_failure_is_kept_and_tried_again_when_asked(made):
     (made.scans / "b.nii.gz").write_bytes(b"no scan")
     first = made.run()
     assert list(first.failed) == ["b"]
-    assert "cohort/b.failed.json" in made.kept()
+    assert json.loads(made.kept()["cohort/b.ended.json"])["error"] == first.failed["b"]
     assert made.run().failed == first.failed
     assert made.run(retry_failed=True).failed == first.failed
     made.replace("b")
     assert made.run().done == ("b",)
-    assert "cohort/b.failed.json" not in made.kept()
+    assert json.loads(made.kept()["cohort/b.ended.json"])["error"] == ""
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_nothing_is_explained_for_a_store_that_takes_nothing(made, monkeypatch):
     found = made.run()
     assert explained == []
     assert "the token has expired" in found.failed["a"]
-    assert "cohort/a.failed.json" not in made.kept()
+    assert "cohort/a.ended.json" not in made.kept()
 
 
 def test_an_interrupted_run_is_interrupted_also_without_the_store(made, monkeypatch):

@@ -12,6 +12,7 @@ from helpers_cases import voxels, write_model, write_scan
 
 from seg3dcam import cohort
 from seg3dcam.cohort import running, work
+from seg3dcam.cohort.plan import noted
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.record import record_of
 from seg3dcam.job.run import run_job
@@ -92,11 +93,11 @@ def test_a_rerun_does_what_is_missing(scans, monkeypatch):
     first = explained(scans)
     worked, given = [], work.run_with_model
 
-    def noted(job, *args, **settings):
+    def counted(job, *args, **settings):
         worked.append(job.case)
         return given(job, *args, **settings)
 
-    monkeypatch.setattr(work, "run_with_model", noted)
+    monkeypatch.setattr(work, "run_with_model", counted)
     again = explained(scans)
     assert worked == []
     assert again.skipped == ("a", "c")
@@ -111,17 +112,21 @@ def test_a_rerun_does_what_is_missing(scans, monkeypatch):
     assert mended.done == ("b",)
     assert mended.failed == {}
     assert [row["status"] for row in rows(mended)] == ["ok"] * 3
-    assert not (first.out / "cohort" / "b.failed.json").exists()
+    assert noted(first.out, "b").error == ""
 
 
 def test_the_same_scan_with_another_time_is_not_explained_again(scans):
     result = explained(scans)
     volumes = sorted((result.out / "a").glob("*.nii.gz"))
     before = [volume.stat().st_mtime_ns for volume in volumes]
+    seconds = [row["seconds"] for row in rows(result)]
+    assert min(map(float, seconds)) > 0
     os.utime(scans / "a.nii.gz", ns=(1, 1))
     assert explained(scans).done == ("a",)  # it was read, and found to be done
     assert [volume.stat().st_mtime_ns for volume in volumes] == before != []
-    assert explained(scans).done == ()
+    again = explained(scans)
+    assert again.done == ()
+    assert [row["seconds"] for row in rows(again)] == seconds  # of the work, not of the reading
 
 
 def test_another_recommendation_is_another_setting(scans, monkeypatch):
