@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -23,6 +24,12 @@ from seg3dcam.cli.printing import print_file, progress_bar, say, shown
 from seg3dcam.files import check_writable
 from seg3dcam.job.checks import check_apart
 
+if TYPE_CHECKING:
+    from seg3dcam.explaining.lesions import LesionUncertainty
+
+#: So many lesions of a class are shown, and none that is smaller (ml); figures.json has more.
+_SHOWN, _SMALLEST = 10, 0.01
+
 
 def uncertainty(
     scan: ScanFiles,
@@ -33,7 +40,7 @@ def uncertainty(
     ] = None,
     dropout: Annotated[int, typer.Option(help="passes with dropout switched on")] = 0,
     out: Annotated[
-        str, typer.Option(help="gets entropy.nii.gz and mutual_information.nii.gz")
+        str, typer.Option(help="gets entropy and mutual_information .nii.gz, and figures.json")
     ] = "seg3dcam_uncertainty",
     frame: FrameName = None,
     device: DeviceName = "auto",
@@ -69,7 +76,31 @@ def uncertainty(
             "" if dice is None else f"{dice:.3f}",
         )
     console.print(table)
+    shown_lesions = [x for x in found.lesions if x.rank < _SHOWN and x.ml >= _SMALLEST]
+    if shown_lesions:
+        console.print(_of_lesions(shown_lesions, found.members))
     if found.members == 1:
         say("one member alone: --flip or --dropout, or an ensemble, tell how far members disagree")
     for path in found.save(out):
         print_file(path.name.split(".")[0], path)
+
+
+def _of_lesions(lesions: Sequence[LesionUncertainty], members: int) -> Table:
+    table = Table(
+        title=f"Lesions: connected parts of what the mean of the members draws; the {_SHOWN} "
+        f"largest of a class, from {_SMALLEST} ml on"
+    )
+    columns = ("class", "at R, A, S mm", "ml", "confidence", "entropy", "drawn by", "Dice of two")
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="left" if name == "class" else "right")
+    for lesion in lesions:
+        table.add_row(
+            shown(lesion.class_name),
+            ", ".join(f"{mm:.0f}" for mm in lesion.centre_mm),
+            f"{lesion.ml:.3g}",
+            "" if lesion.confidence is None else f"{lesion.confidence:.3f}",
+            f"{lesion.mean_entropy:.3f}",
+            f"{lesion.drawn_by} of {members}",
+            "" if lesion.pairwise_dice is None else f"{lesion.pairwise_dice:.3f}",
+        )
+    return table

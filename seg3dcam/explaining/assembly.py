@@ -12,7 +12,7 @@ import torch
 from seg3dcam.cams.base import BaseCAM
 from seg3dcam.cams.result import CamResult
 from seg3dcam.engine.layer_map import LayerMap
-from seg3dcam.explaining.certainty import Probabilities, soft_dice_confidence
+from seg3dcam.explaining.certainty import Probabilities, lesion_confidence, soft_dice_confidence
 from seg3dcam.explaining.explanation import Explanation
 from seg3dcam.explaining.judging import Judge
 from seg3dcam.explaining.placement import Placement
@@ -35,9 +35,6 @@ from seg3dcam.targets.combined import AnyTarget
 
 #: Packages whose version may change a map.
 PACKAGES = ("seg3dcam", "torch", "monai", "nibabel")
-
-#: Voxels around a lesion whose probabilities belong to it.
-NEAR = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +109,7 @@ class Assembly:
         mask = drawn[own.class_index] if drawn.ndim == logits.ndim else drawn == own.class_index
         region = region_of(target, result.logits) if own.of_component else None
         if region is not None:
-            # Other lesions of the class are not this one's, however near they are.
-            lesion = region[0].to(mask.device)
-            near = _grown(lesion, NEAR)
-            probability = torch.where(near & (lesion | ~mask), probability, 0)
-            mask = lesion
+            return lesion_confidence(probability, mask, region[0].to(mask.device))
         return soft_dice_confidence(probability, mask)
 
     def _maps_on_scan(self, result: CamResult, label: str) -> dict[str, torch.Tensor]:
@@ -217,14 +210,6 @@ def _layer_record(layer: LayerMap, spacing_mm: tuple[float, ...]) -> LayerRecord
 def _temperature_of(model: SegModel) -> dict[str, float]:
     """Return what a record says of the temperature: nothing, where there is none."""
     return {} if model.temperature == 1 else {"temperature": model.temperature}
-
-
-def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:
-    """Return a mask (*S) and all voxels at most so far from it along every axis."""
-    grown = mask.float()[None, None]
-    for _ in range(voxels):
-        grown = torch.nn.functional.max_pool3d(grown, 3, stride=1, padding=1)
-    return grown[0, 0].bool()
 
 
 # ------------------------------------------------------------------------------- words of a target

@@ -13,6 +13,9 @@ from functools import cached_property
 
 import torch
 
+#: Voxels around a lesion whose probabilities belong to it.
+NEAR = 3
+
 #: Slices that are summed over classes at once, so that many classes need little memory.
 _SLAB = 8
 
@@ -72,3 +75,40 @@ def soft_dice_confidence(probability: torch.Tensor, mask: torch.Tensor) -> float
         return None
     inside = float(probability[mask].sum(dtype=torch.float64))
     return 2 * inside / (float(probability.sum(dtype=torch.float64)) + size)
+
+
+def lesion_confidence(
+    probability: torch.Tensor, mask: torch.Tensor, lesion: torch.Tensor
+) -> float | None:
+    """Return the soft Dice of one lesion with the probabilities in it and a few voxels around it.
+
+    Args:
+        probability: (*S), of the class.
+        mask: (*S) bool, where the class is drawn. Other lesions than this one are not this one's,
+            however near they are.
+        lesion: (*S) bool, a part of the mask.
+
+    Returns:
+        None for an empty lesion.
+
+    >>> mask = torch.tensor([[[True, False, True]]])
+    >>> lesion = torch.tensor([[[True, False, False]]])
+    >>> round(lesion_confidence(torch.tensor([[[1.0, 0.5, 0.9]]]), mask, lesion), 3)
+    0.8
+    """
+    voxels = lesion.nonzero()
+    if not len(voxels):
+        return None
+    low, high = (voxels.amin(0) - NEAR).clamp(min=0).tolist(), (voxels.amax(0) + NEAR + 1).tolist()
+    box = tuple(slice(*ends) for ends in zip(low, high, strict=True))
+    own, drawn = lesion[box], mask[box]
+    belongs = _grown(own, NEAR) & (own | ~drawn)
+    return soft_dice_confidence(torch.where(belongs, probability[box], 0), own)
+
+
+def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Return a mask (*S) and all voxels at most so far from it along every axis."""
+    grown = mask.float()[None, None]
+    for _ in range(voxels):
+        grown = torch.nn.functional.max_pool3d(grown, 3, stride=1, padding=1)
+    return grown[0, 0].bool()

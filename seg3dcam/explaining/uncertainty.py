@@ -1,8 +1,9 @@
 """Where is a network unsure? Entropy, and how far the members of an ensemble disagree.
 
     found = uncertainty("ct.nii.gz", model, flips=(0, 1, 2))
-    found.save("results")  # entropy.nii.gz, mutual_information.nii.gz
+    found.save("results")  # entropy.nii.gz, mutual_information.nii.gz, figures.json
     found.pairwise_dice    # {'liver': 0.97, 'tumour': 0.71}
+    found.lesions[0]       # the same of the largest lesion of the first class
 
 Members are the folds of an ensemble, a network seen through flips, and passes with dropout
 switched on. Entropy is high where the mean of their probabilities is undecided; mutual information
@@ -15,7 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from torch import nn
 from seg3dcam.checks import check_whole_number
 from seg3dcam.errors import ConfigError
 from seg3dcam.evaluate.rerun import Rerun
+from seg3dcam.explaining.lesions import LesionUncertainty, lesions_of
 from seg3dcam.explaining.placement import Placement, place_scan
-from seg3dcam.files import check_writable
+from seg3dcam.files import check_writable, write_json
 from seg3dcam.files.writers.nifti import write_nifti
 from seg3dcam.geometry import resample
 from seg3dcam.models import SegModel
@@ -50,6 +52,8 @@ class Uncertainty:
         pairwise_dice: class -> the mean Dice of the masks of each two members; 1 where no member
             draws the class. Empty with one member.
         mean_entropy: class -> the mean of the entropy over the class's mask; None without a mask.
+        lesions: the connected parts of what the mean of the members draws, those of each class but
+            the background, the largest first; see `LesionUncertainty`.
         members: how many there are.
     """
 
@@ -58,17 +62,26 @@ class Uncertainty:
     mutual_information: torch.Tensor | None
     pairwise_dice: Mapping[str, float]
     mean_entropy: Mapping[str, float | None]
+    lesions: tuple[LesionUncertainty, ...]
     members: int
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write entropy.nii.gz and, with several members, mutual_information.nii.gz.
+        """Write entropy.nii.gz, with several members mutual_information.nii.gz, and figures.json.
 
         Raises:
             OutputError: they cannot be written.
         """
         place = check_writable(folder)
         volumes = {"entropy": self.entropy, "mutual_information": self.mutual_information}
-        return [
+        figures = {
+            "members": self.members,
+            "classes": {
+                name: {"mean_entropy": entropy, "pairwise_dice": self.pairwise_dice.get(name)}
+                for name, entropy in self.mean_entropy.items()
+            },
+            "lesions": [asdict(lesion) for lesion in self.lesions],
+        }
+        written = [
             write_nifti(
                 place / f"{name}.nii.gz",
                 volume.float().numpy(),
@@ -79,6 +92,7 @@ class Uncertainty:
             for name, volume in volumes.items()
             if volume is not None
         ]
+        return [*written, write_json(place / "figures.json", figures)]
 
 
 def uncertainty(
@@ -162,6 +176,20 @@ class _Sums:
         # Rounding may leave a little less than nothing.
         shared = (entropy - self._entropy / count).clamp(min=0) if count > 1 else None
         masks = self._own(self._drawn(mean))
+        of_members = [self._own(labels) for labels in self._masks]
+        lesions = [
+            lesion
+            for index in range(0 if self._overlapping else 1, self._classes)
+            for lesion in lesions_of(
+                names[index],
+                mean[index],
+                masks[index],
+                [own[index] for own in of_members],
+                entropy,
+                shared,
+                placement.affine,
+            )
+        ]
 
         def on_scan(values: torch.Tensor) -> torch.Tensor:
             scan = placement.scan
@@ -171,11 +199,12 @@ class _Sums:
             placement.scan,
             on_scan(entropy),
             None if shared is None else on_scan(shared),
-            self._pairwise(names) if count > 1 else {},
+            self._pairwise(names, of_members) if count > 1 else {},
             {
                 name: float(entropy[mask].mean()) if mask.any() else None
                 for name, mask in zip(names, masks, strict=True)
             },
+            tuple(lesions),
             count,
         )
 
@@ -194,9 +223,10 @@ class _Sums:
         """Return a mask (*S) for each class."""
         return list(labels) if self._overlapping else [labels == k for k in range(self._classes)]
 
-    def _pairwise(self, names: Sequence[str]) -> dict[str, float]:
-        """Return class -> mean Dice of each two members."""
-        of_members = [self._own(labels) for labels in self._masks]
+    def _pairwise(
+        self, names: Sequence[str], of_members: Sequence[Sequence[torch.Tensor]]
+    ) -> dict[str, float]:
+        """Return class -> mean Dice of each two members' masks."""
         return {
             name: float(
                 np.mean(

@@ -111,4 +111,5 @@ def test_uncertainty(scans, tmp_path):
     assert found.code == 0, found.err
     assert "Members: 2" in found.out
     names = sorted(path.name for path in (tmp_path / "unsure").iterdir())
-    assert names == ["entropy.nii.gz", "mutual_information.nii.gz"]
+    assert names == ["entropy.nii.gz", "figures.json", "mutual_information.nii.gz"]
+    assert "2 of 2" in found.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import nibabel as nib
 import numpy as np
@@ -12,8 +13,10 @@ from torch import nn
 
 from seg3dcam import SegModel, load_scan
 from seg3dcam.errors import ConfigError
+from seg3dcam.explaining.explain import explain_each
 from seg3dcam.explaining.uncertainty import uncertainty
 from seg3dcam.network.ensemble import Ensemble
+from seg3dcam.targets import EveryComponent
 from seg3dcam.windows import WindowPlan
 
 SHAPE = (10, 9, 8)
@@ -82,6 +85,75 @@ def test_figures_of_folds_are_those_of_the_definition(scan, activation):
     assert found.mean_entropy["lesion"] == pytest.approx(expected[drawn].mean(), abs=1e-5)
 
 
+class Drawn(nn.Module):
+    """A member that draws boxes: its logits are +3 inside and -3 outside of them."""
+
+    def __init__(self, *boxes):
+        super().__init__()
+        self.logits = torch.full((1, 1, 12, 10, 8), -3.0)
+        for box in boxes:
+            self.logits[(0, 0, *(slice(*ends) for ends in box))] = 3.0
+
+    def forward(self, x):
+        return self.logits + 0 * x
+
+
+def test_lesions_are_measured_one_by_one():
+    """Three members; of the large lesion one draws half, of the small one another draws nothing."""
+    large, half = ((1, 5), (1, 5), (1, 5)), ((1, 5), (1, 5), (1, 3))
+    small, apart = ((8, 10), (6, 8), (5, 7)), ((1, 2), (8, 9), (0, 1))
+    folds = [Drawn(large, small), Drawn(large, small, apart), Drawn(half)]
+    affine = np.array([[-2, 0, 0, 10], [0, 1, 0, 0], [0, 0, 3, -5], [0, 0, 0, 1.0]])
+    scan = load_scan(np.arange(960.0).reshape(12, 10, 8), affine=affine)
+    model = SegModel(Ensemble(folds), class_names=["lesion"], activation="sigmoid")
+    first, second = uncertainty(scan, model).lesions
+    assert (first.class_name, first.rank, second.rank) == ("lesion", 0, 1)
+    assert first.centre_mm == pytest.approx((10 - 2 * 2.5, 2.5, 3 * 2.5 - 5))
+    assert second.centre_mm == pytest.approx((10 - 2 * 8.5, 6.5, 3 * 5.5 - 5))
+    assert (first.ml, second.ml) == pytest.approx((64 * 6 / 1000, 8 * 6 / 1000))
+    assert (first.drawn_by, second.drawn_by) == (3, 2)
+    # Dice of whole and half is 2/3; of something and nothing 0; two that draw nothing do not count.
+    assert first.pairwise_dice == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert second.pairwise_dice == pytest.approx((1 + 0 + 0) / 3)
+    p = np.stack([1 / (1 + np.exp(-fold.logits[0, 0].double().numpy())) for fold in folds])
+    mean = p.mean(0)
+    h = entropy(mean[None], "sigmoid")
+    shared = h - np.mean([entropy(one[None], "sigmoid") for one in p], axis=0)
+    where = (slice(1, 5), slice(1, 5), slice(1, 5))
+    assert first.mean_entropy == pytest.approx(h[where].mean(), abs=1e-5)
+    assert first.mutual_information == pytest.approx(shared[where].mean(), abs=1e-5)
+    # What belongs to the lesion: itself, and three voxels around it that are not drawn.
+    near = mean[0:8, 0:8, 0:8] * (mean[0:8, 0:8, 0:8] <= 0.5)
+    expected = 2 * mean[where].sum() / (mean[where].sum() + near.sum() + 64)
+    assert first.confidence == pytest.approx(expected, abs=1e-5)
+
+
+def test_members_that_draw_nothing_do_not_agree_about_a_lesion():
+    """One sure member of three is enough for the mean; the other two have no Dice of 1."""
+    box, empty = ((8, 10), (6, 8), (5, 7)), Drawn()
+    sure = Drawn(box)
+    sure.logits *= 30
+    empty.logits /= 30
+    scan = load_scan(np.arange(960.0).reshape(12, 10, 8), affine=np.eye(4))
+    model = SegModel(Ensemble([sure, empty, empty]), class_names=["lesion"], activation="sigmoid")
+    (lesion,) = uncertainty(scan, model).lesions
+    assert (lesion.drawn_by, lesion.pairwise_dice) == (1, 0.0)
+
+
+def test_a_lesion_has_the_confidence_that_its_explanation_has(scan):
+    model = SegModel(network(0), class_names=NAMES)
+    lesions = [one for one in uncertainty(scan, model).lesions if one.class_name == "lesion"]
+    explained = explain_each(scan, model, [EveryComponent(2)], layers="0")
+    found = [explanation.confidence for explanation in explained]
+    assert len(found) == len(lesions) > 1
+    assert [one.confidence for one in lesions] == pytest.approx(found, abs=1e-6)
+
+
+def test_the_background_has_no_lesions(scan):
+    found = uncertainty(scan, SegModel(network(0), class_names=NAMES))
+    assert {one.class_name for one in found.lesions} == {"organ", "lesion"}
+
+
 def test_flips_are_members(scan):
     own = network(0)
     found = uncertainty(scan, SegModel(own, class_names=NAMES), flips=(0, 2))
@@ -109,7 +181,10 @@ def test_one_member_has_entropy_alone(scan, tmp_path):
     assert found.members == 1
     assert found.mutual_information is None
     assert found.pairwise_dice == {}
-    (file,) = found.save(tmp_path)
+    file, figures = found.save(tmp_path)
+    lesions = json.loads(figures.read_text(encoding="utf-8"))["lesions"]
+    assert [lesion["rank"] for lesion in lesions] == [lesion.rank for lesion in found.lesions]
+    assert lesions[0]["pairwise_dice"] is lesions[0]["mutual_information"] is None
     image = nib.load(file)
     assert np.allclose(image.affine, scan.affine)
     assert np.allclose(image.get_fdata(), found.entropy.numpy(), atol=1e-6)
