@@ -20,7 +20,7 @@ from typing import Any
 
 from seg3dcam.errors import ConfigError, Seg3dcamError, nearest, some
 from seg3dcam.files.readers import stem
-from seg3dcam.files.remote import Place, is_address, is_url, local_copy, place
+from seg3dcam.files.remote import Place, is_address, is_url, local_copy, place, without_login
 
 #: What a name of a case may be: it is the name of its folder.
 _LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -77,6 +77,17 @@ def read_cases(source: str | Path, *, without: Place | None = None) -> tuple[Coh
         >>> read_cases("imagesTs")[0]  # doctest: +SKIP
         CohortCase(name='liver_001', files=(PosixPath('imagesTs/liver_001_0000.nii.gz'),), ...)
     """
+    try:
+        return _read_cases(source, without)
+    except Seg3dcamError as error:
+        words = without_login(error, [str(source)])
+        if words == str(error):
+            raise
+        raise type(error)(words) from None
+
+
+def _read_cases(source: str | Path, without: Place | None) -> tuple[CohortCase, ...]:
+    """Return the cases; an error may hold the password of an address."""
     try:
         found = _found(str(source), place(source), without)
     except Seg3dcamError:

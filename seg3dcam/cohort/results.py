@@ -9,42 +9,60 @@ record lists.
 To plan and to sum up, this machine has a folder with the records of all cases; of their other files
 only the sizes are asked for.
 
-Nothing at an address can be locked. Two runs at once may explain a case twice; the second one sees
-that the folder has changed, and leaves it as it is.
+Nothing at an address can be locked. Two runs at once may explain a case twice; one that sees that
+the folder has changed leaves it as it is. Where both look at the same moment, both write the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from threading import Thread
 
 import psutil
 
 from seg3dcam.cohort.plan import OWN, SETTINGS, log_file, note_file
-from seg3dcam.errors import OutputError
-from seg3dcam.files import as_path, check_writable, scratch_folder, write_json, write_text
+from seg3dcam.errors import OutputError, some
+from seg3dcam.files import (
+    as_path,
+    check_writable,
+    in_scratch,
+    scratch_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from seg3dcam.files.remote import Place, is_address, is_url, place
 from seg3dcam.files.store import Store, is_plain
+from seg3dcam.job.folder import OccupiedError
 from seg3dcam.job.record import NAME, Record, damaged, files_of, record_of
+
+#: After so many seconds a store is given up that does not answer when a run is interrupted.
+PATIENCE = 60
 
 #: What tells whether a file of this machine is another one: its size, time and number.
 About = tuple[int, int, int]
 
 
 @contextmanager
-def results_at(out: str | Path) -> Iterator[Here | Elsewhere]:
+def results_at(out: str | Place) -> Iterator[Here | Elsewhere]:
     """Give the results of a cohort, wherever they lie.
+
+    Args:
+        out: a path, or an address; also as the place of earlier results.
 
     Raises:
         ConfigError: results cannot go to such an address.
         OutputError: nothing can be written there.
     """
+    if not isinstance(out, str | Path) and hasattr(out, "protocol"):
+        out = str(out)
     if isinstance(out, str) and is_url(out):
         store = Store(out)
         with scratch_folder() as scratch:
-            (scratch / OWN).mkdir()
             yield Elsewhere(store, scratch)
     else:
         folder = place(out) if isinstance(out, str) and is_address(out) else as_path(out)
@@ -84,16 +102,16 @@ class Here:
         """Tell whether files of a case are there with the sizes that its record says."""
         return not damaged(self.folder / name, record, files)
 
-    def made(self, name: str, make: Callable[[Path], str | None]) -> str | None:
-        """Let a case be made; return why it failed.
-
-        Args:
-            make: makes the case in a folder like that of a cohort; returns why it failed.
-        """
-        return make(self.folder)
-
     def keep(self) -> None:
         """Keep what belongs to no single case and has changed in `folder`."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Let an error of writing in `folder` say what to do."""
+        return nullcontext()
+
+    def in_time(self, work: Callable[[], object]) -> None:
+        """Do something; where it may take for ever, give it up after a while."""
+        work()
 
 
 @dataclass(frozen=True)
@@ -144,8 +162,8 @@ class Elsewhere:
                 here.unlink(missing_ok=True)
             elif name in contents and not (here.exists() and here.read_bytes() == contents[name]):
                 changed = True
-                here.parent.mkdir(parents=True, exist_ok=True)
-                here.write_bytes(contents[name])
+                with self.writing():
+                    write_bytes(here, contents[name])
                 self._kept[name] = _about(here)
         return changed
 
@@ -153,40 +171,82 @@ class Elsewhere:
         sizes = {file: self._there.get(f"{name}/{file}", (None, ""))[0] for file in files}
         return all(f in record.files and size == record.files[f].bytes for f, size in sizes.items())
 
-    def made(self, name: str, make: Callable[[Path], str | None]) -> str | None:
-        with scratch_folder() as folder:
-            notes = [file(folder, name) for file in (log_file, note_file)]
-            names = {_relative(note, folder): note for note in notes}
-            # If nothing can be written there, that is found out before hours of work.
-            write_text(notes[0], "begun\n")
-            self._keep_notes(names)
-            for name_there, content in self.store.contents(list(names)).items():
-                write_text(names[name_there], content.decode("utf-8", "replace"))
-            case = _Fetched(self.store, name, folder / name)
-            error = make(folder)
-            case.copy_back()
-            for note in filter(Path.exists, notes):
-                # The user knows the address, and not the folder of this machine.
-                text = note.read_text(encoding="utf-8").replace(str(folder), self.store.name)
-                write_text(note, text)
-            try:
-                self._keep_notes(names)
-            except OutputError:
-                if error is not None:
-                    raise
-                # The case is done, with its notes or without.
-            return None if error is None else error.replace(str(folder), self.store.name)
-
-    def _keep_notes(self, notes: Mapping[str, Path]) -> None:
-        """Copy notes on a case there: name -> file here, which may be missing."""
-        self.store.put({name: note for name, note in notes.items() if note.exists()})
-
     def keep(self) -> None:
-        own = [file for place in (self.folder / OWN, self.folder) for file in place.iterdir()]
-        now = {_relative(file, self.folder): _about(file) for file in own if file.is_file()}
+        places = [place for place in (self.folder / OWN, self.folder) if place.is_dir()]
+        files = [file for place in places for file in place.iterdir() if file.is_file()]
+        now = {_relative(file, self.folder): _about(file) for file in files}
         new = [name for name in now if is_plain(name) and now[name] != self._kept.get(name)]
         self.store.put({name: self.folder / name for name in new})
         self._kept.update(now)
+
+    def writing(self) -> AbstractContextManager[None]:
+        return in_scratch(self.folder)
+
+    def in_time(self, work: Callable[[], object]) -> None:
+        ended: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                ended.set_exception(error)
+            else:
+                ended.set_result(None)
+
+        Thread(target=run, daemon=True).start()
+        if not wait([ended], PATIENCE).done:
+            raise OutputError(
+                f"{self.store.address} does not answer: the tables there are as they were"
+            )
+        ended.result()
+
+
+# ------------------------------------------------------------------------- a case at an address
+
+
+def made_at(store: Store, name: str, make: Callable[[Path], str | None]) -> str | None:
+    """Let a case be made on this machine, and copy it to the store of its cohort.
+
+    Args:
+        name: of the case.
+        make: makes the case in a folder like that of a cohort; returns why it failed.
+
+    Returns:
+        why it failed.
+
+    Raises:
+        OccupiedError: another run has changed the case meanwhile.
+        OutputError: the store, or this machine's temporary folder, cannot be read or written.
+    """
+    with scratch_folder() as folder, in_scratch(folder):
+        log, note = log_file(folder, name), note_file(folder, name)
+        # If nothing can be written there, that is found out before hours of work.
+        write_text(log, "begun\n")
+        _keep_notes(store, folder, log)
+        for content in store.contents([_relative(note, folder)]).values():
+            write_bytes(note, content)
+        try:
+            case = _Fetched(store, name, folder / name)
+            error = make(folder)
+            case.copy_back()
+        except OutputError as raised:
+            write_text(log, f"{raised}\n")
+            with suppress(OutputError):
+                _keep_notes(store, folder, log)
+            raise
+        with suppress(OutputError) if error is None else nullcontext():
+            # A case that is done is so with its notes or without.
+            _keep_notes(store, folder, log, note)
+        return None if error is None else error.replace(str(folder), store.address)
+
+
+def _keep_notes(store: Store, folder: Path, *notes: Path) -> None:
+    """Copy notes on a case there, with the address in place of the folder of this machine."""
+    there = [note for note in notes if note.exists()]
+    for note in there:
+        text = note.read_text(encoding="utf-8", errors="replace")
+        write_text(note, text.replace(str(folder), store.address))
+    store.put({_relative(note, folder): note for note in there})
 
 
 class _Fetched:
@@ -201,26 +261,30 @@ class _Fetched:
     def __init__(self, store: Store, name: str, folder: Path) -> None:
         self._store, self._name, self._folder = store, name, folder
         self._there = store.files(name)
-        store.get({f"{name}/{file}": folder / file for file in self._there})
+        # In a store a name may be a file and a folder; seg3dcam writes no such names.
+        parents = {str(parent) for file in self._there for parent in PurePosixPath(file).parents}
+        wanted = [file for file in self._there if file not in parents]
+        store.get({f"{name}/{file}": folder / file for file in wanted})
         self._before, self._old = _snapshot(folder), record_of(folder)
+        self._damaged_before = self._damaged(self._old)
 
     def copy_back(self) -> None:
         """Copy what has changed there, in such an order that a record never promises too much."""
         now, new = _snapshot(self._folder), record_of(self._folder)
         if now == self._before:
             return
-        if new is not None and damaged(self._folder, new, files_of(new)):
+        ours = files_of(self._old) | files_of(new) | {NAME}
+        if lost := self._damaged(new) - self._damaged_before:
             raise OutputError(
-                f"files of {self._folder} went while the run went on: something else deletes "
-                "there. Run it again, or let TMPDIR name another folder"
+                f"{some(sorted(lost), 3)} went from the folder for temporary files while the run "
+                "went on: something else deletes there. Run it again, or let TMPDIR name another "
+                "folder"
             )
-        changed = {file for file in files_of(new) if now[file] != self._before.get(file)}
-        gone = (files_of(self._old) - files_of(new)) & self._there.keys()
-        if self._store.files(self._name) != self._there:
-            raise OutputError(
-                f"{self._store.name}/{self._name} has changed meanwhile: another run is at work "
-                "there, and what it wrote stays"
-            )
+        there = self._store.files(self._name)
+        if any(there.get(file) != self._there.get(file) for file in ours):
+            raise OccupiedError(f"{self._store.address}/{self._name} has changed meanwhile")
+        changed = {f for f in files_of(new) if f in now and now[f] != self._before.get(f)}
+        gone = (files_of(self._old) - files_of(new)) & there.keys()
         if changed or gone:
             between = _between(self._old, new, changed | gone)
             content = write_json(self._folder.parent / "between.json", between.model_dump())
@@ -231,6 +295,9 @@ class _Fetched:
             self._remove(NAME)
         else:
             self._put({NAME: self._folder / NAME})
+
+    def _damaged(self, record: Record | None) -> set[str]:
+        return set() if record is None else set(damaged(self._folder, record, files_of(record)))
 
     def _put(self, files: Mapping[str, Path]) -> None:
         self._store.put({f"{self._name}/{file}": path for file, path in files.items()})

@@ -29,7 +29,7 @@ from seg3dcam.cohort.plan import (
 )
 from seg3dcam.cohort.results import Elsewhere, Here, results_at
 from seg3dcam.cohort.summary import SummedUp, sum_up, undisturbed
-from seg3dcam.cohort.work import BUSY, Work, explained_at, tidy
+from seg3dcam.cohort.work import BUSY, NOT_KEPT, Work, explained_at, tidy
 from seg3dcam.cohort.workers import local_workers, spread
 from seg3dcam.errors import ConfigError, OutputError, some
 from seg3dcam.files.remote import Place, without_login
@@ -46,6 +46,9 @@ _OF_A_CASE = ("scan", "truth", "out", "case")
 #: The formats of a case by default: those of one case take a hundred times the room of the scan.
 KEPT = ("nifti", "html")
 
+
+#: After so many cases whose results cannot be kept the run ends.
+_IN_A_ROW = 3
 
 #: So often tables are written again where cases of another part were done meanwhile.
 _ROUNDS = 3
@@ -81,7 +84,7 @@ def run(
     source: str | Path,
     *,
     model: str,
-    out: str | Path,
+    out: str | Place,
     trust: bool = False,
     workers: int | None = None,
     ray: str | None = None,
@@ -168,7 +171,7 @@ def run(
         except BaseException:
             # Whatever ends the run, the tables say what there is by now.
             try:
-                tally.sum_up(plan, template.methods[0])
+                results.in_time(lambda: tally.sum_up(plan, template.methods[0]))
             except OutputError as error:
                 say(str(error))
             raise
@@ -240,12 +243,14 @@ class _Tally:
         results: of the cohort.
         say: see `run`.
         done, failed: see `CohortResult`.
+        not_kept: the errors of the last cases, all of which the results' store did not take.
     """
 
     results: Here | Elsewhere
     say: Callable[[str], None]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    not_kept: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> str:
@@ -253,7 +258,7 @@ class _Tally:
         return f"cases, {len(self.failed)} failed" if self.failed else "cases"
 
     def note(self, one: PlannedCase, error: str | None, died: bool) -> None:
-        """Keep how a case has ended."""
+        """Keep how a case has ended; raise OutputError where nothing more can be kept."""
         if error is None:
             self.done.append(one.name)
         elif error.startswith(BUSY):
@@ -268,13 +273,19 @@ class _Tally:
                 self.results.keep()
             except OutputError as raised:
                 self.say(str(raised))
+        if error is None or not error.startswith(NOT_KEPT):
+            self.not_kept.clear()
+            return
+        self.not_kept.append(error)
+        if len(self.not_kept) == _IN_A_ROW:
+            raise OutputError(f"{_IN_A_ROW} cases in a row: {error}")
 
     def sum_up(self, plan: Sequence[PlannedCase], method: str) -> SummedUp:
         """Write the tables and the page of all cases, as they are now."""
         results, names = self.results, [one.name for one in plan]
         results.refresh(names)
         for _ in range(_ROUNDS):
-            with undisturbed():
+            with undisturbed(), results.writing():
                 found = sum_up(
                     results.folder, plan, self.done, self.failed, method, results.is_whole
                 )

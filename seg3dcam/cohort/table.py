@@ -133,8 +133,9 @@ def _written_as_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterat
     table = pyarrow.table(
         {name: [row[name] for row in rows] for name in COLUMNS}, schema=pyarrow.schema(kinds)
     )
-    with atomic(path) as temporary:
-        parquet.write_table(table, temporary)
+    # A file, since Arrow takes a name with a colon for an address.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        parquet.write_table(table, file)
     yield path
 
 

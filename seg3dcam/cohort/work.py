@@ -16,10 +16,11 @@ import cv2
 import torch
 
 from seg3dcam.cohort.plan import PlannedCase, log_file, note_ended, noted
-from seg3dcam.cohort.results import results_at
+from seg3dcam.cohort.results import made_at
 from seg3dcam.errors import OutputError, Seg3dcamError
-from seg3dcam.files import write_text
+from seg3dcam.files import remove_scratch_left_behind, write_text
 from seg3dcam.files.remote import local_copy, without_login
+from seg3dcam.files.store import Store
 from seg3dcam.job.folder import OccupiedError, locked
 from seg3dcam.job.record import listed_files
 from seg3dcam.job.run import model_of, run_with_model
@@ -28,6 +29,9 @@ from seg3dcam.models import SegModel
 
 #: How the answer begins where another run is at the case, which is no failure.
 BUSY = "left to another run: "
+
+#: How it begins where a store does not take the results.
+NOT_KEPT = "the results cannot be kept: "
 
 
 def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
@@ -40,29 +44,30 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
     """
     start, lines = time.perf_counter(), [f"begun {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     error = None
+    # Of a scan that is read again and found to be done, the work took what it took before.
+    before = noted(out, one.name).seconds
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with local_files(one.job) as job, names_kept(one.job, job):
-                result = run_with_model(
+                was_done = run_with_model(
                     job, model, inputs=one.code, say=lines.append, of_cohort=True
-                )
+                ).was_done
         except OccupiedError as raised:
             return BUSY + str(raised)
         except Exception as raised:
             # Whatever is wrong with one scan must not stop the others.
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:
                 raise
-            error = str(raised) or type(raised).__name__
-            trace = traceback.format_exc()
+            given = [*one.job.scans, one.job.truth or ""]
+            error = without_login(str(raised) or type(raised).__name__, given)
+            trace = without_login(traceback.format_exc(), given)
             # What cannot be written is no fault of the scan: the next run tries it again.
             lasting = not isinstance(raised, OutputError)
     lines += [f"{w.category.__name__}: {w.message}" for w in said]
-    seconds: float | None = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     if error is None:
-        # A scan that was read again and found to be done took its time before.
-        seconds = noted(out, one.name).seconds if result.was_done else seconds
-        note_ended(out, one, "", seconds)
+        note_ended(out, one, "", before if was_done else seconds)
     else:
         lines.append(trace)
         if lasting:
@@ -73,7 +78,10 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
 
 
 def explained_at(one: PlannedCase, model: SegModel, out: Path | str) -> str | None:
-    """Explain a case whose results go to a folder, or to an address; see `explained`."""
+    """Explain a case whose results go to a folder, or to an address; see `explained`.
+
+    Where the results cannot be kept at the address, the answer begins with `NOT_KEPT`.
+    """
     if isinstance(out, Path):
         return explained(one, model, out)
 
@@ -81,14 +89,15 @@ def explained_at(one: PlannedCase, model: SegModel, out: Path | str) -> str | No
         job = one.job.model_copy(update={"out": str(folder / one.name)})
         return explained(replace(one, job=job), model, folder)
 
-    with results_at(out) as results:
-        try:
-            return results.made(one.name, make)
-        except OutputError as error:
-            # A full disk of this machine would stop the next case, too.
-            if error.errno == errno.ENOSPC:
-                raise
-            return str(error)
+    try:
+        return made_at(Store(out), one.name, make)
+    except OccupiedError as error:
+        return BUSY + str(error)
+    except OutputError as error:
+        # A full disk of this machine would stop the next case, too.
+        if error.errno == errno.ENOSPC:
+            raise
+        return NOT_KEPT + str(error)
 
 
 @contextlib.contextmanager
@@ -118,6 +127,7 @@ def names_kept(given: Job, local: Job) -> Iterator[None]:
 
 def tidy(folder: Path) -> None:
     """Remove what a process that died has left in a case's folder, as its next run would."""
+    remove_scratch_left_behind()
     if folder.is_dir():
         with contextlib.suppress(OutputError), locked(folder, listed_files):
             pass

@@ -9,7 +9,7 @@ A name without "://" is a path on this machine, and so is file:///scans/a.nii.gz
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -29,8 +29,8 @@ _MARKS = (
     *("mtime", "updated", "modified", "created"),
 )
 
-#: A user's name and password in an address.
-_LOGIN = re.compile(r"://[^/]*:[^/]*@")
+#: A user's name and password in an address. A password may hold "/"; a port is none.
+_LOGIN = re.compile(r"://(?P<login>[^/\s:@]*:(?!\d+/)[^\s@]*)@")
 
 #: Addresses of paths on this machine.
 _HERE = re.compile(r"(file|local)://")
@@ -79,13 +79,27 @@ def place(name: str | Path) -> Place:
     return found
 
 
-def without_login(words: object) -> str:
-    """Return words about an address without a user's name and password.
+def has_login(address: str) -> bool:
+    """Tell whether an address holds a user's name and password."""
+    return _LOGIN.search(address) is not None
 
-    >>> without_login("s3://key:secret@bucket/a"), without_login("s3://bucket/a")
+
+def without_login(words: object, addresses: Iterable[str] = ()) -> str:
+    """Return words about addresses without users' names and passwords.
+
+    Args:
+        addresses: whose names and passwords may stand in the words by themselves.
+
+    >>> without_login("s3://key:sec/ret@bucket/a"), without_login("s3://bucket/a")
     ('s3://bucket/a', 's3://bucket/a')
+    >>> without_login("no user me:secret at host", ["sftp://me:secret@host/a"])
+    'no user ... at host'
     """
-    return _LOGIN.sub("://", str(words))
+    told = _LOGIN.sub("://", str(words))
+    for found in filter(None, map(_LOGIN.search, addresses)):
+        for secret in (found["login"], found["login"].partition(":")[2]):
+            told = told.replace(secret, "...") if secret else told
+    return told
 
 
 def fingerprint(file: Place) -> str:

@@ -4,20 +4,19 @@
     store.files()                       # name -> size and mark, of all files below it
     store.put({"a/cam.nii.gz": Path("cam.nii.gz")})
 
-All methods raise `OutputError` where the store, or this machine, cannot do it. No message shows a
-password that the address holds.
+All methods raise `OutputError` where the store, or this machine, cannot do it.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from seg3dcam.errors import ConfigError, OutputError, Seg3dcamError
-from seg3dcam.files.remote import mark_of, place, without_login
+from seg3dcam.files.remote import has_login, mark_of, place, without_login
+from seg3dcam.files.writing import FULL
 
 #: Stores in which a file stands whole or not at all, so that no killed run leaves half of one.
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
@@ -27,20 +26,25 @@ class Store:
     """A folder in a store of objects.
 
     Attributes:
-        address: as it was given, which may hold a password.
+        address: as it was given.
         place: the folder, as something like a path.
-        name: the address for people to read.
 
     Raises:
-        ConfigError: the address is none, or of a store in which half a file may stand.
+        ConfigError: the address is none, or of a store in which half a file may stand, or it holds
+            a password, which would be read in tables and logs.
         MissingExtraError: the package for such addresses is not installed.
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.name = address, without_login(address)
-        if address.partition("://")[0].lower() not in STORES:
+        self.address = address
+        if has_login(address):
             raise ConfigError(
-                f"{self.name}: results go to a folder of this machine or of a shared disk, or to a "
+                f"{without_login(address)}: give name and password of a store in its own way, such "
+                "as by environment variables, and not in the address"
+            )
+        if address.partition("://")[0] not in STORES:
+            raise ConfigError(
+                f"{address}: results go to a folder of this machine or of a shared disk, or to a "
                 f"store of objects: {', '.join(f'{name}://' for name in STORES[:-1])}"
             )
         self.place: Any = place(address)
@@ -53,7 +57,11 @@ class Store:
         with self._said("read"):
             fs, root = self.place.fs, self._path(folder)
             fs.invalidate_cache()  # others write there, too
-            found = fs.find(root, detail=True) if fs.exists(root) else {}
+            # Not `exists`, which takes an error for "no".
+            try:
+                found = fs.find(root, detail=True)
+            except FileNotFoundError:
+                found = {}
         names = {path.removeprefix(root).lstrip("/"): about for path, about in found.items()}
         return {
             name: (int(about.get("size") or 0), mark_of(about))
@@ -93,9 +101,8 @@ class Store:
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, those that are there."""
         with self._said("written"):
-            self.place.fs.invalidate_cache()
             for path in map(self._path, names):
-                if self.place.fs.exists(path):
+                with suppress(FileNotFoundError):
                     self.place.fs.rm_file(path)
 
     def _path(self, name: str) -> str:
@@ -110,14 +117,13 @@ class Store:
             raise
         except Exception as error:  # every store has its own errors
             number = getattr(error, "errno", None)
-            why = without_login(error) or type(error).__name__
-            if what == "read" and number in (errno.ENOSPC, errno.EDQUOT):
-                why = (
-                    "the disk of this machine's temporary folder is full: free some space, or let "
-                    "TMPDIR name another folder"
-                )
-            told = OutputError(f"{self.name} cannot be {what}: {why}")
-            told.errno = errno.ENOSPC if number == errno.EDQUOT else number
+            why = str(error) or type(error).__name__
+            if what == "read" and number in FULL:
+                # That is no error of a store that is read.
+                number = FULL[0]
+                why = "the disk to which it is copied is full: free some space, or change TMPDIR"
+            told = OutputError(f"{self.address} cannot be {what}: {why}")
+            told.errno = number
             raise told from error
 
 

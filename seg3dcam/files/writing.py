@@ -43,16 +43,16 @@ def as_path(path: Any) -> Path:
         raw = b""
     if not raw or b"\0" in raw:
         raise OutputError(f"{path!r} is no path: name a file, such as 'cam.nii.gz'")
-    if _ADDRESS.match(os.fsdecode(raw)):
-        raise OutputError(
-            f"{os.fsdecode(raw)!r} is an address, or a folder with a colon in its name: results go "
-            "to a path of this machine; write such a folder as ./name:/..."
-        )
-    return Path(path)
+    text = os.fsdecode(raw)
+    if _ADDRESS.match(text):
+        raise OutputError(f"{text!r} is an address: name a path on this machine")
+    return Path(text)
 
 
-#: Text that a path on this machine would hardly begin with: s3://bucket, and a Path of it, s3:/b.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+#: Text that begins an address, and no path on this machine: s3://bucket; a Path has s3:/bucket.
+_ADDRESS = re.compile(
+    r"\s*([a-z0-9+.-]{2,}://|[a-z]+::|(s3a?|gc?s|az|abfss?|https?|s?ftp|file|local|memory):/)", re.I
+)
 
 
 @contextmanager
@@ -92,6 +92,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+#: Errors of a disk that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
     """Write `obj` as indented UTF-8 JSON, atomically.
 
@@ -114,8 +118,13 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write text in UTF-8, atomically; raise `OutputError` if the file cannot be written."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write a file, atomically; raise `OutputError` if it cannot be written."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
     return Path(path)
 
 
@@ -220,20 +229,37 @@ def scratch_folder() -> Iterator[Path]:
     Raises:
         OutputError: it cannot be made.
     """
-    try:
-        parent = Path(tempfile.gettempdir())
-        folder = temporary_name(parent, ".scratch")
+    parent = Path(tempfile.gettempdir())
+    folder = temporary_name(parent, ".scratch")
+    with in_scratch(folder):
         folder.mkdir(mode=0o700)  # it may hold patients' volumes
-    except OSError as error:
-        raise OutputError(
-            f"no temporary folder can be made ({error.strerror or error}): TMPDIR says where"
-        ) from error
     try:
-        with suppress(OSError):
-            remove_left_behind(parent)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        remove_scratch_left_behind()
+
+
+@contextmanager
+def in_scratch(folder: Path) -> Iterator[None]:
+    """Raise an OutputError that names TMPDIR where a scratch folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or str(folder) not in f"{error} {error.filename}":
+            raise
+        told = OutputError(
+            f"{folder.parent}, the folder for temporary files, cannot be written "
+            f"({os.strerror(error.errno)}): free some space there, or let TMPDIR name another one"
+        )
+        told.errno = errno.ENOSPC if error.errno in FULL else error.errno
+        raise told from error
+
+
+def remove_scratch_left_behind() -> None:
+    """Remove the scratch folders of processes that were killed; they may hold patients' volumes."""
+    with suppress(OSError):
+        remove_left_behind(Path(tempfile.gettempdir()))
 
 
 def _machine() -> str:

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,9 @@ from helpers_cases import voxels, write_model, write_scan
 from helpers_cohort import timeless, write_cohort
 
 from seg3dcam import cohort
-from seg3dcam.cohort import read_cases, running, summary, work
+from seg3dcam.cohort import read_cases, results, running, summary, work
 from seg3dcam.errors import ConfigError, OutputError
-from seg3dcam.files import temporary_name
-from seg3dcam.files.remote import without_login
-from seg3dcam.files.store import Store
+from seg3dcam.files import temporary_name, writing
 from seg3dcam.job.record import read_record
 
 UPath = pytest.importorskip("upath", reason="universal-pathlib is an extra").UPath
@@ -333,16 +333,108 @@ def test_an_interrupted_run_is_interrupted_also_without_the_store(made, monkeypa
     assert f"{ADDRESS} cannot be read: no network" in said
 
 
-def test_passwords_are_not_shown(made):
-    one = Store("memory://results")
-    one.name = without_login("memory://key:secret@results")
-    assert one.name == "memory://results"
-    with pytest.raises(OutputError) as raised, one._said("read"):
-        raise OSError("no s3://key:secret@bucket/out")
-    assert "secret" not in str(raised.value)
-    with pytest.raises(ConfigError) as refused:
-        made.run(out="sftp://me:secret@host/out")
-    assert "sftp://host/out: results go to" in str(refused.value)
+@pytest.mark.parametrize("login", ["me:secret", "AKIA:sec/ret", ":secret"])
+def test_an_address_with_a_password_is_refused(made, login):
+    with pytest.raises(ConfigError, match="s3://bucket/out: give name and password") as raised:
+        made.run(out=f"s3://{login}@bucket/out")
+    assert "ret" not in str(raised.value).replace("secret", "ret" if "secret" in login else "")
+
+
+@pytest.mark.slow
+def test_passwords_of_scans_are_not_kept(made):
+    """Wherever an error quotes them: not in logs, notes, tables, page, nor in what is said."""
+    address, said = "memory://me:sec/ret@hospital/scans", []
+    folder = UPath(address)
+    (folder / "a.nii.gz").write_bytes(b"no scan")
+    for missing in ("none", "none.csv", "*.mha"):
+        with pytest.raises(ConfigError) as raised:
+            made.run(source=f"{address}/{missing}")
+        assert "sec/ret" not in str(raised.value)
+    table = made.root / "cases.csv"
+    table.write_text(f"scan\n{address}/a.nii.gz\n{address}/gone.nii.gz\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="missing") as raised:
+        made.run(source=table)
+    assert "sec/ret" not in str(raised.value)
+    for out in (ADDRESS, made.here):
+        assert list(made.run(source=address, out=out, say=said.append).failed) == ["a"]
+    logs = [made.there / "cohort" / "a.log", made.here / "cohort" / "a.log"]
+    texts = [log.read_bytes() for log in logs] + [repr(said).encode()]
+    for text in (*texts, *made.kept().values(), *made.kept_here().values()):
+        assert b"sec/ret" not in text
+    folder.fs.rm(folder.path, recursive=True)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_store_is_not_taken_for_an_empty_folder(made, monkeypatch):
+    """Then settings of another cohort would be replaced."""
+    made.run()
+    before = made.kept()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("token expired")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made.there.fs), "find", refuse)
+        with pytest.raises(ConfigError, match="cannot be read: token expired"):
+            made.run(target="organ")
+    assert made.kept() == before
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_nothing_can_be_kept(made, monkeypatch):
+    """Not after hours in which each case waits for a store that has gone."""
+    for name in "cdefg":
+        (made.scans / f"{name}.nii.gz").write_bytes((made.scans / "a.nii.gz").read_bytes())
+    kind, tried = type(made.there.fs), []
+    given = kind.put_file
+
+    def refuse(self, here, there, **more):
+        if there.endswith(".log") and not there.endswith("/a.log"):
+            tried.append(there)
+            raise OSError("no network")
+        return given(self, here, there, **more)
+
+    monkeypatch.setattr(kind, "put_file", refuse)
+    with pytest.raises(OutputError, match=r"3 cases in a row: .* no network"):
+        made.run()
+    assert len(tried) == 3
+    assert made.kept()["cohort.csv"].decode().splitlines()[1].startswith("a,")
+
+
+@pytest.mark.slow
+def test_a_store_that_never_answers_is_given_up(made, monkeypatch):
+    waits, asked = threading.Event(), []
+
+    def never(*args, **kwargs):
+        asked.append(args)
+        waits.wait()
+
+    def interrupted(*args):
+        monkeypatch.setattr(type(made.there.fs), "find", never)
+        raise KeyboardInterrupt
+
+    said = []
+    monkeypatch.setattr(results, "PATIENCE", 0.2)
+    monkeypatch.setattr(work, "explained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.run(say=said.append)
+    waits.set()
+    monkeypatch.undo()
+    assert asked
+    assert f"{ADDRESS} does not answer: the tables there are as they were" in said
+
+
+@pytest.mark.slow
+def test_a_temporary_folder_that_is_full_is_named(made, monkeypatch):
+    made.run()
+
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "_create", full)
+    place = re.escape(f"{tempfile.gettempdir()}, the folder for temporary files, cannot be written")
+    with pytest.raises(ConfigError, match=f"{place} .* TMPDIR"):
+        made.run()
 
 
 # ------------------------------------------------------------------------- what ends in between
@@ -406,20 +498,57 @@ def test_a_run_that_is_interrupted_leaves_what_the_next_one_ends(made, monkeypat
 
 @pytest.mark.slow
 def test_what_another_run_wrote_meanwhile_stays(made, monkeypatch):
-    given = work.explained
+    given, said = work.explained, []
 
     def overtaken(one, *args):
         error = given(one, *args)
         if one.name == "a":
             (made.there / "a" / "case.json").write_bytes(b"by another run")
+        (made.there / one.name / "notes.txt").write_bytes(b"by a reader, who is no run")
         return error
 
     monkeypatch.setattr(work, "explained", overtaken)
-    found = made.run()
-    assert found.done == ("b",)
-    assert f"{ADDRESS}/a has changed meanwhile" in found.failed["a"]
+    found = made.run(say=said.append)
+    assert (found.done, found.failed) == (("b",), {})
+    assert f"a is left to another run: {ADDRESS}/a has changed meanwhile" in said
     of_a = {name: content for name, content in made.kept().items() if name.startswith("a/")}
-    assert of_a == {"a/case.json": b"by another run"}
+    assert of_a == {"a/case.json": b"by another run", "a/notes.txt": b"by a reader, who is no run"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", [ADDRESS, None])
+def test_a_file_of_an_older_run_may_be_gone(made, out):
+    """It stands in the way of no later one, there or here."""
+    place = made.there if out else made.here
+    made.run(out=out or made.here)
+    (place / "a" / "cam_lesion.nii.gz").unlink()
+    (place / "b" / "cam_lesion.nii.gz").write_bytes(b"half")
+    made.other_weights()
+    assert made.run(out=out or made.here).done == tuple(NAMES)
+    assert made.run(out=out or made.here).skipped == tuple(NAMES)
+
+
+@pytest.mark.slow
+def test_a_log_says_what_the_store_did(made, monkeypatch):
+    kind = type(made.there.fs)
+    given = kind.put_file
+
+    def refuse(self, here, there, **more):
+        if there.endswith("a/cam_lesion.nii.gz"):
+            raise OSError("quota exceeded")
+        return given(self, here, there, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "put_file", refuse)
+        assert "quota exceeded" in made.run().failed["a"]
+    assert "quota exceeded" in (made.there / "cohort" / "a.log").read_text()
+    assert made.run().done == ("a",)
+
+
+@pytest.mark.slow
+def test_results_may_be_named_by_those_of_a_run_before(made):
+    first = made.run()
+    assert made.run(out=first.out).skipped == tuple(NAMES)
 
 
 @pytest.mark.slow
@@ -436,7 +565,9 @@ def test_nothing_there_goes_where_files_go_here(made, monkeypatch):
         return error
 
     monkeypatch.setattr(work, "explained", emptied)
-    assert "went while the run went on" in made.run().failed["a"]
+    said = made.run().failed["a"]
+    assert "went from the folder for temporary files" in said
+    assert tempfile.gettempdir() not in said
     now = made.kept()
     assert {n: c for n, c in now.items() if n[0] == "a"} == {
         n: c for n, c in before.items() if n[0] == "a"
@@ -454,7 +585,7 @@ def test_a_full_disk_of_this_machine_ends_the_run(made, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(made.there.fs), "get_file", full)
-    with pytest.raises(OutputError, match=r"temporary folder is full: .* TMPDIR") as raised:
+    with pytest.raises(OutputError, match=r"is full: .* TMPDIR") as raised:
         made.run()
     assert raised.value.errno == errno.ENOSPC
 

@@ -186,7 +186,13 @@ def test_json(tmp_path):
     assert path.read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("given", ["s3://bucket/out", Path("s3://bucket/out"), "file:///out"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("s3://bucket/out", " S3://bucket/out", "file:///out", "any://out", "dir::s3://b/out"),
+        *(Path("s3://bucket/out"), Path("memory://out"), Path("simplecache::s3://b/out")),
+    ],
+)
 def test_an_address_is_no_folder_here(tmp_path, monkeypatch, given):
     """Not a folder of the name "s3:" with results that nobody finds."""
     monkeypatch.chdir(tmp_path)
@@ -194,4 +200,5 @@ def test_an_address_is_no_folder_here(tmp_path, monkeypatch, given):
         with pytest.raises(OutputError, match="is an address"):
             write(given)
     assert list(tmp_path.iterdir()) == []
-    assert check_writable("./s3:/bucket/out").is_dir()
+    for name in ("case:1", "na:/x", tmp_path / "s3:" / "x"):
+        assert check_writable(name).is_dir()
