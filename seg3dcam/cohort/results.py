@@ -162,8 +162,9 @@ class Elsewhere:
                 here.unlink(missing_ok=True)
             elif name in contents and not (here.exists() and here.read_bytes() == contents[name]):
                 changed = True
-                with self.writing():
-                    write_bytes(here, contents[name])
+                with self.writing():  # many files, which nobody else reads: not one by one to disk
+                    here.parent.mkdir(parents=True, exist_ok=True)
+                    here.write_bytes(contents[name])
                 self._kept[name] = _about(here)
         return changed
 

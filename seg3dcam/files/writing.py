@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from seg3dcam.errors import ConfigError, OutputError
+from seg3dcam.errors import ConfigError, OutputError, Seg3dcamError
 
 #: Every temporary name begins with this. The machine, the process and a random part follow.
 PREFIX = ".seg3dcam-"
@@ -242,15 +242,16 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def in_scratch(folder: Path) -> Iterator[None]:
-    """Raise an OutputError that names TMPDIR where a scratch folder cannot be written."""
+    """Raise an OutputError that names TMPDIR for errors of a scratch folder, and no others."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or str(folder) not in f"{error} {error.filename}":
-            raise
+        if isinstance(error, Seg3dcamError) and not (error.errno and str(folder) in str(error)):
+            raise  # it is about something else
+        reason = os.strerror(error.errno) if error.errno else str(error)
         told = OutputError(
-            f"{folder.parent}, the folder for temporary files, cannot be written "
-            f"({os.strerror(error.errno)}): free some space there, or let TMPDIR name another one"
+            f"{folder.parent}, the folder for temporary files, cannot be written ({reason}): free "
+            "some space there, or let TMPDIR name another one"
         )
         told.errno = errno.ENOSPC if error.errno in FULL else error.errno
         raise told from error

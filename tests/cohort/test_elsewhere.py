@@ -431,10 +431,15 @@ def test_a_temporary_folder_that_is_full_is_named(made, monkeypatch):
     def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "_create", full)
     place = re.escape(f"{tempfile.gettempdir()}, the folder for temporary files, cannot be written")
-    with pytest.raises(ConfigError, match=f"{place} .* TMPDIR"):
-        made.run()
+    for where, name, error in (
+        (Path, "write_bytes", ConfigError),  # before any work
+        (writing, "_create", OutputError),  # of the tables
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, full)
+            with pytest.raises(error, match=f"{place} .* TMPDIR"):
+                made.run()
 
 
 # ------------------------------------------------------------------------- what ends in between
