@@ -40,7 +40,10 @@ def uncertainty(
     ] = None,
     dropout: Annotated[int, typer.Option(help="passes with dropout switched on")] = 0,
     out: Annotated[
-        str, typer.Option(help="gets entropy and mutual_information .nii.gz, and figures.json")
+        str,
+        typer.Option(
+            help="gets entropy.nii.gz, mutual_information.nii.gz, figures.json; earlier ones go"
+        ),
     ] = "seg3dcam_uncertainty",
     frame: FrameName = None,
     device: DeviceName = "auto",

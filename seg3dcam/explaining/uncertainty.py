@@ -68,6 +68,8 @@ class Uncertainty:
     def save(self, folder: str | Path) -> list[Path]:
         """Write entropy.nii.gz, with several members mutual_information.nii.gz, and figures.json.
 
+        They replace those of an earlier call.
+
         Raises:
             OutputError: they cannot be written.
         """
@@ -81,6 +83,8 @@ class Uncertainty:
             },
             "lesions": [asdict(lesion) for lesion in self.lesions],
         }
+        if self.mutual_information is None:
+            (place / "mutual_information.nii.gz").unlink(missing_ok=True)
         written = [
             write_nifti(
                 place / f"{name}.nii.gz",

@@ -181,7 +181,9 @@ def test_one_member_has_entropy_alone(scan, tmp_path):
     assert found.members == 1
     assert found.mutual_information is None
     assert found.pairwise_dice == {}
+    (tmp_path / "mutual_information.nii.gz").write_bytes(b"of an earlier run with more members")
     file, figures = found.save(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [file, figures]
     lesions = json.loads(figures.read_text(encoding="utf-8"))["lesions"]
     assert [lesion["rank"] for lesion in lesions] == [lesion.rank for lesion in found.lesions]
     assert lesions[0]["pairwise_dice"] is lesions[0]["mutual_information"] is None
