@@ -43,6 +43,9 @@ State = Literal["to do", "done", "failed"]
 #: So many cases are looked at for the size of one.
 _SAMPLE = 20
 
+#: No case takes so many seconds.
+_LONGEST = 1e9
+
 #: A larger file of ours, in bytes, is none.
 _LARGEST = 1_000_000
 
@@ -280,14 +283,14 @@ class Note:
 
 
 def noted(out: Path, name: str) -> Note:
-    """Return how a case has ended."""
+    """Return how a case has ended; nothing where no note is there, or what is there is none."""
     found = _read(note_file(out, name))
-    seconds = found.get("seconds")
-    return Note(
-        str(found.get("code", "")),
-        str(found.get("error", "")),
-        float(seconds) if isinstance(seconds, int | float) else None,
-    )
+    code, error, seconds = (found.get(key) for key in ("code", "error", "seconds"))
+    if not isinstance(code, str) or not isinstance(error, str):
+        return Note()
+    if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST:
+        return Note(code, error)
+    return Note(code, error, float(seconds))
 
 
 def note_ended(out: Path, one: PlannedCase, error: str, seconds: float | None) -> None:

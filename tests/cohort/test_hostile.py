@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from helpers_dicom import write_series
 
 from seg3dcam import cohort
 from seg3dcam.cohort import read_cases
+from seg3dcam.cohort.plan import note_file
 from seg3dcam.errors import ConfigError
 from seg3dcam.job.record import read_record
 
@@ -66,6 +68,25 @@ def test_a_damaged_record_is_a_failure_and_not_silence(scans, content):
     assert "is damaged, or none of seg3dcam" in result.failed["a"]
     shutil.rmtree(out / "a")
     assert explained(scans).done == ("a",)
+
+
+@pytest.mark.slow
+def test_a_note_that_anybody_wrote_changes_no_state(scans):
+    result = explained(scans)
+    path = note_file(result.out, "a")
+    note = json.loads(path.read_text(encoding="utf-8"))
+    for change, seconds in (
+        *(({"seconds": 3}, "3.0"), ({"seconds": "3"}, ""), ({"seconds": float("nan")}, "")),
+        *(({"seconds": -1}, ""), ({"seconds": 10**400}, ""), ({"seconds": None}, "")),
+        *(({"seconds": [1]}, ""), ({"error": ["x"]}, ""), ({"code": None}, "")),
+        ({"code": "of other files", "error": "failed then"}, ""),
+    ):
+        path.write_text(json.dumps(note | change), encoding="utf-8")
+        again = explained(scans)
+        assert (again.done, again.failed) == ((), {}), change
+        with again.tables[0].open(newline="", encoding="utf-8") as file:
+            rows = {row["case"]: row for row in csv.DictReader(file)}
+        assert (rows["a"]["status"], rows["a"]["seconds"]) == ("ok", seconds), change
 
 
 def test_files_that_change_places_are_told_apart(tmp_path, scans):
