@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -46,6 +46,9 @@ _SAMPLE = 20
 #: No case takes so many seconds.
 _LONGEST = 1e9
 
+#: The seconds of so many runs of a case are kept, the last ones.
+_RUNS = 20
+
 #: A larger file of ours, in bytes, is none.
 _LARGEST = 1_000_000
 
@@ -60,7 +63,7 @@ class PlannedCase:
         code: of its files, the model and the settings: it is up to date with the same one.
         state: "failed" for one that failed with this code.
         error: why it failed.
-        seconds: that it took; None where it was not tried, or its process died.
+        seconds: that it took to explain it, once it is done; None where nobody has noted it.
     """
 
     case: CohortCase
@@ -180,7 +183,7 @@ def now(
     found = []
     for one in plan:
         current = _with_state(one, out, is_whole)
-        if current.state == "to do" and one.name in failed:
+        if current.state != "done" and one.name in failed:
             current = replace(current, state="failed", error=failed[one.name])
         found.append(current)
     return tuple(found)
@@ -274,32 +277,45 @@ class Note:
     Attributes:
         code: see `PlannedCase`.
         error: why it failed; empty where it did not.
-        seconds: that it took.
+        seconds: key of a run in the case's record -> the seconds that it took.
     """
 
     code: str = ""
     error: str = ""
-    seconds: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def noted(out: Path, name: str) -> Note:
     """Return how a case has ended; nothing where no note is there, or what is there is none."""
     found = _read(note_file(out, name))
     code, error, seconds = (found.get(key) for key in ("code", "error", "seconds"))
-    if not isinstance(code, str) or not isinstance(error, str):
+    if not isinstance(code, str) or not isinstance(error, str) or not isinstance(seconds, dict):
         return Note()
-    if not isinstance(seconds, int | float) or not 0 <= seconds < _LONGEST:
-        return Note(code, error)
-    return Note(code, error, float(seconds))
+    return Note(
+        code,
+        error.encode("utf-8", "replace").decode(),
+        {
+            key: float(took)
+            for key, took in seconds.items()
+            if isinstance(took, int | float) and 0 <= took < _LONGEST
+        },
+    )
 
 
-def note_ended(out: Path, one: PlannedCase, error: str, seconds: float | None) -> None:
+def note_ended(
+    out: Path, one: PlannedCase, error: str = "", took: Mapping[str, float] | None = None
+) -> None:
     """Write down how a case has ended.
 
     One that failed is not tried again until its files or settings change.
+
+    Args:
+        error: why it failed.
+        took: the key of a run that was made -> its seconds; those of earlier runs are kept.
     """
-    note = Note(one.code, error, None if seconds is None else round(seconds, 3))
-    write_json(note_file(out, one.name), asdict(note))
+    seconds = {**noted(out, one.name).seconds, **(took or {})}
+    last = dict(list(seconds.items())[-_RUNS:])
+    write_json(note_file(out, one.name), asdict(Note(one.code, error, last)))
 
 
 def log_file(out: Path, name: str) -> Path:
@@ -317,7 +333,6 @@ def _settings(template: Job, model: SegModel) -> dict[str, Any]:
 def _with_state(one: PlannedCase, out: Path, is_whole: IsWhole | None) -> PlannedCase:
     """Return a case with its state by now."""
     record, note = record_of(out / one.name), noted(out, one.name)
-    seconds = note.seconds if note.code == one.code else None
     if record is not None:
         run = next((run for run in record.runs if run.inputs == one.code and run.key), None)
         if run is not None and (
@@ -325,9 +340,9 @@ def _with_state(one: PlannedCase, out: Path, is_whole: IsWhole | None) -> Planne
             if is_whole is None
             else is_whole(one.name, record, run.files)
         ):
-            return replace(one, state="done", error="", seconds=seconds)
+            return replace(one, state="done", error="", seconds=note.seconds.get(run.key))
     if note.error and note.code == one.code:
-        return replace(one, state="failed", error=note.error, seconds=seconds)
+        return replace(one, state="failed", error=note.error, seconds=None)
     return replace(one, state="to do", error="", seconds=None)
 
 

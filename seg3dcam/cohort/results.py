@@ -20,12 +20,12 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from threading import Thread
+from threading import Event, Thread
 
 import psutil
 
 from seg3dcam.cohort.plan import OWN, SETTINGS, log_file, note_file
-from seg3dcam.errors import OutputError, some
+from seg3dcam.errors import ConfigError, OutputError, some
 from seg3dcam.files import (
     as_path,
     check_writable,
@@ -59,6 +59,11 @@ def results_at(out: str | Place) -> Iterator[Here | Elsewhere]:
         OutputError: nothing can be written there.
     """
     if not isinstance(out, str | Path) and hasattr(out, "protocol"):
+        if out.storage_options:
+            raise ConfigError(
+                f"out {out}: options of a store are not passed on to workers; give them in its own "
+                "way, such as by environment variables"
+            )
         out = str(out)
     if isinstance(out, str) and is_url(out):
         store = Store(out)
@@ -131,6 +136,7 @@ class Elsewhere:
     # Of files there: name -> size and mark. Of files in `folder`: what they were when last copied.
     _there: dict[str, tuple[int, str]] = field(default_factory=dict)
     _kept: dict[str, About] = field(default_factory=dict)
+    _given_up: Event = field(default_factory=Event)
 
     @property
     def place(self) -> Place:
@@ -149,11 +155,13 @@ class Elsewhere:
         wanted = [f"{OWN}/{SETTINGS}"]
         for name in names:
             wanted += [f"{name}/{NAME}", _relative(note_file(self.folder, name), self.folder)]
+        self._check_not_given_up()
         before = dict(self._there)
         self._there.clear()
         self._there.update(self.store.files())
         new = [name for name in wanted if self._there.get(name) not in (None, before.get(name))]
         contents = self.store.contents(new)
+        self._check_not_given_up()
         changed = False
         for name in wanted:
             here = self.folder / name
@@ -177,6 +185,7 @@ class Elsewhere:
         files = [file for place in places for file in place.iterdir() if file.is_file()]
         now = {_relative(file, self.folder): _about(file) for file in files}
         new = [name for name in now if is_plain(name) and now[name] != self._kept.get(name)]
+        self._check_not_given_up()
         self.store.put({name: self.folder / name for name in new})
         self._kept.update(now)
 
@@ -196,10 +205,14 @@ class Elsewhere:
 
         Thread(target=run, daemon=True).start()
         if not wait([ended], PATIENCE).done:
-            raise OutputError(
-                f"{self.store.address} does not answer: the tables there are as they were"
-            )
+            self._given_up.set()
+            self._check_not_given_up()
         ended.result()
+
+    def _check_not_given_up(self) -> None:
+        """Raise OutputError where nobody waits any more: nothing is written behind a run."""
+        if self._given_up.is_set():
+            raise OutputError(f"{self.store.address} does not answer")
 
 
 # ------------------------------------------------------------------------- a case at an address
@@ -230,8 +243,10 @@ def made_at(store: Store, name: str, make: Callable[[Path], str | None]) -> str 
             case = _Fetched(store, name, folder / name)
             error = make(folder)
             case.copy_back()
+        except OccupiedError:
+            raise  # the log is that of the other run
         except OutputError as raised:
-            write_text(log, f"{raised}\n")
+            write_text(log, f"{log.read_text(encoding='utf-8')}{raised}\n")
             with suppress(OutputError):
                 _keep_notes(store, folder, log)
             raise

@@ -173,7 +173,7 @@ def run(
             try:
                 results.in_time(lambda: tally.sum_up(plan, template.methods[0]))
             except OutputError as error:
-                say(str(error))
+                say(f"the tables could not be written: {error}")
             raise
         found = tally.sum_up(plan, template.methods[0])
     _say_what_confidence_is_worth(found, say)
@@ -267,7 +267,7 @@ class _Tally:
             self.failed[one.name] = error
             self.say(f"{one.name} failed: {error}")
         if error is not None and died:
-            note_ended(self.results.folder, one, error, None)
+            note_ended(self.results.folder, one, error)
             tidy(self.results.folder / one.name)
             try:
                 self.results.keep()

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from seg3dcam.cohort.plan import PlannedCase, log_file, note_ended, noted
+from seg3dcam.cohort.plan import PlannedCase, log_file, note_ended
 from seg3dcam.cohort.results import made_at
 from seg3dcam.errors import OutputError, Seg3dcamError
 from seg3dcam.files import remove_scratch_left_behind, write_text
@@ -43,37 +43,37 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
         OutputError: the disk is full, so that the next case would fail, too.
     """
     start, lines = time.perf_counter(), [f"begun {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    given = [*one.job.scans, one.job.truth or ""]
     error = None
-    # Of a scan that is read again and found to be done, the work took what it took before.
-    before = noted(out, one.name).seconds
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with local_files(one.job) as job, names_kept(one.job, job):
-                was_done = run_with_model(
+                result = run_with_model(
                     job, model, inputs=one.code, say=lines.append, of_cohort=True
-                ).was_done
+                )
         except OccupiedError as raised:
             return BUSY + str(raised)
         except Exception as raised:
             # Whatever is wrong with one scan must not stop the others.
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:
                 raise
-            given = [*one.job.scans, one.job.truth or ""]
             error = without_login(str(raised) or type(raised).__name__, given)
-            trace = without_login(traceback.format_exc(), given)
+            trace = traceback.format_exc()
             # What cannot be written is no fault of the scan: the next run tries it again.
             lasting = not isinstance(raised, OutputError)
     lines += [f"{w.category.__name__}: {w.message}" for w in said]
     seconds = time.perf_counter() - start
     if error is None:
-        note_ended(out, one, "", before if was_done else seconds)
+        # Of a scan that was read again and found to be done, the work took what it took before.
+        took = {} if result.was_done else {result.key: round(seconds, 3)}
+        note_ended(out, one, took=took)
     else:
         lines.append(trace)
         if lasting:
-            note_ended(out, one, error, seconds)
+            note_ended(out, one, error)
     lines.append(f"{'done' if error is None else 'failed'} after {seconds:.1f} s")
-    write_text(log_file(out, one.name), "\n".join(lines) + "\n")
+    write_text(log_file(out, one.name), without_login("\n".join(lines) + "\n", given))
     return error
 
 
@@ -119,7 +119,7 @@ def names_kept(given: Job, local: Job) -> Iterator[None]:
         pairs = [*zip(local.scans, given.scans, strict=True), (local.truth, given.truth)]
         for copy, name in pairs:
             if copy is not None and copy != name:
-                words = words.replace(str(copy), without_login(name))
+                words = words.replace(str(copy), without_login(name, [str(name)]))
         if words == str(error):
             raise
         raise type(error)(words) from error

@@ -7,14 +7,15 @@ member draws there: all its connected parts that touch the lesion.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from seg3dcam.explaining.certainty import lesion_confidence
+from seg3dcam.explaining.certainty import NEAR, lesion_confidence
 from seg3dcam.geometry import to_world, voxel_ml
 from seg3dcam.targets.connected_components import components
 
@@ -30,7 +31,7 @@ class LesionUncertainty:
         class_name: of its class.
         rank: 0 for the largest one of the class, as `Component` counts them.
         centre_mm: its centre of mass, RAS.
-        ml: its volume.
+        ml: its volume. It is counted on the network's grid, as the masks are.
         confidence: the soft Dice with the mean of the members' probabilities, see
             `lesion_confidence`.
         mean_entropy, mutual_information: the means over it; None for the last with one member.
@@ -70,22 +71,30 @@ def lesions_of(
         affine: (4, 4), voxel -> RAS mm.
     """
     ranks, sizes = components(mask)
-    parts = [_Parts(member) for member in of_members]
+    lesions = _Parts(torch.where(ranks < MOST, ranks, -1), sizes[:MOST])
+    members = [_Parts(*components(member)) for member in of_members]
+    drawn = [lesions.touched(member) for member in members]
+    pairs = list(itertools.combinations(range(len(members)), 2))
+    overlaps = {(a, b): members[a].overlaps(members[b]) for a, b in pairs}
+    boxes = ndimage.find_objects((ranks + 1).numpy())
     found = []
-    for rank, size in enumerate(sizes[:MOST]):
-        lesion = ranks == rank
-        drawn = [part.touching(lesion) for part in parts]
-        dice = [_dice(*pair) for pair in itertools.combinations(drawn, 2) if any(map(len, pair))]
+    for rank, size in enumerate(lesions.sizes):
+        dice = [
+            _dice(members[a], members[b], drawn[a][rank], drawn[b][rank], overlaps[a, b])
+            for a, b in pairs
+            if drawn[a][rank] or drawn[b][rank]
+        ]
+        box = tuple(slice(max(0, part.start - NEAR), part.stop + NEAR) for part in boxes[rank])
         found.append(
             LesionUncertainty(
                 class_name,
                 rank,
-                to_world(affine, lesion.nonzero().double().mean(0).tolist()),
+                to_world(affine, lesions.centre(rank)),
                 size * voxel_ml(affine),
-                lesion_confidence(probability, mask, lesion),
-                float(entropy[lesion].mean()),
-                None if shared is None else float(shared[lesion].mean()),
-                sum(bool(len(one)) for one in drawn),
+                lesion_confidence(probability[box], mask[box], ranks[box] == rank),
+                lesions.mean(entropy, rank),
+                None if shared is None else lesions.mean(shared, rank),
+                sum(bool(parts[rank]) for parts in drawn),
                 float(np.mean(dice)) if dice else None,
             )
         )
@@ -93,20 +102,57 @@ def lesions_of(
 
 
 class _Parts:
-    """The connected parts of a member's mask (*S), as the numbers of their voxels."""
+    """The connected parts of a mask (*S): where its voxels are, and of which part each one is.
 
-    def __init__(self, mask: torch.Tensor) -> None:
-        ranks = components(mask)[0].numpy().ravel()
-        self._voxels = np.flatnonzero(ranks >= 0)
-        self._ranks = ranks[self._voxels]
+    Args:
+        ranks: (*S), the number of each voxel's part, -1 outside of all.
+        sizes: of the parts, in voxels.
+    """
 
-    def touching(self, lesion: torch.Tensor) -> NDArray[np.intp]:
-        """Return the voxels of all parts that touch a lesion (*S)."""
-        inside = lesion.numpy().ravel()[self._voxels]
-        parts = np.unique(self._ranks[inside])
-        return self._voxels[np.isin(self._ranks, parts)]
+    def __init__(self, ranks: torch.Tensor, sizes: Sequence[int]) -> None:
+        self.sizes, self._shape, flat = list(sizes), tuple(ranks.shape), ranks.numpy().ravel()
+        self._voxels = np.flatnonzero(flat >= 0)
+        self._ranks = flat[self._voxels]
+
+    def centre(self, rank: int) -> list[float]:
+        """Return the centre of mass of a part, in voxels."""
+        where = np.unravel_index(self._voxels[self._ranks == rank], self._shape)
+        return [float(axis.mean()) for axis in where]
+
+    def mean(self, values: torch.Tensor, rank: int) -> float:
+        """Return the mean of values (*S) over a part."""
+        inside = self._voxels[self._ranks == rank]
+        return float(values.numpy().ravel()[inside].mean(dtype=np.float64))
+
+    def overlaps(self, other: _Parts) -> dict[tuple[int, int], int]:
+        """Return (a part, a part of the other) -> the voxels that both have."""
+        _, here, there = np.intersect1d(
+            self._voxels, other._voxels, assume_unique=True, return_indices=True
+        )
+        pairs = self._ranks[here].astype(np.int64) * len(other.sizes) + other._ranks[there]
+        numbers, counts = np.unique(pairs, return_counts=True)
+        of_pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
+        return {divmod(number, len(other.sizes)): count for number, count in of_pairs}
+
+    def touched(self, other: _Parts) -> list[set[int]]:
+        """Return for each part the parts of the other that share a voxel with it."""
+        found: list[set[int]] = [set() for _ in self.sizes]
+        for part, part_of_other in self.overlaps(other):
+            found[part].add(part_of_other)
+        return found
 
 
-def _dice(one: NDArray[np.intp], other: NDArray[np.intp]) -> float:
-    both = np.intersect1d(one, other, assume_unique=True)
-    return 2 * len(both) / (len(one) + len(other))
+def _dice(
+    one: _Parts,
+    other: _Parts,
+    of_one: set[int],
+    of_other: set[int],
+    overlaps: Mapping[tuple[int, int], int],
+) -> float:
+    """Return the Dice of some parts of one mask with some of another; not both are empty."""
+    if len(of_one) * len(of_other) < len(overlaps):
+        both = sum(overlaps.get(pair, 0) for pair in itertools.product(of_one, of_other))
+    else:
+        both = sum(n for (a, b), n in overlaps.items() if a in of_one and b in of_other)
+    sizes = sum(one.sizes[part] for part in of_one) + sum(other.sizes[part] for part in of_other)
+    return 2 * both / sizes

@@ -29,8 +29,12 @@ _MARKS = (
     *("mtime", "updated", "modified", "created"),
 )
 
-#: A user's name and password in an address. A password may hold "/"; a port is none.
-_LOGIN = re.compile(r"://(?P<login>[^/\s:@]*:(?!\d+/)[^\s@]*)@")
+#: A user's name and password in an address, and in words about one. A password may hold "/", "@".
+_LOGIN = re.compile(r"://(?P<login>[^/:@]*:.*)@", re.DOTALL)
+_LOGIN_IN_WORDS = re.compile(r"://[^/\s:@]*:\S*@")
+
+#: The signature and the like of an address that was signed for others to use.
+_QUERY = re.compile(r"(://[^\s?]*\?)\S*=\S*")
 
 #: Addresses of paths on this machine.
 _HERE = re.compile(r"(file|local)://")
@@ -67,15 +71,15 @@ def place(name: str | Path) -> Place:
     try:
         from upath import UPath
     except ImportError as error:
-        told = f"{without_login(name)}: pip install 'seg3dcam[cohort]'"
-        raise MissingExtraError(told) from error
+        told = f"{name}: pip install 'seg3dcam[cohort]'"
+        raise MissingExtraError(without_login(told, [str(name)])) from error
     try:
         found = UPath(name)
         _ = found.fs  # what is missing for a protocol is said here
     except ImportError as error:
-        raise MissingExtraError(f"{without_login(name)}: {without_login(error)}") from error
+        raise MissingExtraError(without_login(f"{name}: {error}", [str(name)])) from error
     except Exception as error:  # every store has its own errors
-        raise ConfigError(f"{without_login(name)}: {without_login(error)}") from error
+        raise ConfigError(without_login(f"{name}: {error}", [str(name)])) from error
     return found
 
 
@@ -85,7 +89,7 @@ def has_login(address: str) -> bool:
 
 
 def without_login(words: object, addresses: Iterable[str] = ()) -> str:
-    """Return words about addresses without users' names and passwords.
+    """Return words about addresses without users' names, passwords and signatures.
 
     Args:
         addresses: whose names and passwords may stand in the words by themselves.
@@ -95,11 +99,12 @@ def without_login(words: object, addresses: Iterable[str] = ()) -> str:
     >>> without_login("no user me:secret at host", ["sftp://me:secret@host/a"])
     'no user ... at host'
     """
-    told = _LOGIN.sub("://", str(words))
+    told = str(words)
     for found in filter(None, map(_LOGIN.search, addresses)):
-        for secret in (found["login"], found["login"].partition(":")[2]):
-            told = told.replace(secret, "...") if secret else told
-    return told
+        login = found["login"]
+        for secret, shown in ((f"{login}@", ""), (login, "..."), (login.partition(":")[2], "...")):
+            told = told.replace(secret, shown) if secret else told
+    return _QUERY.sub(r"\1...", _LOGIN_IN_WORDS.sub("://", told))
 
 
 def fingerprint(file: Place) -> str:
@@ -143,7 +148,5 @@ def _fetched(name: str, folder: Path) -> Path:
         else:
             source.fs.get_file(source.path, str(target))
     except Exception as error:  # every store has its own errors
-        raise ScanError(
-            f"{without_login(name)} cannot be fetched: {without_login(error)}"
-        ) from error
+        raise ScanError(without_login(f"{name} cannot be fetched: {error}", [str(name)])) from error
     return target

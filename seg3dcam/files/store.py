@@ -39,8 +39,8 @@ class Store:
         self.address = address
         if has_login(address):
             raise ConfigError(
-                f"{without_login(address)}: give name and password of a store in its own way, such "
-                "as by environment variables, and not in the address"
+                f"{without_login(address, [address])}: give name and password of a store in its "
+                "own way, such as by environment variables, and not in the address"
             )
         if address.partition("://")[0] not in STORES:
             raise ConfigError(

@@ -110,7 +110,7 @@ def inputs_code(job: Job, cohort: str) -> str:
         path = place(file)
         inside: list[Any] = sorted(path.iterdir(), key=str) if path.is_dir() else [path]
         for one in inside:
-            digest.update(fingerprint(one).encode() + b"\0")
+            digest.update(fingerprint(one).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -35,6 +35,7 @@ class JobResult:
         folder: the case's folder.
         record: what its `case.json` says of this job: its "files" and "explanations", and the
             "case". Explanations are read back by `load_explanation(folder, name)`.
+        key: the key of the run in that record.
         was_done: the folder held all of this already, so that nothing was done.
         notes: what the user should know about the folder, such as that it is not the one that the
             job names.
@@ -42,6 +43,7 @@ class JobResult:
 
     folder: Path
     record: Mapping[str, Any]
+    key: str = ""
     was_done: bool = False
     notes: tuple[str, ...] = ()
 
@@ -126,7 +128,8 @@ def run_with_model(
         if inputs is not None:
             note_inputs(folder, keys.all, inputs)
         said = (advice,) if advice else ()
-        return JobResult(folder, _record_of_run(folder, keys), was_done=True, notes=said)
+        record = _record_of_run(folder, keys)
+        return JobResult(folder, record, keys.all, was_done=True, notes=said)
     notes = tuple(_notes(folder, job, keys))
     if say is not None:
         for note in notes:
@@ -143,7 +146,7 @@ def run_with_model(
             raise
         case = case_name(scan, job)
         record = write_empty_case(folder, job, keys=keys, case=case, why=str(error), inputs=inputs)
-    return JobResult(folder, record, notes=notes)
+    return JobResult(folder, record, keys.all, notes=notes)
 
 
 def model_of(job: Job, *, trust: bool = False) -> SegModel:

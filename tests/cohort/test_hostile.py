@@ -10,7 +10,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers_cases import OBLIQUE, voxels, write_scan
+from helpers_cases import OBLIQUE, voxels, write_model, write_scan
 from helpers_cohort import content_of, leftovers, write_cohort
 from helpers_dicom import write_series
 
@@ -75,18 +75,49 @@ def test_a_note_that_anybody_wrote_changes_no_state(scans):
     result = explained(scans)
     path = note_file(result.out, "a")
     note = json.loads(path.read_text(encoding="utf-8"))
+    (key,) = note["seconds"]
     for change, seconds in (
-        *(({"seconds": 3}, "3.0"), ({"seconds": "3"}, ""), ({"seconds": float("nan")}, "")),
-        *(({"seconds": -1}, ""), ({"seconds": 10**400}, ""), ({"seconds": None}, "")),
-        *(({"seconds": [1]}, ""), ({"error": ["x"]}, ""), ({"code": None}, "")),
-        ({"code": "of other files", "error": "failed then"}, ""),
+        *(({"seconds": {key: 3}}, "3.0"), ({"seconds": {key: "3"}}, ""), ({"seconds": 3}, "")),
+        *(({"seconds": {key: took}}, "") for took in (-1, 10**400, float("nan"), None, [1])),
+        *(({"error": ["x"]}, ""), ({"code": None}, ""), ({"error": "\ud800"}, None)),
+        ({"code": "of other files", "error": "failed then"}, None),
     ):
         path.write_text(json.dumps(note | change), encoding="utf-8")
         again = explained(scans)
         assert (again.done, again.failed) == ((), {}), change
         with again.tables[0].open(newline="", encoding="utf-8") as file:
             rows = {row["case"]: row for row in csv.DictReader(file)}
-        assert (rows["a"]["status"], rows["a"]["seconds"]) == ("ok", seconds), change
+        expected = str(note["seconds"][key]) if seconds is None else seconds
+        assert (rows["a"]["status"], rows["a"]["seconds"]) == ("ok", expected), change
+    (scans / "b.nii.gz").write_bytes(b"no scan")
+    assert list(explained(scans).failed) == ["b"]
+    path = note_file(result.out, "b")
+    note = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(note | {"error": "\ud800"}), encoding="utf-8")
+    assert explained(scans).failed == {"b": "?"}
+
+
+@pytest.mark.slow
+def test_seconds_are_those_of_the_run_that_is_shown(scans):
+    def seconds():
+        with (scans.parent / "out" / "cohort.csv").open(newline="", encoding="utf-8") as file:
+            return {row["case"]: row["seconds"] for row in csv.DictReader(file)}
+
+    explained(scans)
+    first = seconds()
+    write_model(scans.parent, biases=(0.0, -0.4, -1.5))
+    assert explained(scans).done == ("a", "b")
+    other = seconds()
+    write_model(scans.parent)
+    assert explained(scans).skipped == ("a", "b")
+    assert seconds() == first != other
+    whole = (scans / "a.nii.gz").read_bytes()
+    (scans / "a.nii.gz").write_bytes(b"no scan")
+    assert list(explained(scans).failed) == ["a"]
+    assert seconds() == first | {"a": ""}
+    (scans / "a.nii.gz").write_bytes(whole)
+    assert explained(scans).done == ("a",)  # it was read, and found to be done
+    assert seconds() == first
 
 
 def test_files_that_change_places_are_told_apart(tmp_path, scans):

@@ -9,11 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 
 from seg3dcam import SegModel, load_scan
 from seg3dcam.errors import ConfigError
 from seg3dcam.explaining.explain import explain_each
+from seg3dcam.explaining.lesions import lesions_of
 from seg3dcam.explaining.uncertainty import uncertainty
 from seg3dcam.network.ensemble import Ensemble
 from seg3dcam.targets import EveryComponent
@@ -138,6 +140,33 @@ def test_members_that_draw_nothing_do_not_agree_about_a_lesion():
     model = SegModel(Ensemble([sure, empty, empty]), class_names=["lesion"], activation="sigmoid")
     (lesion,) = uncertainty(scan, model).lesions
     assert (lesion.drawn_by, lesion.pairwise_dice) == (1, 0.0)
+
+
+def test_lesions_are_those_of_a_slow_reference():
+    """Of random masks with many parts, each found again by labelling and counting alone."""
+    random = np.random.default_rng(3)
+    noise = ndimage.gaussian_filter(random.normal(size=(5, 14, 12, 10)), (0, 1, 1, 1))
+    drawn = noise[:4] + noise[4] > 0.05
+    members, affine = list(map(torch.from_numpy, drawn)), np.diag([2.0, 1.0, 3.0, 1.0])
+    mean = torch.from_numpy(drawn.mean(0)).float()
+    entropy, shared = torch.rand(2, *mean.shape)
+    found = lesions_of("a", mean, mean > 0.5, members, entropy, shared, affine)
+    parts, count = ndimage.label(mean.numpy() > 0.5)
+    lesions = sorted((parts == part for part in range(1, count + 1)), key=lambda x: -x.sum())
+    assert len(found) == count > 5
+    assert {one.drawn_by for one in found} > {4}
+    for one, lesion in zip(found, lesions, strict=True):
+        own = []
+        for mask in drawn:
+            labels = ndimage.label(mask)[0]
+            own.append(np.isin(labels, np.setdiff1d(labels[lesion], 0)))
+        pairs = [(a, b) for a, b in itertools.combinations(own, 2) if a.any() or b.any()]
+        assert one.drawn_by == sum(mask.any() for mask in own)
+        assert one.pairwise_dice == pytest.approx(np.mean([dice(a, b) for a, b in pairs]))
+        assert one.mean_entropy == pytest.approx(entropy.numpy()[lesion].mean(), abs=1e-6)
+        assert one.mutual_information == pytest.approx(shared.numpy()[lesion].mean(), abs=1e-6)
+        assert one.centre_mm == pytest.approx(np.argwhere(lesion).mean(0) * [2, 1, 3])
+        assert one.ml == pytest.approx(lesion.sum() * 6 / 1000)
 
 
 def test_a_lesion_has_the_confidence_that_its_explanation_has(scan):
