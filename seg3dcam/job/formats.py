@@ -66,7 +66,7 @@ FORMATS = {
     ),
     "slicer": Format("start_scene", ("slicer/*",), joint=True, by_default=True, size=1.7),
     "cine": Format("write_film", ("cine_*.webp",), size=0.5),
-    "thumb": Format("write_thumbnail", ("thumb_*.webp",), size=0),
+    "thumb": Format("write_thumbnail", ("thumb_*.webp",), size=0, fixed=20_000),
     "probability": Format("start_probability", ("probability_*.nii.gz",), joint=True, size=1.0),
     "nrrd": Format("write_nrrd_file", ("cam_*.nrrd",), size=0.7),
     "fused": Format("write_fused_file", ("fused_*.nii.gz",), size=0.4),
