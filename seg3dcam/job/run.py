@@ -35,17 +35,17 @@ class JobResult:
         folder: the case's folder.
         record: what its `case.json` says of this job: its "files" and "explanations", and the
             "case". Explanations are read back by `load_explanation(folder, name)`.
-        key: the key of the run in that record.
         was_done: the folder held all of this already, so that nothing was done.
         notes: what the user should know about the folder, such as that it is not the one that the
             job names.
+        key: by which the run is known in the record of its case.
     """
 
     folder: Path
     record: Mapping[str, Any]
-    key: str = ""
     was_done: bool = False
     notes: tuple[str, ...] = ()
+    key: str = ""
 
 
 def run_job(
@@ -129,7 +129,7 @@ def run_with_model(
             note_inputs(folder, keys.all, inputs)
         said = (advice,) if advice else ()
         record = _record_of_run(folder, keys)
-        return JobResult(folder, record, keys.all, was_done=True, notes=said)
+        return JobResult(folder, record, was_done=True, notes=said, key=keys.all)
     notes = tuple(_notes(folder, job, keys))
     if say is not None:
         for note in notes:
@@ -146,7 +146,7 @@ def run_with_model(
             raise
         case = case_name(scan, job)
         record = write_empty_case(folder, job, keys=keys, case=case, why=str(error), inputs=inputs)
-    return JobResult(folder, record, keys.all, notes=notes)
+    return JobResult(folder, record, notes=notes, key=keys.all)
 
 
 def model_of(job: Job, *, trust: bool = False) -> SegModel:

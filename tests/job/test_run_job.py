@@ -18,6 +18,7 @@ from seg3dcam.geometry import Axis
 from seg3dcam.job import Job, JobResult, load_explanation, run_job, settings, writers
 from seg3dcam.job.checks import OF_CALLS
 from seg3dcam.job.formats import FORMATS
+from seg3dcam.job.record import read_record
 from seg3dcam.review import WINDOWS
 from seg3dcam.targets.named import REGIONS, SCORES
 from seg3dcam.targets.regions import as_region
@@ -49,7 +50,8 @@ def test_a_job_that_is_done_is_skipped(place):
     first = run_job(job_at(place))
     written = contents(place.out)
     again = run_job(job_at(place), verify=True)
-    assert again == JobResult(first.folder, first.record, was_done=True)
+    assert again == JobResult(first.folder, first.record, was_done=True, key=first.key)
+    assert first.key == read_record(first.folder).runs[-1].key
     assert contents(place.out) == written
     events = []
     steps = {"progress": lambda step, *_: events.append(step), "say": events.append}
