@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize(("workers", "end", "times"), [(None, "TERM", 1), (2, "INT", 4)])
+@pytest.mark.parametrize(("workers", "end", "times"), [(None, "TERM", 1), (2, "INT", 3)])
 def test_what_is_interrupted_goes_on(tmp_path, workers, end, times):
     """However often it is interrupted: the first signal ends it, and it ends in order."""
     scans = write_cohort(tmp_path, [f"case{number:02d}" for number in range(30)])

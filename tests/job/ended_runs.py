@@ -7,7 +7,7 @@ each costs no more than what it writes. Every run has a folder of its own in `ke
 
     whole        goes on to its end; `again` the same
     SIGKILL_n    as `whole` was just before its nth change of its folder
-    SIGTERM_n    hears this signal just before that change; SIGINT_n every second time
+    SIGTERM_n    hears this signal just before every second one of them, and SIGINT_n in turns
     outside_n    hears one of the three from outside, at any time
 
 The last line of the output is JSON: the exit code of each run by the name of its folder.
@@ -69,8 +69,8 @@ class Runs:
         changes = Changes(self.copied("whole"), self.keep)
         codes = {"whole": self.run("whole")}
         changes.folder = ""
-        for number in range(1, changes.count + 1):
-            kind = (signal.SIGTERM, signal.SIGINT)[number % 2]
+        for number in range(1, changes.count + 1, 2):
+            kind = (signal.SIGTERM, signal.SIGINT)[number // 2 % 2]
             name = f"{kind.name}_{number}"
             codes[name] = ended(self.fork(name, kind, number))
         started = time.monotonic()
