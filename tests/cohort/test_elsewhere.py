@@ -574,6 +574,24 @@ def test_a_log_says_what_the_store_did(made, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_failure_is_told_as_it_was_the_last_time(made, monkeypatch):
+    """Not with the words of the run before."""
+    (made.scans / "b.nii.gz").write_bytes(b"no scan")
+    first, kind = made.run(), type(made.there.fs)
+    given = kind.put_file
+
+    def refuse(self, here, there, **more):
+        if there.endswith(".log"):
+            raise OSError("no network")
+        return given(self, here, there, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "put_file", refuse)
+        assert "no network" in made.run(retry_failed=True).failed["b"]
+    assert made.run().failed == first.failed  # what is noted is the fault of the scan
+
+
+@pytest.mark.slow
 def test_results_may_be_named_by_those_of_a_run_before(made):
     first = made.run()
     assert made.run(out=first.out).skipped == tuple(NAMES)
