@@ -34,6 +34,14 @@ PREFIX = ".seg3dcam-"
 #: A message shows at most this many characters of a path.
 _SHOWN = 200
 
+#: Text that begins an address, and no path on this machine: s3://bucket; a Path has s3:/bucket.
+_ADDRESS = re.compile(
+    r"\s*([a-z0-9+.-]{2,}://|[a-z]+::|(s3a?|gc?s|az|abfss?|https?|s?ftp|file|local|memory):/)", re.I
+)
+
+#: Errors of a disk that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def as_path(path: Any) -> Path:
     """Return a path to write to; raise OutputError for anything that is no path."""
@@ -47,12 +55,6 @@ def as_path(path: Any) -> Path:
     if _ADDRESS.match(text):
         raise OutputError(f"{text!r} is an address: name a path on this machine")
     return Path(text)
-
-
-#: Text that begins an address, and no path on this machine: s3://bucket; a Path has s3:/bucket.
-_ADDRESS = re.compile(
-    r"\s*([a-z0-9+.-]{2,}://|[a-z]+::|(s3a?|gc?s|az|abfss?|https?|s?ftp|file|local|memory):/)", re.I
-)
 
 
 @contextmanager
@@ -92,10 +94,6 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-#: Errors of a disk that takes no more.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
     """Write `obj` as indented UTF-8 JSON, atomically.
 
@@ -118,7 +116,8 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write text in UTF-8, atomically; raise `OutputError` if the file cannot be written."""
-    return write_bytes(path, text.encode("utf-8"))
+    # A name of a file that is no UTF-8 may stand in it; JSON reads what stands for it there.
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:

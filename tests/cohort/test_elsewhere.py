@@ -53,6 +53,18 @@ class Cohort:
     def other_weights(self):
         write_model(self.root, biases=(0.0, -0.4, -1.5))
 
+    def refuse(self, patch, ending, why):
+        """Let the store take no file whose name ends so."""
+        kind = type(self.there.fs)
+        given = kind.put_file
+
+        def put_file(fs, here, there, **more):
+            if there.endswith(ending):
+                raise OSError(why)
+            return given(fs, here, there, **more)
+
+        patch.setattr(kind, "put_file", put_file)
+
     def kept(self):
         """Return the name of every file at the address -> its bytes, without times and logs."""
         root = self.there.path
@@ -556,16 +568,8 @@ def test_a_file_of_an_older_run_may_be_gone(made, out):
 
 @pytest.mark.slow
 def test_a_log_says_what_the_store_did(made, monkeypatch):
-    kind = type(made.there.fs)
-    given = kind.put_file
-
-    def refuse(self, here, there, **more):
-        if there.endswith("a/cam_lesion.nii.gz"):
-            raise OSError("quota exceeded")
-        return given(self, here, there, **more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "put_file", refuse)
+        made.refuse(patch, "a/cam_lesion.nii.gz", "quota exceeded")
         assert "quota exceeded" in made.run().failed["a"]
     log = (made.there / "cohort" / "a.log").read_text()
     assert "done after" in log
@@ -577,16 +581,9 @@ def test_a_log_says_what_the_store_did(made, monkeypatch):
 def test_a_failure_is_told_as_it_was_the_last_time(made, monkeypatch):
     """Not with the words of the run before."""
     (made.scans / "b.nii.gz").write_bytes(b"no scan")
-    first, kind = made.run(), type(made.there.fs)
-    given = kind.put_file
-
-    def refuse(self, here, there, **more):
-        if there.endswith(".log"):
-            raise OSError("no network")
-        return given(self, here, there, **more)
-
+    first = made.run()
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "put_file", refuse)
+        made.refuse(patch, ".log", "no network")
         assert "no network" in made.run(retry_failed=True).failed["b"]
     assert made.run().failed == first.failed  # what is noted is the fault of the scan
 
@@ -691,6 +688,9 @@ def test_what_a_killed_process_left_here_goes(made):
     made.run()
     assert not gone.exists()
     assert (scratch / "another").exists()
+    gone.mkdir()  # of a worker that died in this run
+    work.tidy(made.here / "a")
+    assert not gone.exists()
 
 
 @pytest.mark.slow

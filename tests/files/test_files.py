@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from seg3dcam.errors import OutputError
-from seg3dcam.files import atomic, check_writable, write_json
+from seg3dcam.files import atomic, check_writable, write_json, write_text
 
 
 def names(folder):
@@ -202,3 +202,9 @@ def test_an_address_is_no_folder_here(tmp_path, monkeypatch, given):
     assert list(tmp_path.iterdir()) == []
     for name in ("case:1", "na:/x", tmp_path / "s3:" / "x"):
         assert check_writable(name).is_dir()
+
+
+def test_a_name_that_is_no_utf_8_can_be_written_down(tmp_path):
+    name = os.fsdecode(b"scan\xff.nii.gz")
+    assert json.loads(write_json(tmp_path / "a.json", {"scan": name}).read_text()) == {"scan": name}
+    assert write_text(tmp_path / "a.log", name).read_text() == "scan\\udcff.nii.gz"
