@@ -59,6 +59,8 @@ def explained(one: PlannedCase, model: SegModel, out: Path) -> str | None:
             if isinstance(raised, OutputError) and raised.errno == errno.ENOSPC:
                 raise
             error = without_login(str(raised) or type(raised).__name__, given)
+            # It may name a file by bytes that are no UTF-8, which no table can hold.
+            error = error.encode("utf-8", "backslashreplace").decode()
             trace = traceback.format_exc()
             # What cannot be written is no fault of the scan: the next run tries it again.
             lasting = not isinstance(raised, OutputError)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -118,6 +119,19 @@ def test_seconds_are_those_of_the_run_that_is_shown(scans):
     (scans / "a.nii.gz").write_bytes(whole)
     assert explained(scans).done == ("a",)  # it was read, and found to be done
     assert seconds() == first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_no_utf_8(scans):
+    folder = scans.rename(os.fsdecode(bytes(scans.parent) + b"/d\xff"))
+    (folder / "b.nii.gz").write_bytes(b"no scan")
+    for done in (("a",), ()):
+        found = cohort.run(
+            folder, model=str(scans.parent / "model.yaml"), out=scans.parent / "out", **SETTINGS
+        )
+        assert found.done == done
+        assert r"/d\udcff/b.nii.gz: not a NIfTI file" in found.failed["b"]
 
 
 def test_files_that_change_places_are_told_apart(tmp_path, scans):
