@@ -93,14 +93,14 @@ def _of_lesions(lesions: Sequence[LesionUncertainty], members: int) -> Table:
         title=f"Lesions: connected parts of what the mean of the members draws; the {_SHOWN} "
         f"largest of a class, from {_SMALLEST} ml on"
     )
-    columns = ("class", "at R, A, S mm", "ml", "confidence", "entropy", "drawn by", "Dice of two")
+    columns = ("class", "R, A, S mm", "ml", "soft Dice", "entropy", "drawn by", "Dice")
     for name in columns:
         table.add_column(name, overflow="fold", justify="left" if name == "class" else "right")
     for lesion in lesions:
         table.add_row(
             shown(lesion.class_name),
             ", ".join(f"{mm:.0f}" for mm in lesion.centre_mm),
-            f"{lesion.ml:.3g}",
+            f"{lesion.ml:.2f}",
             "" if lesion.confidence is None else f"{lesion.confidence:.3f}",
             f"{lesion.mean_entropy:.3f}",
             f"{lesion.drawn_by} of {members}",
